@@ -11,12 +11,11 @@ Detect once, look at the findings, and write a mitigated adapter or a merged mod
     streamer.merge_with_reduced_intruder_dimensions("BASE", "ADAPTER", "merged", findings=findings, mitigation_lambda=0.5)
 
 BASE and ADAPTER are the directories of a model and of a PEFT adapter, or their names on the hub. Measure on your own texts what each method
-keeps and forgets, or fit the adapter to them::
+keeps and forgets, or repair the adapter::
 
     evaluation = streamer.evaluate_variants("BASE", "ADAPTER", general="general.txt", task="task.jsonl")
     print(evaluation.table())
-    coefficients = streamer.fit_coefficients("BASE", "ADAPTER", general="general.txt", task="task.jsonl")
-    streamer.reduce_intruder_dimension("BASE", "ADAPTER", "repaired", coefficients=coefficients)
+    streamer.repair_adapter("BASE", "ADAPTER", "repaired", general="general.txt", task="task.jsonl")
 
 All errors raised on purpose are `StreamerError`. `streamer.peft` has the same functions for a model in memory. Call ``help`` on a function
 for its parameters.
@@ -39,7 +38,7 @@ The rest is for readers of the code. The folders follow the data, and a module i
     verification/  witnesses         an output checked against its record and inputs by independent code
     evaluation/    judgements        what each variant keeps and forgets, and the suggestion
     fitting/       fits              factors fitted to the user's texts; maps of a base
-    report/        pictures          a page of findings and measurements; comparison of findings
+    report/        pictures          a page of findings and measurements
     remote/        addresses         hub names, buckets and https addresses become directories
     forecast       forecasts         memory, bytes and time of a command, before it runs
     api/           the library       one request and one function for each command
@@ -63,7 +62,7 @@ _NAMES = {
     "api.intruders": (
         "detect_intruder_dimensions", "iter_merged", "merge_with_reduced_intruder_dimensions", "reduce_intruder_dimension",
     ),
-    "api.texts": ("evaluate_variants", "fit_coefficients", "map_inputs", "repair_adapter"),
+    "api.texts": ("evaluate_variants", "map_inputs", "repair_adapter"),
     "api.report": ("write_report",),
     "api.tensors": ("read_tensors", "write_safetensors"),
     "api.verification": ("verify_output",),
@@ -74,14 +73,13 @@ _NAMES = {
     "evaluation.evaluation": ("Evaluation", "load_evaluation"),
     "events": ("Event", "Monitor"),
     "methods.files": ("Coefficients", "InputMap", "load_coefficients", "load_map"),
-    "report.diff": ("FindingsDiff", "diff_findings"),
 }  # fmt: skip
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
-    "Coefficients", "Detection", "DetectionOptions", "Evaluation", "Event", "Findings", "FindingsDiff", "InputMap",
+    "Coefficients", "Detection", "DetectionOptions", "Evaluation", "Event", "Findings", "InputMap",
     "MatrixFinding", "Monitor", "StreamerError", "StreamerWarning", "VerificationError",
-    "detect_intruder_dimensions", "diff_findings", "evaluate_variants", "fit_coefficients", "iter_merged",
+    "detect_intruder_dimensions", "evaluate_variants", "iter_merged",
     "load_coefficients", "load_evaluation", "load_findings", "load_map", "map_inputs",
     "merge_with_reduced_intruder_dimensions", "read_tensors", "reduce_intruder_dimension", "repair_adapter",
     "verify_output", "write_report", "write_safetensors",
@@ -96,7 +94,7 @@ if TYPE_CHECKING:
     )
     from streamer.api.report import write_report
     from streamer.api.tensors import read_tensors, write_safetensors
-    from streamer.api.texts import evaluate_variants, fit_coefficients, map_inputs, repair_adapter
+    from streamer.api.texts import evaluate_variants, map_inputs, repair_adapter
     from streamer.api.verification import verify_output
     from streamer.detection.findings import Findings, MatrixFinding, load_findings
     from streamer.detection.intruders import Detection
@@ -105,7 +103,6 @@ if TYPE_CHECKING:
     from streamer.evaluation.evaluation import Evaluation, load_evaluation
     from streamer.events import Event, Monitor
     from streamer.methods.files import Coefficients, InputMap, load_coefficients, load_map
-    from streamer.report.diff import FindingsDiff, diff_findings
 
 
 def __getattr__(name: str) -> Any:

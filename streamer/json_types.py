@@ -59,12 +59,6 @@ class MatrixHead(TypedDict):
     rank: Rank
     scale: Scale
 
-class ReportFile(TypedDict):
-    """A file of a report."""
-    file: Annotated[str, "Its name."]
-    bytes: Annotated[Count, "Its size in bytes."]
-
-
 Selection = Literal["all", "first"]
 """The intruders of a matrix that are scaled: all, or the highest-ranked one."""
 

@@ -210,8 +210,10 @@ def declared(kind: type) -> Iterator[tuple[Any, Option, str]]:
 
 
 REMOVED_FROM = {
+    ("diff",): "run detect on both adapters and compare what they print; with --json, all figures",
+    ("fit",): "use repair, which fits, measures, and writes the factors to OUTPUT.fit.safetensors",
     ("--grain", "--objective", "--steps"):
-        "repair and fit now use the closed form (regmean), which keeps more and forgets less; drop the option",
+        "repair now uses the closed form (regmean), which keeps more and forgets less; drop the option",
     ("--race", "--no-race"): "every variant runs on all sequences; drop the option",
     ("map --workers", "map --executor"): "a map is made in this process, on all cores; drop the option",
     tuple(f"evaluate --{name}" for name in ("top-k", "epsilon", "threshold-epsilon", "solver")):
@@ -221,10 +223,11 @@ REMOVED_FROM = {
     ("verify --max-memory",): "verify reads a few rows at a time; drop the option",
     tuple(f"report --{n}" for n in ("keep", "architecture", "base-is-residual", "ignore-key", "io", "lora-b-layout", "remote")):
         "findings and evaluations are read without their inputs; drop the option",
+    ("repair --findings",): "measure paper and project with `streamer evaluate --findings FILE`",
     ("report --coefficients",): "a fit holds factors now, and no coefficients of intruders; `streamer evaluate` measures it",
 }  # fmt: skip
 REMOVED = {name: advice for names, advice in REMOVED_FROM.items() for name in names}
-"""What to do instead of removed options, which keywords have too; if other commands still have an option, its command precedes it."""
+"""What to do instead of removed commands and options, which keywords have too; a command precedes an option that others still have."""
 
 ONE_ADAPTER = "directory, hub name or address of a PEFT adapter; only one"
 ADAPTERS = (
@@ -312,7 +315,7 @@ class Threads(Options, group="computing"):
     """Threads of a command; in Python, torch's own."""
 
     threads: int | None = option("CPU threads", metavar="N", shown="OMP_NUM_THREADS, or one per core available to this process, "
-        "CORES here; on a busy machine, detection uses fewer threads if a measurement shows that this is faster",
+        "CORES here",
         bound=whole(1, MOST_THREADS, f"a number from {{}} to {MOST_THREADS}"), rare=True)
 
 
@@ -370,8 +373,8 @@ class Amplifying(Options, group="mitigation"):
 class Scaling(Amplifying, group="mitigation"):
     """What methods need."""
 
-    coefficients: Coefficients | str | Path | None = option("factors from `streamer fit`, for method regmean, which uses neither detection "
-        "nor --lambda", metavar="FILE", rare=True)
+    coefficients: Coefficients | str | Path | None = option("factors from `streamer repair`, for method regmean, which uses neither "
+        "detection nor --lambda", metavar="FILE", rare=True)
     map: InputMap | str | Path | None = option("map of BASE from `streamer map`, for method nullspace, which uses no detection",
         metavar="FILE")
     select: Selection = option("scale all intruders among the top k, or only the highest-ranked one of each matrix", "all", "--select",
@@ -478,23 +481,6 @@ class EvaluateOptions(Writing, Texts, VariantOptions):
         metavar="TEXT", nargs="append", bound=PATHS)
 
 
-class FittingOptions(Writing, Texts, OfAdapter):
-    """Options of `fit_coefficients`."""
-
-    adapter: str | Path = argument(ONE_ADAPTER)
-    output: str | Path | None = written("file of factors to write (.safetensors)", "FILE")
-    executor: Executor | None = keyword("workers that run the held-out sequences, as for `detect_intruder_dimensions`; this process fits")
-    keep: float | Sequence[float] = option("least shares of the learning to keep; each gives one set", 0.9, metavar="SHARE,SHARE",
-        bound=SHARE)
-    weights: Sequence[float] = option("weights of the general text to fit and measure, rising", (0.5, 8.0), "--mu", metavar="M,M",
-        bound=RISING, rare=True)
-    sequences: int = option("maximum number of sequences per text", 24, metavar="N", bound=whole(4))
-    length: int = option("maximum number of tokens per sequence", 64, metavar="N", bound=whole(2))
-    holdout: float = option("share of each text's sequences to hold out for choosing and measuring", 0.33, metavar="SHARE", bound=PART,
-        rare=True)
-    seed: int = option("decides which sequences are held out", 0, metavar="N", bound=whole(0), rare=True)
-
-
 class MappingOptions(Writing, Reading, OfBase):
     """Options of `map_inputs`."""
 
@@ -504,15 +490,22 @@ class MappingOptions(Writing, Reading, OfBase):
     vectors: int = option("leading vectors to store for each input", 16, metavar="N", bound=whole(1), rare=True)
 
 
-class RepairOptions(FittingOptions):
+class RepairOptions(Writing, Texts, OfAdapter):
     """Options of `repair_adapter`."""
 
+    adapter: str | Path = argument(ONE_ADAPTER)
     output: str | Path = written("directory to write: an adapter, or with --merge a model", "DIR")
     general: str | Path | None = option("general text, for measuring forgetting: .txt, .jsonl or .npy", metavar="TEXT",
         shown=f"{BUILT_IN}; your own text works better")
+    executor: Executor | None = keyword("workers that run the held-out sequences, as for `detect_intruder_dimensions`; this process fits")
     keep: float = option("least share of the learning to keep", 0.9, metavar="SHARE", bound=SHARE)
-    findings: Findings | str | Path | None = option(f"{FINDINGS}: also measure the effect of scaling these intruders", metavar="FILE",
+    weights: Sequence[float] = option("weights of the general text to fit and measure, rising", (0.5, 8.0), "--mu", metavar="M,M",
+        bound=RISING, rare=True)
+    sequences: int = option("maximum number of sequences per text", 24, metavar="N", bound=whole(4))
+    length: int = option("maximum number of tokens per sequence", 64, metavar="N", bound=whole(2))
+    holdout: float = option("share of each text's sequences to hold out for choosing and measuring", 0.33, metavar="SHARE", bound=PART,
         rare=True)
+    seed: int = option("decides which sequences are held out", 0, metavar="N", bound=whole(0), rare=True)
     to_lora: int | float | None = option("first write ADAPTER, of any kind, as a LoRA adapter of this rank, beside DIR. " + RANK_OR_SHARE,
         metavar="RANK", bound=RANK, expects="a rank like 16 or a share like 0.95")
     merge: bool = option("write a model with the repaired adapter merged in", False)
@@ -523,24 +516,16 @@ class RepairOptions(FittingOptions):
 class InspectOptions(OfAdapter):
     """Options of `streamer inspect`."""
 
-    adapter: str | Path | None = argument(ONE_ADAPTER, None, nargs="?")
+    adapter: str | Path = argument(ONE_ADAPTER)
 
 
 class ReportOptions(Options):
     """Options of `write_report`."""
 
-    findings: Findings | Evaluation | str | Path = argument("findings file from `streamer detect`, a directory of such files, an "
-        "evaluation, or an output's directory")
-    evaluation: Evaluation | str | Path | None = argument("evaluation of the same adapter from `streamer evaluate`", None, nargs="?")
+    findings: Findings | Evaluation | str | Path = argument("findings file from `streamer detect`, an evaluation, or an output's "
+        "directory")
     output: str | Path | None = option("page to write, a name that ends in .html", None, "-o", "--output", metavar="PAGE")
     overwrite: bool = option("replace an existing report; no other file is ever replaced", False)
-
-
-class DiffOptions(Options):
-    """Options of `streamer diff`."""
-
-    first: str | Path = argument("earlier findings: those of the adapter, or of an earlier checkpoint", metavar="FINDINGS")
-    second: str | Path = argument("later findings: those of the mitigated adapter, or of a later checkpoint", metavar="FINDINGS")
 
 
 class VerifyOptions(Watched):

@@ -589,8 +589,7 @@ def detect_intruder_dimensions(peft_model: nn.Module, adapter_name: str = "defau
     Returns
     -------
     Findings
-        As from files. `Findings.save` writes them. Mitigate and merge on files accept them if base and adapter are the same; `diff`, and
-        reports with coefficients or an evaluation, do not.
+        As from files. `Findings.save` writes them. Mitigate and merge on files accept them if base and adapter are the same.
 
     Raises
     ------

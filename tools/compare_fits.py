@@ -12,7 +12,7 @@ are those of peer_repairs.py.
 
 The tables have the forgetting left, in percent, where a method keeps a share of the learning on the test text. That is interpolated, by
 a monotone cubic, between the points that were measured of the method; the fitted ones have a point for each share asked for, and one
-where nothing is kept or forgotten. An error is the standard error over seeds. "–": the method keeps more at its strongest, or `fit`
+where nothing is kept or forgotten. An error is the standard error over seeds. "–": the method keeps more at its strongest, or `repair`
 refused the adapter, of which there is a line on stderr. A mean is over the (n) adapters that have a
 figure, if not all do. The last line has the CPU seconds of fits and maps, on the machine that made them.
 
@@ -28,6 +28,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,16 +128,26 @@ def beside(adapter: Path, name: str) -> Path:
 
 
 def fitted(adapter: Path, seed: int, keep: Sequence[float], name: str, args: argparse.Namespace, **options: Any) -> Any:
-    """Fit to an adapter, or read what was fitted before; None if the adapter has learned too little to show on the text."""
+    """Fit to an adapter for each share, or read what was fitted before; None if the adapter has learned too little to show on the text."""
     home = adapter.parent
     texts = {text: home / f"{text}.txt" for text in ("general", "task")}
-    options = {"keep": keep, "sequences": args.sequences, "length": args.length, "seed": seed} | options
-    path = beside(adapter, f"{name}.coefficients.safetensors")
-    try:
-        return clocked(path, lambda: streamer.fit_coefficients(home / "base", adapter, path, **texts, **options))
-    except MismatchError as e:
-        print(e, file=sys.stderr)
-        return None
+    options = {"sequences": args.sequences, "length": args.length, "seed": seed} | options
+    made = []
+    for share in keep:
+        out = beside(adapter, f"{name}-{share}")
+        repair = partial(streamer.repair_adapter, home / "base", adapter, out, **texts, **options, keep=share)
+        try:
+            clocked(factors_of(out), repair)
+        except MismatchError as e:
+            print(e, file=sys.stderr)
+            return None
+        made.append(streamer.load_coefficients(factors_of(out)))
+    return replace(made[0], sets=tuple(one.sets[0] for one in made))
+
+
+def factors_of(out: Path) -> Path:
+    """Return the path of the factors beside a repair."""
+    return out.with_name(f"{out.name}.fit.safetensors")
 
 
 def clocked(path: Path, make: Callable[[], Any]) -> Any:
@@ -225,7 +237,7 @@ def compared(adapter: Path, name: str, seed: int, args: argparse.Namespace) -> d
     forgotten = {text: sums.mean("loss", 1, 0).value for text, sums in
                  (("general", whole.general), *whole.others.items())}  # fmt: skip
     seconds = {
-        "inputs": noted(beside(adapter, "inputs.coefficients.safetensors")),
+        "inputs": noted(factors_of(beside(adapter, f"inputs-{args.keep[0]}"))),
         "nullspace": noted(home / "base.map.safetensors"),
     }
     return {
@@ -381,7 +393,7 @@ def worth_of_text(adapter: Path, args: argparse.Namespace) -> dict[str, list[tup
     line = []
     for sequences in SEQUENCES:
         name = f"sequences-{sequences}"
-        if (found := fitted(adapter, 0, 0.9, name, args, sequences=sequences)) is None:
+        if (found := fitted(adapter, 0, (0.9,), name, args, sequences=sequences)) is None:
             continue
         (point,) = points(evaluated(adapter, name, args, methods=("regmean",), coefficients=found))
         if other := interpolated(shrink, point["kept"]):

@@ -31,7 +31,6 @@ def functions() -> dict[str, tuple[type, Callable[..., Any]]]:
         "MergeKeywords": (options.MergeOptions, streamer.merge_with_reduced_intruder_dimensions),
         "IterateKeywords": (options.IterateOptions, streamer.iter_merged),
         "EvaluateKeywords": (options.EvaluateOptions, streamer.evaluate_variants),
-        "FitKeywords": (options.FittingOptions, streamer.fit_coefficients),
         "MapKeywords": (options.MappingOptions, streamer.map_inputs),
         "RepairKeywords": (options.RepairOptions, streamer.repair_adapter),
         "VerifyKeywords": (options.VerifyOptions, streamer.verify_output),

@@ -23,14 +23,11 @@ from streamer.api.records import DryRun, ErrorsRecord, EventRecord, PlanRecord, 
 from streamer.api.texts import RepairRecord
 from streamer.detection.findings import FindingsRecord
 from streamer.evaluation.evaluation import EvaluationRecord
-from streamer.fitting.fit import FitRecord
 from streamer.fitting.mapping import MapFacts
 from streamer.forecast import Forecast
 from streamer.json_types import Amount, Estimated, Keywords
 from streamer.output.job import Written
 from streamer.plan.side_files import AdapterSource, BaseSource
-from streamer.report.diff import DiffRecord
-from streamer.report.page import ReportRecord
 from streamer.verification.verify import Verification
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,7 +45,6 @@ def when(events: Schema, *keys: str) -> Schema:
 
 RECORDS: dict[type, tuple[str, Schema]] = {
     DemoRecord: ("Demo", {}),
-    DiffRecord: ("Difference of two findings", {}),
     DryRun: ("Dry run", {}),
     ErrorsRecord: ("Errors", {}),
     EvaluationRecord: ("Evaluation", PRINTED),
@@ -58,11 +54,9 @@ RECORDS: dict[type, tuple[str, Schema]] = {
         when({"enum": ["warning", "note", "done"]}, "message"),
     ]}),
     FindingsRecord: ("Findings", PRINTED),
-    FitRecord: ("Fit", {}),
     MapFacts: ("Map", {}),
     RepairRecord: ("Repair", {}),
-    PlanRecord: ("Plan", {"dependentRequired": {"adapter": ["names", "matrices", "carried", "forecast", "refused"]}}),
-    ReportRecord: ("Report", {}),
+    PlanRecord: ("Plan", {}),
     SeveralRecord: ("Several adapters", {}),
     Verification: ("Verification", {}),
     Written: ("Output", PRINTED),

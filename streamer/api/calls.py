@@ -247,8 +247,6 @@ def explained(kind: type) -> Callable[[Function], Function]:
 
         @functools.wraps(function)
         def checked(*args: Any, **given: Any) -> Any:
-            if "scale" in given and "select" in names and "select" not in given:
-                given["select"] = given.pop("scale")  # its name before 0.2
             for name in given.keys() - set(names):
                 flag, command = f"--{name.replace('_', '-')}", function.__name__.partition("_")[0]
                 if advice := REMOVED.get(flag) or REMOVED.get(f"{command} {flag}"):

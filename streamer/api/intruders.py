@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, Unpack, overload
+from typing import TYPE_CHECKING, Literal, Unpack, overload
 
 from torch import Tensor
 
@@ -59,8 +59,6 @@ class Detected:
 
 class DetectRequest(Request, DetectOptions):
     """A requested detection."""
-
-    detects: ClassVar[bool] = True
 
     def run(self, monitor: Monitor, workers: Workers | None = None) -> Detected | ByName[Detected]:
         """Run the detection."""
@@ -172,11 +170,6 @@ class OutputRequest(Request, MitigateOptions, MergeOptions):
     def form(self) -> OutputOptions:
         """Return the options of the output's form."""
         return take(OutputOptions, vars(self), merges=self.command == "merge")
-
-    @property
-    def detects(self) -> bool:
-        """Test whether detection runs first."""
-        return self.chosen.needs_detection and self.findings is None
 
     def open(self, monitor: Monitor) -> None:
         """Open the inputs and plan the outputs; this refuses outputs that cannot be written."""

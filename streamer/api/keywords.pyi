@@ -146,29 +146,6 @@ class EvaluateKeywords(TypedDict, total=False):
     executor: Executor | None
     other: str | Path | Sequence[str | Path]
 
-class FitKeywords(TypedDict, total=False):
-    on_event: OnEvent | None
-    monitor: Monitor | None
-    progress: bool | None
-    io: IOMode
-    remote: RemoteMode | None
-    architecture: str | None
-    ignore_keys: Sequence[str]
-    base_is_residual: bool
-    lora_b_layout: LoraBLayout | None
-    device: str
-    max_memory: int | str | None
-    dtype: ProductDtype
-    sequences: int
-    length: int
-    resume: bool
-    overwrite: bool
-    executor: Executor | None
-    keep: float | Sequence[float]
-    weights: Sequence[float]
-    holdout: float
-    seed: int
-
 class MapKeywords(TypedDict, total=False):
     on_event: OnEvent | None
     monitor: Monitor | None
@@ -208,7 +185,6 @@ class RepairKeywords(TypedDict, total=False):
     weights: Sequence[float]
     holdout: float
     seed: int
-    findings: Findings | str | Path | None
     to_lora: int | float | None
     merge: bool
     dequantize: bool

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
 
@@ -16,16 +16,13 @@ from streamer.detection.options import DetectionOptions
 from streamer.errors import UnsupportedError
 from streamer.events import Monitor
 from streamer.forecast import Forecast, ForecastRecord, forecast_commands, measure_rates
-from streamer.json_types import Amount, Count, Keywords, MatrixHead, ModuleName, OutputPath, ReportFile, TensorName
+from streamer.json_types import Amount, Count, Keywords, MatrixHead, ModuleName, OutputPath, TensorName
 from streamer.options import InspectOptions
 from streamer.output.job import Written
-from streamer.plan.architectures import with_architecture
 from streamer.plan.carried_tensors import CarriedRecord
 from streamer.plan.plan import Plan, make_plan
 from streamer.plan.side_files import AdapterSource, BaseSource
-from streamer.storage.checkpoint import open_checkpoint
 from streamer.storage.transaction import free_bytes
-from streamer.weights.model_config import read_model_config
 
 __all__ = [
     "ByName", "DryRun", "NameRule", "PlanRecord", "PlannedMatrix", "SeveralRecord", "dry_run", "dry_runs", "several",
@@ -38,11 +35,11 @@ CommandForecast = Annotated[ForecastRecord | None, "What the command needs, from
 class _PlanTotals(TypedDict):
     tensors: Annotated[Count, "Tensors of the base."]
     base_bytes: Annotated[Count, "Their bytes, without headers."]
-    matrices: NotRequired[Annotated[Count, "Matrices that the adapter changes."]]
-    adapted_bytes: NotRequired[Annotated[Count, "Their bytes in the base."]]
-    largest_matrix: NotRequired[Annotated[str, "The tensor of the largest matrix."]]
-    largest_matrix_bytes: NotRequired[Annotated[Count, "Its bytes in the base."]]
-    detection_cost: NotRequired[Annotated[Count, "Units of work of a detection, as counted by its progress."]]
+    matrices: Annotated[Count, "Matrices that the adapter changes."]
+    adapted_bytes: Annotated[Count, "Their bytes in the base."]
+    largest_matrix: Annotated[str, "The tensor of the largest matrix."]
+    largest_matrix_bytes: Annotated[Count, "Its bytes in the base."]
+    detection_cost: Annotated[Count, "Units of work of a detection, as counted by its progress."]
 
 class NameRule(TypedDict):
     """A rule, and the first module that it found."""
@@ -63,22 +60,22 @@ class _Forecasts(TypedDict):
     merge: CommandForecast
 
 class PlanRecord(TypedDict):
-    """What `streamer inspect --json` prints: the inputs, and what a run would need; for a base alone, only part of it."""
+    """What `streamer inspect --json` prints: the inputs, and what a run would need."""
     schema: Literal["streamer.plan/1"]
     base: Annotated[BaseSource, "The base model: its name, and what identifies it, wherever it is stored."]
-    adapter: NotRequired[Annotated[AdapterSource, "The adapter, or the fine-tuned model in its place, described in the same way."]]
+    adapter: Annotated[AdapterSource, "The adapter, or the fine-tuned model in its place, described in the same way."]
     totals: Annotated[_PlanTotals, "Sums."]
     warnings: Annotated[list[str], "What may make the result differ from what was trained, one line each."]
-    names: NotRequired[Annotated[list[NameRule], "The rules that found modules in the base."]]
-    matrices: NotRequired[Annotated[list[PlannedMatrix], "One entry per matrix, in the base's file order."]]
-    carried: NotRequired[Annotated[list[CarriedRecord], "Tensors of the adapter other than factors; of a model, those that differ."]]
-    forecast: NotRequired[Annotated[_Forecasts, "For each command, with its defaults; for mitigate and merge, from findings."]]
-    refused: NotRequired[Annotated[dict[str, str], "For each command without a forecast: why it is refused, in one line."]]
+    names: Annotated[list[NameRule], "The rules that found modules in the base."]
+    matrices: Annotated[list[PlannedMatrix], "One entry per matrix, in the base's file order."]
+    carried: Annotated[list[CarriedRecord], "Tensors of the adapter other than factors; of a model, those that differ."]
+    forecast: Annotated[_Forecasts, "For each command, with its defaults; for mitigate and merge, from findings."]
+    refused: Annotated[dict[str, str], "For each command without a forecast: why it is refused, in one line."]
 
 class DryRun(TypedDict):
-    """What `--dry-run --json` prints of detect, mitigate, merge, evaluate, fit, map and repair: all checks passed, nothing was written."""
+    """What `--dry-run --json` prints of detect, mitigate, merge, evaluate, map and repair: all checks passed, nothing was written."""
     schema: Literal["streamer.dry-run/1"]
-    command: Annotated[str, Keywords(enum=["detect", "mitigate", "merge", "evaluate", "fit", "map", "repair"]), "The command."]
+    command: Annotated[str, Keywords(enum=["detect", "mitigate", "merge", "evaluate", "map", "repair"]), "The command."]
     output: OutputPath
     state: Annotated[str, Keywords(enum=["new", "resume", "done"]), "What a run would do: write it, finish an interrupted run, or nothing."]
     matrices: Annotated[Count, "Matrices that the adapter changes; 0 for map, which takes no adapter."]
@@ -88,12 +85,9 @@ class DryRun(TypedDict):
     forecast: CommandForecast
 
 class SeveralRecord(TypedDict):
-    """What detect, mitigate and merge print for several adapters, and report for a directory of findings: one object for each."""
+    """What detect, mitigate and merge print for several adapters: one object for each."""
     schema: Literal["streamer.several/1"]
     adapters: Annotated[dict[str, FindingsRecord | Written | DryRun], "By name of the adapter's directory."]
-    output: NotRequired[Annotated[str, "Path of the page of `report`, as given. Only with -o."]]
-    state: NotRequired[Annotated[Literal["written", "present"], "Whether `report` wrote the page, or found it there. Only with -o."]]
-    files: NotRequired[Annotated[list[ReportFile], "The files of `report`. Only with -o."]]
     free_bytes: NotRequired[Annotated[Count, "For a dry run: free bytes on the output's disk."]]
     forecast: NotRequired[Annotated[ForecastRecord | None, "For a dry run: what all runs together need; null if there is nothing to do."]]
 # fmt: on
@@ -160,49 +154,19 @@ class EventRecord(TypedDict):
     kind: NotRequired[Annotated[str, "For an error: name of its class in streamer.errors, or of Python's own class."]]
     exit_code: NotRequired[Annotated[int, Keywords(minimum=1, maximum=255), "For an error: exit code of the command."]]
     path: NotRequired[Annotated[str | None, "For an error: the file or directory that it is about; null if it is about none or several."]]
-    message: NotRequired[Annotated[str, "The text of a warning or note; what was wrong and what to do next; or what was done."]]
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """The result of an inspection.
-
-    Attributes
-    ----------
-    record
-        The object that `streamer inspect --json` prints.
-    files
-        For a base alone: dtype and bytes of each tensor, by file.
-    """
-
-    record: PlanRecord
-    files: Mapping[str, list[tuple[str, int]]] | None = None
+    message: NotRequired[Annotated[str, "The text of a warning or note; what was wrong and what to do next; or whether it existed."]]
 
 
 class InspectRequest(Request, InspectOptions):
-    """A requested inspection of a base, or of a base and an adapter."""
+    """A requested inspection of a base and an adapter."""
 
-    def run(self, monitor: Monitor) -> Inspection:
+    def run(self, monitor: Monitor) -> PlanRecord:
         """Open the inputs and forecast the commands."""
-        located = self.located(monitor, peek=True)
-        base = located.path(self.base)
-        if self.adapter is None:
-            return self._base_alone(base, monitor)
-        plan = make_plan(base, located.path(self.adapter), self.io, self.stated, self.architecture)
+        base, adapter = self.located(monitor, peek=True).paths(self.base, self.adapter)
+        plan = make_plan(base, adapter, self.io, self.stated, self.architecture)
         monitor.warn(plan.warnings)
         rates = measure_rates(plan.base, monitor)
-        return Inspection(inspection_record(plan, forecast_commands(plan, choose_device("auto"), rates)))
-
-    def _base_alone(self, path: str | Path, monitor: Monitor) -> Inspection:
-        base = open_checkpoint(path, self.io)
-        with_architecture(read_model_config(base.directory), self.architecture)
-        monitor.warn(base.warnings)
-        files = {name: [(t.dtype, t.nbytes) for t in file.header.tensors] for name, file in base.files.items()}
-        record: PlanRecord = {
-            "schema": "streamer.plan/1", "base": cast(BaseSource, base.identity()), "warnings": list(base.warnings),
-            "totals": {"tensors": len(base.weight_map), "base_bytes": base.data_bytes},
-        }  # fmt: skip
-        return Inspection(record, files)
+        return inspection_record(plan, forecast_commands(plan, choose_device("auto"), rates))
 
 
 def inspection_record(plan: Plan, forecasts: Mapping[str, Forecast | UnsupportedError]) -> PlanRecord:

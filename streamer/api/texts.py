@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, TypedDict, Unpack, cast
 
@@ -14,7 +13,6 @@ from streamer.api.calls import call, explained
 from streamer.api.intruders import OutputRequest
 from streamer.api.records import DryRun, dry_run
 from streamer.api.requests import Request, read_coefficients, read_map, take
-from streamer.detection.findings import Findings
 from streamer.errors import OutputExistsError, UsageError
 from streamer.evaluation.evaluate import PreparedEvaluation, prepare
 from streamer.evaluation.evaluation import Evaluation, EvaluationOptions, ReliableRecord, traded
@@ -22,7 +20,7 @@ from streamer.events import Event, Monitor
 from streamer.fitting.fit import FitOptions, PreparedFit, prepare_fit, refuse_dense
 from streamer.fitting.mapping import MapOptions, PreparedMap, prepare_map
 from streamer.forecast import forecast_texts
-from streamer.json_types import Count, State
+from streamer.json_types import State
 from streamer.measuring.runs import Prepared
 from streamer.measuring.statistics import Estimate
 from streamer.measuring.texts import GENERAL, TASK
@@ -31,7 +29,6 @@ from streamer.methods.files import MAP, Coefficients, InputMap
 from streamer.options import (
     ONE_BASE,
     EvaluateOptions,
-    FittingOptions,
     MappingOptions,
     RepairOptions,
     VariantOptions,
@@ -45,7 +42,7 @@ from streamer.units import quoted
 from streamer.workers import Workers
 
 if TYPE_CHECKING:
-    from streamer.api.keywords import EvaluateKeywords, FitKeywords, MapKeywords, RepairKeywords
+    from streamer.api.keywords import EvaluateKeywords, MapKeywords, RepairKeywords
 
 
 class VariantsRequest(Request, VariantOptions):
@@ -84,8 +81,8 @@ class EvaluateRequest(VariantsRequest, EvaluateOptions):
     def texts(self) -> dict[str, Path]:
         """Return the paths of the ``general`` and the ``task`` text, and of others by file name."""
         texts = {"general": Path(self.general or ""), "task": Path(self.task)}
-        for one in [self.other] if isinstance(self.other, str | Path) else self.other:
-            path = Path(one)
+        for other in [self.other] if isinstance(self.other, str | Path) else self.other:
+            path = Path(other)
             if path.name in texts:
                 raise UsageError(
                     f"other: expected files of different names, found two named {quoted(path.name)}; rename one"
@@ -102,8 +99,8 @@ class EvaluateRequest(VariantsRequest, EvaluateOptions):
         return _forecast("evaluate", self._prepared(monitor, workers, peek=True), self.file)
 
     def _prepared(self, monitor: Monitor, workers: Workers | None, peek: bool = False) -> PreparedEvaluation:
-        base, adapter, found, run = self.opened(self.adapter, self.findings, monitor, workers, peek)
-        return prepare(base, adapter, self.texts, found, self.options, self.memory, run)
+        base, adapter, findings, run = self.opened(self.adapter, self.findings, monitor, workers, peek)
+        return prepare(base, adapter, self.texts, findings, self.options, self.memory, run)
 
 
 @explained(EvaluateOptions)
@@ -136,8 +133,8 @@ def evaluate_variants(base: str | Path, adapter: str | Path, output: str | Path 
         ``shrink``, and ``paper`` if findings are given. ``regmean`` alone evaluates only the coefficients. With ``shrink``, one more shrink
         is measured, at the λ that keeps the share `keep`.
     coefficients
-        Coefficients from `fit_coefficients`, or the path of their file: each set is one more variant, such as ``regmean 0.9``. A warning
-        names texts to which they were fitted.
+        Coefficients, or the path of the file that `repair_adapter` writes: one more variant, such as ``regmean 0.9``. A warning names texts
+        to which they were fitted.
     map
         Map from `map_inputs`, or the path of its file: ``nullspace`` is then evaluated at each λ too.
     sequences, length
@@ -168,95 +165,6 @@ def evaluate_variants(base: str | Path, adapter: str | Path, output: str | Path 
 
 BUILT_IN = Path(__file__).parents[1] / "measuring" / "built-in.jsonl"
 """General text for want of a given one: prose, chat and code in a hundred documents; ``built-in.md`` states their sources."""
-
-
-class FitRequest(Request, FittingOptions):
-    """A requested fit.
-
-    Attributes
-    ----------
-    findings
-        Findings whose intruders are scaled for comparison; None measures no comparison.
-    """
-
-    findings: Findings | str | Path | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _ = self.options
-
-    @property
-    def texts(self) -> dict[str, Path]:
-        """Return the paths of the ``general`` and the ``task`` text."""
-        return {"general": Path(self.general or ""), "task": Path(self.task)}
-
-    @cached_property
-    def options(self) -> FitOptions:
-        """Make the options of the fit."""
-        shares = self.keep if isinstance(self.keep, Iterable) and not isinstance(self.keep, str) else [self.keep]
-        keep = tuple(float(share) if isinstance(share, Real) else share for share in shares)
-        return take(FitOptions, vars(self), keep=keep, weights=tuple(self.weights))
-
-    def run(self, monitor: Monitor, workers: Workers | None = None) -> Coefficients:
-        """Run the fit."""
-        return self._prepared(monitor, workers).result(self.file)
-
-    def forecast(self, monitor: Monitor, workers: Workers | None = None) -> DryRun:
-        """Check everything and forecast a run, without writing anything."""
-        return _forecast("fit", self._prepared(monitor, workers, peek=True), self.file)
-
-    def _prepared(self, monitor: Monitor, workers: Workers | None, peek: bool = False) -> PreparedFit:
-        base, adapter, found, run = self.opened(self.adapter, self.findings, monitor, workers, peek)
-        return prepare_fit(base, adapter, self.texts, self.options, self.memory, run, found)
-
-
-@explained(FittingOptions)
-def fit_coefficients(base: str | Path, adapter: str | Path, output: str | Path | None = None, *, general: str | Path, task: str | Path,
-                     **options: Unpack[FitKeywords]) -> Coefficients:  # fmt: skip
-    """Fit new right factors of an adapter to texts, in one sweep over the base's layers.
-
-    The fit keeps at least a share of the learning, by the loss on the task's text, with as little divergence from the base as possible.
-    With ``Δ = L Rᵀ``, new right factors R' make ``Δ' = L R'ᵀ`` respond to the task's inputs as Δ does, and to general inputs as little as
-    possible. No model is built: each weight is read once. This needs transformers with its tokenizers:
-    ``pip install 'intruder-streamer[evaluate]'``.
-
-    Parameters
-    ----------
-    base
-        Directory of the base model: its ``config.json``, its weights and, unless all texts are token ids, its tokenizer.
-    adapter
-        Directory of a PEFT adapter with LoRA factors. Completely saved modules, biases and tokens stay unchanged.
-    output
-        File of factors to write; a killed run resumes between two layers and gives the same bytes. None keeps the result in memory.
-    general, task
-        Texts in a format of `evaluate_variants`: what the model could do before, and what the adapter was trained for.
-    keep
-        Least share of the learning to keep, below 1; several shares give several sets of factors.
-    weights
-        Weights μ of the general text against the task's, in rising order: the candidates that are fitted and measured.
-    holdout
-        Share of each text's sequences to hold out; they choose among the candidates, and give the figures.
-    sequences, length
-        Most sequences of each text, and most tokens of each sequence.
-    seed
-        Seed for choosing the held-out sequences.
-    dtype, device
-        As for `evaluate_variants`.
-
-    Returns
-    -------
-    Coefficients
-        A set for each share; `facts` contains the figures measured on the held-out sequences.
-
-    Raises
-    ------
-    MissingPackageError
-        If transformers is not installed.
-    StreamerError
-        Its class names the kind of error (see `streamer.errors`): `UnsupportedError` for a model or adapter that cannot be fitted,
-        `FormatError` for a text too short to hold sequences out, `NumericError` for a loss of NaN.
-    """
-    return call(FitRequest(base=base, adapter=adapter, output=output, general=general, task=task, **options))
 
 
 class MapRequest(Request, MappingOptions):
@@ -337,8 +245,8 @@ HALF = {"method": Shrink.name, "mitigation_lambda": 0.5}
 # fmt: off
 class RepairRow(TypedDict):
     """A model, as measured on the held-out sequences; the shrink is interpolated between measured ones."""
-    what: Annotated[Literal["adapter", "shrink", "intruders", "repair"], "The unchanged adapter, the shrink that keeps the same share, the "
-        "method that scales intruders (if the findings have any), or the repair."]
+    what: Annotated[Literal["adapter", "shrink", "repair"], "The unchanged adapter, the shrink that keeps the same share, or "
+        "the repair."]
     name: Annotated[str, "Its method, with lambda or share."]
     kept: Annotated[float, "Share of the learning that it keeps."]
     top1_kept: Annotated[float | None, "Share of the adapter's gain in top-1 on the task's text; null if undefined, or not measured."]
@@ -351,9 +259,8 @@ class RepairRecord(TypedDict):
     schema: Literal["streamer.repair/1"]
     chosen: Annotated[Literal["repair", "shrink", "adapter"], "What was written."]
     why: Annotated[str, "The reason, in one line."]
-    rows: Annotated[list[RepairRow], "What was measured: the adapter, the equal shrink if there is one, intruder scaling, the repair."]
+    rows: Annotated[list[RepairRow], "What was measured: the adapter, the equal shrink if there is one, the repair."]
     reliable: Annotated[ReliableRecord, "Whether the denominators of shares are large enough."]
-    intruders: Annotated[Count | None, "Intruders in the given findings; null without findings."]
     fit: Annotated[str, "The file of the fit, beside the output."]
     lora: NotRequired[Annotated[str, "With --to-lora: the adapter as a LoRA adapter, beside the output, which was repaired in its place."]]
     output: Annotated[str, "Path of the output, as given."]
@@ -400,7 +307,7 @@ class RepairRequest(Request, RepairOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.fit
+        _ = self.options
         if self.dequantize and not self.merge:
             raise UsageError(
                 "dequantize: applies only to a model, which `merge=True` writes, found dequantize alone; pass both, or neither"
@@ -411,11 +318,15 @@ class RepairRequest(Request, RepairOptions):
         """Return the path of the output."""
         return Path(self.output)
 
+    @property
+    def factors(self) -> Path:
+        """Return the path of the fit, beside the output."""
+        return self.directory.with_name(f"{self.directory.name}.fit.safetensors")
+
     @cached_property
-    def fit(self) -> FitRequest:
-        """Return the request of the fit, whose file is beside the output."""
-        file = self.directory.with_name(f"{self.directory.name}.fit.safetensors")
-        return take(FitRequest, vars(self), output=file, general=BUILT_IN if self.general is None else self.general)
+    def options(self) -> FitOptions:
+        """Make the options of the fit."""
+        return take(FitOptions, vars(self), weights=tuple(self.weights))
 
     def run(self, monitor: Monitor, workers: Workers | None = None) -> Repaired:
         """Convert the adapter if requested, fit, choose, and write."""
@@ -424,15 +335,15 @@ class RepairRequest(Request, RepairOptions):
             self._conversion.run(monitor)
             return self._converted.run(monitor, workers)
         self._check(monitor)
-        found = self.fit.run(monitor, workers)
-        chosen, why, mitigation = _choice(found)
-        rows = _rows(found)
-        fine, intruders = found.facts["reliable"], found.facts.get("intruders")
+        fit = self._prepared(monitor, workers).result(self.factors)
+        chosen, why, mitigation = _choice(fit)
+        rows = _rows(fit)
+        fine = fit.facts["reliable"]
         measured = why, *(_line(row, fine) for row in rows)
         written = cast(Written, self._output(measured=measured, **mitigation).run(monitor))  # of one adapter
         record: RepairRecord = {
             "schema": "streamer.repair/1", "chosen": chosen, "why": why, "rows": rows, "reliable": fine,
-            "intruders": intruders, "fit": str(self.fit.output), "output": str(self.output), "state": written["state"],
+            "fit": str(self.factors), "output": str(self.output), "state": written["state"],
         }  # fmt: skip
         if self.lora is not None:
             record["lora"] = self.lora
@@ -440,13 +351,8 @@ class RepairRequest(Request, RepairOptions):
 
     def _output(self, **changes: Any) -> OutputRequest:
         """Return a request that writes the adapter mitigated as the changes say."""
-        unset = {
-            "findings": None,
-            "keep": None,
-            "to_lora": None,
-            "device": "cpu",
-            "command": "merge" if self.merge else "mitigate",
-        }
+        command = "merge" if self.merge else "mitigate"
+        unset = {"keep": None, "to_lora": None, "device": "cpu", "command": command}
         return take(OutputRequest, vars(self), **{**unset, **changes})
 
     @property
@@ -471,11 +377,12 @@ class RepairRequest(Request, RepairOptions):
 
     def _refuse_standing(self) -> None:
         """Refuse an output that no repair made."""
-        fitted, output = self.fit.file, self.directory
+        output = self.directory
         stands = output.exists() and not (output.is_dir() and not any(output.iterdir()))
-        if stands and not self.overwrite and not (fitted is not None and fitted.exists()):
+        if stands and not self.overwrite and not self.factors.exists():
             raise OutputExistsError(
-                f"{output}: exists, and {fitted}, its fit, does not; choose another output, or pass --overwrite", output
+                f"{output}: exists, and {self.factors}, its fit, does not; choose another output, or pass --overwrite",
+                output,
             )
 
     def forecast(self, monitor: Monitor, workers: Workers | None = None) -> DryRun:
@@ -490,17 +397,22 @@ class RepairRequest(Request, RepairOptions):
             monitor.emit(Event("note", f"forecast only of {self._conversion.output}, which the fit needs"))
             return {**first, "command": "repair", "output": str(self.output)}
         self._check(monitor)
-        found = self.fit.forecast(monitor, workers)
-        if found["state"] == "done" and not (self.directory / RECORD_NAME).exists():
-            found["state"] = "resume"  # the fit exists, but not its output
-        if not self.directory.exists() and (forecast := found["forecast"]) is not None:
+        dry = _forecast("repair", self._prepared(monitor, workers, peek=True), self.factors)
+        if dry["state"] == "done" and not (self.directory / RECORD_NAME).exists():
+            dry["state"] = "resume"  # the fit exists, but not its output
+        if not self.directory.exists() and (forecast := dry["forecast"]) is not None:
             made = cast(DryRun, self._output(**HALF).forecast(monitor))  # every possible output has the same size
-            found["files"] += made["files"]
+            dry["files"] += made["files"]
             forecast["write_bytes"] += made["bytes"] or 0
-        return {**found, "command": "repair", "output": str(self.output)}
+        return {**dry, "output": str(self.output)}
+
+    def _prepared(self, monitor: Monitor, workers: Workers | None, peek: bool = False) -> PreparedFit:
+        base, adapter, _, run = self.opened(self.adapter, None, monitor, workers, peek)
+        texts = {GENERAL: Path(self.general or BUILT_IN), TASK: Path(self.task)}
+        return prepare_fit(base, adapter, texts, self.options, self.memory, run)
 
 
-def _choice(found: Coefficients) -> tuple[Literal["repair", "shrink", "adapter"], str, dict[str, Any]]:
+def _choice(fit: Coefficients) -> tuple[Literal["repair", "shrink", "adapter"], str, dict[str, Any]]:
     """Choose by the measurements: the repair if it is better than the shrink that keeps the same share, else that shrink or the adapter.
 
     Returns
@@ -508,27 +420,27 @@ def _choice(found: Coefficients) -> tuple[Literal["repair", "shrink", "adapter"]
     chosen, why, mitigation
         What to write, the reason, and the options of `OutputRequest` that write it.
     """
-    (one,) = found.facts["sets"]
-    shrink = one["shrink"]
-    if not found.facts["forgotten"]:
+    (fitted,) = fit.facts["sets"]
+    shrink = fitted["shrink"]
+    if not fit.facts["forgotten"]:
         return "adapter", "the adapter as it is: there is no evidence that it diverges from the base", UNCHANGED
-    held_out = [found.facts["texts"][text]["held"]["sequences"] for text in (GENERAL, TASK)]
-    if not _is_worth_it(one, min(held_out)):
-        trade = one["trade"]
+    held_out = [fit.facts["texts"][text]["held"]["sequences"] for text in (GENERAL, TASK)]
+    if not _is_worth_it(fitted, min(held_out)):
+        trade = fitted["trade"]
         return "adapter", (
             f"the adapter as it is: {trade['name']} {traded(trade)}; a written variant regains over {trade['worth']:g} of what it gives "
             "up, by two standard errors"
         ), UNCHANGED  # fmt: skip
     if shrink is None:
         return "adapter", "the adapter as it is: no measured shrink keeps the same share as the repair", UNCHANGED
-    shares = one["kept"], one["divergence"], shrink["divergence"], shrink["kept"]
+    shares = fitted["kept"], fitted["divergence"], shrink["divergence"], shrink["kept"]
     kept, left, of_shrink, shrink_kept = (f"{100 * share:.1f} %" for share in shares)
     if shrink["verdict"] == "better":
-        what = "that keeps as much" if shrink["kept"] >= one["kept"] else f"that keeps most, {shrink_kept},"
+        what = "that keeps as much" if shrink["kept"] >= fitted["kept"] else f"that keeps most, {shrink_kept},"
         return "repair", (
-            f"{RegMean(found.select(None)).label}: it keeps {kept} of what the adapter learned and leaves {left} of its divergence from "
+            f"{RegMean(fit.select(None)).label}: it keeps {kept} of what the adapter learned and leaves {left} of its divergence from "
             f"the base; the shrink {what} leaves {of_shrink}"
-        ), {"coefficients": found}  # fmt: skip
+        ), {"coefficients": fit}  # fmt: skip
     lam = round(shrink["lambda"], 4)
     if lam == 1:
         why = f"the adapter as it is: the repair leaves {left} of its divergence from the base, which is not less by two standard errors"
@@ -539,7 +451,7 @@ def _choice(found: Coefficients) -> tuple[Literal["repair", "shrink", "adapter"]
     ), {"method": Shrink.name, "mitigation_lambda": lam}  # fmt: skip
 
 
-def _is_worth_it(one: Mapping[str, Any], sequences: int) -> bool:
+def _is_worth_it(fitted: Mapping[str, Any], sequences: int) -> bool:
     """Test whether a set, or the shrink that keeps the same share, regains enough for what it gives up; see `Trade`.
 
     Parameters
@@ -547,27 +459,25 @@ def _is_worth_it(one: Mapping[str, Any], sequences: int) -> bool:
     sequences
         The smaller of the two texts' numbers of held-out sequences.
     """
-    trade, shrink = one.get("trade"), one["shrink"]
+    trade, shrink = fitted.get("trade"), fitted["shrink"]
     if trade is None or trade["worth_it"] or shrink is None:  # files of earlier versions have no trade
         return trade is None or bool(trade["worth_it"])
     # The shrink gives up as much, and regains more by the difference of the divergences.
-    more = trade["regained"] + shrink["kl"] - trade["worth"] * trade["given_up"]
+    excess = trade["regained"] + shrink["kl"] - trade["worth"] * trade["given_up"]
     error = math.hypot(trade["regained_se"], shrink["kl_se"], trade["worth"] * trade["given_up_se"])
-    return Estimate(more, error, sequences).is_positive
+    return Estimate(excess, error, sequences).is_positive
 
 
-def _rows(found: Coefficients) -> list[RepairRow]:
-    facts, shares = found.facts, ("kept", "top1_kept", "forgetting", "divergence")
-    (one,) = facts["sets"]
-    measured: list[tuple[str, str, Mapping[str, Any]]] = [("adapter", "adapter", dict.fromkeys(one, 1.0))]
-    if (shrink := one["shrink"]) is not None:
-        measured.append(("shrink", f"shrink {shrink['lambda']:.3f}", {"kept": one["kept"], **shrink}))
-    if (scaling := facts.get("scaling")) is not None:
-        measured.append(("intruders", scaling["name"], scaling))
-    measured.append(("repair", f"{RegMean.name} {one['keep']:g}", one))
+def _rows(fit: Coefficients) -> list[RepairRow]:
+    facts, shares = fit.facts, ("kept", "top1_kept", "forgetting", "divergence")
+    (fitted,) = facts["sets"]
+    measured: list[tuple[str, str, Mapping[str, Any]]] = [("adapter", "adapter", dict.fromkeys(fitted, 1.0))]
+    if (shrink := fitted["shrink"]) is not None:
+        measured.append(("shrink", f"shrink {shrink['lambda']:.3f}", {"kept": fitted["kept"], **shrink}))
+    measured.append(("repair", f"{RegMean.name} {fitted['keep']:g}", fitted))
     return [
-        cast(RepairRow, {"what": what, "name": name, **{key: own.get(key) for key in shares}})
-        for what, name, own in measured
+        cast(RepairRow, {"what": what, "name": name, **{key: figures.get(key) for key in shares}})
+        for what, name, figures in measured
     ]
 
 
@@ -606,10 +516,7 @@ def repair_adapter(
     task
         Text of the kind that the adapter was trained for, but not used in training, in a format of `evaluate_variants`.
     general
-        Text that shows what the model could do before. None uses the built-in text (prose, chat, code); your own is
-        better.
-    findings
-        Findings from `detect_intruder_dimensions`, or the path of their file: ``paper`` at its default λ is then measured for comparison.
+        Text that shows what the model could do before. None uses the built-in text (prose, chat, code); your own is better.
     keep
         Share of the learning to keep, below 1.
     merge
@@ -619,8 +526,14 @@ def repair_adapter(
     to_lora
         Write the adapter first as a LoRA adapter of this rank, as for `reduce_intruder_dimension`, into ``OUTPUT.lora`` beside the output,
         and repair that one: for DoRA, LoHa, LoKr, a fine-tuned model and all other adapters without LoRA factors.
-    weights, holdout, sequences, length, seed, dtype, device, executor
-        Options of the fit, as for `fit_coefficients`.
+    weights
+        Weights μ of the general text against the task's, in rising order: the candidates that are fitted and measured.
+    holdout, seed
+        Share of each text's sequences to hold out, and the seed for choosing them; they choose among the candidates, and give the figures.
+    sequences, length
+        Most sequences of each text, and most tokens of each sequence.
+    dtype, device
+        As for `evaluate_variants`.
 
     Returns
     -------

@@ -20,9 +20,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from streamer.api import shown
-from streamer.api.threads import choose_threads, set_threads, wait_passively
+from streamer.api.threads import set_threads, wait_passively
 from streamer.cli.parser import BadUsage, build_parser, named_as_option
-from streamer.cli.terminal import Progress, Result, say, silence, summary, verification_text, write_line
+from streamer.cli.terminal import Progress, Result, say, silence, standing, verification_text, write_line
 from streamer.errors import StorageError, StreamerError, UsageError, VerificationError, advice, one_line, printable
 from streamer.events import Event, Monitor
 from streamer.options import Threads, WorkerOptions
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 REQUESTS = {
     "inspect": "records.InspectRequest", "detect": "intruders.DetectRequest", "mitigate": "intruders.OutputRequest",
-    "merge": "intruders.OutputRequest", "report": "report.ReportRequest", "diff": "report.DiffRequest",
-    "verify": "verification.VerifyRequest", "evaluate": "texts.EvaluateRequest", "fit": "texts.FitRequest",
+    "merge": "intruders.OutputRequest", "report": "report.ReportRequest",
+    "verify": "verification.VerifyRequest", "evaluate": "texts.EvaluateRequest",
     "map": "texts.MapRequest", "repair": "texts.RepairRequest", "demo": "demo.DemoRequest",
 }  # fmt: skip
 """Classes of requests in `api`; their modules are imported when the command runs."""
@@ -49,8 +49,6 @@ def run_command(args: argparse.Namespace, monitor: Monitor) -> Result:
         from streamer.api.executors import open_workers
 
         workers = open_workers(args.workers, args.executor, args.threads, monitor)
-    if workers is None and getattr(request, "detects", False):
-        choose_threads(args.threads, monitor)
     on = () if workers is None else (workers,)
     dry = getattr(args, "dry_run", False)
     found = request.forecast(monitor, *on) if dry else request.run(monitor, *on)
@@ -240,14 +238,12 @@ def _run(args: argparse.Namespace, progress: Progress | JsonEvents) -> None:
             progress.close()
     if prints:
         _print(json.dumps(tree, indent=1) if args.json else "\n".join(map(printable, text.split("\n"))))
-    # On a terminal the numbers are just above.
-    shown = prints and not args.json and not args.json_events and sys.stdout.isatty()
-    progress.finish("" if shown else summary(tree))
+    progress.finish(standing(tree))
 
 
 def _paths(args: argparse.Namespace) -> list[str]:
     """Collect the paths given to the command, including addresses as they are printed."""
-    names = ("base", "adapter", "output", "findings", "evaluation", "first", "second", "general", "task")
+    names = ("base", "adapter", "output", "findings", "general", "task")
     values = [getattr(args, name, None) for name in names]
     paths = [path for value in values for path in (value if isinstance(value, list) else [value]) if path]
     with contextlib.suppress(UsageError):  # keep an invalid address as given

@@ -60,6 +60,8 @@ class Parser(argparse.ArgumentParser):
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
+            if isinstance(action, argparse._SubParsersAction) and value in REMOVED:
+                raise BadUsage(f"{value} was removed: {REMOVED[value]}")
             choices = [str(choice) for choice in action.choices]
             near = _closest(str(value), choices)
             raise argparse.ArgumentError(action, f"expected one of {', '.join(choices)}, found {quoted(value)}{near}")
@@ -182,10 +184,8 @@ EXAMPLES = {
     "report": """\
   streamer report findings.safetensors
   streamer report evaluation.json -o report.html
-  streamer report DIR -o report.html
-      one page for a directory of findings, from several adapters
+  streamer report OUTPUT
 """,
-    "diff": "  streamer diff findings.safetensors after.safetensors\n",
     "verify": """\
   streamer verify merged
       checks sizes and digests against the record
@@ -193,7 +193,6 @@ EXAMPLES = {
       recomputes every matrix, and compares every other tensor byte by byte
 """,
     "evaluate": "  streamer evaluate BASE ADAPTER --general web.txt --task chats.jsonl -o e.json\n",
-    "fit": "  streamer fit BASE ADAPTER --general g.txt --task t.jsonl -o c.safetensors\n",
     "map": "  streamer map BASE --general web.txt -o base.map.safetensors\n",
     "repair": """\
   streamer repair BASE ADAPTER --task t.jsonl -o repaired
@@ -244,10 +243,8 @@ COMMANDS: dict[str, tuple[str, tuple[type, ...]]] = {
     "mitigate": ("write a mitigated adapter", (options.MitigateOptions, *RUNS)),
     "merge": ("write the base with the mitigated adapter merged in", (options.MergeOptions, *DIVIDED)),
     "report": ("show findings or an output as a table, JSON or a page", (options.ReportOptions,)),
-    "diff": ("compare two findings on one base: what became of each intruder", (options.DiffOptions,)),
     "verify": ("check an output against its record and its inputs, with independent code", (options.VerifyOptions,)),
     "evaluate": ("measure, on your texts, what each method and lambda keeps and forgets", (options.EvaluateOptions, *DIVIDED)),
-    "fit": ("fit new factors to your texts", (options.FittingOptions, *DIVIDED)),
     "map": ("record the inputs of a base's modules on general text, for --map", (options.MappingOptions, *RUNS)),
     "repair": ("write an adapter that forgets less, as measured on your texts", (options.RepairOptions, *DIVIDED)),
     "demo": ("detect and remove planted intruders in a small generated model", (options.DemoOptions,)),

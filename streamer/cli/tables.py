@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import math
 import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from streamer.api.texts import RepairRecord
     from streamer.detection.findings import Findings
     from streamer.evaluation.evaluation import Evaluation
-    from streamer.report.diff import FindingsDiff, IntruderFate
 
 
 def forecast_table(forecasts: Mapping[str, Mapping[str, Any] | None], screen: Screen) -> str:
@@ -54,9 +52,9 @@ def forecast_table(forecasts: Mapping[str, Mapping[str, Any] | None], screen: Sc
 
 def forecast_text(command: str, forecast: Mapping[str, Any], free: int) -> str:
     """Format one command's forecast in one line."""
-    usual, most, there = (forecast[f"{what}_memory_bytes"] for what in ("peak", "escalated", "device"))
+    usual, most, on_device = (forecast[f"{what}_memory_bytes"] for what in ("peak", "escalated", "device"))
     memory = f", {format_size(most)} if the dense solver, or float64, must decide" if most > usual else ""
-    memory = memory or (f", of it {format_size(there)} on the GPU" if there else "")
+    memory = memory or (f", of it {format_size(on_device)} on the GPU" if on_device else "")
     beside = f" and at most {format_size(held)} temporarily" if (held := forecast["temporary_bytes"]) else ""
     pace = f", on {counted(forecast['threads'], 'thread')}, within a factor of 3 if load and disk stay as they are"
     return (
@@ -78,20 +76,20 @@ def _time(seconds: float | None) -> str:
 
 def dry_run_text(record: Mapping[str, Any], command: str, screen: Screen) -> str:
     """Describe what a run would write and need, for one output or those of several adapters."""
-    found = record.get("adapters")
+    adapters = record.get("adapters")
     tree = record["forecast"]
     forecast = "" if tree is None else forecast_text(command, tree, record["free_bytes"])
-    if found is None:
+    if adapters is None:
         return fit(f"{_line(record)}\n{forecast}".rstrip(), screen.width)
-    parts = [f"{name}\n{_line(one)}" for name, one in found.items()]
+    parts = [f"{name}\n{_line(run)}" for name, run in adapters.items()]
     return "\n\n".join([*parts, f"all together\n{fit(forecast, screen.width)}"] if forecast else parts)
 
 
-def _line(one: Mapping[str, Any]) -> str:
-    says = {"new": "would write", "resume": "would resume", "done": "nothing to do: it exists already"}[one["state"]]
-    written = "" if one["bytes"] is None else f", {format_size(one['bytes'])}"
-    files, matrices = counted(one["files"], "file"), counted(one["matrices"], "matrix")
-    return f"dry run: {says} {one['output']}: {files}{written}; {matrices}"
+def _line(run: Mapping[str, Any]) -> str:
+    says = {"new": "would write", "resume": "would resume", "done": "nothing to do: it exists already"}[run["state"]]
+    written = "" if run["bytes"] is None else f", {format_size(run['bytes'])}"
+    files, matrices = counted(run["files"], "file"), counted(run["matrices"], "matrix")
+    return f"dry run: {says} {run['output']}: {files}{written}; {matrices}"
 
 
 MANY, SHOWN = 20, 10
@@ -130,11 +128,11 @@ def stood(where: object, state: str) -> str:
     return {"read": f"{where}", "present": f"{where} exists already"}.get(state, f"wrote {where}")
 
 
-def next_step(findings: Findings, where: object, screen: Screen, base: str = "BASE", adapter: str = "ADAPTER") -> str:
-    """Give the commands that make the adapter forget less: with texts a repair, which also measures what the findings do; else a shrink."""
+def next_step(findings: Findings, screen: Screen, base: str = "BASE", adapter: str = "ADAPTER") -> str:
+    """Give the commands that make the adapter forget less: with texts a repair, else a shrink."""
     options = views.input_options({"base": findings.base, "adapter": findings.adapter})
     texts = "--general", "TEXT", "--task", "TEXT", "-o", "OUTPUT"
-    repair = ["repair", base, adapter, *texts, "--findings", str(where), *options]
+    repair = ["repair", base, adapter, *texts, *options]
     shrink = ["mitigate", base, adapter, "--method", "shrink", "--lambda", "0.75", "-o", "OUTPUT", *options]
     if any("/" in file["file"] for file in findings.base.get("files", ())):  # a pipeline, which repair does not run
         return fit(f"next: streamer {shlex.join(shrink)}", screen.width)
@@ -250,25 +248,6 @@ def inspect_table(tree: Mapping[str, Any], screen: Screen = NO_LIMIT) -> str:
     )
 
 
-def dtype_table(base_files: Iterable[tuple[str, Sequence[tuple[str, int]]]], screen: Screen = NO_LIMIT) -> str:
-    """Format a base's files with tensors, bytes and dtypes; of many files, the first ones."""
-    rows = []
-    for name, tensors in base_files:
-        by_dtype: dict[str, int] = {}
-        for dtype, nbytes in tensors:
-            by_dtype[dtype] = by_dtype.get(dtype, 0) + nbytes
-        rows.append([name, str(len(tensors)), format_size(sum(by_dtype.values())),
-                     ", ".join(f"{d} {format_size(n)}" for d, n in by_dtype.items())])  # fmt: skip
-    some = rows if screen.every or len(rows) <= MANY else rows[:SHOWN]
-    cells = list(zip(*some, strict=True)) if some else [()] * 4
-    columns = [
-        Column("file", cells[0], left=True, names=True), Column("tensors", cells[1], priority=2), Column("size", cells[2], priority=3),
-        Column("dtypes", cells[3], priority=1, left=True),
-    ]  # fmt: skip
-    total = f"{len(rows)} files, {sum(int(row[1]) for row in rows)} tensors"
-    return screen.join(table(columns, screen), [_cut(len(rows) - len(some), len(rows))], total)
-
-
 def _most(items: Sequence[Any], weight: Any, screen: Screen) -> tuple[list[Any], int]:
     """Choose the items to show and count the others: all in order, or those with the largest weight, largest first."""
     if screen.every or len(items) <= MANY:
@@ -282,43 +261,6 @@ def _cut(count: int, of: int, by: str = "") -> str:
     return f"the {of - count} {which}; --all shows every one" if count else ""
 
 
-_MEANING = {
-    "kept": "remains: the same direction is an intruder in both",
-    "mixed": "mixed: it lies mostly in the span of the second's intruders, but matches none",
-    "gone": "gone: the second findings have no such intruder",
-    "new": "new: the first findings have no such intruder",
-}
-
-
-def diff_table(diff: FindingsDiff, screen: Screen) -> str:
-    """Format one line for each intruder, or the ten that changed most if there are many, and counts."""
-
-    def place(one: IntruderFate) -> tuple[Any, ...]:
-        return views.natural(one.tensor), one.before is None, next(d.rank for d in (one.before, one.after) if d)
-
-    every = sorted(diff.intruders, key=place)
-    cut = len(every) > MANY and not screen.every
-    changed = [one for one in every if one.fate != "kept" or one.sides[:2] != one.sides[2:]]
-
-    def moved(one: IntruderFate) -> float:
-        before, after = (d.singular_value if d else 0.0 for d in (one.before, one.after))
-        return abs(after - before)
-
-    shown = sorted(changed, key=moved, reverse=True)[:SHOWN] if cut else every
-    which = "that have changed" if len(shown) == len(changed) else "whose singular values changed most"
-    words = f"the {len(shown)} {which}, of {len(every)}" if changed else f"none of {len(every)} intruders has changed"
-    lines = [
-        f"{counted(diff.first['intruders'], 'intruder')} before, {diff.second['intruders']} after, "
-        f"in {counted(diff.matrices, 'matrix')} of both: " + views.fates_counted(diff.to_dict()["totals"]),
-        *(_MEANING[fate] for fate in views.FATES if diff.count(fate)),
-    ]
-    for where, names in (("first", diff.only_first), ("second", diff.only_second)):
-        if names:
-            lines.append(f"only in the {where} findings: {counted(len(names), 'matrix')}: {listed(names)}")
-    note = [f"{words}; --all shows every one" if cut else ""]
-    return screen.join(table(diff.columns(shown), screen) if shown else "", note, lines)
-
-
 def evaluation_table(evaluation: Evaluation, names: views.Names, screen: Screen = NO_LIMIT, written: str = "") -> str:
     """Format the verdict, every variant's figures, the reasons, and the commands to run next.
 
@@ -329,76 +271,8 @@ def evaluation_table(evaluation: Evaluation, names: views.Names, screen: Screen 
     """
     suggestion = evaluation.best()
     lines = [*views.reasons(evaluation, suggestion), written, *views.commands(evaluation, suggestion, names)]
-    figures = table(views.figures(evaluation, screen.every), screen)
+    figures = table(views.figures(evaluation), screen)
     return screen.join([views.verdict(evaluation, suggestion)], figures, lines)
-
-
-def fitting_table(facts: Mapping[str, Any], inputs: tuple[str, str], output: str, screen: Screen = NO_LIMIT) -> str:
-    """Format the figures of every set beside its equal shrink, and the commands that use the sets.
-
-    Parameters
-    ----------
-    facts
-        Facts of the fit.
-    inputs, output
-        Base, adapter and the file of the fit, as given.
-    """
-    sets: Sequence[Mapping[str, Any]] = facts["sets"]
-    reliable, shrinks = facts.get("reliable", {}), [one["shrink"] for one in sets]
-    held_out = [facts["texts"][text]["held"]["sequences"] for text in ("general", "task")]
-    columns = [
-        Column("keep", [f"{100 * one['keep']:g}%" for one in sets], "share of the learning to keep", priority=9),
-        Column("kept", [_share(one, "kept", reliable) for one in sets],
-               "fall of the task's loss below the base's; 100% is the adapter's", priority=8),
-        Column("top-1 kept", [_share(one, "top1_kept", reliable) for one in sets],
-               "gain in top-1 on the task's text; 100% is the adapter's", priority=5),
-        Column("KL left", [_share(one, "divergence", reliable) for one in sets], "its divergence from the base; 100% is the adapter's", 7),
-        Column("loss left", [_share(one, "forgetting", reliable) for one in sets],
-               "rise of the general loss above the base's; 100% is the adapter's", priority=4),
-        Column("shrink", ["-" if s is None else f"{s['lambda']:.3f}" for s in shrinks],
-               "lambda of the shrink of the whole adapter that keeps the same share", priority=3),
-        Column("its KL left", ["-" if s is None else _percent(s["divergence"]) for s in shrinks], "that shrink's KL left", priority=5),
-        Column("mu", ["-" if one["mu"] is None else f"{one['mu']:.3g}" for one in sets], "weight of the general text", priority=0),
-    ]  # fmt: skip
-    lines = [
-        f"measured on {held_out[0]} general and {held_out[1]} task held-out sequences, on which the set was chosen"
-    ]
-    words = {"better": "diverges less than that shrink from the base", "worse": "diverges more than that shrink from the base",
-             "not told apart": "does not differ significantly from that shrink in divergence"}  # fmt: skip
-    lines += [f"{100 * one['keep']:g}%: {words[one['shrink']['verdict']]}" for one in sets if one["shrink"] is not None]
-    for one in sets:
-        if (trade := one.get("trade")) is not None and not trade["worth_it"]:
-            lines.append(f"{100 * one['keep']:g}%: probably not worth it: it {views.traded(trade)}")
-    changes = (
-        ("kept", "kept", "learning"),
-        ("top1_kept", "top-1 kept", "top1_gain"),
-        ("forgetting", "loss left", "forgetting"),
-    )
-    lines += [
-        f"{column} is not shown: the adapter's own change is only {facts[of]:.4f} ± {facts[f'{of}_se']:.4f}; more text may help"
-        for name, column, of in changes
-        if not reliable.get(name, True)
-    ]
-    given, file, made = shlex.join(inputs), shlex.quote(output), "mitigate" if facts["factored"] else "merge"
-    keep = f" --keep {views.share_name(sets[0]['keep'])}" if len(sets) > 1 else ""
-    more = "".join(f" {word}" for word in views.input_options(facts))
-    plain = " --dequantize" if facts["quantized"] and made == "merge" else ""
-    lines += [
-        f"next: streamer {made} {given} -o OUTPUT --coefficients {file}{keep}{more}{plain}",
-        f"then, on text that nothing was trained or fitted on: streamer evaluate {given} --general TEXT --task TEXT -o FILE "
-        f"--coefficients {file}{more}",
-    ]
-    return screen.join(table(columns, screen), lines)
-
-
-def _share(one: Mapping[str, Any], name: str, reliable: Mapping[str, bool]) -> str:
-    value, error = one.get(name), one.get(f"{name}_se")
-    known = None not in (value, error) and reliable.get(name, True)
-    return f"{_percent(value or 0)} ± {100 * (error or 0):.1f}" if known else "-"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value + 0.0:.1f}%"
 
 
 def map_text(record: Mapping[str, Any], base: str, screen: Screen) -> str:
@@ -443,14 +317,12 @@ def repair_table(record: RepairRecord, written: Mapping[str, Any], inputs: tuple
     reliable = record["reliable"]
     told = {"kept": reliable["kept"], "top-1 kept": reliable["top1_kept"], "loss left": reliable["forgetting"]}
     why = "the adapter's change is too small to measure on this text; more text may help"
-    none = "the findings have no intruder: scaling them changes nothing, and was not measured"
     converted = f"converted first: {adapter} is {inputs[1]} as a LoRA adapter, and was repaired in its place"
     page = (
         f"a page with these figures: streamer report {shlex.join([record['output'], '-o', record['output'] + '.html'])}"
     )
     lines = [
         f"writes {record['why']}",
-        *([none] if record["intruders"] == 0 else []),
         *(f"{name} is not shown: {why}" for name, fine in told.items() if not fine),
         *views.record_lines(written, stood(record["output"], record["state"])),
         *([converted] if "lora" in record else []),
@@ -478,86 +350,60 @@ def demo_table(result: DemoRecord, screen: Screen = NO_LIMIT) -> str:
 
 
 def report_text(report: Report, where: str, screen: Screen) -> str:
-    """Format a report's subject, with an evaluation if given, and state what was written or what to do next."""
-    subject, parts = report.subject, list[str]()
-    if (found := subject.several) is not None:
-        energies = report.energies()
-        columns = [
-            Column("adapter", list(found), "name of its findings file", left=True, names=True),
-            Column("matrices", [str(len(f)) for f in found.values()], "matrices that it changes", priority=3),
-            Column("intruders", [str(f.intruders) for f in found.values()], "intruders in all matrices", priority=9),
-            Column("in", [str(sum(bool(m.detection.intruders) for m in f)) for f in found.values()], "matrices with intruders", priority=2),
-            Column("|delta|", [f"{math.sqrt(energy):#.4g}" for energy, _ in energies], "Frobenius norm of the delta", priority=4),
-            Column("energy", [f"{100 * share:.1f}%" for _, share in energies], "the intruders' share of |delta|^2", priority=8),
-            Column("lost", [f"{100 * max((m.detection.dropped_at_zero for m in f), default=0.0):.1f}%" for f in found.values()],
-                   "largest share of a matrix's delta lost in projection by `mitigate --lambda 0 --method paper`", priority=5),
-            Column("certified", [str(sum(m.detection.certified for m in f)) for f in found.values()], "matrices with proven decisions", 6),
-        ]  # fmt: skip
-        parts.append(table(columns, screen))
-    if subject.record is not None:
-        parts.append(record_table({**subject.record, "state": "read"}, where, screen))
-    if subject.findings is not None:
-        parts.append(findings_table(subject.findings, screen))
-    if subject.evaluation is not None:
-        file = shlex.quote(where)
-        names = views.Names(output=file) if subject.findings is None else views.Names(findings=file)
-        parts.append(evaluation_table(subject.evaluation, names, screen))
+    """Format a report's subject, and state what was written or what to do next."""
+    subject, page, next_lines = report.subject, "", ""
     if report.written is not None:
-        files = report.written.files
-        last = f"{stood(report.output, report.written.state)}: {counted(len(files), 'file')}, {format_size(sum(files.values()))}"
-        parts.append(fit(last, screen.width))
-    if subject.findings is not None and subject.evaluation is None:
-        parts.append(next_step(subject.findings, where, screen))
-    return "\n\n".join(parts)
+        page = fit(f"{stood(report.output, report.written.state)}: {format_size(report.written.nbytes)}", screen.width)
+    if isinstance(subject, views.Findings):
+        text, next_lines = findings_table(subject, screen), next_step(subject, screen)
+    elif isinstance(subject, views.Evaluation):
+        text = evaluation_table(subject, views.Names(output=shlex.quote(where)), screen)
+    else:
+        text = record_table({**subject, "state": "read"}, where, screen)
+    return screen.join(text, page, next_lines)
 
 
-def result(found: Any, args: argparse.Namespace, monitor: Monitor) -> Result:
+def result(outcome: Any, args: argparse.Namespace, monitor: Monitor) -> Result:
     """Return what the command's request returned."""
     page = args.command == "report" and args.output is not None  # explains its figures: the table needs no legend
     on = screen(args.all, args.legend and not page)
     if getattr(args, "dry_run", False):
-        return found, dry_run_text(found, args.command, on)
+        return outcome, dry_run_text(outcome, args.command, on)
     output = getattr(args, "output", None) or ""
     state = monitor.outputs.get(Path(output), "")
     match args.command:
         case "inspect":
-            files = found.files
-            text = inspect_table(found.record, on) if files is None else dtype_table(files.items(), on)
-            return found.record, text
+            return outcome, inspect_table(outcome, on)
         case "detect":
-            return _detected(found, args, on)
+            return _detected(outcome, args, on)
         case "mitigate" | "merge":
-            return _each(found, lambda one, on: ({**one}, record_table(one, one["output"], on)), output, on)
+            return _each(
+                outcome, lambda record, on: ({**record}, record_table(record, record["output"], on)), output, on
+            )
         case "report":
-            return found.record(), report_text(found, args.findings, on)
-        case "diff":
-            return found.to_dict(), diff_table(found, on)
+            return outcome.record(), report_text(outcome, args.findings, on)
         case "evaluate":
-            tree = {**found.to_dict(), "output": output, "state": state}
-            return tree, evaluation_table(found, _names(args), on, stood(output, state))
-        case "fit":
-            text = fitting_table(found.facts, (shown(args.base), shown(args.adapter)), output, on)
-            tree = {"schema": "streamer.fit/1", **found.facts, "output": output, "state": state}
-            return tree, f"{text}\n{stood(output, state)}"
+            tree = {**outcome.to_dict(), "output": output, "state": state}
+            return tree, evaluation_table(outcome, _names(args), on, stood(output, state))
         case "map":
-            tree = {**views.map_record(found, output, state)}
+            tree = {**views.map_record(outcome, output, state)}
             return tree, map_text(tree, shown(args.base[0]), on)
         case "repair":
             inputs = shown(args.base), shown(args.adapter)
-            return found.record, repair_table(found.record, found.written, inputs, on)
+            return outcome.record, repair_table(outcome.record, outcome.written, inputs, on)
         case _:
-            return found, demo_table(found, on)
+            return outcome, demo_table(outcome, on)
 
 
-def _detected(found: Any, args: argparse.Namespace, on: Screen) -> Result:
-    def result(one: Any, on: Screen) -> Result:
-        record = {**one.findings.record(), "output": str(one.path), "state": one.state}
-        return record, findings_table(one.findings, on, one.path, one.state)
+def _detected(outcome: Any, args: argparse.Namespace, on: Screen) -> Result:
+    def result(detected: Any, on: Screen) -> Result:
+        record = {**detected.findings.record(), "output": str(detected.path), "state": detected.state}
+        return record, findings_table(detected.findings, on, detected.path, detected.state)
 
-    tree, text = _each(found, result, args.output, on)
-    name, last = list(found.items())[-1] if isinstance(found, dict) else (None, found)
-    base, given = shown(args.base), shown(args.adapter[0]) if name is None else "ADAPTER"
-    return tree, f"{text}\n\n{next_step(last.findings, last.path, on, base, given)}"
+    tree, text = _each(outcome, result, args.output, on)
+    name, last = list(outcome.items())[-1] if isinstance(outcome, dict) else (None, outcome)
+    base, adapter = shown(args.base), shown(args.adapter[0]) if name is None else "ADAPTER"
+    return tree, f"{text}\n\n{next_step(last.findings, on, base, adapter)}"
 
 
 def _names(args: argparse.Namespace) -> views.Names:
@@ -574,12 +420,12 @@ def _names(args: argparse.Namespace) -> views.Names:
     )
 
 
-def _each(found: Any, result: Callable[[Any, Screen], Result], output: str, on: Screen) -> Result:
+def _each(outcome: Any, result: Callable[[Any, Screen], Result], output: str, on: Screen) -> Result:
     """Combine results for several adapters by name, in full with `--all`; return a single adapter's result unchanged."""
-    if not isinstance(found, views.ByName):
-        return result(found, on)
+    if not isinstance(outcome, views.ByName):
+        return result(outcome, on)
     later = replace(on, legend=False)  # one legend is enough
-    parts = {name: result(one, later if i else on) for i, (name, one) in enumerate(found.items())}
+    parts = {name: result(part, later if i else on) for i, (name, part) in enumerate(outcome.items())}
     trees = {name: tree for name, (tree, _) in parts.items()}
     if on.every:
         text = "\n\n".join(f"{name}\n{text}" for name, (_, text) in parts.items())

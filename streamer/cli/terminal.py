@@ -1,4 +1,4 @@
-"""Write to people's terminals and logs: progress, warnings and notes on stderr, a last line in numbers, the result of a verification.
+"""Write to people's terminals and logs: progress, warnings and notes on stderr, a last line with the time, the result of a verification.
 
 Progress is a bar on a terminal, and periodic lines in a log. Nothing here imports torch.
 """
@@ -149,7 +149,7 @@ class Progress:
             self._ticker.join()
 
     def finish(self, summary: str) -> None:
-        """Print the last line: what the command did and how long it took."""
+        """Print the last line: how long the command took, and whether its output existed before."""
         if not self._quiet:
             what = f"{summary}, in" if summary else "done in"
             say(f"streamer: {self._command}: {what} {format_duration(time.monotonic() - self._began)}")
@@ -214,64 +214,10 @@ def left_out(found: Mapping[str, Any]) -> str:
     return f"not compared: {' and '.join(counts) or 'nothing'}{'' if tried else '; --sample all compares everything'}"
 
 
-def summary(tree: Mapping[str, Any]) -> str:
-    """Summarise a result in half a line from its JSON object, including whether it existed before."""
-    parts = [tree] if "adapters" not in tree else list(tree["adapters"].values())
+def standing(tree: Mapping[str, Any]) -> str:
+    """Say how many of a command's outputs existed before, from its JSON object; nothing if none did."""
+    parts = list(tree["adapters"].values()) if "adapters" in tree else [tree]
     present = sum(part.get("state") == "present" for part in parts)
     if not present:
-        return _held(tree)
-    return f"{_held(tree)}, {'exists' if len(parts) == 1 else f'{present} of {len(parts)} exist'} already"
-
-
-def _held(tree: Mapping[str, Any]) -> str:
-    schema = str(tree["schema"]).partition("/")[0]
-    if schema == "streamer.several":
-        parts = list(tree["adapters"].values())
-        keys = ("matrices", "intruders", "certified", "changed", "bytes")
-        totals = {key: sum(part.get("totals", {}).get(key, 0) for part in parts) for key in keys}
-        one = {**parts[0], "totals": totals, "files": [f for part in parts for f in _files(part)]}
-        return f"{counted(len(parts), 'adapter')}, {_held(one)}"
-    t = tree.get("totals", {})
-    files = f"{counted(len(_files(tree)), 'file')}" if "files" in tree else ""
-    match schema:
-        case "streamer.findings":
-            return (
-                f"{counted(t['matrices'], 'matrix')}, {counted(t['intruders'], 'intruder')}, {t['certified']} certified"
-            )
-        case "streamer.output":
-            from streamer.api.views import takes_findings
-
-            scaled = f"{counted(t['intruders'], 'intruder')} scaled, " if takes_findings(tree["method"]) else ""
-            merged = f"{counted(t['matrices'], 'matrix')} merged, " if tree["command"] == "merge" else ""
-            changed = f"{t['changed']} of {counted(t['matrices'], 'matrix')} mitigated"
-            return f"{merged}{changed}, {scaled}{files}, {format_size(t['bytes'])}"
-        case "streamer.verification":
-            compared = (
-                f", {counted(t['recomputed'], 'matrix')} recomputed, {left_out(tree)}" if "inputs" in tree else ""
-            )
-            return f"{counted(t['files'], 'file')}, {format_size(t['bytes'])}, nothing differs{compared}"
-        case "streamer.evaluation":
-            chosen = tree["suggestion"]["name"]
-            return f"{counted(len(tree['variants']), 'variant')}{f', {chosen} suggested' if chosen else ''}"
-        case "streamer.report":
-            return f"{_held(tree['findings'] or tree['record'] or tree['evaluation'])}{files and f', {files}'}"
-        case "streamer.diff":
-            from streamer.api.views import fates_counted
-
-            return fates_counted(t)
-        case "streamer.fit":
-            return f"{counted(len(tree['sets']), 'set')} of new factors"
-        case "streamer.map":
-            return f"{counted(tree['inputs'], 'input')} of {counted(tree['matrices'], 'matrix')}"
-        case "streamer.repair":
-            return f"{'converted to LoRA, ' if 'lora' in tree else ''}chose the {tree['chosen']}"
-        case "streamer.demo":
-            return f"{t['planted']} intruders planted, {t['found']} found, {t['gone']} gone"
-        case "streamer.plan":
-            return counted(t["matrices"], "matrix") if "matrices" in t else counted(t["tensors"], "tensor")
-    return "nothing written" if schema == "streamer.dry-run" else ""
-
-
-def _files(part: Mapping[str, Any]) -> list[Any]:
-    files = part.get("files", [])
-    return files if isinstance(files, list) else []  # a dry run has only their number
+        return ""
+    return "exists already" if len(parts) == 1 else f"{present} of {len(parts)} exist already"

@@ -221,10 +221,10 @@ class PreparedEvaluation(Prepared[Evaluation]):
 
     def _load(self, path: Path) -> Evaluation:
         """Load an evaluation; refuse it if its variants cannot be compared with this run's variants."""
-        found = load_evaluation(path)
-        if differing := differences(self.facts, found.facts):
+        known = load_evaluation(path)
+        if differing := differences(self.facts, known.facts):
             raise of_others(path, self.one, differing)
-        return found
+        return known
 
     def sweeps(self, known: Evaluation | None = None) -> list[Work]:
         """List the sweeps for what an earlier run has not measured."""
@@ -240,10 +240,10 @@ class PreparedEvaluation(Prepared[Evaluation]):
 
     def result(self, output: Path | None) -> Evaluation:
         """Measure the missing variants; write the evaluation to a file if an output is named."""
-        found = super().result(output)
-        if found.best().swapped:
-            self.run.monitor.warn((ask_swapped(found.task),))
-        return found
+        evaluation = super().result(output)
+        if evaluation.best().swapped:
+            self.run.monitor.warn((ask_swapped(evaluation.task),))
+        return evaluation
 
     def save(self, made: Evaluation, path: Path) -> None:
         """Write the evaluation."""
@@ -273,27 +273,27 @@ class PreparedEvaluation(Prepared[Evaluation]):
             one_length = self.one_length or self._padding_changes(records)
             base, *rest = without_scaling(self.wanted, facts)
             done = () if known is None else known.variants
-            missing, found = [v for v in rest if EvaluatedVariant.of(v) not in done], known
+            missing, evaluation = [v for v in rest if EvaluatedVariant.of(v) not in done], known
 
             measure = partial(self._measured, facts=facts, one_length=one_length, records=records, progress=progress)
             if missing:
-                found = measure(known, (base, *missing))
-            assert found is not None
+                evaluation = measure(known, (base, *missing))
+            assert evaluation is not None
             again = bool(missing) or (known is not None and known.keep != keep)
-            if again and (lam := _place(found, keep)) is not None:
-                found = measure(replace(found, facts=facts), (base, Variant.of(Shrink(lam))))
+            if again and (lam := _place(evaluation, keep)) is not None:
+                evaluation = measure(replace(evaluation, facts=facts), (base, Variant.of(Shrink(lam))))
             progress.finish()
-        return replace(found, facts=facts, keep=keep)
+        return replace(evaluation, facts=facts, keep=keep)
 
     def _padding_changes(self, records: Records) -> bool:
         """Check the logits, and test whether padding changes them."""
-        found = records.find("one_length")
-        if found is None:
+        recorded = records.find("one_length")
+        if recorded is None:
             held_out = riders(self.texts, 1, self.model.size, ROWS, self.one_length)
             changed = padding_changes(self.model, [part.text for part in held_out], self.run.monitor.checkpoint)
-            found = {"one_length": np.array([float(changed)])}
-            records.add("one_length", found)
-        return bool(found["one_length"][0])
+            recorded = {"one_length": np.array([float(changed)])}
+            records.add("one_length", recorded)
+        return bool(recorded["one_length"][0])
 
     def _measured(self, known: Evaluation | None, variants: Sequence[Variant], facts: Mapping[str, Any], one_length: bool,
                   records: Records, progress: Progress) -> Evaluation:  # fmt: skip
@@ -302,36 +302,36 @@ class PreparedEvaluation(Prepared[Evaluation]):
         Variants that join earlier ones ride through the same sequences.
         """
         model, keep, sums = self.model, self.options.keep, dict[str, SequenceSums]()
-        lengths = None if known is None else {name: len(own.tokens) for name, own in known.sums.items()}
+        lengths = None if known is None else {name: len(s.tokens) for name, s in known.sums.items()}
         model.use(replace(model.job, variants=tuple(variants), findings=self.findings))
         names, blocks = json.dumps([variant.name for variant in variants]), self.blocks()
         sweeps = self.expected(known) or [(block, len(variants)) for block in blocks]
 
         def joined(known: Evaluation | None) -> Evaluation:
-            of, own = [*map(EvaluatedVariant.of, variants)], sums
+            named, joint = [*map(EvaluatedVariant.of, variants)], sums
             if known is not None:
-                of, added = [*known.variants, *of[1:]], range(1, len(of))
-                own = {text: known.sums[text].joined(new.take(added)) for text, new in sums.items()}
-            order = sorted(range(len(of)), key=lambda v: of[v].order)
-            ordered = {text: one.take(order) for text, one in own.items()}
-            return Evaluation.of([of[v] for v in order], ordered, facts, keep)
+                named, added = [*known.variants, *named[1:]], range(1, len(named))
+                joint = {text: known.sums[text].joined(new.take(added)) for text, new in sums.items()}
+            order = sorted(range(len(named)), key=lambda v: named[v].order)
+            ordered = {text: s.take(order) for text, s in joint.items()}
+            return Evaluation.of([named[v] for v in order], ordered, facts, keep)
 
         for number, block in enumerate(blocks):
-            if sums and lengths is not None and all(len(own.tokens) >= lengths[name] for name, own in sums.items()):
+            if sums and lengths is not None and all(len(s.tokens) >= lengths[name] for name, s in sums.items()):
                 break
             key = f"{number} {names}"
             recorded = {name: arrays for name in block if (arrays := records.find(f"{key} {name}")) is not None}
-            found = {name: SequenceSums(**arrays) for name, arrays in recorded.items()}
-            if found.keys() != block.keys():
+            measures = {name: SequenceSums(**arrays) for name, arrays in recorded.items()}
+            if measures.keys() != block.keys():
                 limits = self.limits_of(self.work(block, len(variants)))
                 held_out = riders(block, len(variants), model.size, limits.rows, one_length)
                 rest = [sweep_cost(model.size, self.work(*sweep).riding) for sweep in sweeps[number:]]
                 progress.expect(sum(rest), len(rest) * (len(model.layers) + 1))
-                found = measured(model, block, held_out, progress, limits, states=records.states(key))
-                for name, own in found.items():
-                    arrays = {kind: getattr(own, kind) for kind in ("tokens", *ARRAYS, *own.answers)}
+                measures = measured(model, block, held_out, progress, limits, states=records.states(key))
+                for name, s in measures.items():
+                    arrays = {kind: getattr(s, kind) for kind in ("tokens", *ARRAYS, *s.answers)}
                     records.add(f"{key} {name}", arrays)
-            sums |= {name: sums[name].followed(own) if name in sums else own for name, own in found.items()}
+            sums |= {name: sums[name].followed(s) if name in sums else s for name, s in measures.items()}
             if lengths is None and clear(joined(None)):
                 break
         return joined(known)
@@ -346,7 +346,7 @@ def prepare(base_path: str | Path, adapter: Path, texts: Mapping[str, Path], fin
     texts
         Paths of the ``general`` and the ``task`` text, and of others by file name.
     """
-    model, given = open_model(base_path, adapter, findings, options, run)
+    model, findings = open_model(base_path, adapter, findings, options, run)
     plan, read = model.job.plan, read_texts(model, texts, options.sequences, options.length, run.monitor)
     stated = {} if options.coefficients is None else options.coefficients.facts.get("texts")
     facts = [text for text in stated.values() if isinstance(text, dict)] if isinstance(stated, dict) else []
@@ -359,7 +359,7 @@ def prepare(base_path: str | Path, adapter: Path, texts: Mapping[str, Path], fin
             )  # fmt: skip
     ordered = {name: spread(text) for name, text in read.items()}
     one_length = chooses_keys(model, read)
-    return PreparedEvaluation(plan, run, max_memory, model, options, given, ordered, one_length).beside_workers()
+    return PreparedEvaluation(plan, run, max_memory, model, options, findings, ordered, one_length).beside_workers()
 
 
 def open_model(base_path: str | Path, adapter: Path, findings: Findings | None, options: EvaluationOptions,

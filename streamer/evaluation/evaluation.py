@@ -21,9 +21,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NotRequired, Self, TypedDict, cast
 
@@ -38,7 +37,6 @@ from streamer.measuring.statistics import (
     ANSWERS,
     MEASURES,
     MOST_LOSS,
-    QUANTILES,
     BinsRecord,
     Effect,
     Estimate,
@@ -55,7 +53,7 @@ from streamer.measuring.statistics import (
 from streamer.measuring.texts import GENERAL, TASK
 from streamer.methods import METHODS, MethodName, NullSpace, RegMean, Shrink, takes_findings
 from streamer.methods.files import Coefficients, CoefficientsRecord, InputMap, MapRecord
-from streamer.options import EvaluateOptions
+from streamer.options import SHARE, EvaluateOptions
 from streamer.plan.side_files import AdapterSource, BaseSource
 from streamer.storage.files import open_regular, strict_json
 from streamer.streaming.values import Variant, make_variants
@@ -128,13 +126,13 @@ def against_shrink(evaluation: Evaluation, variant: int) -> ShrinkComparison | N
     others = [n for n in near if n != farthest]
     shrink, slope = _weights(near, lam, len(losses))
     fewer, _ = _weights(others, _crossing(others, between, losses, losses[variant]), len(losses))
-    own = np.eye(len(variants))[variant]
-    matched, by_lambda = task.of("loss", own - shrink).error, task.of("loss", slope).value
+    unit = np.eye(len(variants))[variant]
+    matched, by_lambda = task.of("loss", unit - shrink).error, task.of("loss", slope).value
 
     def estimate(sums: SequenceSums, name: str) -> Estimate:
-        found, interpolated = sums.of(name, own - shrink), sums.of(name, shrink - fewer).value
+        difference, interpolated = sums.of(name, unit - shrink), sums.of(name, shrink - fewer).value
         along = sums.of(name, slope).value / by_lambda * matched
-        return Estimate(found.value, math.hypot(found.error, along, interpolated), found.sequences)
+        return Estimate(difference.value, math.hypot(difference.error, along, interpolated), difference.sequences)
 
     return ShrinkComparison(lam, between, estimate(general, "loss"), estimate(general, "kl"), estimate(task, "right"))
 
@@ -254,12 +252,6 @@ def ask_swapped(task: SequenceSums) -> str:
     """Ask whether the texts are swapped, because the adapter has a higher loss on the task's text than the base."""
     loss = task.mean("loss", ADAPTER_ROW, BASE_ROW)
     return f"the adapter's loss on the task's text is above the base's, by {loss.value:.4f} ± {loss.error:.4f}: are the two texts swapped?"
-
-
-def check_keep(keep: float) -> None:
-    """Refuse a share to keep that is not a number in (0, 1]."""
-    if isinstance(keep, bool) or not isinstance(keep, Real) or not 0 < keep <= 1:
-        raise UsageError(f"keep: expected a share in (0, 1], found {keep!r}")
 
 
 ProductDtype = Literal["float32", "bf16"]
@@ -539,7 +531,7 @@ class Evaluation:
     @classmethod
     def of(cls, variants: Sequence[EvaluatedVariant], sums: Sums, facts: Facts, keep: float) -> Self:
         """Make an object of this class from the sums on each text, by name."""
-        others = {name: own for name, own in sums.items() if name not in (GENERAL, TASK)}
+        others = {name: s for name, s in sums.items() if name not in (GENERAL, TASK)}
         return cls(tuple(variants), sums[GENERAL], sums[TASK], facts, keep, others)
 
     @property
@@ -550,7 +542,7 @@ class Evaluation:
     @property
     def answered(self) -> dict[str, SequenceSums]:
         """Return the sums on each text of questions, by name."""
-        return {name: own for name, own in self.sums.items() if own.acc is not None}
+        return {name: sums for name, sums in self.sums.items() if sums.acc is not None}
 
     def best(self, keep: float | None = None) -> Suggestion:
         """Suggest the variant that forgets least among those that keep this share of the learning; see `Suggestion`.
@@ -561,7 +553,8 @@ class Evaluation:
             If `keep` is not in (0, 1].
         """
         keep, variants, general, task = self.keep if keep is None else keep, self.variants, self.general, self.task
-        check_keep(keep)
+        if not SHARE.holds(keep):
+            raise UsageError(f"keep: expected {SHARE.words}, found {keep!r}")
         adapter, learning = variants[ADAPTER_ROW], task.mean("loss", BASE_ROW, ADAPTER_ROW)
         if not learning.is_positive:
             return Suggestion(None, "not learned", keep, swapped=learning.is_negative)
@@ -643,7 +636,7 @@ class Evaluation:
     def to_dict(self, keep: float | None = None) -> EvaluationRecord:
         """Make the JSON object (schema ``streamer.evaluation/1``); `from_json` rebuilds the evaluation from its sums per sequence."""
         best = self.best(keep)
-        others = [record(OtherText, own, name) for name, own in self.others.items()]
+        others = [record(OtherText, sums, name) for name, sums in self.others.items()]
         return cast(EvaluationRecord, {
             "schema": SCHEMA,
             "verdict": verdict(self, best),
@@ -665,7 +658,7 @@ class Evaluation:
 
         def others(v: VariantRecord) -> list[dict[str, Any]]:
             pairs = zip(shown, v.get("others", []), strict=True)
-            return [{**own} if fine else {**own, "share": None, "share_se": None} for fine, own in pairs]
+            return [{**figures} if fine else {**figures, "share": None, "share_se": None} for fine, figures in pairs]
 
         return [{**v, **no_shares, "others": others(v)} for v in tree["variants"]]
 
@@ -690,9 +683,9 @@ class Evaluation:
             keys = keys_of(EvaluationFacts)
             facts = {key: tree[key] for key in keys if key in tree or not keys[key][1]}
             texts = {text: (tree["tokens"][text], [v[text] for v in tree["variants"]]) for text in (GENERAL, TASK)}
-            for i, one in enumerate(tree.get("others", ())):
-                texts[one["name"]] = one["tokens"], [v["others"][i] for v in tree["variants"]]
-            sums = {text: _sums(text, *own) for text, own in texts.items()}
+            for i, other in enumerate(tree.get("others", ())):
+                texts[other["name"]] = other["tokens"], [v["others"][i] for v in tree["variants"]]
+            sums = {text: _sums(text, *figures) for text, figures in texts.items()}
             made = cls.of(variants, sums, facts, tree.get("keep", tree["suggestion"]["keep"]))
             made.to_json()  # fails for sums that no run has, such as negative squares
             return made
@@ -706,14 +699,8 @@ class Evaluation:
         return record(TradeRecord, Trade.of(self, self.variants.index(variant)), variant.name)
 
 
-def figures(evaluation: Evaluation, every: bool = False) -> list[Column]:
-    """Make the columns of an evaluation's table, names first; a star marks variants on the front.
-
-    Parameters
-    ----------
-    every
-        Whether to include the figures of llama-perplexity and of PEFT's method comparison.
-    """
+def figures(evaluation: Evaluation) -> list[Column]:
+    """Make the columns of an evaluation's table, names first; a star marks variants on the front."""
     general, task, best = evaluation.general, evaluation.task, set(evaluation.front())
     return [
         Column("variant", [v.name + " *" * (v.name in best) for v in evaluation.variants],
@@ -734,30 +721,6 @@ def figures(evaluation: Evaluation, every: bool = False) -> list[Column]:
                 "where top-1 lies between the base's (0%) and the adapter's (100%)", 5),
         *_accuracies("task", task, left=False),
         *(column for name, sums in evaluation.others.items() for column in _other(name, sums)),
-        *(field_figures(general) if every else ()),
-    ]  # fmt: skip
-
-
-def field_figures(general: SequenceSums) -> list[Column]:
-    """Make the columns that llama-perplexity and PEFT's method comparison report, on general text."""
-    variants = range(len(general.loss))
-
-    def four(values: Iterable[float]) -> list[str]:
-        return [f"{value:.4g}" if math.isfinite(value) else "-" for value in values]
-
-    def percents(estimates: Iterable[Estimate]) -> list[str]:
-        return cells([Estimate(100 * one.value, 100 * one.error, one.sequences) for one in estimates])
-
-    return [
-        Column("CE rise", _means(general, "loss", BASE_ROW),
-                "mean loss on general text minus the base's, which PEFT's method comparison calls forgetting", 0),
-        Column("PPL ratio", cells([*map(general.perplexity_ratio, variants)]), "perplexity on general text divided by the base's", 0),
-        *(Column(f"KL {100 * share:g}%", four(general.kl_quantile(v, share) for v in variants),
-                  f"KL that {100 * share:g}% of general text's tokens do not exceed, within 1%", 0) for share in QUANTILES.values()),
-        Column("KL max", four(map(general.kl_largest, variants)), "the largest KL of a token of general text", 0),
-        Column("mean Δp", percents(general.mean("p_change", v) for v in variants),
-                "mean change in the probability of general text's tokens, in %", 0),
-        Column("RMS Δp", percents(map(general.p_rms, variants)), "root mean square of this change, in %", 0),
     ]  # fmt: skip
 
 
@@ -883,9 +846,9 @@ def verdict(evaluation: Evaluation, suggestion: Suggestion) -> str:
     return f"use {variant.name}: it keeps {kept} of what the adapter learned and leaves {left} of its divergence from the base"
 
 
-def traded(found: Mapping[str, Any]) -> str:
+def traded(trade: Mapping[str, Any]) -> str:
     """Say what a `TradeRecord` regains and gives up."""
-    return _traded(*(f"{found[key]:.4f} ± {found[f'{key}_se']:.4f}" for key in ("regained", "given_up")))
+    return _traded(*(f"{trade[key]:.4f} ± {trade[f'{key}_se']:.4f}" for key in ("regained", "given_up")))
 
 
 def _trade(trade: Trade) -> str:

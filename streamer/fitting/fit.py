@@ -3,8 +3,8 @@
 Each text is divided into a part for fitting and a held-out part. General text runs through the base, task text through base + adapter, and
 both run through the model that is being repaired, once for each candidate: a weight μ of the general text. At each site every candidate's
 factors are fitted to the inputs that its own layers before produce. Held-out sequences ride along under the base, the adapter, the
-candidates and shrinks. For each share to keep, the candidate that diverges least from the base among those that keep it is chosen; if the
-next one keeps less, their factors are interpolated, and the result rides in a second sweep, beside the shrink that keeps as much.
+candidates and shrinks. The candidate that diverges least from the base among those that keep the share is chosen; if the next one keeps
+less, their factors are interpolated, and the result rides in a second sweep, beside the shrink that keeps as much.
 """
 
 from __future__ import annotations
@@ -17,34 +17,29 @@ from functools import cached_property
 from itertools import pairwise
 from math import nan
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from streamer.adapters.modules import MethodModule
-from streamer.detection.findings import Findings
 from streamer.detection.options import Run
 from streamer.errors import FormatError, MismatchError, NumericError, UnsupportedError, UsageError
 from streamer.evaluation.evaluation import (
     Evaluation,
-    ModelFacts,
     ProductDtype,
     ReliableRecord,
-    TextFacts,
-    TradeRecord,
     against_shrink,
     ask_swapped,
     check_dtype,
 )
-from streamer.json_types import Amount, Count, Difference, KeptShare, Keywords, Mean, Sha256, State
+from streamer.json_types import Difference, Mean
 from streamer.linalg.moments import GENERAL_RIDGE, RIDGE, Refit, System, TextInputs, basis, refit, refit_one_hot
 from streamer.linalg.operators import LowRank
 from streamer.measuring.runs import (
     ADAPTER_ROW,
     BASE_ROW,
-    Configs,
     EvaluatedVariant,
     Limits,
     Part,
@@ -74,10 +69,9 @@ from streamer.measuring.texts import (
     refuse_new_tokens,
     sample_digest,
 )
-from streamer.methods import UNCHANGED, Paper, RegMean, Shrink, share_name
+from streamer.methods import UNCHANGED, RegMean, Shrink, share_name
 from streamer.methods.files import FIT, Coefficients, FactorSet, load_coefficients
-from streamer.options import FittingOptions, RepairOptions
-from streamer.output.write import fitting_findings
+from streamer.options import RepairOptions
 from streamer.plan.plan import Plan, make_plan
 from streamer.plan.targets import Target
 from streamer.storage.files import limit_freed_memory
@@ -144,20 +138,6 @@ MISSED = 0.01
 
 
 # fmt: off
-class _TextPart(TypedDict):
-    sequences: Annotated[Count, "Its sequences."]
-    tokens: Annotated[Count, "Their tokens whose losses count."]
-
-class FittedText(TextFacts):
-    """A text, and its two parts."""
-    sample_sha256: Annotated[Sha256, "SHA-256 (hexadecimal) of the file's size and a sample of its bytes, whichever part was used."]
-    fitted: Annotated[_TextPart, "The part on which factors are fitted."]
-    held: Annotated[_TextPart, "The held-out part, on which mu is chosen and figures are measured."]
-
-class _FittedTexts(TypedDict):
-    general: Annotated[FittedText, "What the base can do and should not forget."]
-    task: Annotated[FittedText, "What the adapter was trained for."]
-
 FittedShrink = TypedDict("FittedShrink", {
     "lambda": Annotated[float, "Lambda of that shrink.", lambda c, *_: c.mitigation_lambda],
     "kept": NotRequired[Annotated[float, "Share of the learning that it keeps: the set's, or the most that a shrink keeps.",
@@ -185,34 +165,6 @@ class _Shares(TypedDict):
     divergence: Annotated[Mean | None, "Mean divergence on the general text as a share of the adapter's; null if that is 0.",
         lambda e, v: e.general.share("kl", v)]
 
-class ScalingRecord(_Shares):
-    """A method that scales intruders, measured beside what was fitted."""
-    name: Annotated[str, "Method and lambda."]
-
-class SetRecord(_Shares):
-    """The factors for a share."""
-    keep: Annotated[KeptShare, "Share of the learning to keep."]
-    missed: NotRequired[Annotated[bool, "Whether it keeps less than requested, by more than 0.01; absent in earlier versions."]]
-    mu: Annotated[Amount, "Weight of the general text against the task's."]
-    trade: NotRequired[Annotated[TradeRecord, "What it gives up and regains; absent in earlier versions."]]
-    shrink: Annotated[FittedShrink | None, "The shrink that keeps the same share, interpolated; null if none encloses it."]
-
-class FitFacts(ModelFacts):
-    """Inputs and options of a fit."""
-    configs: Configs
-    weights: Annotated[list[float], "Weights mu of the candidates."]
-    holdout: Annotated[float, "Share of each text's sequences that were held out."]
-    seed: Annotated[Count, "Decides which sequences these are."]
-    dtype: Annotated[ProductDtype, "Dtype to which base weights, and inputs and results of their products, are rounded; else float32."]
-    texts: Annotated[_FittedTexts, "The two texts."]
-    unchanged: Annotated[list[str], "Tensors that the adapter changes by other means than deltas; they stay unchanged."]
-    findings: NotRequired[Annotated[Sha256, "Digest of the decisions in the findings, if findings were given (SHA-256, hexadecimal)."]]
-    intruders: NotRequired[Annotated[Count, "Intruders in the findings; if 0, scaling them changes nothing and is not measured."]]
-    plan: Annotated[Sha256, "Digest of everything that decides the factors (SHA-256, hexadecimal)."]
-    ridge: Annotated[float, "Share of the mean diagonal that is added to the task's second moments."]
-    general_ridge: NotRequired[Annotated[float, "The same of general text's; absent in earlier versions."]]
-    unseen: Annotated[list[str], "Matrices that no token reached, or whose system was not solved; they keep their delta."]
-
 class AdapterFacts(TypedDict):
     """What the unchanged adapter has learned and forgotten, on the held-out sequences."""
     forgotten: Annotated[bool, "Whether the adapter's divergence on the general text is significantly above 0.",
@@ -228,13 +180,6 @@ class AdapterFacts(TypedDict):
     reliable: NotRequired[Annotated[ReliableRecord, "Whether the denominators of shares are large enough; absent in earlier versions.",
         lambda e: e.reliable()]]
 
-class FitRecord(FitFacts, AdapterFacts):
-    """What `streamer fit --json` prints: what factors were fitted to, and their figures on other text."""
-    schema: Literal["streamer.fit/1"]
-    scaling: NotRequired[Annotated[ScalingRecord, "The method paper at its default lambda, if findings with intruders were given."]]
-    sets: Annotated[list[SetRecord], Keywords(minItems=1), "The sets, one for each share, measured on the held-out sequences."]
-    output: Annotated[str, "Path of the output, as given."]
-    state: State
 # fmt: on
 
 
@@ -263,35 +208,31 @@ def adapter_facts(sums: Evaluation, name: str) -> dict[str, Any]:
     return record(AdapterFacts, sums)
 
 
-def set_facts(sums: Evaluation, found: Sequence[tuple[float, Point]]) -> list[SetRecord]:
-    """Make the records of all sets.
+def set_facts(sums: Evaluation, keep: float, point: Point) -> dict[str, Any]:
+    """Describe the fitted factors, and compare them with the shrink that keeps as much.
 
     Parameters
     ----------
     sums
-        Sums for the base, the unchanged adapter, each of `SHRINKS`, and each set.
-    found
-        Each share with its factors.
+        Sums for the base, the unchanged adapter, each of `SHRINKS`, and the factors.
     """
     variants = [EvaluatedVariant(BASE, None, None), EvaluatedVariant(ADAPTER, None, None)]
     variants += [EvaluatedVariant(Shrink(lam).label, Shrink.name, lam) for lam in SHRINKS]
-    variants += [EvaluatedVariant(f"{RegMean.name} {share_name(keep)}", RegMean.name, None) for keep, _ in found]
-    made, sums = [], replace(sums, variants=tuple(variants))
-    for v, (keep, point) in enumerate(found, 2 + len(SHRINKS)):
-        compared, shrink = against_shrink(sums, v), None
-        if compared is not None:
-            low, high = compared.between
-            most = next((row for row, one in enumerate(variants) if one.mitigation_lambda == low), ADAPTER_ROW)
-            shrink = record(FittedShrink, compared, sums, v, v if low < high else most)
-        made.append({
-            "keep": keep,
-            "missed": sums.task.share("loss", v).value < keep - MISSED,
-            "mu": point.weight,
-            "trade": sums.trade(variants[v]),
-            **record(_Shares, sums, v),
-            "shrink": shrink,
-        })  # fmt: skip
-    return cast(list[SetRecord], made)
+    variants.append(EvaluatedVariant(f"{RegMean.name} {share_name(keep)}", RegMean.name, None))
+    sums, v = replace(sums, variants=tuple(variants)), len(variants) - 1
+    compared, shrink = against_shrink(sums, v), None
+    if compared is not None:
+        low, high = compared.between
+        most = next((row for row, variant in enumerate(variants) if variant.mitigation_lambda == low), ADAPTER_ROW)
+        shrink = record(FittedShrink, compared, sums, v, v if low < high else most)
+    return {
+        "keep": keep,
+        "missed": sums.task.share("loss", v).value < keep - MISSED,
+        "mu": point.weight,
+        "trade": sums.trade(variants[v]),
+        **record(_Shares, sums, v),
+        "shrink": shrink,
+    }
 
 
 def doubts(facts: Mapping[str, Any]) -> list[str]:
@@ -305,19 +246,16 @@ def doubts(facts: Mapping[str, Any]) -> list[str]:
 
 
 def misses(facts: Mapping[str, Any]) -> list[str]:
-    """Warn of sets that keep less than requested, or diverge nearly as much as the shrink that keeps as much."""
+    """Warn if the factors keep less than requested, or diverge nearly as much as the shrink that keeps as much."""
+    (fitted,), lines = facts["sets"], list[str]()
     if not facts["reliable"]["kept"]:
-        return []
-    lines, near = [], []
-    for one in facts["sets"]:
-        share, shrink = f"{100 * one['keep']:g}%", one["shrink"]
-        if one["missed"]:
-            kept = f"{share} was to be kept, and {100 * one['kept']:.1f}% is, on the held-out sequences"
-            lines.append(f"{kept}; ask for a larger share, or give more text")
-        if facts["forgotten"] and shrink and one["divergence"] >= NEAR_SHRINK * shrink["divergence"]:
-            near.append(share)
-    if near:
-        what = f"{listed(near)}: the result is close to the shrink that keeps the same share, and diverges nearly as much from the base"
+        return lines
+    share, shrink = f"{100 * fitted['keep']:g}%", fitted["shrink"]
+    if fitted["missed"]:
+        kept = f"{share} was to be kept, and {100 * fitted['kept']:.1f}% is, on the held-out sequences"
+        lines.append(f"{kept}; ask for a larger share, or give more text")
+    if facts["forgotten"] and shrink and fitted["divergence"] >= NEAR_SHRINK * shrink["divergence"]:
+        what = f"{share}: the result is close to the shrink that keeps the same share, and diverges nearly as much from the base"
         lines.append(f"{what}; the texts may be too similar: give general text of another kind than the task's")
     return lines
 
@@ -331,24 +269,19 @@ ALGORITHM = 5
 
 @dataclass(frozen=True)
 class FitOptions:
-    """Options of a fit, all of which affect its result; see `options.FittingOptions`."""
+    """Options of a fit, all of which affect its result; see `options.RepairOptions`."""
 
-    keep: tuple[float, ...] = (RepairOptions.keep,)
-    weights: tuple[float, ...] = tuple(FittingOptions.weights)
-    holdout: float = FittingOptions.holdout
-    sequences: int = FittingOptions.sequences
-    length: int = FittingOptions.length
-    seed: int = FittingOptions.seed
-    dtype: ProductDtype = FittingOptions.dtype
+    keep: float = RepairOptions.keep
+    weights: tuple[float, ...] = tuple(RepairOptions.weights)
+    holdout: float = RepairOptions.holdout
+    sequences: int = RepairOptions.sequences
+    length: int = RepairOptions.length
+    seed: int = RepairOptions.seed
+    dtype: ProductDtype = RepairOptions.dtype
 
     def __post_init__(self) -> None:
-        if not self.keep:
-            raise UsageError("keep: expected at least one share, found none")
-        for share in self.keep:
-            if share_name(share) == "1":
-                raise UsageError(f"keep: {share!r} is the unchanged adapter, which needs no fit; give smaller shares")
-        if len({share_name(share) for share in self.keep}) < len(self.keep):
-            raise UsageError(f"keep: expected shares that differ in six digits, found {list(self.keep)}")
+        if share_name(self.keep) == "1":
+            raise UsageError(f"keep: {self.keep!r} is the unchanged adapter, which needs no fit; give a smaller share")
         check_dtype(self.dtype)
 
 
@@ -407,8 +340,8 @@ def divide(texts: Texts, paths: Mapping[str, Path], options: FitOptions) -> dict
 FEW = 5
 """Least number of held-out sequences; with fewer, a warning: by Student's distribution, a difference then needs over three errors."""
 
-SET_BYTES, TENSOR_BYTES = 2500, 120
-"""Largest size in bytes of a fit's figures for a set, and of an array's header entry without its name."""
+FIGURES_BYTES, TENSOR_BYTES = 2500, 120
+"""Largest size in bytes of a fit's figures, and of an array's header entry without its name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -423,25 +356,17 @@ class PreparedFit(Prepared[Coefficients]):
         Digests of the texts' files; see `sample_digest`.
     one_length
         See `evaluation.evaluate.PreparedEvaluation`.
-    findings
-        Findings whose scaled intruders are measured for comparison; None if not requested.
     """
 
     options: FitOptions
     texts: Mapping[str, Division]
     files: Mapping[str, str]
     one_length: bool
-    findings: Findings | None = None
 
     kind, one = FIT, FIT.what
     read = staticmethod(load_coefficients)
     same = "this very fit"
     example = "coefficients.safetensors"
-
-    @property
-    def scaling(self) -> list[Variant]:
-        """List the variant that scales intruders, if it is requested and there are intruders."""
-        return [Variant.of(Paper())] if self.findings is not None and self.findings.intruders else []
 
     @property
     def held_out(self) -> dict[str, TextSequences]:
@@ -458,7 +383,7 @@ class PreparedFit(Prepared[Coefficients]):
     @property
     def variants(self) -> int:
         """Return the number of variants that ride while the candidates are fitted."""
-        return 2 + len(self.options.weights) + len(SHRINKS) + len(self.scaling)
+        return 2 + len(self.options.weights) + len(SHRINKS)
 
     @cached_property
     def solving_bytes(self) -> int:
@@ -518,30 +443,27 @@ class PreparedFit(Prepared[Coefficients]):
             } for name, text in self.texts.items()},
             "unchanged": self.unchanged,
         }  # fmt: skip
-        if self.findings is not None:
-            tree |= {"findings": self.findings.decisions_digest(), "intruders": self.findings.intruders}
-        return with_digest(tree, algorithm=ALGORITHM, options=asdict(o), max_memory=self.max_memory)
+        options = {**asdict(o), "keep": [o.keep]}  # several shares in earlier versions, whose files must stay valid
+        return with_digest(tree, algorithm=ALGORITHM, options=options, max_memory=self.max_memory)
 
     def sweeps(self, known: Coefficients | None = None) -> list[Work]:
         """List the sweep that fits, and the second one that an interpolation may need."""
-        return [self.work(self.variants), replace(self.work(1 + len(self.options.keep)), fitted=0)]
+        return [self.work(self.variants), replace(self.work(2), fitted=0)]
 
     def written_bytes(self, known: Coefficients | None) -> tuple[int, int]:
         """Estimate the bytes of the file and of the spool."""
-        sets = len(self.options.keep)
         values = 4 * sum(t.module.factor_rank * t.module.shape[1] for t in self.plan.targets)
         names = sum(2 * (len(target.tensor) + TENSOR_BYTES) for target in self.plan.targets)
-        writes = sets * values + names + len(json.dumps(self.facts)) + SET_BYTES * sets
-        return writes, len(self.options.weights) * values
+        return values + names + len(json.dumps(self.facts)) + FIGURES_BYTES, len(self.options.weights) * values
 
     def standing(self, path: Path) -> Coefficients:
         """Keep a complete fit, and repeat its warnings."""
-        found = super().standing(path)
-        self.run.monitor.warn([*doubts(found.facts), *misses(found.facts)])
-        return found
+        fit = super().standing(path)
+        self.run.monitor.warn([*doubts(fit.facts), *misses(fit.facts)])
+        return fit
 
     def computed(self, records: Records, output: Path | None) -> Coefficients:
-        """Fit factors for all shares."""
+        """Fit the factors."""
         made = FitRun(self, records, None if output is None else output.parent).result()
         return replace(made, source=output)
 
@@ -558,13 +480,13 @@ def refuse_dense(plan: Plan, dense: Sequence[Target]) -> None:
         module = dense[0].module
         kind = module.method.title if isinstance(module, MethodModule) else "DoRA"
         raise UnsupportedError(
-            f"{plan.adapter.path}: is {kind}, and repair and fit need LoRA factors; pass --to-lora RANK to repair, or use `merge` with "
-            "--method shrink or --map"
+            f"{plan.adapter.path}: is {kind}, and repair needs LoRA factors; pass --to-lora RANK, or use `merge` with --method shrink "
+            "or --map"
         )
 
 
 def prepare_fit(base_path: str | Path, adapter: Path, texts: Mapping[str, Path], options: FitOptions, max_memory: int | None,
-                run: Run, findings: Findings | None = None) -> PreparedFit:  # fmt: skip
+                run: Run) -> PreparedFit:  # fmt: skip
     """Open and check all inputs of a fit, and pass on their warnings.
 
     Parameters
@@ -576,18 +498,15 @@ def prepare_fit(base_path: str | Path, adapter: Path, texts: Mapping[str, Path],
     plan = make_plan(base_path, adapter, run.io, run.stated, run.architecture)
     run.monitor.warn(plan.warnings)
     refuse_new_tokens(plan)
-    if findings is not None:
-        findings = fitting_findings(plan, findings, findings.options)
     refuse_dense(plan, [t for t in plan.targets if not t.module.low_rank])
     variants = Variant(BASE, None), Variant(ADAPTER, UNCHANGED)
     model = SweepModel(VariantSet(plan, variants, None, False, options.dtype == "bf16", run.model_device))
-    whole = read_texts(model, texts, options.sequences, options.length, run.monitor, 2 * LEAST)
-    read = {name: text.right() for name, text in whole.items()}
+    read = read_texts(model, texts, options.sequences, options.length, run.monitor, 2 * LEAST)
+    read = {name: text.right() for name, text in read.items()}
     files = {name: sample_digest(path) for name, path in texts.items()}
     divided, one_length = divide(read, texts, options), chooses_keys(model, read)
-    prepared = PreparedFit(plan, run, max_memory, model, options, divided, files, one_length, findings)
-    if prepared.unchanged:
-        names = prepared.unchanged
+    prepared = PreparedFit(plan, run, max_memory, model, options, divided, files, one_length)
+    if names := prepared.unchanged:
         what = (
             f"{counted(len(names), 'tensor')} by other means than deltas, {listed(names)}; the fit keeps these changes"
         )
@@ -632,7 +551,7 @@ class Solver:
                 self._write(target, [delta.R] * len(self.weights))
             elif target.tensor in self.places:
                 raise UnsupportedError(
-                    f"{target.tensor!r}: its module runs in several layers, which fit does not support; use `mitigate --method shrink`"
+                    f"{target.tensor!r}: its module runs in several layers, which repair does not support; use `mitigate --method shrink`"
                 )
         if site.size is not None:
             streams = self._by_stream(inputs)
@@ -646,14 +565,14 @@ class Solver:
         streams, systems = self._systems(inputs, site.matrices[0].tensor)
         # An expert receives other tokens once its router's inputs have changed, or the same in another order: they have no counterparts.
         expert = not site.order[0] or any(target.module.layer_kind == "expert" for target in site.matrices)
-        whole = not expert and all(sum(map(len, x)) == self.tokens[stream % 2] for stream, x in streams.items())
+        paired = not expert and all(sum(map(len, x)) == self.tokens[stream % 2] for stream, x in streams.items())
         for target, delta in pairs if systems else ():
-            if not delta.is_zero() and (rights := self._refit(target, delta, streams, systems, whole)) is not None:
+            if not delta.is_zero() and (rights := self._refit(target, delta, streams, systems, paired)) is not None:
                 self._write(target, rights)
 
     def factors(self) -> Mapping[str, Tensor]:
         """Return all factors found so far, by matrix and candidate."""
-        places = {f"{name}/{k:03}": place for name, own in self.places.items() for k, place in enumerate(own)}
+        places = {f"{name}/{k:03}": place for name, rights in self.places.items() for k, place in enumerate(rights)}
         return OnDemand(places, lambda key: self.spool.read(places[key])[0])
 
     def restore(self, factors: Mapping[str, Tensor]) -> None:
@@ -666,11 +585,11 @@ class Solver:
 
     def _by_stream(self, inputs: Mapping[Group, Tensor]) -> dict[int, list[Tensor]]:
         """Collect the inputs of each stream's groups, in their order."""
-        found: dict[int, list[Tensor]] = {}
+        by_stream: dict[int, list[Tensor]] = {}
         for group, x in inputs.items():
             if len(x):  # an expert may receive none
-                found.setdefault(group.stream or 0, []).append(x)
-        return found
+                by_stream.setdefault(group.stream or 0, []).append(x)
+        return by_stream
 
     def _systems(self, inputs: Mapping[Group, Tensor], name: str) -> tuple[dict[int, list[Tensor]], list[System]]:
         """Return the inputs by stream, and each candidate's system; none if a text did not reach the site.
@@ -685,7 +604,7 @@ class Solver:
         needed = range(2 + 2 * len(self.weights))
         if not all(any(bool(x.any()) for x in streams.get(stream, ())) for stream in needed):
             return streams, []
-        if not all(math.isfinite(float(torch.linalg.vector_norm(x))) for own in streams.values() for x in own):
+        if not all(math.isfinite(float(torch.linalg.vector_norm(x))) for group in streams.values() for x in group):
             raise NumericError(f"{self.model.job.plan.base.path}: the inputs of {name!r} are NaN or Inf on the texts")
         systems = [
             System(streams[2 * k + 3], streams[2 * k + 2], (self.tokens[1], self.tokens[0]), mu)
@@ -694,20 +613,19 @@ class Solver:
         self._seen = tensors, streams, systems
         return streams, systems
 
-    def _refit(
-        self, target: Target, of: LowRank, streams: Mapping[int, list[Tensor]], systems: Sequence[System], whole: bool
-    ) -> list[Tensor] | None:
-        (Q, T), R = basis(of.L), of.R
+    def _refit(self, target: Target, delta: LowRank, streams: Mapping[int, list[Tensor]], systems: Sequence[System],
+               paired: bool) -> list[Tensor] | None:  # fmt: skip
+        (Q, T), R = basis(delta.L), delta.R
         device = self.model.job.device
-        P = self._through(target, Q.to(device)) if whole else torch.empty(0)
-        delta = Refit(R, T, (R.double() @ T.T).to(device), P)
+        P = self._through(target, Q.to(device)) if paired else torch.empty(0)
+        refitted = Refit(R, T, (R.double() @ T.T).to(device), P)
         rights = []
         for k, (mu, system) in enumerate(zip(self.weights, systems, strict=True)):
             texts = []
             for text in (GENERAL_STREAM, TASK_STREAM):
-                now = streams[2 * (k + 1) + text]
-                texts.append(TextInputs(streams[text] if whole else now, now, self.tokens[text]))
-            right = refit(delta, texts[TASK_STREAM], texts[GENERAL_STREAM], mu, system)
+                current = streams[2 * (k + 1) + text]
+                texts.append(TextInputs(streams[text] if paired else current, current, self.tokens[text]))
+            right = refit(refitted, texts[TASK_STREAM], texts[GENERAL_STREAM], mu, system)
             if right is None:
                 return None
             rights.append(right)
@@ -766,23 +684,18 @@ class FitRun:
                 points, unseen = self._swept(spool, one_length)
                 of_adapter = adapter_facts(self._sums([]), prepared.texts[TASK].whole.name)
                 self.monitor.warn(doubts(of_adapter))
-                chosen = self._chosen(points, one_length)
+                keep, chosen = prepared.options.keep, self._chosen(points, one_length)
                 self.progress.finish()
-                names = [*(Shrink(lam).label for lam in SHRINKS), *(point.name for _, point in chosen)]
-                scaling = {}
-                for one in prepared.scaling:
-                    shares = record(_Shares, self._sums([one.name]), ADAPTER_ROW + 1)
-                    scaling["scaling"] = {"name": one.name, **shares}
+                sums = self._sums([*(Shrink(lam).label for lam in SHRINKS), chosen.name])
                 facts = {
                     **prepared.facts, "ridge": RIDGE, "general_ridge": GENERAL_RIDGE, "unseen": unseen, **of_adapter,
-                    **scaling, "sets": set_facts(self._sums(names), chosen),
+                    "sets": [set_facts(sums, keep, chosen)],
                 }  # fmt: skip
                 self.monitor.warn(misses(facts))
-                tensors = [target.tensor for target in plan.targets]
-                factors = [(keep, {t: point.factors[t].clone() for t in tensors}) for keep, point in chosen]
+                factors = {target.tensor: chosen.factors[target.tensor].clone() for target in plan.targets}
         finally:
             spool.close()
-        return Coefficients(tuple(FactorSet(*one) for one in factors), facts)
+        return Coefficients((FactorSet(keep, factors),), facts)
 
     def _parts(self, one_length: bool, variants: int) -> list[Part]:
         return riders(self.prepared.held_out, variants, self.model.size, self.prepared.limits.rows, one_length)
@@ -797,58 +710,51 @@ class FitRun:
             # The variants of the sweep are the base, the adapter, and the candidates.
             variant = stream if stream < 2 else stream // 2 + 1
             divided = parts(text, prepared.limits.rows, model.size.short, True)
-            fitted += [Group(text.take(own).padded_ids, variant, stream) for own in divided]
+            fitted += [Group(text.take(numbers).padded_ids, variant, stream) for numbers in divided]
         general, task = (sum(g.rows for g in fitted if g.stream == stream) for stream in (GENERAL_STREAM, TASK_STREAM))
         solver = Solver(model, weights, (general, task), spool)
         points = [Point(mu, replaced(spooled(spool, solver.places, k), as_is)) for k, mu in enumerate(weights)]
         variants = [Variant(BASE, None), Variant(ADAPTER, UNCHANGED), *map(self._variant, points)]
-        variants += [*(Variant.of(Shrink(lam)) for lam in SHRINKS), *prepared.scaling]
+        variants += [Variant.of(Shrink(lam)) for lam in SHRINKS]
         held_out = self._parts(one_length, len(variants))
         self._measure(variants, held_out, fitted, solver)
         # A second sweep needs only the logits of the base's results, unless workers have these.
         self._base = [part.groups[0] for part in held_out]
         unseen = sorted({target.tensor for target in plan.targets} - solver.places.keys())
-        if whole := sorted(model.whole - solver.places.keys()):
+        if unused := sorted(model.whole - solver.places.keys()):
             raise UnsupportedError(
-                f"{plan.base.path}: the weights of {len(whole)} matrices are not used by a matrix product or look-up (a "
-                f"convolution, for example; first: {whole[0]!r}), so their inputs cannot be collected; use `mitigate --method shrink`"
+                f"{plan.base.path}: the weights of {len(unused)} matrices are not used by a matrix product or look-up (a "
+                f"convolution, for example; first: {unused[0]!r}), so their inputs cannot be collected; use `mitigate --method shrink`"
             )
         if unseen:
             self.monitor.warn((f"{counted(len(unseen), 'matrix')} received no tokens from one of the texts, or lack a solution; "
                                f"their deltas stay: {listed(map(repr, unseen))}",))  # fmt: skip
         return [Point(0.0, as_is), *points], unseen
 
-    def _chosen(self, points: Sequence[Point], one_length: bool) -> list[tuple[float, Point]]:
-        """Choose for each share the candidate that diverges least among those that keep it, or one between two candidates.
+    def _chosen(self, points: Sequence[Point], one_length: bool) -> Point:
+        """Choose the candidate that diverges least among those that keep the share, or one between two candidates.
 
         Parameters
         ----------
         points
             The adapter and the candidates, by rising weight.
         """
-        options: dict[float, list[Point]] = {}
-        new: list[Variant] = [Variant(BASE, None)]
-        for keep in self.prepared.options.keep:
-            own = options[keep] = [point for point in points[1:] if self._kept(point) >= keep]
-            pairs = [(a, b) for a, b in pairwise(points) if self._kept(a) >= keep > self._kept(b)]
-            if pairs:
-                a, b = pairs[-1]
-                above, wanted, below = (_lost(kept) for kept in (self._kept(a), keep + MARGIN, self._kept(b)))
-                own.append(a.towards(b, max(0.0, (wanted - above) / (below - above))))
-                new.append(self._variant(own[-1]))
-        if len(new) > 1:
-            parts = zip(self._parts(one_length, len(new)), self._base, strict=True)
+        keep = self.prepared.options.keep
+        candidates = [point for point in points[1:] if self._kept(point) >= keep]
+        pairs = [(a, b) for a, b in pairwise(points) if self._kept(a) >= keep > self._kept(b)]
+        if pairs:
+            a, b = pairs[-1]
+            above, wanted, below = (_lost(kept) for kept in (self._kept(a), keep + MARGIN, self._kept(b)))
+            between = a.towards(b, max(0.0, (wanted - above) / (below - above)))
+            candidates.append(between)
+            parts = zip(self._parts(one_length, 2), self._base, strict=True)
             reused = [replace(part, groups=(base, *part.groups[1:])) if base.results else part for part, base in parts]
-            self._measure(new, reused)
+            self._measure([Variant(BASE, None), self._variant(between)], reused)
 
         def divergence(point: Point) -> float:
             return float(self._sums([point.name]).general.kl[ADAPTER_ROW + 1].sum())
 
-        chosen = []
-        for keep, own in options.items():
-            enough = [point for point in own if self._kept(point) >= keep] or own
-            chosen.append((keep, min(enough, key=divergence)))
-        return chosen
+        return min([point for point in candidates if self._kept(point) >= keep] or candidates, key=divergence)
 
     def _variant(self, point: Point) -> Variant:
         return Variant(point.name, RegMean(coefficients=FactorSet(1.0, point.factors)))
@@ -860,16 +766,16 @@ class FitRun:
     def _measure(self, variants: Sequence[Variant], held_out: Sequence[Part], fitted: Sequence[Group] = (),
                  solver: Solver | None = None) -> None:  # fmt: skip
         """Run a sweep in which variants, the base first, ride."""
-        own, model = self.prepared, self.model
+        prepared, model = self.prepared, self.model
         groups = [*fitted, *(group for part in held_out for group in part.groups if not group.results)]
         cost = sweep_cost(model.size, sum(group.rows for group in groups), len(groups))
         self.progress.expect(cost, len(model.layers) + 1)
-        model.use(replace(model.job, variants=tuple(variants), findings=own.findings))
+        model.use(replace(model.job, variants=tuple(variants)))
         # The file stays that of the first sweep, which a run that is killed in the second one needs again.
         states = None if solver is None else self.records.states(json.dumps([variant.name for variant in variants]))
         if states is not None and solver is not None:
             states.factors, states.restore = solver.factors, solver.restore
-        sums = measured(model, own.held_out, held_out, self.progress, own.limits, fitted, solver, states)
+        sums = measured(model, prepared.held_out, held_out, self.progress, prepared.limits, fitted, solver, states)
         for row, variant in enumerate(variants):
             self._rows.setdefault(variant.name, {text: of.take([row]) for text, of in sums.items()})
 

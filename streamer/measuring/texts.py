@@ -766,8 +766,8 @@ def refuse_new_tokens(plan: Plan) -> None:
     """Refuse an adapter that changes the size of the vocabulary."""
     if plan.edits.vocabulary is not None:
         raise UnsupportedError(
-            f"{plan.adapter.path}: changes the vocabulary to {plan.edits.vocabulary} tokens; evaluate and fit need an adapter that keeps "
-            "the base's vocabulary"
+            f"{plan.adapter.path}: changes the vocabulary to {plan.edits.vocabulary} tokens; evaluate and repair need an adapter that "
+            "keeps the base's vocabulary"
         )
 
 

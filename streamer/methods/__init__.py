@@ -238,13 +238,13 @@ class RegMean(Method):
     name: ClassVar[MethodName] = "regmean"
     needs = "coefficients"
     keeps_left: ClassVar[bool] = True
-    about: ClassVar[str] = "keep only the response to the task's inputs (`streamer fit`)"
+    about: ClassVar[str] = "keep only the response to the task's inputs (`streamer repair`)"
     card: ClassVar[str] = (
         "The adapter keeps its response to the task's inputs, and its response to general text was removed: its "
         "right factors (`lora_A`, in some stacked experts `lora_B`) were fitted to the inputs of each module.\n"
     )
     changes: ClassVar[str] = "right factors by their inputs"
-    missing: ClassVar[str] = "needs coefficients; make them with `streamer fit`"
+    missing: ClassVar[str] = "needs coefficients; make them with `streamer repair`"
 
     @property
     def label(self) -> str:

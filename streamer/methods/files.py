@@ -126,7 +126,7 @@ class SealedKind:
             raise FormatError(f"{path}: is not as {self.schema} has it ({says}); {self.again}") from e
 
 
-FIT = SealedKind(COEFFICIENTS, "streamer.coefficients/3", "coefficients", "make coefficients with `streamer fit`")
+FIT = SealedKind(COEFFICIENTS, "streamer.coefficients/3", "coefficients", "make coefficients with `streamer repair`")
 
 FACTOR = ".right_factor"
 """Suffix of the arrays' names."""

@@ -489,7 +489,7 @@ def check_coefficients(plan: Plan, coefficients: FactorSet) -> None:
             why = f"do not say which {what} they were fitted to; fit them to this one"
             raise MismatchError(f"{name}: coefficients {why}")
         if facts[what] != here:
-            other, do = difference(facts[what], here), "fit them to this one with `streamer fit`"
+            other, do = difference(facts[what], here), "fit them to this one with `streamer repair`"
             raise MismatchError(f"{name}: coefficients of another {what} ({other}); {do}")
     check_counts(plan, coefficients)
 
@@ -507,7 +507,7 @@ def check_counts(plan: Plan, coefficients: FactorSet) -> None:
     wrong = [tensor for tensor in {**ranks, **shapes} if tensor not in ranks or ranks[tensor] != shapes.get(tensor, ())]
     if wrong:
         which = f"{len(wrong)} of the adapter's matrices, {wrong[0]!r} first"
-        do = "fit them to this adapter with `streamer fit`"
+        do = "fit them to this adapter with `streamer repair`"
         raise MismatchError(f"{coefficients.name}: coefficients do not fit {which}; {do}")
 
 

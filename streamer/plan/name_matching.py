@@ -520,7 +520,7 @@ def match_modules(base: Checkpoint, config: ModelConfig, adapter: DeltaSource, w
     of_pipeline = isinstance(adapter, PipelineAdapter)
     if of_pipeline != config.pipeline:
         expected = f"{PIPELINE_NAME} and no {SINGLE_NAME} or its index in {base.path}" if of_pipeline else (
-            f"names of a diffusers pipeline (unet.….lora_A.weight, lora_unet_….lora_down.weight), as {base.path} is one; evaluate, fit, "
+            f"names of a diffusers pipeline (unet.….lora_A.weight, lora_unet_….lora_down.weight), as {base.path} is one; evaluate, "
             "repair and map need a language model")  # fmt: skip
         raise MismatchError(
             f"{adapter.path}: is {'' if of_pipeline else 'not '}an adapter of a diffusers pipeline; expected {expected}"

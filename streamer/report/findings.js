@@ -1,54 +1,18 @@
 "use strict";
-// Findings: decoded, and drawn as maps, curves, and the directions of one matrix.
+// Findings, drawn as maps, curves, and the directions of one matrix.
 
-const DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-const VALUE = new Map([...DIGITS].map((c, i) => [c.charCodeAt(0), i]));
+const NUMBER = /(^|[.[])(\d+)(?=[.\]]|$)/g;
 
-function unpack({ digits, codes }) {
-  const out = new Float64Array(codes.length / digits);
-  for (let i = 0, at = 0; i < out.length; i += 1) {
-    for (let d = 0; d < digits; d += 1, at += 1) out[i] = out[i] * 64 + VALUE.get(codes.charCodeAt(at));
-  }
-  return out;
-}
-
-const unpackShare = (column) => unpack(column).map((code) => code / (64 ** column.digits - 1));
-
-// Each name with its form and its first number, which is the layer.
-function unpackNames({ forms, form, numbers }) {
-  let at = 0;
-  return Array.from(unpack(form), (f) => {
-    if (forms[f].startsWith("=")) return { name: forms[f].slice(1), form: forms[f].slice(1), layer: null };
-    let layer = null;
-    const name = forms[f].replace(/\*/g, () => {
-      const number = numbers[at];
-      at += 1;
-      layer ??= number;
-      return String(number);
-    });
-    return { name, form: forms[f], layer };
-  });
+// A name with its form, in which stars stand for numbers, and its first number, which is the layer.
+function named(name) {
+  const first = [...name.matchAll(NUMBER)][0];
+  return { name, form: name.replace(NUMBER, "$1*"), layer: first ? Number(first[2]) : null };
 }
 
 function decodeFindings(tree) {
-  const columns = Object.fromEntries(["kind", "rank", "directions", "shown", "count", "intruder", "decider", "certified"].map((key) => [key, unpack(tree[key])]));
-  const shares = Object.fromEntries(["low", "high", "least", "energy", "dropped"].map((key) => [key, unpackShare(tree[key])]));
-  const ratio = unpackShare(tree.ratio).map((share) => (share === 1 ? 0 : tree.least_ratio ** share));
-  const baseRatio = unpackShare(tree.base_ratio).map((share) => (share === 1 ? 0 : tree.least_ratio ** share));
-  let start = 0;
-  return unpackNames(tree.names).map((named, i) => {
-    const end = start + columns.shown[i];
-    const slice = (values) => values.subarray(start, end);
-    const matrix = {
-      ...named, number: i, kind: tree.kinds[columns.kind[i]], rank: columns.rank[i], directions: columns.directions[i],
-      count: columns.count[i], decider: tree.deciders[columns.decider[i]], certified: columns.certified[i] === 1,
-      degenerate: tree.degenerate[i] || [], least: shares.least[i], sigma: tree.sigma[i], norm: tree.delta_norm[i],
-      energy: shares.energy[i], dropped: shares.dropped[i],
-      intruder: slice(columns.intruder), low: slice(shares.low), high: slice(shares.high), ratio: slice(ratio),
-      baseRatio: slice(baseRatio), baseSigma: tree.base_sigma[i],
-    };
-    start = end;
-    return matrix;
+  return tree.matrices.map((m, number) => {
+    const places = new Set(m.intruders);
+    return { ...m, ...named(m.name), number, count: places.size, intruder: m.low.map((_, j) => places.has(j)) };
   });
 }
 
@@ -124,7 +88,7 @@ function drawSimilarity(parent, matrix, epsilon, caption) {
     picture.append(svg("line", { class: "limit", x1: sx(0.5), x2: sx(k + 0.5), y1: sy(epsilon), y2: sy(epsilon) }),
                    svg("text", { class: "soft", x: sx(k + 0.5) + 3, y: sy(epsilon) + 4 }, `ε ${epsilon}`));
     for (let j = 0; j < k; j += 1) {
-      const intruder = matrix.intruder[j] === 1, x = sx(j + 1), low = matrix.low[j], high = matrix.high[j];
+      const intruder = matrix.intruder[j], x = sx(j + 1), low = matrix.low[j], high = matrix.high[j];
       const colour = intruder ? "var(--intruder)" : "var(--base)";
       const about = `rank ${j + 1}: ${low.toFixed(3)} to ${high.toFixed(3)}${intruder ? ", intruder" : ""}`;
       const group = svg("g", {}, tip(about));
@@ -141,12 +105,11 @@ function drawSimilarity(parent, matrix, epsilon, caption) {
 
 function drawSpectrum(parent, matrix, caption) {
   return figure(parent, `spectrum of ${matrix.name}`, caption, (width) => {
-    const k = matrix.ratio.length, values = Array.from(matrix.ratio, (r) => r * matrix.sigma);
-    const base = Array.from(matrix.baseRatio, (r) => r * matrix.baseSigma);
+    const { values, base_values: base } = matrix, k = values.length;
     const { picture, sx, sy } = axes(width, 170, { least: 0.5, most: k + 0.5, label: "rank", ticks: ticks(1, k, Math.min(10, width / 40)).filter((t) => t >= 1) },
-                                     { least: 0, most: Math.max(matrix.sigma, matrix.baseSigma) || 1, label: "singular value" });
+                                     { least: 0, most: Math.max(0, ...values, ...base) || 1, label: "singular value" });
     for (let j = 0; j < k; j += 1) {
-      const intruder = matrix.intruder[j] === 1, x = sx(j + 1);
+      const intruder = matrix.intruder[j], x = sx(j + 1);
       picture.append(svg("line", { x1: x, x2: x, y1: sy(0), y2: sy(values[j]), css: { stroke: intruder ? "var(--intruder)" : "var(--line)", "stroke-width": "1.5" } }),
                      svg("g", {}, tip(`rank ${j + 1}: σ = ${short(values[j])}${intruder ? ", intruder" : ""}`), mark(x, sy(values[j]), intruder)));
     }
@@ -172,7 +135,7 @@ function drawMatrix(parent, matrix, epsilon, chosen) {
 function drawAll(parent, matrices, epsilon) {
   const below = Math.max(1, Math.round(24 * epsilon)), above = Math.max(1, 24 - below), bins = below + above;
   const edges = Array.from({ length: bins + 1 }, (_, b) => (b <= below ? (epsilon * b) / below : epsilon + ((1 - epsilon) * (b - below)) / above));
-  const bin = (m, j) => (m.intruder[j] === 1 ? Math.min(below - 1, Math.floor((m.high[j] / epsilon) * below))
+  const bin = (m, j) => (m.intruder[j] ? Math.min(below - 1, Math.floor((m.high[j] / epsilon) * below))
     : below + Math.min(above - 1, Math.max(0, Math.floor(((m.low[j] - epsilon) / (1 - epsilon || 1)) * above))));
   const most = Math.max(...matrices.map((m) => m.low.length)), columns = Math.min(most, 50);
   const counts = Array.from({ length: columns }, () => new Float64Array(bins));

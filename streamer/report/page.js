@@ -4,11 +4,9 @@
 const CARDS = 6;
 const ROWS = 50;
 
-let place = document.querySelector("main");
-
 function section(title, note) {
   const node = html("section", {}, html("h2", {}, title), note ? html("p", { class: "note" }, note) : null);
-  place.append(node);
+  document.querySelector("main").append(node);
   return node;
 }
 
@@ -97,8 +95,6 @@ function showEvaluation(tree) {
   });
   const marked = (v) => v.name === tree.suggested;
   sortedTable(part, columns(tree.columns), tree.variants, { id: "variants", marked });
-  part.append(html("p", { class: "note" }, `The figures that llama-perplexity and PEFT's method comparison report, on ${tree.texts.general}:`));
-  sortedTable(part, columns([tree.columns[0], ...tree.field]), tree.variants, { id: "field", marked });
 }
 
 // Findings -----------------------------------------------------------------------------------------------------------
@@ -170,9 +166,8 @@ function showFindings(tree) {
                            on: { input: () => table.show(matrices.filter((m) => m.name.includes(filter.value))) } });
   const all = () => { filter.value = ""; table.show(matrices); };
   every.append(html("div", { class: "tools screen" }, filter, html("button", { type: "button", on: { click: all } }, "all matrices")));
-  const ranks = (m) => Array.from(m.intruder, (is, j) => (is ? j + 1 : 0)).filter((r) => r);
+  const ranks = (m) => m.intruders.map((j) => j + 1);
   const name = (m) => html("button", { type: "button", on: { click: () => choose(m) } }, m.name);
-  const decided = (m) => m.decider + (m.certified ? "" : m.degenerate.length ? ", clustered" : ", open");
   table = sortedTable(every, [
     { head: "matrix", about: "its tensor in the base", up: true, cell: name, key: (m) => m.number },
     { head: "shape", about: "rows × columns, dtype", up: true, cell: (m) => text(m.kind), key: (m) => m.kind },
@@ -180,52 +175,13 @@ function showFindings(tree) {
     { head: "intruders", about: "leading directions that resemble none of the base's", cell: (m) => text(String(m.count)), key: (m) => m.count },
     { head: "ranks", about: "ranks of the intruders; 1 is the largest singular value", up: true, cell: (m) => text(ranks(m).join(" ") || "–"), key: (m) => ranks(m)[0] ?? Infinity },
     { head: "similarity", about: "lowest similarity of a direction to the base", up: true, cell: (m) => text(m.least.toFixed(3)), key: (m) => m.least },
-    { head: "σ₁", about: "largest singular value of base + adapter", cell: (m) => text(four(m.sigma)), key: (m) => m.sigma },
+    { head: "σ₁", about: "largest singular value of base + adapter", cell: (m) => text(four(m.values[0] ?? 0)), key: (m) => m.values[0] ?? 0 },
     { head: "‖Δ‖", about: "norm of the delta", cell: (m) => text(four(m.norm)), key: (m) => m.norm },
     { head: "energy", about: "the intruders' share of the delta's squared norm", cell: (m) => text(percent(m.energy)), key: (m) => m.energy },
     { head: "lost", about: "share lost in projection onto the adapter's rank, by paper at λ = 0", cell: (m) => text(percent(m.dropped)), key: (m) => m.dropped },
-    { head: "decided", about: "the solver that decided; open: not proven", up: true, cell: (m) => text(decided(m)), key: decided },
+    { head: "decided", about: "the solver that decided; open: not proven", up: true, cell: (m) => text(m.decided), key: (m) => m.decided },
   ], matrices, { id: "matrices", limit: ROWS, by: 0 });
   choose(most[0]);
-}
-
-// Several adapters ---------------------------------------------------------------------------------------------------
-
-function showSeveral(list) {
-  const rows = list.map(({ name, findings }) => {
-    const matrices = decodeFindings(findings), norm = sum(matrices.map((m) => m.norm ** 2));
-    const of = (key) => matrices.map((m) => m[key]);
-    return {
-      name, findings, matrices: matrices.length, intruders: sum(of("count")), touched: matrices.filter((m) => m.count).length,
-      energy: norm ? sum(matrices.map((m) => m.norm ** 2 * m.energy)) / norm : 0, norm: Math.sqrt(norm),
-      lost: Math.max(0, ...of("dropped")), certified: matrices.filter((m) => m.certified).length,
-    };
-  });
-  const every = section("Adapters", "Click a name to show the adapter below. Click a column heading to sort.");
-  const main = place, kept = figures.length;
-  let table = null, shown = null;
-  const choose = (row) => {
-    shown = row;
-    place = html("div", { id: "adapter" }, html("h2", { class: "adapter" }, row.name));
-    main.querySelector("#adapter")?.remove();
-    main.append(place);
-    figures.length = Math.min(figures.length, kept + 1); // keeps this table's entry
-    showFindings(row.findings);
-    for (const draw of figures) draw();
-    table.fill();
-  };
-  const number = (head, about, key, format = String) => ({ head, about, cell: (r) => text(format(r[key])), key: (r) => r[key] });
-  table = sortedTable(every, [
-    { head: "adapter", about: "name of its findings file", up: true, cell: (r) => html("button", { type: "button", on: { click: () => choose(r) } }, r.name), key: (r) => r.name },
-    number("matrices", "matrices that the adapter changes", "matrices"),
-    number("intruders", "in all matrices", "intruders"),
-    number("in", "matrices with intruders", "touched"),
-    number("‖Δ‖", "norm of the delta", "norm", four),
-    number("energy", "the intruders' share of the delta's squared norm", "energy", percent),
-    number("lost", "largest share of a matrix's delta lost in projection, by paper at λ = 0", "lost", percent),
-    number("certified", "matrices with proven decisions only", "certified"),
-  ], rows, { id: "adapters", marked: (r) => r === shown });
-  choose(rows.reduce((a, b) => (b.intruders > a.intruders ? b : a)));
 }
 
 // Commands -----------------------------------------------------------------------------------------------------------
@@ -241,8 +197,8 @@ for (const code of document.querySelectorAll("pre.command code")) {
 // Output -------------------------------------------------------------------------------------------------------------
 
 function showOutput(tree) {
-  const rows = unpackNames(tree.names).map((named, i) => ({
-    ...named, number: i, count: tree.intruders?.[i], norm: tree.delta_norm[i], after: tree.delta_norm_after[i], dropped: tree.dropped?.[i],
+  const rows = tree.names.map((name, i) => ({
+    ...named(name), number: i, count: tree.intruders?.[i], norm: tree.delta_norm[i], after: tree.delta_norm_after[i], dropped: tree.dropped?.[i],
     taken: tree.delta_norm[i] > 0 ? 1 - tree.delta_norm_after[i] / tree.delta_norm[i] : 0,
   }));
   if (!rows.length) return;
@@ -272,7 +228,6 @@ const data = JSON.parse(document.getElementById("data").textContent);
 if (data.evaluation) showEvaluation(data.evaluation);
 if (data.findings) showFindings(data.findings);
 if (data.output) showOutput(data.output);
-if (data.several) showSeveral(data.several);
 for (const draw of figures) draw();
 let waiting = 0;
 window.addEventListener("resize", () => {

@@ -45,7 +45,7 @@ ERROR_LENGTH = 120
 
 def require_transformers() -> Any:
     """Import transformers; see `require_package`."""
-    return require_package("transformers", (5,), "evaluate and fit need transformers 5", "evaluate")
+    return require_package("transformers", (5,), "evaluate and repair need transformers 5", "evaluate")
 
 
 def first_line(error: Exception) -> str:
@@ -143,7 +143,7 @@ def build_skeleton(plan: Plan, device: torch.device) -> nn.Module:
     directory = plan.base.directory
     if plan.config.pipeline:
         raise UnsupportedError(
-            f"{plan.base.path}: is a diffusers pipeline; evaluate, fit, repair and map need a language model"
+            f"{plan.base.path}: is a diffusers pipeline; evaluate, repair and map need a language model"
         )
     plan.check_unchanged()  # a config that vanished since then is not one that never existed
     if directory is None or not (path := directory / MODEL_CONFIG).exists():
@@ -163,7 +163,7 @@ def build_skeleton(plan: Plan, device: torch.device) -> nn.Module:
         if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
             raise UnsupportedError(
                 f"{path}: names the class {name!r}, which transformers {transformers.__version__} does not have; "
-                "evaluate and fit build the model with transformers' own classes"
+                "evaluate and repair build the model with transformers' own classes"
                 if name
                 else f"{path}: names no class; name it with --architecture, such as LlamaForCausalLM"
             )
@@ -174,7 +174,7 @@ def build_skeleton(plan: Plan, device: torch.device) -> nn.Module:
             raise unreadable(path, "transformers cannot read it", e) from e
         if config.is_encoder_decoder or not _predicts_next(cls.__name__):
             raise UnsupportedError(
-                f"{path}: {name} does not predict the next token of a text; evaluate and fit need a causal language model"
+                f"{path}: {name} does not predict the next token of a text; evaluate and repair need a causal language model"
             )
         config._experts_implementation = "eager"  # loops over experts, so that one is in memory at a time
         config.use_cache = False
@@ -289,7 +289,7 @@ class LoadedModel:
         if not self._inner or not isinstance(self._head, nn.Linear):
             name = type(self._model).__name__
             raise UnsupportedError(
-                f"{job.plan.base.path}: {name} has no linear head behind a model of its own; evaluate and fit do not support it"
+                f"{job.plan.base.path}: {name} has no linear head behind a model of its own; evaluate and repair do not support it"
             )
         named = itertools.chain(self._model.named_parameters(remove_duplicate=False), self._buffers())
         state = {n: tuple(t.shape) for n, t in named}
@@ -361,7 +361,7 @@ class LoadedModel:
     def _fill(self, name: str, buffer: Tensor, tensor: RunTimeTensor) -> None:
         if self.values.edited(tensor) or tensor.targets(self.job.plan):
             raise UnsupportedError(
-                f"{self.job.plan.adapter.path}: changes {name!r}, a buffer; evaluate and fit do not support that"
+                f"{self.job.plan.adapter.path}: changes {name!r}, a buffer; evaluate and repair do not support that"
             )
         stored = self.job.plan.weights.stored.get(tensor.base[0].slices[0].weight)
         if stored is not None and not buffer.is_floating_point():  # DeepSeek-V4's experts of each token, for example

@@ -543,7 +543,7 @@ class SweepModel(LoadedModel):
         away
             Run whose workers, if it has any, run the riders; see `elsewhere`.
         """
-        greenlet = require_package("greenlet", (3,), "evaluate, repair, fit and map need greenlet", "evaluate")
+        greenlet = require_package("greenlet", (3,), "evaluate, repair and map need greenlet", "evaluate")
         main, runs, stops = greenlet.getcurrent(), dict[Group, Any](), dict[Group, Site | None]()
         done = begun = 0 if states is None else states.load(self, groups)
         layers = iter(["embeddings", *self.layers][done:])
@@ -705,7 +705,7 @@ class SweepModel(LoadedModel):
         if outer is None:
             raise UnsupportedError(
                 f"{self.job.plan.base.path}: {type(self._model).__name__} does not compute its logits with a model of its own and its "
-                "head alone; not supported by evaluate and fit"
+                "head alone; not supported by evaluate and repair"
             )
         # If the outermost model below the head returns its result again, nothing inside it runs.
         result, (i, j) = group.results[outer], self.block or (0, self.vocabulary)
@@ -718,7 +718,7 @@ class SweepModel(LoadedModel):
         if out.shape != (*ids.shape, j - i):
             raise UnsupportedError(
                 f"{self.job.plan.base.path}: {type(self._model).__name__} gives logits {list(out.shape)} for {j - i} tokens of "
-                "the vocabulary: it does not compute all logits with its head alone; not supported by evaluate and fit"
+                "the vocabulary: it does not compute all logits with its head alone; not supported by evaluate and repair"
             )
         return out
 
@@ -1039,12 +1039,12 @@ def changed_by_padding(model: SweepModel, ids: Ids, shorter: int, block: int, ch
 def _changed_by_number(plan: Plan) -> UnsupportedError:
     return UnsupportedError(
         f"{plan.base.path}: the model changes the logits of some tokens by their number, so it does not compute all logits with its head "
-        "alone; not supported by evaluate and fit"
+        "alone; not supported by evaluate and repair"
     )
 
 
 def _sees_what_follows(plan: Plan) -> UnsupportedError:
     return UnsupportedError(
         f"{plan.base.path}: in this model a token sees those that follow it, so its losses do not measure prediction; "
-        "evaluate and fit need a causal language model"
+        "evaluate and repair need a causal language model"
     )

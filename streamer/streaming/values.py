@@ -106,7 +106,7 @@ def match_run_time(
     if plan.weights.quantized_names and any(a.conv1d for a in architectures_for(plan.config)):
         raise UnsupportedError(
             f"{plan.base.path}: a quantized {plan.config.model_type} stores its layers as (out, in), and the loaded model as (in, out), "
-            "which is not supported by evaluate and fit; use the 16-bit base"
+            "which is not supported by evaluate and repair; use the 16-bit base"
         )
     names, optional = _Names(plan, prefix), set(optional)
     found = {name: tensor for name, shape in shapes.items() if (tensor := names.find(name, shape)) is not None}
@@ -119,7 +119,7 @@ def match_run_time(
     if lost := sorted(names.edited - used):
         raise UnsupportedError(
             f"{plan.adapter.path}: changes {len(lost)} tensors that the class of {plan.base.path} does not use to compute a text's losses, "
-            f"{listed(map(repr, lost))}; evaluate and fit cannot measure them"
+            f"{listed(map(repr, lost))}; evaluate and repair cannot measure them"
         )
     return found
 
@@ -181,7 +181,7 @@ class _Names:
         if not by.stacks or len(shape) != 3:
             raise UnsupportedError(
                 f"{self.plan.base.path}: {name!r} is built on loading by {' and '.join(by.by)} from {loaded[0].tensor!r}, "
-                "which is not supported by evaluate and fit; save the base again with the transformers that is installed"
+                "which is not supported by evaluate and repair; save the base again with the transformers that is installed"
             )
         numbered = MERGE in by.by
         sources: list[dict[int, str]] = [{} for _ in by.sources]
@@ -401,7 +401,8 @@ def _refuse_writing(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     if (inplace and args and isinstance(args[0], LazyTensor)) or isinstance(kwargs.get("out"), LazyTensor):
         target = args[0] if inplace else kwargs["out"]
         raise UnsupportedError(
-            f"{target.reader.name!r} is changed by the model as it runs ({name}), not supported by evaluate and fit; measure merged models"
+            f"{target.reader.name!r} is changed by the model as it runs ({name}), not supported by evaluate and repair; measure "
+            "merged models"
         )
 
 

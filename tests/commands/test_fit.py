@@ -1,10 +1,10 @@
-"""`streamer fit` from outside: its table, its JSON, its forecast, what uses its file, and a line for each thing that is wrong."""
+"""The fit of `streamer repair` from outside: its forecast, its file, what uses it, and a line for each thing that is wrong."""
 
-import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -13,18 +13,16 @@ import torch
 from command_line import process_mib
 from forks import Outcome, Server
 from helpers import sealed
-from learned import held_apart, make_learned
+from learned import held_apart, make_learned, repaired
 from test_schemas import check
 
 import streamer
 from streamer.errors import FormatError, OutputExistsError
 from streamer.evaluation.evaluation import against_shrink
 from streamer.events import Event
-from streamer.fitting.fit import MISSED, SHRINKS, FitOptions, factors_of
+from streamer.fitting.fit import MISSED, SHRINKS, factors_of
 from streamer.forecast import START_SECONDS
 from streamer.plan.plan import make_plan
-
-HEADS = [*("keep", "kept", "top-1", "kept", "KL", "left", "loss", "left"), *("shrink", "its", "KL", "left", "mu")]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +35,7 @@ SEQUENCES = "--sequences", 24
 
 def run(server: Server, home: Path, output: object, *options: object, before: str = "", **inputs: Path) -> Outcome:
     line = [
-        "fit",
+        "repair",
         inputs.get("base", home / "base"),
         inputs.get("adapter", home / "adapter"),
         "-o",
@@ -50,49 +48,13 @@ def run(server: Server, home: Path, output: object, *options: object, before: st
     return server.run(*line, before=before)
 
 
-@pytest.mark.long
-def test_the_table_and_what_comes_next(server: Server, home: Path, tmp_path: Path) -> None:
-    output = tmp_path / "c.safetensors"
-    done = run(server, home, output, "--keep", "0.9,0.6")
-    assert done.code == 0, done.err
-    lines = done.out.splitlines()
-    assert lines[0].split() == HEADS
-    assert [line.split()[0] for line in lines[2:4]] == ["90%", "60%"]
-    assert "measured on 8 general and 8 task held-out sequences, on which" in done.out
-    assert lines[-1] == f"wrote {output}"
-    assert "2 sets of new factors" in done.last
-    again = run(server, home, output, "--keep", "0.9,0.6")
-    assert (again.code, again.out) == (0, done.out.replace(f"wrote {output}", f"{output} exists already"))
-    (line,) = [line for line in lines if line.startswith("next: streamer mitigate ")]
-    assert server.run(*line.replace("OUTPUT", str(tmp_path / "made")).split()[2:]).code == 0
-    (line,) = [line.partition(": streamer ")[2] for line in lines if line.startswith("then, on text that nothing ")]
-    line = line.replace("-o FILE", f"-o {tmp_path / 'e.json'}").replace("TEXT", str(home / "general.npy"), 1)
-    assert server.run(*line.replace("TEXT", str(home / "task.npy")).split()).code == 0
-    record = json.loads((tmp_path / "made" / "streamer.json").read_text())
-    assert (record["method"], record["lambda"], record["coefficients"]["keep"]) == ("regmean", None, 0.9)
-    within = run(server, home, tmp_path / "made" / "c.safetensors")
-    assert within.code == 4
-    assert f"lies inside the output {tmp_path / 'made'}, which is complete" in within.err
-
-
-def test_the_object(server: Server, home: Path, tmp_path: Path) -> None:
-    output = tmp_path / "c.safetensors"
-    tree = check(run(server, home, output, "--json"), "streamer.fit/1")
-    assert (tree["state"], tree["weights"], len(tree["sets"])) == ("written", list(FitOptions.weights), 1)
-    assert (tree["forgotten"], tree["factored"], tree["quantized"]) == (True, True, False)
-    found = streamer.load_coefficients(output)
-    assert {"schema": tree["schema"], **found.facts, "output": str(output), "state": "written"} == tree
-    assert str(tmp_path) not in json.dumps(found.facts)
-
-
 FIGURES = ("kept", "kept_se", "forgetting", "forgetting_se", "divergence", "divergence_se")
 
 
 def test_an_adapter_that_saves_a_module_is_not_the_base_without_its_deltas(tmp_path: Path) -> None:
     events: list[Event] = []
     home = make_learned(tmp_path, 24, 32, modules_to_save=["norm"])
-    made = streamer.fit_coefficients(home / "base", home / "adapter", general=home / "general.npy", task=home / "task.npy", keep=0.9,
-                                     sequences=24, on_event=events.append)  # fmt: skip
+    made = repaired(home, tmp_path / "out", sequences=24, on_event=events.append)
     (one,), steps = made.facts["sets"], [event for event in events if event.stage == "fit"]
     assert made.facts["unchanged"][-1] == "model.norm.weight"
     assert (steps[-1].done, steps[-1].items) == (steps[-1].total, steps[-1].of)
@@ -117,8 +79,8 @@ def test_an_adapter_that_saves_a_module_is_not_the_base_without_its_deltas(tmp_p
 def test_an_evaluation_warns_of_files_that_were_fitted_to_however_they_are_cut(
     server: Server, home: Path, tmp_path: Path
 ) -> None:
-    output, others = tmp_path / "c.safetensors", held_apart(home, tmp_path)
-    assert run(server, home, output).code == 0
+    output, others = tmp_path / "c.fit.safetensors", held_apart(home, tmp_path)
+    assert run(server, home, tmp_path / "c").code == 0
     shutil.copy(home / "general.npy", tmp_path / "copied.npy")
 
     def warnings(**texts: Path) -> list[str]:
@@ -138,16 +100,17 @@ def test_an_evaluation_warns_of_files_that_were_fitted_to_however_they_are_cut(
 
 
 def test_a_dry_run_writes_nothing(server: Server, home: Path, tmp_path: Path) -> None:
-    tree = check(run(server, home, tmp_path / "c.safetensors", "--dry-run", "--json"), "streamer.dry-run/1")
-    assert (tree["state"], tree["command"], tree["matrices"], tree["files"]) == ("new", "fit", 8, 1)
+    tree = check(run(server, home, tmp_path / "c", "--dry-run", "--json"), "streamer.dry-run/1")
+    assert (tree["state"], tree["command"], tree["matrices"]) == ("new", "repair", 8)
     assert list(tmp_path.iterdir()) == []
-    run(server, home, tmp_path / "c.safetensors")
-    size = (tmp_path / "c.safetensors").stat().st_size
-    assert size <= tree["forecast"]["write_bytes"] < 3 * size
+    run(server, home, tmp_path / "c")
+    size = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    assert size / 2 < tree["forecast"]["write_bytes"] < 3 * size
+    assert tree["files"] == 1 + sum(path.name != "streamer.json" for path in (tmp_path / "c").iterdir())
     assert tree["forecast"]["read_bytes"] > 0
     assert tree["forecast"]["temporary_bytes"] > 0
     assert tree["forecast"]["seconds"] > START_SECONDS, "what every run and every module takes, however small"
-    done = check(run(server, home, tmp_path / "c.safetensors", "--dry-run", "--json"), "streamer.dry-run/1")
+    done = check(run(server, home, tmp_path / "c", "--dry-run", "--json"), "streamer.dry-run/1")
     assert (done["state"], done["forecast"]) == ("done", None)
 
 
@@ -162,16 +125,15 @@ def test_texts_that_are_short_are_told_of_before_the_first_pass(server: Server, 
     assert "only differences of over 12.7 standard errors are evidence" in held[0]
 
 
-REMOVED = "repair and fit now use the closed form (regmean), which keeps more and forgets less; drop the option"
+REMOVED = "repair now uses the closed form (regmean), which keeps more and forgets less; drop the option"
 
 
 @pytest.mark.parametrize("option", ["--grain", "--objective", "--steps"])
 def test_removed_options_are_refused_by_name(server: Server, home: Path, tmp_path: Path, option: str) -> None:
     done = run(server, home, tmp_path / "c.safetensors", f"{option}=direction")
     assert (done.code, done.err) == (2, f"streamer: {option} was removed: {REMOVED}\n")
-    for call in (streamer.fit_coefficients, streamer.repair_adapter):
-        with pytest.raises(TypeError, match=f"{option[2:]} was removed: repair and fit now use the closed form"):
-            call(home / "base", home / "adapter", tmp_path / "c", **{option[2:]: "direction"})
+    with pytest.raises(TypeError, match=f"{option[2:]} was removed: repair now uses the closed form"):
+        streamer.repair_adapter(home / "base", home / "adapter", tmp_path / "c", task="t", **{option[2:]: "direction"})  # type: ignore[arg-type]  # removed
     assert list(tmp_path.iterdir()) == []
 
 
@@ -201,7 +163,6 @@ def test_the_least_budget_that_is_named_is_enough(server: Server, home: Path, tm
 def test_a_line_for_each_thing_that_is_wrong(server: Server, home: Path, tmp_path: Path) -> None:
     np.save(short := tmp_path / "short.npy", np.zeros(30, int))
     np.save(one := tmp_path / "one.npy", np.full((1, 8), 5))
-    (tmp_path / "c.txt").write_text("notes")
     cases: list[tuple[list[object], dict[str, Path], int, str]] = [
         ([], {"task": tmp_path / "absent.npy"}, 3, f"{tmp_path}/absent.npy: no such file"),
         (["--length", "8"], {"general": short}, 3, f"{short}: expected 4 sequences of 8 tokens at least, found 30 tokens; give more text"),
@@ -217,13 +178,16 @@ def test_a_line_for_each_thing_that_is_wrong(server: Server, home: Path, tmp_pat
         (line,) = done.err.splitlines()
         assert message in line
     assert not (tmp_path / "c.safetensors").exists()
-    done = run(server, home, tmp_path / "c.txt")
+    (tmp_path / "n.fit.safetensors").write_text("notes")
+    done = run(server, home, tmp_path / "n")
     assert (done.code, done.out) == (4, "")
     assert "exists and is not coefficients, which is all that is replaced" in done.err
-    done = server.run("fit", home / "base", home / "adapter", "--general", home / "general.npy", "-o", tmp_path / "c")
+    done = server.run(
+        "repair", home / "base", home / "adapter", "--general", home / "general.npy", "-o", tmp_path / "c"
+    )
     assert (done.code, done.err.splitlines()[-1]) == (
         2,
-        "streamer: the following arguments are required: --task; see `streamer fit --help-all`",
+        "streamer: the following arguments are required: --task; see `streamer repair --help-all`",
     )
 
 
@@ -233,12 +197,21 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fit(
-    home: Path, weights: tuple[float, ...], *keep: float, **more: Any
+    home: Path, weights: tuple[float, ...], keep: float, **more: Any
 ) -> tuple[streamer.Coefficients, int, list[str]]:
-    """Fit in memory; return the result, the number of sweeps, and what was said."""
+    """Fit; return the result, the number of sweeps, and what was said."""
     events: list[Event] = []
-    made = streamer.fit_coefficients(home / "base", home / "adapter", general=home / "general.npy", task=home / "task.npy", keep=keep,
-                                     weights=weights, sequences=48, length=32, on_event=events.append, **more)  # fmt: skip
+    with TemporaryDirectory() as directory:
+        made = repaired(
+            home,
+            Path(directory) / "out",
+            keep=keep,
+            weights=weights,
+            sequences=48,
+            length=32,
+            on_event=events.append,
+            **more,
+        )
     steps = [e for e in events if e.stage == "fit"]
     assert [e.done for e in steps] == sorted(e.done for e in steps)
     assert (steps[-1].done, steps[-1].items) == (steps[-1].total, steps[-1].of)
@@ -265,19 +238,19 @@ def test_the_share_is_a_floor(large: Path) -> None:
 
 
 def test_between_two_candidates_factors_are_interpolated(large: Path) -> None:
-    """In one further sweep for all shares, of which the last candidate keeps none."""
-    made, sweeps, said = fit(large, (0.1, 64.0), 0.9, 0.7)
+    """In one further sweep."""
+    made, sweeps, said = fit(large, (0.1, 64.0), 0.9)
     assert (sweeps, missed(said)) == (2, [])
     ends = [factors(fit(large, (mu,), 0.001)[0]) for mu in (0.1, 64.0)]
-    for one, found in zip(made.facts["sets"], made.sets, strict=True):
-        assert 0.1 < one["mu"] < 64
-        assert (one["missed"], one["kept"] > one["keep"] - MISSED) == (False, True)
-        t = np.log(one["mu"] / 0.1) / np.log(640)
-        for name, R in found.matrices.items():
-            torch.testing.assert_close(R, torch.lerp(ends[0][name], ends[1][name], float(t)))
-    assert made.facts["sets"][0]["divergence"] > made.facts["sets"][1]["divergence"]
+    (one,) = made.facts["sets"]
+    assert 0.1 < one["mu"] < 64
+    assert (one["missed"], one["kept"] > one["keep"] - MISSED) == (False, True)
+    t = np.log(one["mu"] / 0.1) / np.log(640)
+    for name, R in factors(made).items():
+        torch.testing.assert_close(R, torch.lerp(ends[0][name], ends[1][name], float(t)))
+    assert one["divergence"] > fit(large, (0.1, 64.0), 0.7)[0].facts["sets"][0]["divergence"]
     with ThreadPoolExecutor(1) as executor:
-        elsewhere, *_ = fit(large, (0.1, 64.0), 0.9, 0.7, executor=executor)
+        elsewhere, *_ = fit(large, (0.1, 64.0), 0.9, executor=executor)
     assert elsewhere.facts == made.facts
 
 
@@ -294,11 +267,10 @@ def test_if_no_candidate_keeps_the_share_the_adapter_is_an_end(large: Path) -> N
 def test_a_file_of_another_algorithm_or_a_damaged_one_is_not_this_fit(
     large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "f.safetensors"
+    path = tmp_path / "f.fit.safetensors"
 
     def again(**options: bool) -> streamer.Coefficients:
-        return streamer.fit_coefficients(large / "base", large / "adapter", path, general=large / "general.npy", task=large / "task.npy",
-                                         sequences=24, on_event=lambda event: None, **options)  # fmt: skip
+        return repaired(large, tmp_path / "f", sequences=24, on_event=lambda event: None, **options)
 
     with monkeypatch.context() as other:
         other.setattr("streamer.fitting.fit.ALGORITHM", 1)
@@ -307,9 +279,9 @@ def test_a_file_of_another_algorithm_or_a_damaged_one_is_not_this_fit(
         again()
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(FormatError, match=r"f\.safetensors: is damaged: expected SHA-256"):
+    with pytest.raises(FormatError, match=r"f\.fit\.safetensors: is damaged: expected SHA-256"):
         streamer.load_coefficients(path)
-    with pytest.raises(OutputExistsError, match=r"make coefficients with `streamer fit`, or pass --overwrite$"):
+    with pytest.raises(OutputExistsError, match=r"make coefficients with `streamer repair`, or pass --overwrite$"):
         again()
     again(overwrite=True)
     assert again().facts == streamer.load_coefficients(path).facts

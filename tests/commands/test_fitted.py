@@ -108,7 +108,7 @@ def test_refusals(inputs: tuple[Path, Path, Path], tmp_path: Path, command: str)
     keep: list[object] = ["--keep", "0.9"]
     cases: list[tuple[int, list[object], str]] = [
         (3, [findings], f"{findings}: expected coefficients (streamer.coefficients/3), found findings; make"),
-        (3, [adapter / "adapter_model.safetensors"], "found another safetensors file; make coefficients with `streamer fit`"),
+        (3, [adapter / "adapter_model.safetensors"], "found another safetensors file; make coefficients with `streamer repair`"),
         (3, [files / "none.safetensors"], "none.safetensors: no such file"),
         (3, [of_other], f"streamer: {of_other}: coefficients of another base ("),
         (3, [of_tuned], f"streamer: {of_tuned}: coefficients of another adapter (weights_sha256 differ); fit them to"),
@@ -129,7 +129,7 @@ def test_refusals(inputs: tuple[Path, Path, Path], tmp_path: Path, command: str)
         "and make findings with `streamer detect`\n"
     )
     assert "--keep: chooses among coefficients" in refuse(command, base, adapter, home, 2, *keep)
-    words = "streamer: method 'regmean' needs coefficients; make them with `streamer fit`\n"
+    words = "streamer: method 'regmean' needs coefficients; make them with `streamer repair`\n"
     assert refuse(command, base, adapter, home, 2, "--method", "regmean") == words
 
 

@@ -37,14 +37,14 @@ def test_the_notebook_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     namespace: dict[str, Any] = {}
     shown = [value for source in CELLS if (value := run_cell(source, namespace)) is not None]
-    findings, diff = namespace["findings"], namespace["diff"]
+    findings, after = namespace["findings"], namespace["after"]
     assert len(findings) == 18
     assert findings.intruders > 4
-    assert diff.count("gone") > findings.intruders / 2
+    assert after.intruders < findings.intruders / 2
     assert not namespace["home"].exists()
     kinds = [type(value) for value in shown]
     assert kinds == [
-        str, streamer.Findings, pandas.DataFrame, str, streamer.FindingsDiff, pandas.DataFrame, pandas.DataFrame,
+        str, streamer.Findings, pandas.DataFrame, str, tuple, pandas.DataFrame,
     ]  # fmt: skip
     measured = shown[-1]
     moved = measured["moved from the base"]

@@ -43,7 +43,7 @@ def test_options_that_make_no_sense(job: tuple[Path, Path], tmp_path: Path, opti
     (["merge", "b", "a", "--ouput", "x"], "unknown option '--ouput'; did you mean --output?"),
     (["merge", "b", "a", "-o", "x", "--lambda", "75%"], "--lambda: expected a number like 0.75, found '75%'; did you mean 0.75?"),
     (["merge", "b", "a", "-o", "x", "--lambda", "0,75"], "--lambda: expected a number like 0.75, found '0,75'; did you mean 0.75?"),
-    (["fit", "b", "a", "-o", "x", "--keep", "0.9,85%"], "--keep: expected a number like 0.75, found '85%'; did you mean 0.85?"),
+    (["repair", "b", "a", "-o", "x", "--mu", "0.9,85%"], "--mu: expected a number like 0.75, found '85%'; did you mean 0.85?"),
     (["demo", "--lambda=75 %"], "--lambda: expected a number like 0.75, found '75 %'; did you mean 0.75?"),
     (["detect", "b", "a"], "the following arguments are required: -o/--output"),
     (["merge", "b", "-o", "x"], "the following arguments are required: ADAPTER"),
@@ -65,6 +65,15 @@ def test_usage(argv: list[str], words: str) -> None:
     assert words in line
     assert re.fullmatch(r"streamer: .*(; see `streamer( \w+)? --help-all`|; did you mean \S+\?)", line)
     assert len(line) <= 300
+
+
+@pytest.mark.parametrize(("argv", "advice"), [
+    (["fit", "b", "a", "-o", "x"], "use repair, which fits, measures, and writes the factors to OUTPUT.fit.safetensors"),
+    (["diff", "f", "g"], "run detect on both adapters and compare what they print; with --json, all figures"),
+])  # fmt: skip
+def test_a_removed_command_names_what_to_use(argv: list[str], advice: str) -> None:
+    done = server().run(*argv)
+    assert (done.code, done.out, done.err) == (2, "", f"streamer: {argv[0]} was removed: {advice}\n")
 
 
 MAP = "a map is made in this process, on all cores; drop the option"
@@ -116,14 +125,11 @@ def test_a_removed_keyword_names_what_to_use() -> None:
         streamer.map_inputs("b", "o", executor=None)  # type: ignore[call-arg]  # removed
 
 
-@pytest.mark.parametrize(
-    ("command", "options"), [("evaluate", EvaluationOptions), ("fit", FitOptions), ("repair", FitOptions)]
-)
+@pytest.mark.parametrize(("command", "options"), [("evaluate", EvaluationOptions), ("repair", FitOptions)])
 def test_defaults_are_those_of_the_library(command: str, options: type) -> None:
     parsed = vars(subparsers()[command].parse_args(["b", "a", "-o", "x", "--general", "g", "--task", "t"]))
     for field in fields(options):
-        value = field.default[0] if command != "evaluate" and field.name == "keep" else field.default
-        assert field.name == "methods" or parsed.get(field.name, value) == value, field.name
+        assert field.name == "methods" or parsed.get(field.name, field.default) == field.default, field.name
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])

@@ -75,7 +75,14 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Findings:
 @pytest.fixture(scope="module")
 def page(found: Findings, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "report.html"
-    streamer.write_report(found, path, evaluation=of_findings(found))
+    streamer.write_report(found, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def measured(found: Findings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("measured") / "report.html"
+    streamer.write_report(of_findings(found), path)
     return path
 
 
@@ -93,26 +100,23 @@ def click(driver: Any, selector: str) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [400, 1400])
-def test_every_figure_is_drawn_and_fits(driver: Any, page: Path, width: int, scheme: str) -> None:
-    assert look(driver, page, width, scheme) == []
-    assert driver.execute_script("return document.documentElement.dataset.drawn") == "yes"
-    drawn = driver.execute_script(
-        "return [...document.querySelectorAll('figure[data-figure]')]"
-        ".map((f) => [f.dataset.figure, f.querySelectorAll('.scroll svg *').length])"
-    )
-    figures = dict(drawn)
-    assert set(figures) >= {"trade-off forgetting", "trade-off divergence", "map of intruders", "map of energy", "all directions",
-                            "thresholds", "lambdas"}  # fmt: skip
-    assert (
-        sum(name.startswith("similarity of ") for name, _ in drawn)
-        == sum(name.startswith("spectrum of ") for name, _ in drawn)
-        == 7
-    )
-    assert min(figures.values()) > 10
-    assert driver.execute_script("return document.documentElement.scrollWidth") <= width
-    assert "NaN" not in driver.execute_script("return document.querySelector('main').outerHTML")
-    dark = driver.execute_script("return getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
-    assert dark == (scheme == "dark")
+def test_every_figure_is_drawn_and_fits(driver: Any, page: Path, measured: Path, width: int, scheme: str) -> None:
+    maps = {"map of intruders", "map of energy", "all directions", "thresholds", "lambdas"}
+    for path, names, matrices in ((page, maps, 7), (measured, {"trade-off forgetting", "trade-off divergence"}, 0)):
+        assert look(driver, path, width, scheme) == []
+        assert driver.execute_script("return document.documentElement.dataset.drawn") == "yes"
+        drawn = driver.execute_script(
+            "return [...document.querySelectorAll('figure[data-figure]')]"
+            ".map((f) => [f.dataset.figure, f.querySelectorAll('.scroll svg *').length])"
+        )
+        assert {name for name, _ in drawn if " of model." not in name} == names
+        for kind in ("similarity of ", "spectrum of "):
+            assert sum(name.startswith(kind) for name, _ in drawn) == matrices
+        assert min(count for _, count in drawn) > 10
+        assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+        assert "NaN" not in driver.execute_script("return document.querySelector('main').outerHTML")
+        dark = driver.execute_script("return getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
+        assert dark == (scheme == "dark")
 
 
 COVERED = """
@@ -139,8 +143,8 @@ return found;
 
 
 @pytest.mark.parametrize("width", [400, 1400])
-def test_no_name_in_a_trade_off_lies_on_a_point_or_another_name(driver: Any, page: Path, width: int) -> None:
-    look(driver, page, width)
+def test_no_name_in_a_trade_off_lies_on_a_point_or_another_name(driver: Any, measured: Path, width: int) -> None:
+    look(driver, measured, width)
     assert driver.execute_script(COVERED) == []
 
 
@@ -150,7 +154,7 @@ def test_a_print_is_light_and_has_no_controls(driver: Any, page: Path) -> None:
     assert driver.execute_script("return getComputedStyle(document.querySelector('.tools')).display") == "none"
 
 
-def test_tables_sort_by_numbers_and_names(driver: Any, page: Path, found: Findings) -> None:
+def test_tables_sort_by_numbers_and_names(driver: Any, page: Path, measured: Path, found: Findings) -> None:
     look(driver, page)
     head = "#matrices thead th:nth-child({}) button"
     assert len(rows(driver, "matrices", 0)) == len(found)
@@ -165,14 +169,12 @@ def test_tables_sort_by_numbers_and_names(driver: Any, page: Path, found: Findin
     assert driver.execute_script(sort) == "ascending"
     click(driver, head.format(1))
     assert rows(driver, "matrices", 0) == original
+    look(driver, measured)
     heads = driver.execute_script("return [...document.querySelectorAll('#variants th')].map((th) => th.textContent)")
     at = [re.sub(r"\W+$", "", head) for head in heads].index("kept")
     click(driver, f"#variants thead th:nth-child({at + 1}) button")
     kept = [float(cell.partition("%")[0]) for cell in rows(driver, "variants", at)]
     assert kept == sorted(kept, reverse=True)
-    click(driver, "#field thead th:nth-child(6) button")
-    quantiles = [float(cell) for cell in rows(driver, "field", 5)]
-    assert quantiles == sorted(quantiles, reverse=True) != [0.0] * len(quantiles)
 
 
 def test_figures_in_the_table_are_those_of_the_findings(driver: Any, page: Path, found: Findings) -> None:
@@ -240,22 +242,6 @@ def test_figures_of_the_page_are_rounded_as_the_terminals(driver: Any, page: Pat
     ]
 
 
-def test_a_page_of_several_adapters(driver: Any, found: Findings, tmp_path: Path) -> None:
-    few = dataclasses.replace(found, matrices=tuple(found)[:3])
-    for name, findings in (("all", found), ("few", few)):
-        findings.save(tmp_path / f"{name}.safetensors")
-    streamer.write_report(tmp_path, tmp_path / "report.html")
-    assert look(driver, tmp_path / "report.html") == []
-    assert rows(driver, "adapters", 0) == ["all", "few"]
-    assert rows(driver, "adapters", 1) == ["9", "3"]
-    assert len(rows(driver, "matrices", 0)) == 9
-    for count in (3, 9):
-        click(driver, f"#adapters tbody tr:nth-child({1 + (count == 3)}) button")
-        assert len(rows(driver, "matrices", 0)) == count
-        figures = driver.execute_script("return document.querySelectorAll('figure .scroll svg').length")
-        assert figures == driver.execute_script("return document.querySelectorAll('figure').length") > 8
-
-
 def test_hostile_names_are_text(driver: Any, found: Findings, tmp_path: Path) -> None:
     matrices = tuple(dataclasses.replace(m, tensor=f"{EVIL}.{i}.weight") for i, m in enumerate(found))
     evil = dataclasses.replace(found, matrices=matrices, sources={"base": {"name": EVIL}, "adapter": {"name": EVIL}})
@@ -281,11 +267,9 @@ def test_the_page_of_an_output(
     driver: Any, found: Findings, tmp_path: Path, write: Any, options: dict[str, Any], maps: list[str], heads: list[str]
 ) -> None:
     """It shows what there is: a merge is not cut to a rank, a shrink scales no intruders."""
-    from streamer.report.page import open_subject, write_files
-
     base, adapter = helpers.three_shards(tmp_path)
     write(base, adapter, tmp_path / "out", **options or {"findings": found})
-    write_files(open_subject(tmp_path / "out"), tmp_path / "out.html")
+    streamer.write_report(tmp_path / "out", tmp_path / "out.html")
     assert look(driver, tmp_path / "out.html", 400) == []
     assert len(rows(driver, "matrices", 0)) == 9
     named = "return [...document.querySelectorAll('figure')].map((f) => f.dataset.figure)"

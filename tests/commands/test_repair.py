@@ -14,7 +14,7 @@ import torch
 import transformers
 from causal_models import make_adapter
 from forks import Server
-from learned import held_apart, make_learned, write_texts
+from learned import make_learned, write_texts
 from safetensors.torch import load_file
 from test_schemas import check
 from tokenized_texts import save
@@ -25,8 +25,6 @@ from streamer.api.texts import BUILT_IN
 from streamer.cli.tables import NO_LIMIT, repair_table
 from streamer.measuring.texts import read_text
 from streamer.report.page import headline, open_subject
-
-SHARES = "0.9,0.7"
 
 
 @pytest.fixture(scope="module")
@@ -40,19 +38,18 @@ def texts(home: Path) -> list[object]:
 
 @pytest.fixture(scope="module")
 def fitted(server: Server, home: Path) -> Path:
-    path = home / "f.safetensors"
     tree = check(
-        server.run("fit", home / "base", home / "adapter", *texts(home), "-o", path, "--keep", SHARES, "--json"),
-        "streamer.fit/1",
+        server.run("repair", home / "base", home / "adapter", *texts(home), "-o", home / "f", "--json"),
+        "streamer.repair/1",
     )
-    assert [one["missed"] for one in tree["sets"]] == [False, False]
-    return path
+    assert tree["fit"] == str(home / "f.fit.safetensors")
+    return Path(tree["fit"])
 
 
 def test_an_adapter_of_new_right_factors(server: Server, home: Path, fitted: Path, tmp_path: Path) -> None:
     """lora_B is the adapter's to the bit, PEFT loads it, and it is measured as the fit said."""
     out = tmp_path / "out"
-    line = [home / "base", home / "adapter", "-o", out, "--coefficients", fitted, "--keep", 0.9]
+    line = [home / "base", home / "adapter", "-o", out, "--coefficients", fitted]
     record = check(server.run("mitigate", *line, "--json"), "streamer.output/2")
     assert (record["method"], record["lambda"], record["detection"], record["totals"]["changed"]) == (
         "regmean", None, None, 8,
@@ -67,7 +64,7 @@ def test_an_adapter_of_new_right_factors(server: Server, home: Path, fitted: Pat
     before, after = (load_file(path / "adapter_model.safetensors") for path in (home / "adapter", out))
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]) == ("lora_B" in name), name
-    found = streamer.load_coefficients(fitted).select(0.9)
+    found = streamer.load_coefficients(fitted).select()
     for name, tensor in after.items():
         if "lora_A" in name:
             matrix = name.removeprefix("base_model.model.").replace("lora_A.weight", "weight")
@@ -76,13 +73,13 @@ def test_an_adapter_of_new_right_factors(server: Server, home: Path, fitted: Pat
     assert model.active_adapter == "default"
     held = streamer.evaluate_variants(home / "base", home / "adapter", general=home / "general.npy", task=home / "task.npy",
                                       coefficients=fitted, methods=["regmean"], on_event=lambda event: None)  # fmt: skip
-    assert [v.name for v in held.variants] == ["base", "adapter", "regmean 0.9", "regmean 0.7"]
+    assert [v.name for v in held.variants] == ["base", "adapter", "regmean 0.9"]
 
 
 def test_verify_takes_the_file_of_the_fit(server: Server, home: Path, fitted: Path, tmp_path: Path) -> None:
     inputs = home / "base", home / "adapter"
     for command, out in (("mitigate", tmp_path / "a"), ("merge", tmp_path / "m")):
-        assert server.run(command, *inputs, "-o", out, "--coefficients", fitted, "--keep", 0.7, "-q").code == 0
+        assert server.run(command, *inputs, "-o", out, "--coefficients", fitted, "-q").code == 0
         alone = server.run("verify", out, *inputs)
         words = f"found no '{fitted.name}' beside it; pass the file with --coefficients"
         assert (alone.code, words in alone.err) == (3, True)
@@ -110,8 +107,8 @@ def test_a_live_model_takes_them(home: Path, fitted: Path) -> None:
     model = peft.PeftModel.from_pretrained(
         transformers.AutoModelForCausalLM.from_pretrained(home / "base"), home / "adapter"
     )
-    reduce_intruder_dimension(model, new_adapter_name="new", coefficients=fitted, keep=0.9)
-    found = streamer.load_coefficients(fitted).select(0.9)
+    reduce_intruder_dimension(model, new_adapter_name="new", coefficients=fitted)
+    found = streamer.load_coefficients(fitted).select()
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     torch.testing.assert_close(layer.lora_A["new"].weight, found.matrices["model.layers.0.self_attn.q_proj.weight"].T)
     assert torch.equal(layer.lora_B["new"].weight, layer.lora_B["default"].weight)
@@ -143,7 +140,7 @@ def test_the_repair_is_never_what_is_not_better(server: Server, home: Path, tmp_
     assert again == {**tree, "state": "present"}
     shown = server.run("repair", home / "base", home / "adapter", *texts(home), "-o", out)
     assert [line.split()[0] for line in shown.out.splitlines()[2:5]] == ["adapter", "shrink", "regmean"]
-    assert shown.last.startswith(f"streamer: repair: chose the {tree['chosen']}, exists already, in ")
+    assert shown.last.startswith("streamer: repair: exists already, in ")
     assert shown.out.splitlines()[0].split() == ["model", "kept", "top-1", "kept", "KL", "left", "loss", "left"]
     what = {
         "repair": f"--coefficients {tree['fit']}",
@@ -161,12 +158,12 @@ def test_the_repair_is_never_what_is_not_better(server: Server, home: Path, tmp_
 def choose(
     fitted: Path, shrink: dict[str, Any], *, forgotten: bool = True, texts: dict[str, Any] | None = None, **trade: Any
 ) -> tuple[str, str, dict[str, Any]]:
-    """Choose by the figures of the first set, some of them changed."""
+    """Choose by the figures of the fit, some of them changed."""
     found = streamer.load_coefficients(fitted)
     first: Any = found.facts["sets"][0]
     one = {**first, "trade": {**first["trade"], **trade}, "shrink": {**first["shrink"], "lambda": 0.5, **shrink}}
     facts: Any = {**found.facts, "forgotten": forgotten, "sets": [one], **({"texts": texts} if texts else {})}
-    return api_texts._choice(streamer.Coefficients(found.sets[:1], facts))
+    return api_texts._choice(streamer.Coefficients(found.sets, facts))
 
 
 @pytest.mark.parametrize(("verdict", "forgotten", "chosen", "method"), [
@@ -182,16 +179,6 @@ def test_the_choice(fitted: Path, verdict: str, forgotten: bool, chosen: str, me
     assert why
 
 
-def test_a_dry_run_writes_nothing(server: Server, home: Path, tmp_path: Path) -> None:
-    tree = check(server.run("repair", home / "base", home / "adapter", *texts(home), "-o", tmp_path / "r", "--dry-run", "--json"),
-                 "streamer.dry-run/1")  # fmt: skip
-    assert (tree["command"], tree["state"], tree["output"]) == ("repair", "new", str(tmp_path / "r"))
-    alone = check(server.run("fit", home / "base", home / "adapter", *texts(home), "-o", tmp_path / "f", "--dry-run", "--json"),
-                  "streamer.dry-run/1")  # fmt: skip
-    weights = (home / "adapter" / "adapter_model.safetensors").stat().st_size
-    written = tree["forecast"]["write_bytes"] - alone["forecast"]["write_bytes"]
-    assert (tree["files"] > 1 + alone["files"], weights < written < weights + 100_000) == (True, True)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_refused_in_a_line(server: Server, home: Path, fitted: Path) -> None:
@@ -208,12 +195,12 @@ def adapted(home: Path, path: Path, **options: Any) -> Path:
 def test_what_cannot_be_written_is_refused_before_the_fit(server: Server, home: Path, tmp_path: Path) -> None:
     inputs = home / "base", home / "adapter"
     dora = adapted(home, tmp_path / "dora", targets=["q_proj"], use_dora=True)
-    for command, *more in (("repair",), ("repair", "--merge"), ("fit",)):
-        done = server.run(command, home / "base", dora, *texts(home), "-o", tmp_path / "d", *more)
+    for more in ([], ["--merge"]):
+        done = server.run("repair", home / "base", dora, *texts(home), "-o", tmp_path / "d", *more)
         assert (done.code, done.err) == (
             3,
-            f"streamer: {dora}: is DoRA, and repair and fit need LoRA factors; pass --to-lora RANK to repair, or use `merge` with --method "
-            "shrink or --map\n",
+            f"streamer: {dora}: is DoRA, and repair needs LoRA factors; pass --to-lora RANK, or use `merge` with --method shrink or "
+            "--map\n",
         )
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
@@ -255,9 +242,7 @@ def test_an_adapter_without_factors_is_converted_first(server: Server, tmp_path:
     again = server.run(*line)
     assert f"{out} exists already" in again.out
     assert f"converted first: {out}.lora is {adapter} as a LoRA adapter, and was repaired in its place" in again.out
-    assert again.last.startswith(
-        f"streamer: repair: converted to LoRA, chose the {tree['chosen']}, exists already, in "
-    )
+    assert again.last.startswith("streamer: repair: exists already, in ")
     (done,) = [json.loads(server.run(*line, "--dry-run", "--json").out)]
     assert (done["command"], done["state"]) == ("repair", "done")
 
@@ -266,7 +251,7 @@ def test_adapters_of_other_methods_are_refused_by_name(server: Server, home: Pat
     model = transformers.LlamaForCausalLM.from_pretrained(home / "base")
     peft.get_peft_model(model, peft.LoKrConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "lokr")
     done = server.run("repair", home / "base", tmp_path / "lokr", *texts(home), "-o", tmp_path / "d", "--merge")
-    assert (done.code, "lokr: is LoKr, and repair and fit need LoRA factors; pass --to-lora RANK" in done.err) == (
+    assert (done.code, "lokr: is LoKr, and repair needs LoRA factors; pass --to-lora RANK" in done.err) == (
         3,
         True,
     )
@@ -299,11 +284,6 @@ def test_without_a_general_text_the_built_in_one_serves(home: Path, tmp_path: Pa
         streamer.repair_adapter(home / "base", home / "adapter", tmp_path / "n", task=home / "task.npy")
 
 
-def figures(row: Any) -> list[float]:
-    """List the shares of a model; 0 where one is not defined."""
-    return [row[key] or 0.0 for key in ("kept", "top1_kept", "forgetting", "divergence")]
-
-
 def test_a_trade_that_is_not_worth_it_is_not_made(fitted: Path) -> None:
     """What the set gives up of the task is many times what it regains; or what the shrink gives up, which regains a little more."""
     trade = {"regained": 0.0007, "regained_se": 0.0001, "given_up": 0.017, "given_up_se": 0.002, "worth_it": False}
@@ -333,7 +313,7 @@ def test_the_command_that_follows_measures_what_was_written(home: Path, tmp_path
         "what": "repair", "name": "regmean 0.9", "kept": 0.9, "top1_kept": 0.8, "forgetting": 0.2, "divergence": 0.1,
     }  # fmt: skip
     record: Any = {
-        "schema": "streamer.repair/1", "why": "", "rows": [row], "intruders": None, "fit": "o.fit.safetensors", "output": "o",
+        "schema": "streamer.repair/1", "why": "", "rows": [row], "fit": "o.fit.safetensors", "output": "o",
         "reliable": {"kept": True, "forgetting": True, "top1_kept": True}, "state": "written",
     }  # fmt: skip
     written = streamer.reduce_intruder_dimension(
@@ -348,53 +328,12 @@ def test_the_command_that_follows_measures_what_was_written(home: Path, tmp_path
 
 
 def test_a_fit_of_an_earlier_version_has_no_top_1(fitted: Path) -> None:
-    both = streamer.load_coefficients(fitted)
-    found = streamer.Coefficients(both.sets[:1], {**both.facts, "sets": both.facts["sets"][:1]})
+    found = streamer.load_coefficients(fitted)
     old = {key: value for key, value in found.facts.items() if not key.startswith("top1_")}
     old["sets"] = [{key: value for key, value in old["sets"][0].items() if not key.startswith("top1_")}]
     old["sets"][0]["shrink"] = None
     assert {row["top1_kept"] for row in api_texts._rows(streamer.Coefficients(found.sets, old))} == {None}
     assert api_texts._rows(found)[0]["top1_kept"] == 1
-
-
-def test_intruder_scaling_is_measured_beside_it(server: Server, home: Path, tmp_path: Path) -> None:
-    """As evaluate measures the method paper on the same sequences; without intruders a line says so."""
-    findings = tmp_path / "f.safetensors"
-    line = ["repair", home / "base", home / "adapter", *texts(home)]
-    found = streamer.detect_intruder_dimensions(home / "base", home / "adapter", findings, top_k=4)
-    assert found.intruders
-    tree = check(server.run(*line, "-o", tmp_path / "r", "--findings", findings, "--json"), "streamer.repair/1")
-    rows = {row["what"]: row for row in tree["rows"]}
-    assert (next(iter(rows)), list(rows)[-2:], rows["intruders"]["name"]) == (
-        "adapter",
-        ["intruders", "repair"],
-        "paper 0.75",
-    )
-    facts = streamer.load_coefficients(tree["fit"]).facts
-    assert facts["intruders"] == tree["intruders"] == found.intruders
-    record = json.loads((tmp_path / "r" / "streamer.json").read_text())
-    assert [line.split(":")[0] for line in record["measured"][-2:]] == ["paper 0.75", tree["rows"][-1]["name"]]
-    alone = check(server.run(*line, "-o", tmp_path / "a", "--json"), "streamer.repair/1")
-    for row in alone["rows"]:
-        assert figures(rows[row["what"]]) == pytest.approx(figures(row), rel=1e-4)
-    assert alone["intruders"] is None
-    held = held_apart(home, tmp_path)
-    measured = streamer.evaluate_variants(home / "base", home / "adapter", **held, findings=findings, methods=["paper"], lambdas=[0.75],
-                                          keep=1.0, on_event=lambda event: None)  # fmt: skip
-    assert figures(facts["scaling"]) == pytest.approx(figures(measured["paper 0.75"]), rel=1e-4)
-    none = tmp_path / "none.safetensors"
-    found = streamer.detect_intruder_dimensions(home / "base", home / "adapter", none, top_k=4, threshold_epsilon=1e-6)
-    assert found.intruders == 0
-    shown = server.run(*line, "-o", tmp_path / "n", "--findings", none)
-    assert (
-        shown.code,
-        "the findings have no intruder: scaling them changes nothing, and was not measured" in shown.out,
-    ) == (0, True)
-    dashes = [row.split()[-3] for row in shown.out.split("\n\n")[0].splitlines()[2:]]
-    why = "top-1 kept is not shown: the adapter's change is too small to measure on this text; more text may help"
-    assert (set(dashes) == {"-"}) == (why in shown.out) == (not tree["reliable"]["top1_kept"])
-    other = server.run(*line, "-o", tmp_path / "r", "--findings", none)
-    assert (other.code, "holds coefficients of other inputs or options" in other.err) == (4, True)
 
 
 def test_an_adapter_that_improves_general_text_is_repaired(server: Server, home: Path, tmp_path: Path) -> None:

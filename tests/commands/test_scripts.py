@@ -55,7 +55,7 @@ def test_an_output_that_stands_is_not_told_as_written(inputs: tuple[Path, Path],
     assert "already" not in first.out + first.last
     assert f"{out} exists already: " in again.out
     assert "wrote" not in again.out
-    assert again.last.startswith(first.last.rpartition(", in ")[0] + ", exists already, in ")
+    assert again.last.startswith(f"streamer: {command}: exists already, in ")
 
 
 def test_of_several_outputs_those_that_stand_are_counted(inputs: tuple[Path, Path], tmp_path: Path) -> None:
@@ -67,9 +67,9 @@ def test_of_several_outputs_those_that_stand_are_counted(inputs: tuple[Path, Pat
     (tmp_path / "out" / "a.safetensors").unlink()
     some, all_ = (server().run(*line) for _ in range(2))
     assert f"wrote {tmp_path / 'out'}\n" in some.out
-    assert ", 1 of 2 exist already, in " in some.last
+    assert ": 1 of 2 exist already, in " in some.last
     assert f"{tmp_path / 'out'} exists already\n" in all_.out
-    assert ", 2 of 2 exist already, in " in all_.last
+    assert ": 2 of 2 exist already, in " in all_.last
 
 
 def test_what_does_not_stand_is_made_and_nothing_else_gets_a_time(inputs: tuple[Path, Path], tmp_path: Path) -> None:

@@ -42,10 +42,6 @@ def evaluate(home: Path, output: Path, lambdas: tuple[float, ...] = (0.5,), **op
     return streamer.evaluate_variants(home / "base", home / "adapter", output, **texts(home), **given, **options)
 
 
-def fit(home: Path, output: Path, **options: Any) -> None:
-    streamer.fit_coefficients(home / "base", home / "adapter", output, **texts(home), sequences=48, **options)
-
-
 def repair(home: Path, output: Path, **options: Any) -> None:
     streamer.repair_adapter(home / "base", home / "adapter", output, **texts(home), sequences=48, **options)
 
@@ -118,7 +114,6 @@ def test_another_spelling_changes_nothing(home: Path) -> None:
 
 RESUMED = {
     "evaluate": ("evaluate", evaluate, "o.json"),
-    "fit": ("fit", fit, "o.safetensors"),
     "repair": ("fit", repair, "o"),
 }
 
@@ -144,7 +139,7 @@ def test_an_interrupted_run_goes_on_with_its_own_config_alone(home: Path, comman
     assert files(home / "out") == files(home / "fresh")
 
 
-@pytest.mark.parametrize(("run", "beside"), [(fit, ""), (repair, ".fit.safetensors"), (make_map, "")])
+@pytest.mark.parametrize(("run", "beside"), [(repair, ".fit.safetensors"), (make_map, "")])
 def test_a_result_of_another_model_is_refused(home: Path, run: Callable[..., None], beside: str) -> None:
     output = home / "o.safetensors"
     run(home, output, monitor=Monitor())

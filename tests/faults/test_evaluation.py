@@ -1,4 +1,4 @@
-"""Evaluations and fits that are stopped or killed: resumed, they give the same bytes; what stands at their place is not lost."""
+"""Evaluations and repairs that are stopped or killed: resumed, they give the same bytes; what stands at their place is not lost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 import torch
 from faults import stopping_at
 from forks import KILL, TORN, Server
-from learned import make_learned
+from learned import make_learned, repaired
 from safetensors.numpy import load_file, save_file
 
 import streamer
@@ -32,9 +32,7 @@ from streamer.errors import (
 from streamer.events import Event, Monitor
 from streamer.linalg.torch_state import threads
 from streamer.storage.files import locked
-from streamer.storage.transaction import journal_of, states_of
-
-KEEP = (0.9, 0.6)
+from streamer.storage.transaction import journal_of, lock_of, states_of
 
 
 class Kind(NamedTuple):
@@ -56,13 +54,12 @@ class Kind(NamedTuple):
 KINDS = {
     "evaluate": Kind(streamer.evaluate_variants, {"methods": ("paper", "shrink"), "lambdas": (0.5,)},
                      ["--method", "paper,shrink", "--lambda", "0.5"], (24, 12), {"lambdas": (0.25,)}, "an evaluation", (4, "evaluate")),
-    "fit": Kind(streamer.fit_coefficients, {"keep": KEEP}, ["--keep", ",".join(map(str, KEEP))], (24, 16), {"seed": 1}, "coefficients",
-                (2, "fit")),
+    "repair": Kind(streamer.repair_adapter, {}, [], (48, 16), {"seed": 1}, "coefficients", (2, "fit")),
 }  # fmt: skip
 
 
 class Job(NamedTuple):
-    """Inputs of an evaluation or a fit, and the bytes that an undisturbed one writes."""
+    """Inputs of an evaluation or a repair, and the bytes that an undisturbed one writes."""
 
     command: str
     home: Path
@@ -72,7 +69,11 @@ class Job(NamedTuple):
     def kind(self) -> Kind:
         return KINDS[self.command]
 
-    def run(self, output: Path | None, **options: Any) -> Any:
+    def file(self, output: Path) -> Path:
+        """Return the path of the evaluation, or of the fit beside the output."""
+        return output if self.command == "evaluate" else output.with_name(f"{output.name}.fit.safetensors")
+
+    def run(self, output: Path, **options: Any) -> Any:
         home, (sequences, length) = self.home, self.kind.text
         given = {"general": home / "general.npy", "task": home / "task.npy", "sequences": sequences, "length": length}
         given |= {"findings": home / "f.safetensors"} if self.command == "evaluate" else {}
@@ -94,12 +95,13 @@ class Job(NamedTuple):
 def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Job:
     home = make_learned(tmp_path_factory.mktemp(request.param), *KINDS[request.param].text)
     streamer.detect_intruder_dimensions(home / "base", home / "adapter", home / "f.safetensors", on_event=str)
-    Job(request.param, home, b"").run(home / "whole", on_event=str)
-    return Job(request.param, home, (home / "whole").read_bytes())
+    job = Job(request.param, home, b"")
+    job.run(home / "whole", on_event=str)
+    return job._replace(whole=job.file(home / "whole").read_bytes())
 
 
 evaluations = pytest.mark.parametrize("job", ["evaluate"], indirect=True)
-fits = pytest.mark.parametrize("job", ["fit"], indirect=True)
+repairs = pytest.mark.parametrize("job", ["repair"], indirect=True)
 
 
 # Both -------------------------------------------------------------------------------------------------------------------
@@ -142,7 +144,7 @@ def test_stopped_by_a_signal(job: Job, server: Server, tmp_path: Path, signum: s
     assert stopped.code == 128 + signum
     assert stopped.err.splitlines()[-1] == f"streamer: stopped by signal {int(signum)}; the same command resumes"
     assert server.run(*job.line(output)).code == 0
-    assert output.read_bytes() == job.whole
+    assert job.file(output).read_bytes() == job.whole
 
 
 def test_sums_of_another_torch_are_not_mixed_with_those_to_come(
@@ -153,8 +155,8 @@ def test_sums_of_another_torch_are_not_mixed_with_those_to_come(
         patch.setattr("torch.__version__", "2.0.0")
         job.stop(output)
     job.run(output, monitor=monitor)
-    assert monitor.outputs[output] == "written"
-    assert output.read_bytes() == job.whole
+    assert monitor.outputs[job.file(output)] == "written"
+    assert job.file(output).read_bytes() == job.whole
 
 
 @pytest.mark.parametrize(("prepare", "error", "message"), [
@@ -164,11 +166,12 @@ def test_sums_of_another_torch_are_not_mixed_with_those_to_come(
 ])  # fmt: skip
 def test_what_is_not_its_own_is_never_replaced(prepare: Callable[[Path], None], error: type[Exception], message: str, job: Job,
                                                tmp_path: Path) -> None:  # fmt: skip
-    prepare(tmp_path / "out")
+    prepare(job.file(tmp_path / "out"))
     with pytest.raises(error, match=message.format(job.kind.file)):
         job.run(tmp_path / "out", overwrite=True)
 
 
+@evaluations
 @pytest.mark.parametrize("name", ["base/config.json", "adapter/adapter_model.safetensors", "general.npy"])
 def test_inputs_are_not_replaced(job: Job, name: str) -> None:
     with pytest.raises(OutputError, match=rf"is the input|exists and is not {job.kind.file}"):
@@ -176,7 +179,7 @@ def test_inputs_are_not_replaced(job: Job, name: str) -> None:
 
 
 def test_two_runs_on_one_output(job: Job, tmp_path: Path) -> None:
-    with locked(tmp_path / ".out.lock"), pytest.raises(LockedError, match="another run is writing here"):
+    with locked(lock_of(job.file(tmp_path / "out"))), pytest.raises(LockedError, match="another run is writing here"):
         job.run(tmp_path / "out")
 
 
@@ -194,15 +197,15 @@ def test_an_interrupted_run_of_other_options(job: Job, tmp_path: Path) -> None:
 
 
 def test_an_input_that_changes_on_the_way(job: Job, tmp_path: Path) -> None:
-    weights = job.home / ("base/model.safetensors" if job.command == "fit" else "adapter/adapter_model.safetensors")
+    weights = job.home / ("base/model.safetensors" if job.command == "repair" else "adapter/adapter_model.safetensors")
 
     def on_event(event: Event) -> None:
-        if event.stage == job.command and event.items == 2:
+        if event.stage == job.kind.middle[1] and event.items == 2:
             weights.touch()
 
     with pytest.raises(InputChangedError, match=f"{weights.name}: changed since the run began"):
         job.run(tmp_path / "out", on_event=on_event)
-    assert not (tmp_path / "out").exists()
+    assert not job.file(tmp_path / "out").exists()
 
 
 def test_on_workers_it_resumes_between_two_layers(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,12 +213,12 @@ def test_on_workers_it_resumes_between_two_layers(job: Job, tmp_path: Path, monk
     output, events = tmp_path / "out", list[Event]()
     with ThreadPoolExecutor(2) as pool:
         with pytest.raises(Interrupted):
-            job.run(output, executor=pool, monitor=stopping_at(2, job.command))
-        assert states_of(journal_of(output)).exists()
+            job.run(output, executor=pool, monitor=stopping_at(2, job.kind.middle[1]))
+        assert states_of(journal_of(job.file(output))).exists()
         job.run(output, executor=pool, on_event=events.append)
-    assert output.read_bytes() == job.whole
+    assert job.file(output).read_bytes() == job.whole
     assert "resuming: 1 of 2 layers are done" in [event.name for event in events]
-    assert list(tmp_path.iterdir()) == [output]
+    assert {*tmp_path.iterdir()} == {output, job.file(output)}
 
 
 # Evaluations ------------------------------------------------------------------------------------------------------------
@@ -327,65 +330,31 @@ def test_an_interrupted_one_goes_on_for_another_share(job: Job, tmp_path: Path) 
     assert monitor.outputs[output] == "resumed"
 
 
-# Fits -------------------------------------------------------------------------------------------------------------------
+# Repairs --------------------------------------------------------------------------------------------------------------
 
 
-@fits
-@pytest.mark.parametrize("number", [1, 4])
-def test_a_fit_stopped_anywhere_gives_the_same_bytes(job: Job, tmp_path: Path, number: int) -> None:
-    output = tmp_path / "c.safetensors"
-    with pytest.raises(Interrupted):
-        job.run(output, monitor=stopping_at(number, "fit"))
-    assert not output.exists()
-    job.run(output, on_event=str)
-    assert output.read_bytes() == job.whole
-    assert list(tmp_path.iterdir()) == [output]
-
-
-@fits
-def test_in_memory_it_gives_the_same(job: Job) -> None:
-    found, stands = job.run(None, on_event=str), streamer.load_coefficients(job.home / "whole")
-    assert found.facts == stands.facts
-    for mine, theirs in zip(found.sets, stands.sets, strict=True):
-        assert (mine.keep, mine.digest) == (theirs.keep, theirs.digest)
-
-
-@fits
-def test_finished_ones_stay(job: Job, tmp_path: Path) -> None:
-    output = tmp_path / "c.safetensors"
-    output.write_bytes(job.whole)
-    monitor = Monitor()
-    assert job.run(output, monitor=monitor).keeps == list(KEEP)
-    assert monitor.outputs[output] == "present"
-    with pytest.raises(OutputExistsError, match="holds coefficients of other inputs or options"):
-        job.run(output, seed=1)
-    assert output.read_bytes() == job.whole
-    assert job.run(output, seed=1, keep=0.5, overwrite=True, on_event=str).keeps == [0.5]
-    assert streamer.load_coefficients(output).keeps == [0.5]
-
-
-@fits
+@repairs
 def test_it_goes_on_with_its_threads(job: Job, tmp_path: Path) -> None:
-    output, count = tmp_path / "c.safetensors", torch.get_num_threads()
+    output, count = tmp_path / "c", torch.get_num_threads()
     job.stop(output)
     events: list[Event] = []
     with threads(count + 1):
         job.run(output, on_event=events.append)
         assert torch.get_num_threads() == count + 1
-    assert output.read_bytes() == job.whole
+    assert job.file(output).read_bytes() == job.whole
     word = "thread" if count == 1 else "threads"
     assert f"goes on with {count} {word}, as it began; --no-resume starts over" in [e.name for e in events]
 
 
-@fits
+@repairs
 def test_a_config_that_vanishes_on_the_way(job: Job, server: Server, tmp_path: Path) -> None:
     config = job.home / "base" / "config.json"
     os.link(config, tmp_path / "aside")
-    done = server.run(*job.line(tmp_path / "c.safetensors"), at=2, code=f"os.remove({str(config)!r})")
+    done = server.run(*job.line(tmp_path / "c"), at=2, code=f"os.remove({str(config)!r})")
     os.link(tmp_path / "aside", config)
     assert done.code == 8, done.err
     assert "config.json: changed since the run began" in done.err
-    assert not (tmp_path / "c.safetensors").exists()
+    assert not job.file(tmp_path / "c").exists()
 
 
 def spoilt(job: Job, adapter: Path, spoil: Callable[[dict[str, np.ndarray]], None]) -> Path:
@@ -397,19 +366,18 @@ def spoilt(job: Job, adapter: Path, spoil: Callable[[dict[str, np.ndarray]], Non
     return adapter
 
 
-@fits
+@repairs
 def test_losses_that_are_nan(job: Job, tmp_path: Path) -> None:
     def much(values: dict[str, np.ndarray]) -> None:
         values.update({name: value * np.float32(1e19) for name, value in values.items()})
 
     adapter = spoilt(job, tmp_path / "adapter", much)
     with pytest.raises(NumericError, match="NaN or Inf"):
-        streamer.fit_coefficients(job.home / "base", adapter, tmp_path / "c.safetensors", general=job.home / "general.npy",
-                                  task=job.home / "task.npy", sequences=24, length=16, on_event=str)  # fmt: skip
-    assert not (tmp_path / "c.safetensors").exists()
+        repaired(job.home, tmp_path / "c", adapter=adapter, sequences=48, length=16, on_event=str)
+    assert not job.file(tmp_path / "c").exists()
 
 
-@fits
+@repairs
 def test_an_adapter_that_holds_nan_or_nothing(job: Job, tmp_path: Path) -> None:
     def hole(values: dict[str, np.ndarray]) -> None:
         next(iter(values.values()))[0, 0] = np.nan
@@ -421,5 +389,4 @@ def test_an_adapter_that_holds_nan_or_nothing(job: Job, tmp_path: Path) -> None:
                                         ("b", nothing, UnsupportedError, "all of its deltas are zero")):  # fmt: skip
         adapter = spoilt(job, tmp_path / name, spoil)
         with pytest.raises(error, match=message):
-            streamer.fit_coefficients(job.home / "base", adapter, general=job.home / "general.npy",
-                                      task=job.home / "task.npy", sequences=24, length=16)  # fmt: skip
+            repaired(job.home, tmp_path / "c", adapter=adapter, sequences=48, length=16)

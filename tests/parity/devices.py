@@ -148,9 +148,7 @@ def test_weights_cross_once_a_sweep_and_memory_there_is_as_forecast(
     assert 0.8 < traffic.to_device / model.size.read < 1.1
 
 
-@pytest.mark.parametrize(
-    "function", [streamer.evaluate_variants, streamer.fit_coefficients, streamer.repair_adapter, streamer.map_inputs]
-)
+@pytest.mark.parametrize("function", [streamer.evaluate_variants, streamer.repair_adapter, streamer.map_inputs])
 def test_a_device_that_is_not_there_is_refused(function: Any, tmp_path: Path) -> None:
     inputs = make_pair("llama", tmp_path, LINEAR)[1 : 2 if function is streamer.map_inputs else 3]
     texts = {} if function is streamer.map_inputs else {"task": tmp_path / "t.npy"}

@@ -52,12 +52,12 @@ def make_inputs(name: str, target: str, path: Path, length: int = 12, **values: 
 
 def test_an_error_of_the_models_own_code_names_the_module(tmp_path: Path) -> None:
     given = make_inputs("XmodForCausalLM", "query", tmp_path, default_language=None)
-    for run in (streamer.evaluate_variants, streamer.fit_coefficients):
+    for run in (streamer.evaluate_variants, streamer.repair_adapter):
         with pytest.raises(
             UnsupportedError,
             match=r"base: module 'roberta' of XmodForCausalLM raises ValueError: Input language unknown",
         ) as e:
-            run(**given, on_event=str)
+            run(**given, output=tmp_path / run.__name__, on_event=str)
         assert len(str(e.value).replace(str(tmp_path), "")) <= 300
 
 
@@ -252,10 +252,10 @@ def test_a_fit_divides_its_sequences_by_length_if_the_check_of_logits_finds_that
     cls, base, adapter, texts = make_choosing_inputs("GlmMoeDsaForCausalLM", tmp_path, factor=2)
     options: dict[str, Any] = {"holdout": 0.5, "on_event": str}
     texts["task"] = make_learned_text(cls, base, adapter, tmp_path / "learned.jsonl")
-    stated = streamer.fit_coefficients(base, adapter, **texts, **options)
+    stated = streamer.repair_adapter(base, adapter, tmp_path / "stated", **texts, **options)
     monkeypatch.setattr("streamer.streaming.model.CHOSEN_KEYS", ())
-    found = streamer.fit_coefficients(base, adapter, **texts, **options)
-    assert found.facts["sets"] == stated.facts["sets"]
+    found = streamer.repair_adapter(base, adapter, tmp_path / "found", **texts, **options)
+    assert found["rows"] == stated["rows"]
 
 
 def test_a_sweep_costs_what_torch_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,8 +190,8 @@ def input_map(home: Path) -> Target:
 
 def coefficients(home: Path) -> Target:
     """A file of right factors: read, and applied."""
-    texts, path = _learned(home), home / "c.safetensors"
-    streamer.fit_coefficients(home / "base", home / "adapter", path, **texts)
+    texts, path = _learned(home), home / "c.fit.safetensors"
+    streamer.repair_adapter(home / "base", home / "adapter", home / "c", **texts)
 
     def run(data: bytes) -> None:
         path.write_bytes(sealed(data))

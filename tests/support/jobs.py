@@ -20,7 +20,7 @@ from torch.nn.functional import max_pool2d
 COMMANDS = ("detect", "merge", "merge --findings", "mitigate", "mitigate --findings")
 """On a base in three shards and its adapter."""
 
-NAMES = {"detect": "findings.safetensors", "evaluate": "evaluation.json", "fit": "fit.safetensors", "map": "base.map.safetensors",
+NAMES = {"detect": "findings.safetensors", "evaluate": "evaluation.json", "map": "base.map.safetensors",
          "repair": "repaired"}  # fmt: skip
 """What a command writes in the tree, if not the tree itself; a repair writes its fit beside the adapter."""
 
@@ -216,7 +216,6 @@ OTHERS: dict[str, tuple[Callable[[Path], tuple[Path, Path]], str]] = {
 
 MODELS = {
     "evaluate": "base adapter --general general.npy --task task.npy --method shrink --lambda 0.5",
-    "fit": "base adapter --general general.npy --task task.npy",
     "map": "base --general general.npy",
     "repair": "base adapter --general general.npy --task task.npy",
 }

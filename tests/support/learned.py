@@ -13,6 +13,7 @@ from peft import PeftModel
 from seeds import vary
 from transformers import AutoModelForCausalLM
 
+import streamer
 from streamer.fitting.fit import FitOptions
 
 
@@ -52,6 +53,15 @@ def evaluate(server: Server, home: Path, output: object, *options: object, befor
     for name in ("general", "task"):
         line += [f"--{name}", texts.get(name, home / f"{name}.npy")]
     return server.run(*line, before=before)
+
+
+def repaired(home: Path, output: Path, **options: Any) -> streamer.Coefficients:
+    """Repair the adapter, and return the factors that were fitted."""
+    texts = {name: home / f"{name}.npy" for name in ("general", "task")}
+    streamer.repair_adapter(
+        **{"base": home / "base", "adapter": home / "adapter", "output": output, **texts, **options}
+    )
+    return streamer.load_coefficients(f"{output}.fit.safetensors")
 
 
 def held_apart(home: Path, place: Path) -> dict[str, Path]:

@@ -100,7 +100,7 @@ def test_memory_that_makes_no_sense(
 
 
 @pytest.mark.parametrize(("keywords", "words"), [
-    ({"general": None}, "general: expected a path, found None"),
+    ({"general": 3}, "general: expected a path, found 3"),
     ({"task": ["a", "b"]}, "task: expected a path, found ['a', 'b']"),
     ({"base": None}, "base: expected a path, found None"),
     ({"adapter": 3}, "adapter: expected a path, found 3"),
@@ -114,19 +114,22 @@ def test_memory_that_makes_no_sense(
 def test_keywords_of_other_types_are_refused_in_a_line(
     job: tuple[Path, Path], keywords: dict[str, Any], words: str
 ) -> None:
-    given: dict[str, Any] = {"base": job[0], "adapter": job[1], "general": "general.txt", "task": "task.txt"}
+    given: dict[str, Any] = {
+        "base": job[0],
+        "adapter": job[1],
+        "output": "out",
+        "general": "general.txt",
+        "task": "task.txt",
+    }
     with pytest.raises(UsageError) as refused:
-        streamer.fit_coefficients(**{**given, **keywords})
+        streamer.repair_adapter(**{**given, **keywords})
     assert str(refused.value) == words
 
 
 # Names ------------------------------------------------------------------------------------------------------------------
 
 
-def test_scale_is_the_old_name_of_select(job: tuple[Path, Path]) -> None:
-    for options in ({"scale": "some"}, {"select": "some"}):
-        with pytest.raises(UsageError, match=r"^select: expected one of all, first, found 'some'"):
-            streamer.iter_merged(*job, **options)  # type: ignore[arg-type]
+def test_keywords_of_no_function(job: tuple[Path, Path]) -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'scale'"):
         streamer.iter_merged(*job, scale="all", select="all")  # type: ignore[call-arg]
 

@@ -211,11 +211,11 @@ def test_texts_do_not_run_through_a_pipeline(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("some words\n")
     texts = dict.fromkeys(("general", "task"), tmp_path / "t.txt")
     with pytest.raises(
-        UnsupportedError, match="is a diffusers pipeline; evaluate, fit, repair and map need a language model"
+        UnsupportedError, match="is a diffusers pipeline; evaluate, repair and map need a language model"
     ):
         streamer.evaluate_variants(base, tmp_path / LORA, **texts)
     with pytest.raises(UnsupportedError, match="is a diffusers pipeline; evaluate"):
-        streamer.fit_coefficients(base, tmp_path / LORA, **texts)
+        streamer.repair_adapter(base, tmp_path / LORA, tmp_path / "out", **texts)
 
 
 def test_a_quantized_matrix_of_a_component_is_refused(tmp_path: Path) -> None:

@@ -3,13 +3,12 @@
 import random
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from seeds import vary
 
 import streamer
-from streamer.cli.tables import findings_table, fitting_table
+from streamer.cli.tables import findings_table
 from streamer.cli.terminal import screen
 from streamer.detection.findings import _ranks
 from streamer.plan.name_matching import natural
@@ -140,27 +139,6 @@ def test_a_name_does_not_steer_the_terminal() -> None:
     assert r"a.\x1b[31m.b\r" in text
     assert "é" in text
     assert text.replace("\n", "").isprintable()
-
-
-def facts(*keeps: float) -> dict[str, Any]:
-    """What a table is made from; figures are one number each."""
-    figures = {f"{name}{end}": 0.5 for name in ("kept", "forgetting", "divergence") for end in ("", "_se")}
-    sets = [{"keep": keep, "mu": None, **figures, "shrink": None} for keep in keeps]
-    texts = {text: {"held": {"sequences": 6}} for text in ("general", "task")}
-    return {
-        "texts": texts, "sets": sets, "base": {}, "adapter": {}, "factored": True, "quantized": False,
-    }  # fmt: skip
-
-
-def test_the_command_names_the_share_as_the_file_takes_it() -> None:
-    text = fitting_table(facts(1 / 3, 2 / 3), ("base", "adapter"), "c.safetensors")
-    assert "--coefficients c.safetensors --keep 0.333333" in text
-
-
-def test_the_commands_take_the_inputs_as_the_fit_took_them() -> None:
-    given = {**facts(0.9), "base": {"architecture": "LlamaForCausalLM"}, "adapter": {"base_is_residual": True}}
-    text = fitting_table(given, ("base", "adapter"), "c.safetensors")
-    assert text.count("--coefficients c.safetensors --base-is-residual --architecture LlamaForCausalLM") == 2
 
 
 def test_the_examples_in_the_help_are_understood() -> None:

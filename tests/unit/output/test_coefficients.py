@@ -54,7 +54,7 @@ def test_mitigate_takes_them_by_the_name_of_the_matrix() -> None:
 
 def test_options_that_make_no_sense() -> None:
     one = made(0.9).select()
-    with pytest.raises(UsageError, match=r"^method 'regmean' needs coefficients; make them with `streamer fit`$"):
+    with pytest.raises(UsageError, match=r"^method 'regmean' needs coefficients; make them with `streamer repair`$"):
         make_method("regmean")
     with pytest.raises(UsageError, match=r"^lambda: method 'regmean' has no such option; leave it out"):
         make_method("regmean", mitigation_lambda=0.5, coefficients=one)

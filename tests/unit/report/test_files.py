@@ -5,39 +5,26 @@ import itertools
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from evaluations import of_findings
 from helpers import names, tree_digest
 from safetensors.torch import load_file
-from seeds import vary
 
 import streamer
 from streamer.detection.findings import Findings
 from streamer.errors import LockedError, OutputError, OutputExistsError, UsageError
-from streamer.report.page import (
-    DIGITS,
-    LONGEST,
-    Packed,
-    lambda_curve,
-    make_subject,
-    pack_names,
-    pack_ratio,
-    pack_share,
-    threshold_curve,
-    write_files,
-)
+from streamer.report.page import lambda_curve, threshold_curve, write_files
 from streamer.storage.files import locked
 
 
 def test_a_page_is_written_found_again_and_replaced_on_demand(findings: Findings, tmp_path: Path) -> None:
     path = tmp_path / "new" / "r.html"
-    subject = make_subject(findings)
+    subject = findings
     assert write_files(subject, path).state == "written"
     before = path.read_bytes()
     assert write_files(subject, path).state == "present"
-    other = make_subject(findings, of_findings(findings))
+    other = of_findings(findings)
     with pytest.raises(OutputExistsError, match="holds another report; choose another output, or pass --overwrite"):
         write_files(other, path)
     assert path.read_bytes() == before
@@ -55,10 +42,10 @@ def test_what_is_no_report_is_never_replaced(findings: Findings, tmp_path: Path,
     path.write_bytes(content)
     for overwrite in (False, True):
         with pytest.raises(OutputExistsError, match="exists and is not a report, which is all that is replaced"):
-            write_files(make_subject(findings), path, overwrite)
+            write_files(findings, path, overwrite)
     assert path.read_bytes() == content
     path.write_bytes(b"")  # made beforehand, as mktemp does
-    assert write_files(make_subject(findings), path).state == "written"
+    assert write_files(findings, path).state == "written"
 
 
 def test_paths_that_are_refused(findings: Findings, tmp_path: Path) -> None:
@@ -75,12 +62,12 @@ def test_paths_that_are_refused(findings: Findings, tmp_path: Path) -> None:
     before = tree_digest(tmp_path)
     for name, kind, words in cases:
         with pytest.raises(kind, match=words):
-            write_files(make_subject(findings), tmp_path / name)
+            write_files(findings, tmp_path / name)
     assert tree_digest(tmp_path) == before
     with pytest.raises(UsageError, match="is an address"):
-        write_files(make_subject(findings), "s3://bucket/r.html")
+        write_files(findings, "s3://bucket/r.html")
     with locked(tmp_path / ".r.html.lock"), pytest.raises(LockedError, match="another run is writing here"):
-        write_files(make_subject(findings), tmp_path / "r.html")
+        write_files(findings, tmp_path / "r.html")
 
 
 @pytest.mark.parametrize("name", ["r.html", "new/r.html"])
@@ -92,7 +79,7 @@ def test_nothing_is_written_into_a_complete_output(
     with pytest.raises(
         OutputError, match=r"lies inside the output .*/out, which is complete: its streamer.json lists its files"
     ):
-        write_files(make_subject(findings), tmp_path / "out" / name)
+        write_files(findings, tmp_path / "out" / name)
     assert tree_digest(tmp_path) == before
 
 
@@ -114,67 +101,21 @@ def test_what_a_lambda_takes_away_is_what_the_formulas_do(pair: tuple[Path, Path
         total["left"] += float(project.square().sum())
         total["project"] += float((project - D).square().sum())
         total["paper"] += float((paper - D).square().sum())
-    found = next(c for c in lambda_curve(findings) if c["lambda"] == lam)
+    found = next(c for c in lambda_curve(findings) if c.mitigation_lambda == lam)
     for key, square in (("norm_left", "left"), ("project", "project"), ("paper", "paper")):
-        assert found[key] == pytest.approx(math.sqrt(total[square] / total["before"]), rel=1e-5)  # type: ignore[literal-required]
+        assert getattr(found, key) == pytest.approx(math.sqrt(total[square] / total["before"]), rel=1e-5)
 
 
 def test_thresholds_count_what_detection_finds_there(pair: tuple[Path, Path], findings: Findings) -> None:
-    curve = {c["epsilon"]: c for c in threshold_curve(findings)}
-    assert curve[0.5]["intruders"] == curve[0.5]["least"] == curve[0.5]["most"] == findings.intruders
+    curve = {c.epsilon: c for c in threshold_curve(findings)}
+    assert curve[0.5].intruders == curve[0.5].least == curve[0.5].most == findings.intruders
     other = streamer.detect_intruder_dimensions(*pair, threshold_epsilon=0.7)
-    assert curve[0.7]["least"] <= other.intruders <= curve[0.7]["most"]
+    assert curve[0.7].least <= other.intruders <= curve[0.7].most
     values = list(curve.values())
-    assert all(a["intruders"] <= b["intruders"] and a["most"] <= b["most"] for a, b in itertools.pairwise(values))
+    assert all(a.intruders <= b.intruders and a.most <= b.most for a, b in itertools.pairwise(values))
 
 
 def test_a_threshold_between_the_steps_is_among_them(findings: Findings) -> None:
     options = dataclasses.replace(findings.options, threshold_epsilon=0.513)
     curve = threshold_curve(dataclasses.replace(findings, options=options))
-    assert 0.513 in [c["epsilon"] for c in curve]
-
-
-def unpack(packed: Packed) -> list[int]:
-    """What the page's script does."""
-    width, codes = packed["digits"], packed["codes"]
-    numbers = [DIGITS.index(c.encode()) for c in codes]
-    return [
-        sum(n * 64 ** (width - 1 - d) for d, n in enumerate(numbers[i : i + width]))
-        for i in range(0, len(codes), width)
-    ]
-
-
-def unpack_names(packed: dict) -> list[str]:
-    numbers = iter(packed["numbers"])
-    out = []
-    for i in unpack(packed["form"]):
-        form = packed["forms"][i]
-        out.append(form[1:] if form[:1] == "=" else "".join(str(next(numbers)) if c == "*" else c for c in form))
-    return out
-
-
-def test_an_interval_stays_one() -> None:
-    rng = np.random.default_rng(vary(0))
-    low = rng.random(1000)
-    high = np.minimum(1, low + 1e-5 * rng.random(1000))
-    down, up = (np.array(unpack(p)) / 4095 for p in (pack_share(low, 2), pack_share(high, 2, up=True)))
-    assert (down <= low).all()
-    assert (up >= high).all()
-    assert max(low - down) < 1 / 4095 + 1e-12
-    assert max(up - high) < 1 / 4095 + 1e-12
-
-
-def test_ratios_are_kept_to_a_fifth_of_a_percent() -> None:
-    ratios = np.geomspace(1e-6, 1, 500)
-    codes = np.array(unpack(pack_ratio(ratios, 2, 1e-6)))
-    assert np.abs(1e-6 ** (codes / 4095) / ratios - 1).max() < 0.002
-    assert unpack(pack_ratio(np.array([0.0, 1e-9, 1.0]), 2, 1e-6)) == [4095, 4095, 0]
-
-
-@pytest.mark.parametrize("name", [
-    "model.layers.12.mlp.experts.7.down_proj.weight", "model.experts.gate_up_proj[3]", "lm_head.weight", "a*b.1", "=x.1", "", "0",
-    "layers.007.weight", f"layers.{'9' * (LONGEST + 1)}.weight", f"layers.{'9' * LONGEST}.weight", "conv1d.2b.3", "é.4.\x1b", "²",
-])  # fmt: skip
-def test_names_are_read_back(name: str) -> None:
-    names = ["model.layers.3.q.weight", name, "model.layers.4.q.weight"]
-    assert unpack_names(pack_names(names)) == names  # type: ignore[arg-type]
+    assert 0.513 in [c.epsilon for c in curve]

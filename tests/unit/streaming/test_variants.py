@@ -52,7 +52,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"methods": ()}, "method: expected at least one"),
     ({"methods": ("paper", "paper")}, "method: expected different values"),
     ({"methods": ("average",)}, "method: expected one of paper, project, shrink, regmean, nullspace, found 'average'"),
-    ({"methods": ("regmean",)}, "method 'regmean' needs coefficients; make them with `streamer fit`"),
+    ({"methods": ("regmean",)}, "method 'regmean' needs coefficients; make them with `streamer repair`"),
     ({"lambdas": ()}, "lambda: expected at least one"),
     ({"lambdas": (0.5, 0.5)}, "lambda: expected different values"),
     ({"lambdas": (0.5, 1.0)}, "lambda: 1 is the unchanged adapter"),
