@@ -5,8 +5,7 @@ Detect once, look at the findings, and write a mitigated adapter or a merged mod
     import streamer
 
     findings = streamer.detect_intruder_dimensions("BASE", "ADAPTER", "findings.safetensors", progress=True)
-    print(findings)
-    table = findings.to_pandas()
+    print(findings.table())
     streamer.reduce_intruder_dimension("BASE", "ADAPTER", "mitigated", findings=findings, mitigation_lambda=0.5)
     streamer.merge_with_reduced_intruder_dimensions("BASE", "ADAPTER", "merged", findings=findings, mitigation_lambda=0.5)
 

@@ -81,8 +81,8 @@ def _test(hint: Any) -> Callable[[Any], bool]:
     """Make the test whether a value from JSON is of a type."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Annotated, NotRequired):
-        inner, keywords = _test(args[0]), [more.keywords for more in args[1:] if isinstance(more, Keywords)]
-        least = [one["minimum"] for one in keywords if "minimum" in one]
+        inner, keywords = _test(args[0]), [annotation.keywords for annotation in args[1:] if isinstance(annotation, Keywords)]
+        least = [keyword["minimum"] for keyword in keywords if "minimum" in keyword]
         return lambda value: inner(value) and not any(value < minimum for minimum in least)
     if origin in (Union, UnionType):
         tests = [*map(_test, args)]

@@ -19,7 +19,7 @@ from streamer.errors import UsageError
 from streamer.events import Monitor, OnEvent
 from streamer.methods import DEFAULT, METHODS, WITHOUT_FILES, NullSpace
 from streamer.storage.files import available_cores
-from streamer.units import quoted
+from streamer.units import MOST_THREADS, quoted
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -238,7 +238,6 @@ RANK_OR_SHARE = "A share such as 0.95 uses the smallest rank that keeps this sha
 SEVERAL = "for several adapters, a directory that gets one"
 BUILT_IN = "a built-in text of prose, chat and code"
 BESIDE = "of the recorded name, beside OUTPUT"
-MOST_THREADS = 1024
 MEMORY = "memory limit, such as 600M or 4G, not counting memory-mapped files and the GPU driver"
 COUNTED = (
     "It is in bytes, or a size like 4G in powers of 1024, and counts the anonymous memory of Python, torch and streamer; 200M (350M with "
@@ -531,7 +530,7 @@ class ReportOptions(Options):
 class VerifyOptions(Watched):
     """Options of `verify_output`."""
 
-    output: str | Path = argument("directory of one merged model or mitigated adapter, or a findings file")
+    output: str | Path = argument("directory of one merged model or mitigated adapter")
     base: str | Path | None = argument("base of OUTPUT: also recompute a sample of matrices", None, nargs="?")
     adapter: str | Path | None = argument("the adapter; give it together with BASE", None, nargs="?")
     sample: int | Literal["all"] = option("number of matrices to recompute, spread over their kinds; all: recompute every matrix and "

@@ -4,9 +4,9 @@ Names and parameters are those of PEFT's own function, so changing one import li
 
     from streamer.peft import reduce_intruder_dimension  # instead of from peft.tuners.lora.intruders
 
-The engine that reads files also handles the live model. Its tensors, on a device or offloaded by accelerate, are presented as safetensors
-files: the base's by their names without PEFT, and an adapter's. Each of the adapter's modules is matched with the matrix that it changes,
-or refused. Findings on files can be used for the model in memory, and vice versa. Needs PEFT: ``pip install 'intruder-streamer[peft]'``.
+The engine that reads files also handles the live model. Its tensors, on any device, are presented as safetensors files: the base's by
+their names without PEFT, and an adapter's. Each of the adapter's modules is matched with the matrix that it changes, or refused. Findings
+on files can be used for the model in memory, and vice versa. Needs PEFT: ``pip install 'intruder-streamer[peft]'``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -68,107 +68,12 @@ __all__ = ["detect_intruder_dimensions", "merge_and_unload_with_reduced_intruder
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 
-@dataclass(frozen=True, eq=False)
-class LiveTensor:
-    """Parameter or buffer of a module.
-
-    Attributes
-    ----------
-    module, key
-        The module, and the tensor's name in it.
-    tensor
-        The parameter itself; it is on the meta device if accelerate keeps its values elsewhere.
-    """
+class LiveTensor(NamedTuple):
+    """Parameter or buffer of a module: the module, the tensor's name in it, and the tensor itself."""
 
     module: nn.Module
     key: str
     tensor: Tensor
-
-    @property
-    def offloaded(self) -> bool:
-        """Return whether accelerate keeps its values elsewhere between uses."""
-        return self.tensor.device.type == "meta"
-
-    @property
-    def on_disk(self) -> bool:
-        """Return whether its values are offloaded to disk."""
-        return self.offloaded and self._in_cpu_memory() is None
-
-    @property
-    def storage(self) -> tuple[str, int]:
-        """Return a key for its values, which tied tensors share, offloaded or not."""
-        kept = self._in_cpu_memory() if self.offloaded else None
-        return ("parameter", id(self.tensor)) if kept is None or kept.numel() == 0 else ("memory", kept.data_ptr())
-
-    @property
-    def device(self) -> torch.device:
-        """Return the device on which it is used."""
-        return torch.device(_hook(self).execution_device) if self.offloaded else self.tensor.device
-
-    def values(self) -> Tensor:
-        """Return its values; those of a tensor offloaded to disk are read each time."""
-        if not self.offloaded:
-            return self.tensor.detach()
-        found: Tensor = _hook(self).weights_map[self.key]
-        return found.detach()
-
-    def write(self, values: Tensor) -> None:
-        """Replace its values, which must not be on disk, by others of the same shape."""
-        stored = self._in_cpu_memory() if self.offloaded else self.tensor.detach()
-        assert stored is not None
-        with torch.no_grad():
-            stored.copy_(values)
-
-    def stay(self) -> None:
-        """Make accelerate leave the module's values in place; a hook that PEFT copied from a base's module would load the base's."""
-        for hook in _hooks(self.module):
-            if getattr(hook, "weights_map", None) is not None:
-                hook.offload = False
-
-    def untie(self, values: Tensor) -> None:
-        """Give its module separate values instead of those it shares with another module; the values must not be on disk."""
-        if self.offloaded:
-            data, name = self._map()
-            data[name] = values
-        else:
-            made = values.to(self.device, self.tensor.dtype)
-            self.module.register_parameter(self.key, nn.Parameter(made, self.tensor.requires_grad))
-
-    def _in_cpu_memory(self) -> Tensor | None:
-        """Return the tensor that accelerate keeps in CPU memory; None if it is on disk."""
-        data, name = self._map()
-        found = data.get(name) if isinstance(data, Mapping) else None
-        return found if isinstance(found, Tensor) else None
-
-    def _map(self) -> tuple[Any, str]:
-        """Return the map in which accelerate keeps offloaded values, and the tensor's name in it."""
-        data: Any = _hook(self).weights_map
-        name = getattr(data, "prefix", "") + self.key
-        data = getattr(data, "dataset", data)  # unwrap a view that has only names with a prefix
-        return getattr(data, "state_dict", data), name  # unwrap a loader with some values in memory and others on disk
-
-
-def _hook(live: LiveTensor) -> Any:
-    """Find accelerate's hook that keeps the values of an offloaded tensor.
-
-    Raises
-    ------
-    UnsupportedError
-        If there is none.
-    """
-    for one in _hooks(live.module):
-        if getattr(one, "weights_map", None) is not None:
-            return one
-    raise UnsupportedError(
-        f"{live.key!r} of {type(live.module).__name__}: has no values (it is on the meta device, and no hook of accelerate keeps them); "
-        "load the model with its weights"
-    )
-
-
-def _hooks(module: nn.Module) -> tuple[Any, ...]:
-    """List accelerate's hooks on a module."""
-    hook = getattr(module, "_hf_hook", None)
-    return tuple(getattr(hook, "hooks", (hook,)))
 
 
 class LiveFile(TensorFile):
@@ -220,17 +125,16 @@ class LiveFile(TensorFile):
 
     def chunks(self, info: TensorInfo, size: int = 4 << 20) -> Iterator[Piece]:
         """Yield a tensor's bytes in pieces."""
-        whole = self.view(info)
-        return (Piece(whole[i : i + size]) for i in range(0, info.nbytes, size))
+        data = self.view(info)
+        return (Piece(data[i : i + size]) for i in range(0, info.nbytes, size))
 
     def sample(self) -> str:
-        """Compute the SHA-256 (hex) of names, dtypes, shapes, and the middle `SAMPLE_BYTES` of every tensor that is not on disk."""
+        """Compute the SHA-256 (hex) of names, dtypes, shapes, and the middle `SAMPLE_BYTES` of every tensor."""
         digest = hashlib.sha256(self.header.digest.encode())
         for info in self.header.tensors:
-            live = self.tensors[info.name]
-            if live.on_disk or info.nbytes == 0:
+            if info.nbytes == 0:
                 continue
-            flat = live.values().reshape(-1)
+            flat = self.tensors[info.name].tensor.detach().reshape(-1)
             count = max(1, min(SAMPLE_BYTES // flat.element_size(), len(flat)))
             middle = (len(flat) - count) // 2
             digest.update(as_bytes(flat[middle : middle + count].cpu()))
@@ -238,14 +142,14 @@ class LiveFile(TensorFile):
 
     def _contiguous(self, name: str) -> Tensor:
         """Return a tensor's values in CPU memory; if they must be copied, the last copy is kept."""
-        live = self.tensors[name]
-        if live.tensor.device.type == "cpu" and live.tensor.is_contiguous():
-            return live.values()
+        values = self.tensors[name].tensor.detach()
+        if values.device.type == "cpu" and values.is_contiguous():
+            return values
         last = self._last
         if last is None or last[0] != name:
             last = self._last = None  # free the last copy before making the next
             # The local stays: another thread may read the next tensor meanwhile.
-            last = self._last = name, live.values().cpu().contiguous()
+            last = self._last = name, values.cpu().contiguous()
         return last[1]
 
 
@@ -360,6 +264,12 @@ def open_model(peft_model: nn.Module, adapter_name: str) -> LiveModel:
         raise UnsupportedError(
             f"{merged}: an adapter is merged into its weight, so the base's values are not available; call unmerge_adapter() first"
         )
+    offloaded = next((name for name, parameter in base.named_parameters() if parameter.is_meta), None)
+    if offloaded is not None:
+        raise UnsupportedError(
+            f"{offloaded}: has no values (it is on the meta device, or accelerate offloads it), which is not supported; "
+            "load the whole model, or use the commands on its files"
+        )
     states = ((name, getattr(parameter, "quant_state", None)) for name, parameter in base.named_parameters())
     packed = next((name for name, state in states if getattr(state, "packing_format_for_cpu", False)), None)
     if packed is not None:
@@ -386,9 +296,9 @@ def entries(module: nn.Module, prefix: str, base_only: bool) -> Iterator[tuple[s
         wrapped = "original_module" if isinstance(module, AuxiliaryTrainingWrapper) else "base_layer"
         yield from entries(module.get_submodule(wrapped), prefix, base_only)
         return
-    own: dict[str, Any] = {}
-    module._save_to_state_dict(own, "", keep_vars=True)
-    for key, tensor in own.items():
+    state: dict[str, Any] = {}
+    module._save_to_state_dict(state, "", keep_vars=True)
+    for key, tensor in state.items():
         if isinstance(tensor, Tensor):
             yield prefix + key, LiveTensor(module, key, tensor)
     for name, child in module.named_children():
@@ -491,8 +401,8 @@ class LivePlan:
         prefix = f"{getattr(self.live.base, 'base_model_prefix', '')}."
         ways = {name: (name, name.removeprefix(prefix), prefix + name) for name in self.tensors}
         known = {name: [by_run_time[way] for way in ways[name] if way in by_run_time] for name in ways}
-        found = {name: matches[0] for name, matches in known.items() if matches}
-        return found if len({*found.values()}) == len(found) else {}
+        names = {name: matches[0] for name, matches in known.items() if matches}
+        return names if len({*names.values()}) == len(names) else {}
 
     def name_in_files(self, tensor: str) -> str:
         """Return a matrix's name in the files (for an expert, by its stack), or its own name if they are not available."""
@@ -515,16 +425,16 @@ def plan_live(peft_model: nn.Module, adapter_name: str, ignore_keys: Sequence[st
     config = replace(live.adapter_config(), stated=Stated(True, "rank_major", ignore_keys))
     refuse_kinds(config)
     adapter_file = LiveFile(live.adapter_title, live.adapter_tensors())
-    found = sorted_adapter(Path(live.adapter_title), config, adapter_file)
-    adapter = LiveAdapter(found.path, found.config, found.files, found.modules, found.carried, found.wrapped)
+    loaded = sorted_adapter(Path(live.adapter_title), config, adapter_file)
+    adapter = LiveAdapter(loaded.path, loaded.config, loaded.files, loaded.modules, loaded.carried, loaded.wrapped)
     tensors = dict(entries(live.base, "", base_only=True))
-    first = {tensor.storage: name for name, tensor in reversed(tensors.items())}
+    first = {id(live_tensor.tensor): name for name, live_tensor in reversed(tensors.items())}
     # Tied ones once, as in files.
-    own = {name: tensor for name, tensor in tensors.items() if first[tensor.storage] == name}
+    distinct = {name: tensors[name] for name in tensors if first[id(tensors[name].tensor)] == name}
     title = f"{type(live.base).__name__} in memory"
-    base = LiveBase(Path(title), {title: LiveFile(title, own)}, dict.fromkeys(own, title), None)
-    model = _config(live.base, tied=len(own) < len(tensors))
-    classes = {name: type(t.module).__mro__ for name, t in own.items() if t.key == "weight"}
+    base = LiveBase(Path(title), {title: LiveFile(title, distinct)}, dict.fromkeys(distinct, title), None)
+    model = _config(live.base, tied=len(distinct) < len(tensors))
+    classes = {name: type(t.module).__mro__ for name, t in distinct.items() if t.key == "weight"}
     conv1d = frozenset(name for name, kinds in classes.items() if any(kind.__name__ == "Conv1D" for kind in kinds))
     orientation = LiveOrientation(Orientation.of(base, model).architectures, conv1d=conv1d)
     plan = match_plan(base, open_weights(base, model), model, orientation, adapter, Renames("", (), ()))
@@ -598,18 +508,18 @@ def detect_intruder_dimensions(peft_model: nn.Module, adapter_name: str = "defau
     StreamerError
         Of the class for the kind of error (see `streamer.errors`).
     """
-    given = LiveOptions(top_k=top_k, threshold_epsilon=threshold_epsilon, **options)
-    detection = detection_options(given)
-    with watched(given) as monitor:
-        live = plan_live(peft_model, adapter_name, given.ignore_keys)
+    settings = LiveOptions(top_k=top_k, threshold_epsilon=threshold_epsilon, **options)
+    detection = detection_options(settings)
+    with watched(settings) as monitor:
+        live = plan_live(peft_model, adapter_name, settings.ignore_keys)
         monitor.warn(live.plan.warnings)
-        return named_as_files(live, detect_live(live, detection, choose_device(given.device), monitor))
+        return named_as_files(live, detect_live(live, detection, choose_device(settings.device), monitor))
 
 
 def detect_live(live: LivePlan, options: DetectionOptions, device: torch.device, monitor: Monitor) -> Findings:
     """Detect in one matrix after another; the findings use the names in memory."""
-    (found,) = detect_in_memory(AdapterBatch(live.plan.base, (live.plan,)), options, Run(device, monitor=monitor))
-    return found
+    (findings,) = detect_in_memory(AdapterBatch(live.plan.base, (live.plan,)), options, Run(device, monitor=monitor))
+    return findings
 
 
 def named_as_files(live: LivePlan, findings: Findings) -> Findings:
@@ -617,7 +527,7 @@ def named_as_files(live: LivePlan, findings: Findings) -> Findings:
     return replace(findings, matrices=tuple(replace(m, tensor=live.name_in_files(m.tensor)) for m in findings))
 
 
-def live_job(live: LivePlan, method: Method, given: LiveMitigation, monitor: Monitor) -> tuple[Job, Findings | None]:
+def live_job(live: LivePlan, method: Method, settings: LiveMitigation, monitor: Monitor) -> tuple[Job, Findings | None]:
     """Run detection, or use the given findings, if the method needs them; give findings, factors and maps the names in memory.
 
     Raises
@@ -632,10 +542,10 @@ def live_job(live: LivePlan, method: Method, given: LiveMitigation, monitor: Mon
     Job, Findings or None
         The findings use the names in memory; None if the method needs none.
     """
-    plan, findings = live.plan, given.findings
-    detection, device = detection_options(given), choose_device(given.device)
+    plan, findings = live.plan, settings.findings
+    detection, device = detection_options(settings), choose_device(settings.device)
     monitor.warn(plan.warnings)
-    found, named = None, isinstance(method, RegMean | NullSpace)
+    usable, named = None, isinstance(method, RegMean | NullSpace)
     names = {live.name_in_files(target.tensor): target.tensor for target in plan.targets if named}
     if isinstance(method, RegMean):
         matrices = {names.get(name, name): R for name, R in method.coefficients.matrices.items()}
@@ -647,19 +557,19 @@ def live_job(live: LivePlan, method: Method, given: LiveMitigation, monitor: Mon
             raise UnsupportedError(
                 f"{inputs.name}: is a map of a base's files, but the model's files are unknown; load the model from their directory"
             )
-        theirs = {key: value for key, value in inputs.facts["base"].items() if key != "architecture"}
-        refuse_other_base(inputs, theirs, {**live.files.identity()})
-        mine = (replace(one, names=tuple(names[n] for n in one.names if n in names)) for one in inputs.inputs)
-        inputs = replace(inputs, inputs=tuple(one for one in mine if one.names))
+        mapped_base = {key: value for key, value in inputs.facts["base"].items() if key != "architecture"}
+        refuse_other_base(inputs, mapped_base, {**live.files.identity()})
+        renamed = (replace(entry, names=tuple(names[n] for n in entry.names if n in names)) for entry in inputs.inputs)
+        inputs = replace(inputs, inputs=tuple(entry for entry in renamed if entry.names))
         monitor.warn(lacking_inputs(plan, inputs))
         method = replace(method, map=inputs)
     if method.needs_detection and findings is None:
-        found = detect_live(live, detection, device, monitor)
+        usable = detect_live(live, detection, device, monitor)
     elif method.needs_detection and findings is not None:
         loaded = findings if isinstance(findings, Findings) else load_findings(findings)
-        found = matched_findings(plan, loaded, loaded.name)
-        found.check_matches(plan.base_identity, plan.adapter_identity, detection_options(given, None, loaded))
-    return Job(plan, method, detection, device, found), found
+        usable = matched_findings(plan, loaded, loaded.name)
+        usable.check_matches(plan.base_identity, plan.adapter_identity, detection_options(settings, None, loaded))
+    return Job(plan, method, detection, device, usable), usable
 
 
 @explained(LiveMitigation)
@@ -694,16 +604,16 @@ def merge_and_unload_with_reduced_intruder_dimensions(peft_model: nn.Module, ada
     MissingPackageError
         If PEFT is not installed.
     UnsupportedError
-        If weights are quantized or offloaded to disk.
+        If weights are quantized or offloaded.
     StreamerError
         Of the class for the kind of error (see `streamer.errors`).
     """
-    given = LiveMitigation(top_k=top_k, threshold_epsilon=threshold_epsilon, mitigation_lambda=mitigation_lambda, **options)  # fmt: skip
-    method = chosen_method(given)
-    with watched(given) as monitor:
-        live = plan_live(peft_model, adapter_name, given.ignore_keys)
+    settings = LiveMitigation(top_k=top_k, threshold_epsilon=threshold_epsilon, mitigation_lambda=mitigation_lambda, **options)  # fmt: skip
+    method = chosen_method(settings)
+    with watched(settings) as monitor:
+        live = plan_live(peft_model, adapter_name, settings.ignore_keys)
         outputs = _changed(live)
-        job, _ = live_job(live, method, given, monitor)
+        job, _ = live_job(live, method, settings, monitor)
         # Compute everything once before the first change, so that wrong coefficients or an overflow are refused here.
         for output in outputs:
             monitor.checkpoint()
@@ -714,11 +624,11 @@ def merge_and_unload_with_reduced_intruder_dimensions(peft_model: nn.Module, ada
         total, done = sum(tensor_nbytes(output.dtype, output.shape) for output in outputs), 0
         for items, output in enumerate(outputs):
             monitor.emit(Event("write", output.name, done, total, items, len(outputs)))
-            values, tensor = _values(job, output), live.tensors[output.name]
+            values, (module, key, tensor) = _values(job, output), live.tensors[output.name]
             if output.name in live.plan.base.weight_map:
-                tensor.write(values)
+                tensor.detach().copy_(values)
             else:  # the parameter still belongs to another module
-                tensor.untie(values)
+                module.register_parameter(key, nn.Parameter(values.to(tensor), tensor.requires_grad))
             done += tensor_nbytes(output.dtype, output.shape)
         monitor.emit(Event("write", "", total, total, len(outputs), len(outputs)))
         for *path, key in live.plan.edits.untied:  # head and embedding are separate now
@@ -739,17 +649,14 @@ def _changed(live: LivePlan) -> list[OutputTensor]:
         saved = source is not None and source.file is plan.adapter.file
         if (isinstance(output.recipe, CopyBytes) and (stays or saved)) or (saved and isinstance(output.recipe, Cast)):
             continue
-        tensor = live.tensors.get(output.name)
         if saved and not isinstance(output.recipe, AddBias):
             raise UnsupportedError(
                 f"{plan.adapter.path}: saves {output.name!r} and also changes it, which is not supported in memory; merge its files "
                 "with `streamer merge`"
             )
-        if tensor is None or tensor.on_disk:
-            why = "is offloaded to the disk, which is not written to" if tensor else "is not a parameter of the model"
+        if output.name not in live.tensors:
             raise UnsupportedError(
-                f"{plan.base.path}: {output.name!r} {why}; load the model without disk in its device_map, or merge its files with "
-                "`streamer merge`"
+                f"{plan.base.path}: {output.name!r} is not a parameter of the model; merge its files with `streamer merge`"
             )
         outputs.append(output)
     ties = {
@@ -773,10 +680,10 @@ def _changed(live: LivePlan) -> list[OutputTensor]:
     return sorted(outputs, key=lambda output: output.name in plan.base.weight_map)
 
 
-def _place(tensor: LiveTensor) -> tuple[str, int]:
+def _place(live: LiveTensor) -> tuple[str, int]:
     """Return a key for a tensor's values, which parameters with the same memory share."""
-    values = tensor.tensor
-    return tensor.storage if tensor.offloaded or values.numel() == 0 else (str(values.device), values.data_ptr())
+    tensor = live.tensor
+    return (str(tensor.device), tensor.data_ptr()) if tensor.numel() else ("parameter", id(tensor))
 
 
 def _values(job: Job, output: OutputTensor) -> Tensor:
@@ -849,21 +756,21 @@ def reduce_intruder_dimension(peft_model: nn.Module, old_adapter_name: str = "de
     StreamerError
         Of the class for the kind of error (see `streamer.errors`).
     """
-    given = LiveMitigation(top_k=top_k, threshold_epsilon=threshold_epsilon, mitigation_lambda=mitigation_lambda, **options)  # fmt: skip
-    method = chosen_method(given)
+    settings = LiveMitigation(top_k=top_k, threshold_epsilon=threshold_epsilon, mitigation_lambda=mitigation_lambda, **options)  # fmt: skip
+    method = chosen_method(settings)
     try:  # PEFT keeps an adapter's tensors in modules of its name
         nn.ModuleDict().add_module(new_adapter_name, None)
     except (KeyError, TypeError):
         what = "a name without dots that is not an attribute of a torch module"
         raise UsageError(f"new_adapter_name: expected {what}, found {new_adapter_name!r}") from None
-    with watched(given) as monitor:
-        live = plan_live(peft_model, old_adapter_name, given.ignore_keys)
+    with watched(settings) as monitor:
+        live = plan_live(peft_model, old_adapter_name, settings.ignore_keys)
         if new_adapter_name in live.live.configs:
             raise UsageError(f"adapter {new_adapter_name!r}: the model has one of this name; choose another, or delete it")  # fmt: skip
         merge = "merge_and_unload_with_reduced_intruder_dimensions"
         files = "for files `streamer mitigate --to-lora RANK` writes it as a LoRA adapter"
         refuse_dense(live.plan, f"{merge} merges it into the base, and {files}")
-        job, found = live_job(live, method, given, monitor)
+        job, live_findings = live_job(live, method, settings, monitor)
         factors, new = MitigatedFactors(job), dict[str, Tensor | None]()
         metrics: list[MitigatedMatrix] = []
         for name, targets in factors.targets.items():
@@ -874,7 +781,7 @@ def reduce_intruder_dimension(peft_model: nn.Module, old_adapter_name: str = "de
         monitor.warn(truncation_warnings(metrics, lambda: remedy))
         _add(live.live, new_adapter_name, {name: values for name, values in new.items() if values is not None})
         if logging_sink is not None:
-            by_tensor, counts = {} if found is None else found.by_tensor, Counter[str]()
+            by_tensor, counts = {} if live_findings is None else live_findings.by_tensor, Counter[str]()
             layers = dict(live.live.layers())
             for target in live.plan.targets:
                 finding = by_tensor.get(target.tensor)
@@ -883,7 +790,7 @@ def reduce_intruder_dimension(peft_model: nn.Module, old_adapter_name: str = "de
                 if path in counts:
                     logging_sink(f"{path}: Intruders: {counts[path]}" if counts[path] else f"{path}: No intruders")
             logging_sink(f"Enabling new adapter {new_adapter_name}")
-        return None if found is None else named_as_files(live, found)
+        return None if live_findings is None else named_as_files(live, live_findings)
 
 
 def _add(live: LiveModel, name: str, new: Mapping[str, Tensor]) -> None:
@@ -928,15 +835,10 @@ def _add(live: LiveModel, name: str, new: Mapping[str, Tensor]) -> None:
                 f"adapter {live.adapter_name!r}: PEFT gives a second adapter with its config other tensors, {other[0]!r} first (as with "
                 "ensure_weight_tying); merge_and_unload_with_reduced_intruder_dimensions and files do not need a second adapter"
             )
-        for saved, tensor in made.items():
-            source, values = old[saved], new.get(saved)
-            values = source.values() if values is None else values
-            values = values.to(source.device, source.tensor.dtype, copy=True).reshape(source.tensor.shape)
-            if tensor.offloaded:  # PEFT made it on the meta device: register a real parameter, which no hook moves
-                tensor.stay()
-                tensor.module.register_parameter(tensor.key, nn.Parameter(values, tensor.tensor.requires_grad))
-            else:
-                tensor.tensor.data = values
+        for saved, live_tensor in made.items():
+            source, values = old[saved].tensor.detach(), new.get(saved)
+            values = source if values is None else values
+            live_tensor.tensor.data = values.to(source, copy=True).reshape(source.shape)
         for module in model.modules():
             if isinstance(module, nn.ModuleDict) and name in module and live.adapter_name in module:
                 module[name].train(module[live.adapter_name].training)

@@ -6,7 +6,6 @@ width is unlimited, as in a pipe or a file, nothing is shortened or hidden, so s
 
 from __future__ import annotations
 
-import html
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -119,14 +118,6 @@ def table(columns: Sequence[Column], screen: Screen = NO_LIMIT) -> str:
     if left_out:
         lines += ["", fit(f"hidden columns: {', '.join(left_out)}", width)]
     return "\n".join(lines)
-
-
-def html_table(columns: Sequence[Column], caption: str = "") -> str:
-    """Make an HTML table, with a caption of several lines."""
-    rows = [("th", [c.head for c in columns]), *(("td", row) for row in zip(*(c.cells for c in columns), strict=True))]
-    head, *body = ("".join(f"<{tag}>{html.escape(printable(cell))}</{tag}>" for cell in cells) for tag, cells in rows)
-    title, lines = "<br>".join(map(html.escape, caption.split("\n"))), "".join(f"<tr>{cells}</tr>" for cells in body)
-    return f"<table><caption>{title}</caption><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
 
 
 def fit(text: str, width: int | None, indent: int = 2) -> str:

@@ -68,16 +68,16 @@ def _give_threads(count: int | None, default: int, what: str, monitor: Monitor) 
 def processes(count: int) -> Iterator[Executor]:
     """Start processes; they end at once when the block is left or this process ends for any reason."""
     context = get_context("spawn")
-    theirs, ours = context.Pipe(duplex=False)
+    worker_end, our_end = context.Pipe(duplex=False)
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    pool = ProcessPoolExecutor(count, context, _begin_worker, (theirs,))
+    pool = ProcessPoolExecutor(count, context, _begin_worker, (worker_end,))
     signal.pthread_sigmask(signal.SIG_SETMASK, blocked)  # multiprocessing unblocks SIGINT and SIGTERM
     try:
         yield pool
     finally:
-        ours.close()
+        our_end.close()
         pool.shutdown(cancel_futures=True)
-        theirs.close()
+        worker_end.close()
 
 
 def _begin_worker(parent: Connection) -> None:

@@ -122,8 +122,8 @@ def evaluate_variants(base: str | Path, adapter: str | Path, output: str | Path 
         same inputs, texts and options, only the missing variants are measured and added. None keeps the result in memory.
     general, task
         Two texts that were not used in training: what the model could do before, and what the adapter was trained for. Formats: ``.txt``;
-        ``.jsonl``, each line an object with ``text``, with ``prompt`` and ``completion``, with ``messages`` (the assistant's answers
-        count), or with ``question``, ``choices`` and ``answer`` (accuracies are measured as well); ``.npy`` with token ids.
+        ``.jsonl``, each line an object with ``text``, with ``prompt`` and ``completion``, or with ``messages`` (the assistant's answers
+        count); ``.npy`` with token ids.
     other
         One or more other texts with different file names. They show what each variant does to text that no fit or suggestion uses.
     findings

@@ -36,14 +36,13 @@ def verify_output(
 ) -> Verification:
     """Check an output against its record and, if its inputs are given, against a recomputation by independent code.
 
-    Files are compared with the digests in ``streamer.json``, findings with the digest in their own file. If base and adapter are given, a
-    sample of matrices is recomputed in float64 by numpy and scipy; findings are compared with full SVDs. With ``sample="all"``, every
-    tensor is compared.
+    Files are compared with the digests in ``streamer.json``. If base and adapter are given, a sample of matrices is recomputed in float64
+    by numpy and scipy. With ``sample="all"``, every tensor is compared.
 
     Parameters
     ----------
     output
-        Directory of a merged model or a mitigated adapter, or a findings file.
+        Directory of a merged model or a mitigated adapter.
     base, adapter
         Inputs of the output; give both or neither.
     sample

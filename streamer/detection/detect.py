@@ -1,8 +1,7 @@
 """Detect in the matrices of adapters on one base, one at a time: here or on workers, into memory or into files, within a budget of memory.
 
-Read weights ahead: a thread reads the next ones from disk while the current one is in use. For a GPU, the stored bytes are copied into
-pinned memory and then, on a separate stream, to the device while it computes; the device converts them to float32 exactly. Quantized
-values, and weights in several tensors, are decoded on the CPU when they are needed.
+Read weights ahead: a thread reads the next ones from disk while the current one is in use. Quantized values, and weights in several
+tensors, are decoded on the CPU when they are needed.
 
 A findings file is written through a journal with a record for each matrix, so that a killed run resumes. The largest size of findings is
 estimated, and the free space checked, before the first matrix is read.
@@ -23,7 +22,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from streamer import __version__
 from streamer.detection import findings as findings_module
@@ -35,7 +33,7 @@ from streamer.errors import FormatError, NumericError, OutputError, OutputExists
 from streamer.events import Event, Monitor, Progress
 from streamer.json_types import check
 from streamer.linalg.operators import Dense, Matrix, RowBlocks, all_finite
-from streamer.linalg.torch_state import thread_count, threads
+from streamer.linalg.torch_state import CPU, thread_count, threads
 from streamer.plan.plan import AdapterBatch, MemoryEstimate, Plan, check_budget, factor_bytes, resident_bytes
 from streamer.plan.targets import Target
 from streamer.storage.atomic_file import Buffer, partials_of, write_sealed
@@ -74,9 +72,6 @@ def choose_device(name: str) -> torch.device:
             raise UsageError(f"device: {name} is not available; use cpu")
     raise UsageError(f"device: expected auto, cpu, cuda or cuda:i, found {name!r}")
 
-
-DOUBLE_BYTES = 8
-"""Bytes of a value in float64."""
 
 MIXED_BYTES = 32 << 20
 """Memory that the allocator keeps between arrays of two dtypes: up to 18 MB over 160 matrices repeated in float64."""
@@ -136,10 +131,10 @@ def float64_way(plan: Plan, target: Target, options: DetectionOptions, resident:
         The first of the solver's ways that fits the allowed memory. None if none fits, if the weight is already computed in float64,
         or for full SVDs of matrices beyond `is_repeated`.
     """
-    is_double = plan.weights[target.tensor].compute.itemsize == DOUBLE_BYTES
+    is_double = plan.weights[target.tensor].compute == torch.float64
     if is_double or (solver == "dense" and not is_repeated(target.module.shape)):
         return None
-    ways = detection_bytes(plan, target, options, resident, DOUBLE_BYTES)
+    ways = detection_bytes(plan, target, options, resident, torch.float64.itemsize)
     allowed = options.max_memory
     fitting = (pair for pair in ways.items() if (pair[0] is Way.DENSE) == (solver == "dense"))
     return next((pair for pair in fitting if allowed is None or pair[1] <= allowed), None)
@@ -163,59 +158,6 @@ T = TypeVar("T")
 V = TypeVar("V")
 
 
-@dataclass(frozen=True)
-class PrefetchedWeight:
-    """A weight that has been read.
-
-    Attributes
-    ----------
-    weight
-        The weight, with its bytes in memory.
-    values
-        Its stored values on a GPU; None if not copied yet.
-    arrived
-        Event that marks the end of the copy.
-    """
-
-    weight: Weight
-    values: Tensor | None = None
-    arrived: torch.cuda.Event | None = None
-
-    def whole(self, device: torch.device) -> Tensor:
-        """Return all values in the computing dtype, as `Weight.whole` does; do not write to them.
-
-        Raises
-        ------
-        torch.cuda.OutOfMemoryError
-            If the GPU has too little memory.
-        """
-        if self.values is None or self.arrived is None or self.values.device.type != device.type:
-            return self.weight.whole(device)
-        stream = torch.cuda.current_stream(self.values.device)
-        stream.wait_event(self.arrived)
-        self.values.record_stream(stream)  # the memory is not reused before this stream is done with it
-        return self.values.to(self.weight.compute)
-
-
-class Prefetcher:
-    """Reader of weights; a GPU receives copies while it computes."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]  # in torch's stubs
-
-    def stage(self, weight: Weight) -> PrefetchedWeight:
-        """Read a weight and start its copy, in the calling thread."""
-        weight = weight.load()
-        values = weight.stored() if self._stream is not None else None
-        if values is not None and self._stream is not None:
-            # Without memory on the device, or pinned memory, it is copied when it is needed; if there is none then, that step fails.
-            with contextlib.suppress(RuntimeError), torch.cuda.stream(self._stream):
-                there = values.pin_memory().to(self._device, non_blocking=True)
-                return PrefetchedWeight(weight, there, self._stream.record_event())
-        return PrefetchedWeight(weight)
-
-
 def read_ahead(items: Sequence[T], load: Callable[[T], V], depth: int = 1) -> Generator[tuple[T, V], None, None]:
     """Yield each item with its result of `load`; a thread loads the next `depth` items while the current one is in use."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="streamer prefetch")
@@ -232,7 +174,7 @@ def read_ahead(items: Sequence[T], load: Callable[[T], V], depth: int = 1) -> Ge
 
 
 def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device: torch.device, resident: int,
-                  prefetched: PrefetchedWeight | None = None, monitor: Monitor | None = None) -> MatrixFinding:  # fmt: skip
+                  prefetched: Weight | None = None, monitor: Monitor | None = None) -> MatrixFinding:  # fmt: skip
     """Detect in one matrix; if the device lacks memory for it, compute on the CPU and warn through the monitor.
 
     Parameters
@@ -248,14 +190,14 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
         If an input is not finite or the solver fails; the message names file and tensor.
     """
     began, module, tensors = time.perf_counter(), target.module, plan.adapter.tensors
-    read = prefetched or PrefetchedWeight(plan.weights[target.tensor])
+    stored = prefetched or plan.weights[target.tensor]
     if not plan.adapter.describes_model:  # a fine-tuned model's matrix has no fingerprint and is too large to keep
         tensors = {name: tensors[name].load() for name in module.tensor_names}
 
-    def decisions(device: torch.device, read: PrefetchedWeight, way: Way,
+    def decisions(device: torch.device, weight: Weight, way: Way,
                   options: DetectionOptions) -> tuple[Detection, bool]:  # fmt: skip
         """Decide in the weight's computing dtype; the base is whole, or decoded a few rows at a time in each product."""
-        weight, W0 = read.weight, None if way is Way.BLOCKS else read.whole(device).reshape(read.weight.matrix)
+        W0 = None if way is Way.BLOCKS else weight.whole(device).reshape(weight.matrix)
         like = torch.empty(0, dtype=weight.compute, device=device)
         base: Matrix = RowBlocks(weight.matrix, weight.at_hand().rows, like) if W0 is None else Dense(W0)
         delta = plan.delta(target, W0, double=weight.compute == torch.float64, tensors=tensors)
@@ -269,13 +211,13 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
 
     def detected(device: torch.device) -> Detection:
         """Detect on a device, and again in float64 if only rounding leaves a direction open and memory allows it."""
-        found, rounded = decisions(device, read, best_way(plan, target, options, resident), options)
+        found, rounded = decisions(device, stored, best_way(plan, target, options, resident), options)
         again = float64_way(plan, target, options, resident, found.solver) if rounded else None
         if again is None:
             return found
-        double = replace(read, weight=replace(read.weight, compute=torch.float64))
+        double = replace(stored, compute=torch.float64)
         precise, _ = decisions(device, double, again[0], replace(options, solver=found.solver))
-        vectors = {key: getattr(precise, key).to(read.weight.compute) for key in ("U", "S", "Vh")}
+        vectors = {key: getattr(precise, key).to(stored.compute) for key in ("U", "S", "Vh")}
         return replace(precise, **vectors, escalated=found.escalated, steps=found.steps + precise.steps,
                        products=found.products + precise.products)  # fmt: skip
 
@@ -289,9 +231,9 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
         if monitor is not None:
             text = f"{target.tensor}: {device} has not enough memory for it; it is computed on the CPU"
             monitor.emit(Event("warning", text))
-        found = detected(torch.device("cpu"))
-    printed = fingerprint(plan, target, tensors, read.weight)
-    return MatrixFinding(target.tensor, module.name, module.shape, read.weight.label, module.rank, module.scaling,
+        found = detected(CPU)
+    printed = fingerprint(plan, target, tensors, stored)
+    return MatrixFinding(target.tensor, module.name, module.shape, stored.label, module.rank, module.scaling,
                          target.transposed, printed, found, time.perf_counter() - began)  # fmt: skip
 
 
@@ -318,13 +260,13 @@ def detect_in_turn(batch: AdapterBatch, groups: Groups, options: DetectionOption
     counts
         Number of torch's threads for each plan, on which the last bits of findings depend.
     """
-    plans, stager = batch.plans, Prefetcher(device)
+    plans = batch.plans
 
-    def load(group: Sequence[tuple[int, Target]]) -> PrefetchedWeight | None:
+    def load(group: Sequence[tuple[int, Target]]) -> Weight | None:
         i, target = group[0]
         weight = plans[i].weights[target.tensor]
-        whole = weight.remote or any(best_way(plans[i], t, options, resident) is not Way.BLOCKS for i, t in group)
-        return stager.stage(weight) if whole else None
+        in_memory = weight.remote or any(best_way(plans[i], t, options, resident) is not Way.BLOCKS for i, t in group)
+        return weight.load() if in_memory else None
 
     # A large matrix after a small one is not read in time. Mapped weights may be read two ahead; other memory must not grow.
     mapped = device.type == "cpu" and not any(plans[i].weights[t.tensor].load_bytes for g in groups for i, t in g)
@@ -353,11 +295,11 @@ def detect_groups(batch: AdapterBatch, monitor: Monitor, groups: Sequence[Sequen
                   options: DetectionOptions, device: str, resident: int, count: int) -> list[tuple[int, MatrixFinding]]:  # fmt: skip
     """Detect in the matrices of a task, each given by its plan's number and its tensor's name."""
     targets = [{target.tensor: target for target in plan.targets} for plan in batch.plans]
-    own, counts = [[(i, targets[i][name]) for i, name in group] for group in groups], [count] * len(batch.plans)
-    found = [*detect_in_turn(batch, own, options, choose_device(device), resident, counts, monitor, lambda *_: None)]
-    for i in sorted({i for i, _ in found}):
+    todo, counts = [[(i, targets[i][name]) for i, name in group] for group in groups], [count] * len(batch.plans)
+    made = [*detect_in_turn(batch, todo, options, choose_device(device), resident, counts, monitor, lambda *_: None)]
+    for i in sorted({i for i, _ in made}):
         batch.plans[i].check_unchanged()
-    return found
+    return made
 
 
 def detect_on_workers(batch: AdapterBatch, groups: Groups, options: DetectionOptions, run: Run, resident: int,
@@ -369,27 +311,27 @@ def detect_on_workers(batch: AdapterBatch, groups: Groups, options: DetectionOpt
     tasks, firsts = dict[int, Task[list[tuple[int, MatrixFinding]]]](), list[tuple[int, Target]]()
     enough = min(TASK_COST, sum(total_cost(group, options) for group in groups) // (4 * run.workers.at_once))
     for count in sorted(set(counts)):
-        own, done = list[list[tuple[int, Target]]](), 0
+        task_groups, done = list[list[tuple[int, Target]]](), 0
         for group in groups:
-            if mine := [(i, target) for i, target in group if counts[i] == count]:
-                own.append(mine)
-                done += total_cost(mine, options)
-            if own and (done >= enough or len(own) == TASK_MATRICES or group is groups[-1]):
-                names = [[(i, target.tensor) for i, target in mine] for mine in own]
+            if members := [(i, target) for i, target in group if counts[i] == count]:
+                task_groups.append(members)
+                done += total_cost(members, options)
+            if task_groups and (done >= enough or len(task_groups) == TASK_MATRICES or group is groups[-1]):
+                names = [[(i, target.tensor) for i, target in members] for members in task_groups]
                 tasks[len(tasks)] = Task(inputs, count, names[0][0][1], partial(task, groups=names, count=count))
-                firsts.append(own[0][0])
-                own, done = [], 0
+                firsts.append(task_groups[0][0])
+                task_groups, done = [], 0
     with contextlib.closing(run.workers.run(tasks, run.monitor, lambda number: begin(*firsts[number]))) as results:
-        for _, found in results:
-            yield from found
+        for _, findings in results:
+            yield from findings
 
 
 def shared(workers: Workers, batch: AdapterBatch, options: DetectionOptions, resident: int) -> DetectionOptions:
     """Divide the allowed memory among this process and its workers; see `Workers.budget`."""
     results = [kept_bytes(plan, target, options) for plan in batch.plans for target in plan.targets]
-    own = resident_bytes(batch) + workers.at_once * TASK_MATRICES * max(results, default=0)
+    nbytes = resident_bytes(batch) + workers.at_once * TASK_MATRICES * max(results, default=0)
     needs = detection_estimates(batch.plans, options, resident)
-    return replace(options, max_memory=workers.budget(options.max_memory, own, needs))
+    return replace(options, max_memory=workers.budget(options.max_memory, nbytes, needs))
 
 
 @dataclass
@@ -466,8 +408,8 @@ class FindingsWriter:
         arrays = [(info.name, info.dtype, info.shape) for *_, info in homes.values()]
 
         def source(info: TensorInfo) -> Iterator[Buffer]:
-            i, header, own = homes[info.name]
-            yield self._journal.part(i, header.data_start + own.start, header.data_start + own.end)
+            i, header, entry = homes[info.name]
+            yield self._journal.part(i, header.data_start + entry.start, header.data_start + entry.end)
 
         shard = self.head.file_plan(self.path.name, [figures for *_, figures in records], arrays)
         write_sealed(self.path.parent, shard, source, self.plan.check_unchanged)
@@ -476,8 +418,8 @@ class FindingsWriter:
         """Read the findings; seconds are this run's."""
         if self.finished is not None:
             return self.finished
-        found = load_findings(self.path)
-        return replace(found, matrices=tuple(replace(m, seconds=self._seconds.get(m.tensor)) for m in found))
+        findings = load_findings(self.path)
+        return replace(findings, matrices=tuple(replace(m, seconds=self._seconds.get(m.tensor)) for m in findings))
 
 
 FIGURES_BYTES = 1800
@@ -512,10 +454,10 @@ def detect_all(batch: AdapterBatch, options: DetectionOptions, run: Run, residen
     plans = batch.plans
     counts = [writer.threads for writer in writers] or [torch.get_num_threads()] * len(plans)
     check_budget(detection_estimates(plans, options, resident), options.max_memory)
-    groups = batch.matrices(lambda one: not writers or one.target.tensor not in writers[one.plan])
+    groups = batch.matrices(lambda member: not writers or member.target.tensor not in writers[member.plan])
     total = sum(total_cost(enumerate(plan.targets), options) for plan in plans)
     progress = Progress(run.monitor, "detect", total, batch.matrix_count)
-    todo = [one for group in groups for one in group]
+    todo = [member for group in groups for member in group]
     progress.add(total - total_cost(todo, options), batch.matrix_count - len(todo))
     names = [plan.adapter.path.absolute().name if len(plans) > 1 else "" for plan in plans]
 
@@ -536,8 +478,8 @@ def detect_all(batch: AdapterBatch, options: DetectionOptions, run: Run, residen
 def detect_in_memory(batch: AdapterBatch, options: DetectionOptions, run: Run) -> list[Findings]:
     """Detect and keep each plan's findings in memory, which the budget includes."""
     kept = sum(kept_bytes(plan, t, options) for plan in batch.plans for t in plan.targets)
-    found = {(i, m.tensor): m for i, m in detect_all(batch, options, run, resident_bytes(batch) + kept)}
-    made = [Findings.of(p, options, [found[i, t.tensor] for t in p.targets]) for i, p in enumerate(batch.plans)]
+    by_tensor = {(i, m.tensor): m for i, m in detect_all(batch, options, run, resident_bytes(batch) + kept)}
+    made = [Findings.of(p, options, [by_tensor[i, t.tensor] for t in p.targets]) for i, p in enumerate(batch.plans)]
     run.monitor.warn(warning for findings in made for warning in findings.warnings)
     return made
 
@@ -599,13 +541,13 @@ def plan_findings(batch: AdapterBatch, paths: Sequence[Path], options: Detection
         head = Findings.of(plan, options)
         made_from = head.made_from(target.tensor for target in plan.targets)
         with naming_inputs(plan, [path], run.overwrite):
-            found = _finished(plan, path, made_from, run.overwrite)
+            finished = _finished(plan, path, made_from, run.overwrite)
         # The last bits depend on the number of threads; without any matrix, a resumed run chooses it.
         start = {"plan": made_from, "version": __version__, "stamps": plan.detection_stamps(),
                  "threads": torch.get_num_threads()}  # fmt: skip
         file = ResumableFile(path, start, run.resume, run.overwrite, records=1)
-        writers.append(FindingsWriter(plan, path, head, found, file))
-        if found is None:
+        writers.append(FindingsWriter(plan, path, head, finished, file))
+        if finished is None:
             plan.refuse_overwriting([path])
             # Files of an interrupted run: usable ones are reused, and the others are removed first.
             journal = journal_of(path)

@@ -30,7 +30,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NotRequired, TypedDict, cast, get_type_hints, overload
+from typing import Annotated, Any, Final, Literal, NotRequired, TypedDict, cast, get_type_hints, overload
 
 import torch
 from scipy.special import betaincinv
@@ -43,7 +43,6 @@ from streamer.detection.options import STAMP, DetectionOptions, OptionsRecord, d
 from streamer.errors import printable
 from streamer.json_types import Amount, Count, Encoding, ModuleName, OutputPath, Rank, Scale, Shape, State, TensorName
 from streamer.linalg.operators import all_finite
-from streamer.packages import require_package
 from streamer.plan.plan import Plan
 from streamer.plan.side_files import AdapterSource, BaseSource, NameSource, in_short
 from streamer.plan.targets import Target
@@ -52,13 +51,9 @@ from streamer.storage.checkpoint import TensorFile
 from streamer.storage.files import AdapterIdentity, BaseIdentity, check_identities, difference, locked
 from streamer.storage.header import DIGEST, NO_DIGEST
 from streamer.storage.transaction import check_file_path, check_replaced, check_space, journal_of, lock_of
-from streamer.tables import Column, Screen, html_table, table
+from streamer.tables import Column, Screen, table
 from streamer.units import counted, format_size, listed
 from streamer.weights.base import TORCH_DTYPES, StoredTensor, Weight, as_bytes, as_tensor
-
-if TYPE_CHECKING:
-    import pandas
-
 
 FACTORS = ("U", "S", "Vh")
 NUMBERS = ("singular_values", "similarity", "similarity_low", "similarity_high", "base_singular_values")
@@ -113,9 +108,9 @@ class MatrixFinding:
 
     def record(self) -> dict[str, Any]:
         """Return everything except the vectors, as JSON values: a matrix in `streamer report --json`."""
-        own, decisions = ({f.name: getattr(part, f.name) for f in fields(part)} for part in (self, self.detection))
-        seconds = own.pop("seconds")
-        tree = {**own, **decisions, "seconds": seconds}
+        matrix, decisions = ({f.name: getattr(part, f.name) for f in fields(part)} for part in (self, self.detection))
+        seconds = matrix.pop("seconds")
+        tree = {**matrix, **decisions, "seconds": seconds}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in tree.items() if k not in (*FACTORS, "detection")}
 
     def arrays(self) -> dict[str, Tensor]:
@@ -192,56 +187,6 @@ def look_random(matrices: Sequence[MatrixFinding], epsilon: float) -> bool | Non
     return len(random) >= MOST * len(judged) if len(judged) >= LEAST_MATRICES else None
 
 
-SHOWN = 10
-"""Number of matrices in the HTML table."""
-
-Names = Sequence[tuple[str, str]]
-"""The names of each matrix: the base tensor's and the adapter module's."""
-
-
-def is_pattern(key: str) -> bool:
-    """Test whether a key is a pattern; ``[3]`` alone is an expert's number."""
-    return "*" in key or "?" in key or re.search(r"\[(?!\d+\])", key) is not None
-
-
-def index_of(names: Names, key: str) -> int:
-    """Find one matrix by its tensor's name, its module's name, or an end of either that no other matrix shares.
-
-    Raises
-    ------
-    UnknownNameError
-        If no matrix or several match.
-    """
-    ends = [i for i, pair in enumerate(names) if any(name.endswith(f".{key}") for name in pair)]
-    for fits in ([i for i, pair in enumerate(names) if key in pair], ends):
-        if len(fits) == 1:
-            return fits[0]
-        if fits:
-            found = listed(names[i][0] for i in fits)
-            what = f"{key!r} fits {len(fits)} matrices: {found}"
-            raise errors.UnknownNameError(f"findings: {what}; use a longer name, or '*{key}*' for all")
-    close = difflib.get_close_matches(key, [name for pair in names for name in pair], 1, 0.5)
-    near = f"did you mean {close[0]!r}?" if close else f"there are {listed((t for t, _ in names), 2)}"
-    raise errors.UnknownNameError(f"findings: no matrix is called {key!r}; {near}")
-
-
-def indices_of(names: Names, pattern: str) -> list[int]:
-    """Find the matrices whose tensor or module matches a pattern, with ``*``, ``?`` and ``[…]`` as in file names.
-
-    Raises
-    ------
-    UnknownNameError
-        If no matrix matches.
-    """
-    literal = re.sub(r"\[(\d+)\]", r"[[]\1]", pattern)  # expert numbers have this form
-    fits = [re.compile(fnmatch.translate(p)).match for p in dict.fromkeys((pattern, literal))]
-    found = [i for i, pair in enumerate(names) if any(fit(name) for fit in fits for name in pair)]
-    if not found:
-        there = listed((t for t, _ in names), 2)
-        raise errors.UnknownNameError(f"findings: no matrix fits {pattern!r}; there are {there}")
-    return found
-
-
 def summary_lines(tree: FindingsRecord) -> list[str]:
     """Summarise in three lines the result, the options and the inputs."""
     t, o, matrices = tree["totals"], tree["options"], tree["matrices"]
@@ -276,23 +221,6 @@ def _ranks(ranks: Sequence[int]) -> str:
             runs.append([j, j])
     parts = [f"{a + 1}" if a == b else f"{a + 1} {b + 1}" if b == a + 1 else f"{a + 1}-{b + 1}" for a, b in runs]
     return " ".join(parts) or "-"
-
-
-def _matrix_row(m: Mapping[str, Any]) -> dict[str, Any]:
-    names = {key: m[key] for key in ("tensor", "module")}
-    found = {"rows": m["shape"][0], "columns": m["shape"][1], "intruder_count": len(m["intruders"]),
-             "intruders": tuple(m["intruders"]), "least_similarity": min(m["similarity"]),
-             "largest_singular_value": m["singular_values"][0]}  # fmt: skip
-    return names | found | {key: value for key, value in m.items() if not isinstance(value, list)}
-
-
-def _direction_rows(m: Mapping[str, Any]) -> list[dict[str, Any]]:
-    keys = ("singular_values", "similarity", "similarity_low", "similarity_high")
-    return [
-        {"tensor": m["tensor"], "module": m["module"], "direction": j, "singular_value": value, "similarity": similarity,
-         "similarity_low": low, "similarity_high": high, "intruder": j in m["intruders"], "degenerate": j in m["degenerate"]}
-        for j, (value, similarity, low, high) in enumerate(zip(*(m[key] for key in keys), strict=True))
-    ]  # fmt: skip
 
 
 # fmt: off
@@ -373,9 +301,9 @@ class Findings:
     @property
     def totals(self) -> TotalsRecord:
         """Return the totals over all matrices, as in `record`."""
-        found, timed = [m.detection for m in self.matrices], [m.seconds for m in self.matrices if m.seconds is not None]
-        return {"matrices": len(found), "intruders": self.intruders, "certified": sum(d.certified for d in found),
-                "escalated": sum(d.escalated for d in found), "degenerate": sum(bool(d.degenerate) for d in found),
+        detections, timed = [m.detection for m in self.matrices], [m.seconds for m in self.matrices if m.seconds is not None]
+        return {"matrices": len(detections), "intruders": self.intruders, "certified": sum(d.certified for d in detections),
+                "escalated": sum(d.escalated for d in detections), "degenerate": sum(bool(d.degenerate) for d in detections),
                 "looks_like_another_base": look_random(self.matrices, self.options.threshold_epsilon),
                 "seconds": sum(timed) if timed else None}  # fmt: skip
 
@@ -443,15 +371,15 @@ class Findings:
         MismatchError
             Names the one that differs, and how.
         """
-        for what, mine, theirs in ("base", {**self.base}, {**base}), ("adapter", {**self.adapter}, {**adapter}):
-            if mine != theirs:
-                other = f"made with another {what} ({difference(mine, theirs)})"
+        for what, recorded, here in ("base", {**self.base}, {**base}), ("adapter", {**self.adapter}, {**adapter}):
+            if recorded != here:
+                other = f"made with another {what} ({difference(recorded, here)})"
                 raise errors.MismatchError(f"{self.name}: {other}; run detect again on this one")
         for name, value in (asdict(options) if options else {}).items():
-            mine_value = getattr(self.options, name)
+            recorded_value = getattr(self.options, name)
             # The solver and its memory do not matter to users of findings, unless they requested a solver.
-            if value != mine_value and not ((name == "solver" and value == "auto") or name == "max_memory"):
-                other = f"made with {name}={mine_value!r}, asked for {value!r}"
+            if value != recorded_value and not ((name == "solver" and value == "auto") or name == "max_memory"):
+                other = f"made with {name}={recorded_value!r}, asked for {value!r}"
                 raise errors.MismatchError(f"{self.name}: {other}; pass the same, or run detect again")
 
     def find(self, name: str) -> MatrixFinding:
@@ -468,7 +396,16 @@ class Findings:
         UnknownNameError
             If no matrix or several have it; this is a `KeyError`.
         """
-        return self.matrices[index_of(self._names, name)]
+        ends = [m for m in self if any(full_name.endswith(f".{name}") for full_name in (m.tensor, m.module))]
+        for fits in ([m for m in self if name in (m.tensor, m.module)], ends):
+            if len(fits) == 1:
+                return fits[0]
+            if fits:
+                what = f"{name!r} fits {len(fits)} matrices: {listed(m.tensor for m in fits)}"
+                raise errors.UnknownNameError(f"findings: {what}; use a longer name, or '*{name}*' for all")
+        close = difflib.get_close_matches(name, [full_name for m in self for full_name in (m.tensor, m.module)], 1, 0.5)
+        near = f"did you mean {close[0]!r}?" if close else f"there are {listed((m.tensor for m in self), 2)}"
+        raise errors.UnknownNameError(f"findings: no matrix is called {name!r}; {near}")
 
     def select(self, pattern: str) -> Findings:
         """Select the findings for the matrices whose tensor or module matches a pattern; mitigate and merge need findings for all matrices.
@@ -483,7 +420,13 @@ class Findings:
         UnknownNameError
             If no matrix matches; this is a `KeyError`.
         """
-        return replace(self, matrices=tuple(self.matrices[i] for i in indices_of(self._names, pattern)))
+        literal = re.sub(r"\[(\d+)\]", r"[[]\1]", pattern)  # expert numbers have this form
+        fits = [re.compile(fnmatch.translate(p)).match for p in dict.fromkeys((pattern, literal))]
+        matrices = tuple(m for m in self if any(fit(name) for fit in fits for name in (m.tensor, m.module)))
+        if not matrices:
+            there = listed((m.tensor for m in self), 2)
+            raise errors.UnknownNameError(f"findings: no matrix fits {pattern!r}; there are {there}")
+        return replace(self, matrices=matrices)
 
     @overload
     def __getitem__(self, key: int) -> MatrixFinding: ...
@@ -496,7 +439,8 @@ class Findings:
             return replace(self, matrices=self.matrices[key])
         if not isinstance(key, str):
             return self.matrices[key]
-        return self.select(key) if is_pattern(key) else self.find(key)
+        is_pattern = re.search(r"[*?]|\[(?!\d+\])", key)  # ``[3]`` alone is an expert's number
+        return self.select(key) if is_pattern else self.find(key)
 
     def __contains__(self, key: object) -> bool:
         if not isinstance(key, str):
@@ -512,10 +456,6 @@ class Findings:
     def __len__(self) -> int:
         return len(self.matrices)
 
-    @property
-    def _names(self) -> list[tuple[str, str]]:
-        return [(m.tensor, m.module) for m in self.matrices]
-
     def record(self) -> FindingsRecord:
         """Return everything except the vectors, as JSON values: the output of `streamer report --json`.
 
@@ -527,19 +467,19 @@ class Findings:
 
     def columns(self, chosen: Sequence[MatrixFinding]) -> list[Column]:
         """Make the columns of a table of some matrices."""
-        found, epsilon = [m.detection for m in chosen], self.options.threshold_epsilon
+        detections, epsilon = [m.detection for m in chosen], self.options.threshold_epsilon
         columns = [
             Column("matrix", [m.tensor for m in chosen], left=True, names=True, among=[m.tensor for m in self]),
             Column("shape", ["x".join(map(str, m.shape)) for m in chosen], "rows x columns", 1),
             Column("r", [str(m.rank or "-") for m in chosen], "rank of the adapter's factors", 2),
-            Column("intruders", [str(len(d.intruders)) for d in found], "leading directions that resemble none of the base's", 9),
-            Column("ranks", [_ranks(d.intruders) for d in found], "ranks of the intruders in base + adapter; 1 is the largest", 6),
-            Column("similarity", [f"{min(d.similarity):.3f}" for d in found],
+            Column("intruders", [str(len(d.intruders)) for d in detections], "leading directions that resemble none of the base's", 9),
+            Column("ranks", [_ranks(d.intruders) for d in detections], "ranks of the intruders in base + adapter; 1 is the largest", 6),
+            Column("similarity", [f"{min(d.similarity):.3f}" for d in detections],
                    f"lowest of a direction to the base, from 0 to 1; below {epsilon:g} is an intruder", 4),
-            Column("sigma", [f"{d.singular_values[0]:#.4g}" for d in found], "largest singular value of base + adapter", 0),
-            Column("|delta|", [f"{d.delta_norm:#.4g}" for d in found], "Frobenius norm of the delta", 3),
-            Column("energy", [f"{100 * d.intruder_energy:.1f}%" for d in found], "the intruders' share of |delta|^2", 8),
-            Column("lost", [f"{100 * d.dropped_at_zero:.1f}%" for d in found],
+            Column("sigma", [f"{d.singular_values[0]:#.4g}" for d in detections], "largest singular value of base + adapter", 0),
+            Column("|delta|", [f"{d.delta_norm:#.4g}" for d in detections], "Frobenius norm of the delta", 3),
+            Column("energy", [f"{100 * d.intruder_energy:.1f}%" for d in detections], "the intruders' share of |delta|^2", 8),
+            Column("lost", [f"{100 * d.dropped_at_zero:.1f}%" for d in detections],
                    "share lost in projection onto rank r by `mitigate --lambda 0 --method paper`", 5),
         ]  # fmt: skip
         if len({_decided(m) for m in self}) > 1:
@@ -553,33 +493,6 @@ class Findings:
 
     def __repr__(self) -> str:
         return "<Findings: " + "\n ".join(summary_lines(self.record())) + ">"
-
-    def _repr_html_(self) -> str:
-        """Format the matrices with the most intruders as a small table for notebooks."""
-        most = sorted(self, key=lambda m: (-len(m.detection.intruders), -m.detection.intruder_energy))[:SHOWN]
-        left = len(self) - len(most)
-        more = f"<p>and {counted(left, 'matrix')} more, with no more intruders than these</p>" if left else ""
-        return html_table(self.columns(most), "\n".join(summary_lines(self.record())[:2])) + more
-
-    def to_pandas(self, by: Literal["matrix", "direction"] = "matrix") -> pandas.DataFrame:
-        """Return the figures as a data frame; install pandas with ``pip install 'intruder-streamer[pandas]'``.
-
-        Parameters
-        ----------
-        by
-            ``matrix``: one row for each matrix; ``direction``: one row for each leading singular direction. Directions and
-            `intruders` count from 0.
-
-        Raises
-        ------
-        MissingPackageError
-            If pandas is not installed; this is an `ImportError`.
-        """
-        if by not in ("matrix", "direction"):
-            raise errors.UsageError(f"by: expected 'matrix' or 'direction', found {by!r}")
-        library = require_package("pandas", (0,), "to_pandas: needs pandas", "pandas")
-        records = (m.record() for m in self.matrices)
-        return library.DataFrame([r for m in records for r in ([_matrix_row(m)] if by == "matrix" else _direction_rows(m))])
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write a findings file, with the same bytes as `detect_intruder_dimensions`; create missing directories.
@@ -632,10 +545,10 @@ def load_findings(path: str | Path) -> Findings:
     file = TensorFile(path)
     text = file.header.metadata.get("findings")
     if file.header.metadata.get("schema") != SCHEMA or text is None:
-        found = "another safetensors file; make them"
+        content = "another safetensors file; make them"
         if COEFFICIENTS in file.header.metadata:
-            found = "coefficients; pass them with --coefficients (coefficients=), and make findings"
-        raise errors.FormatError(f"{path}: expected findings ({SCHEMA}), found {found} with `streamer detect`")
+            content = "coefficients; pass them with --coefficients (coefficients=), and make findings"
+        raise errors.FormatError(f"{path}: expected findings ({SCHEMA}), found {content} with `streamer detect`")
     try:
         tree = json.loads(text)
         options = DetectionOptions(**tree["options"])
@@ -677,10 +590,10 @@ def _read_matrix(figures: dict[str, Any], file: TensorFile, data: memoryview) ->
         among = k > 0 and all(type(j) is int and 0 <= j < k for j in ranks)
         if not among or any(a >= b for a, b in itertools.pairwise(ranks)):
             raise ValueError(f"{figures['tensor']}: {what} must be ascending ranks below {k}")
-    own = {key: figures[key] for key in FIGURES} | {"shape": (m, n), "degenerate": tuple(figures["degenerate"])}
-    decided = {key: own.pop(key) for key in FIGURES if key in Detection.__dataclass_fields__}
+    matrix_figures = {key: figures[key] for key in FIGURES} | {"shape": (m, n), "degenerate": tuple(figures["degenerate"])}
+    decided = {key: matrix_figures.pop(key) for key in FIGURES if key in Detection.__dataclass_fields__}
     decided |= numbers | {key: arrays[key] for key in FACTORS}
-    return MatrixFinding(**own, detection=Detection(**decided))
+    return MatrixFinding(**matrix_figures, detection=Detection(**decided))
 
 
 def _sources(file: TensorFile) -> dict[str, dict[str, str]]:
@@ -767,17 +680,17 @@ def matched_findings(plan: Plan, findings: Findings, where: str) -> Findings:
         raise lacking(where, len(without), len(plan.targets), f"module {without[0]!r}")
     matrices = []
     for target in plan.targets:
-        found = by_module[target.module.name]
-        mine = fingerprint(plan, target)
-        if found.fingerprint is None or mine is None:
+        finding = by_module[target.module.name]
+        here = fingerprint(plan, target)
+        if finding.fingerprint is None or here is None:
             raise errors.MismatchError(
-                f"{where}: does not say by which values {found.tensor!r} was judged (findings on a fine-tuned model do not), so they "
+                f"{where}: does not say by which values {finding.tensor!r} was judged (findings on a fine-tuned model do not), so they "
                 "may differ from the values here; run detect again"
             )
-        if found.fingerprint != mine:
+        if finding.fingerprint != here:
             raise errors.MismatchError(
-                f"{where}: {found.tensor!r} was judged with other values than {plan.base.path} and {plan.adapter.path} have; run "
+                f"{where}: {finding.tensor!r} was judged with other values than {plan.base.path} and {plan.adapter.path} have; run "
                 "detect again on these (a model that was loaded in a narrower dtype than its files has other values)"
             )
-        matrices.append(replace(found, tensor=target.tensor))
+        matrices.append(replace(finding, tensor=target.tensor))
     return replace(findings, base=plan.base_identity, adapter=plan.adapter_identity, matrices=tuple(matrices))

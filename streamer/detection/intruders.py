@@ -22,7 +22,7 @@ from streamer.errors import NumericError
 from streamer.json_types import Amount, Count, Keywords, Selection, Share
 from streamer.linalg.operators import Delta, Matrix, all_finite
 from streamer.linalg.svd import DEGENERATE
-from streamer.linalg.torch_state import full_float32
+from streamer.linalg.torch_state import CPU, full_float32
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -89,9 +89,9 @@ class Detection:
     def summary(self) -> str:
         """Summarise the decision in one line. Ranks count from 0."""
         ranks = ", ".join(map(str, self.intruders[:10])) + (", …" if len(self.intruders) > 10 else "")
-        found = f"intruders [{ranks}] (ranks from 0) of" if self.intruders else "no intruder in"
+        text = f"intruders [{ranks}] (ranks from 0) of" if self.intruders else "no intruder in"
         least = f", least similarity {min(self.similarity):.3f}" if self.similarity else ""
-        return f"{found} {len(self.singular_values)} directions{least}, {self.solver}{'' if self.certified else ', not certified'}"
+        return f"{text} {len(self.singular_values)} directions{least}, {self.solver}{'' if self.certified else ', not certified'}"
 
     def __repr__(self) -> str:
         return f"<Detection: {self.summary()}>"
@@ -173,11 +173,11 @@ def decide(W0: Matrix, delta: Delta, options: DetectionOptions, rank: int | None
     degenerate = torch.nonzero(error > DEGENERATE).flatten()
     index = chosen.to(triplets.U.device)
     U, S, Vh = triplets.U[:, index].cpu(), triplets.S[index].cpu(), triplets.Vh[index].cpu()
-    delta = delta.to(W0.like.dtype, torch.device("cpu"))
+    delta = delta.to(W0.like.dtype, CPU)
     share = delta.projected_norm(U) / norm if norm > 0 and len(chosen) else 0.0
     dropped = delta.removal_error(U, S, Vh, rank) if len(chosen) else 0.0
     certified = bool(on_one_side.all()) and len(degenerate) == 0
-    found = Detection(
+    detection = Detection(
         singular_values=tuple(triplets.S.double().tolist()), similarity=tuple(result.similarity.tolist()),
         similarity_low=tuple(low.tolist()), similarity_high=tuple(high.tolist()), intruders=tuple(chosen.tolist()),
         U=U.contiguous(), S=S.contiguous(), Vh=Vh.contiguous(), certified=certified,
@@ -185,4 +185,4 @@ def decide(W0: Matrix, delta: Delta, options: DetectionOptions, rank: int | None
         products=result.products, cutoff=result.cutoff, delta_norm=norm, intruder_energy=min(1.0, share**2), dropped_at_zero=dropped,
         precision=str(W0.like.dtype).removeprefix("torch."), base_singular_values=tuple(result.base_values.tolist()),
     )  # fmt: skip
-    return found, not (certified or result.limited)
+    return detection, not (certified or result.limited)

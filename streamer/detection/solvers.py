@@ -168,10 +168,10 @@ def solve_certified(
     columns = bounds_columns(W0.shape, k, allow_dense)
     W = Sum(W0.scaled(power), delta.scaled(power))
     most = max(16, 2 * columns // block_width(k, OVERSAMPLING))
-    found = krylov_triplets(W, k, generator, W0.like, triplets_columns(k), most)
-    steps, products, triplets = found.steps, found.products, found.triplets
+    krylov = krylov_triplets(W, k, generator, W0.like, triplets_columns(k), most)
+    steps, products, triplets = krylov.steps, krylov.products, krylov.triplets
     distance = triplets.distance_estimate
-    if not allow_dense or (found.converged and bool((distance < 2).all())):
+    if not allow_dense or (krylov.converged and bool((distance < 2).all())):
         # Any vectors are singular vectors of a zero base.
         unknown, process = torch.zeros_like(distance), None
         bounds = OverlapBounds(unknown, torch.ones_like(distance), 0, 0, 0.0, unknown)
@@ -183,7 +183,7 @@ def solve_certified(
         settled = bool(((low >= epsilon) | (high < epsilon)).all())
         if not allow_dense or settled:
             similarity = torch.where(low >= epsilon, low, high)
-            exact = settled or (found.converged and process is not None and process.settles_without_rounding(epsilon))
+            exact = settled or (krylov.converged and process is not None and process.settles_without_rounding(epsilon))
             return SolverResult(_unscaled(triplets, power), similarity, low, high, bounds.values / (base_power or 1.0), "certified",
                                 steps=steps, products=products, cutoff=bounds.cutoff, limited=not exact)  # fmt: skip
     return replace(solve_dense(W0, delta, k, epsilon, generator), escalated=True, steps=steps, products=products)

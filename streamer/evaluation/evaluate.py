@@ -71,9 +71,7 @@ KNOWN = 0.03
 
 
 def spread(text: TextSequences) -> TextSequences:
-    """Order the sequences of a text so that those of the first blocks are spread over it; questions keep their order."""
-    if text.questions is not None:
-        return text
+    """Order the sequences of a text so that those of the first blocks are spread over it."""
     steps = max(1, -(-len(text.ids) // BLOCK))
     bits = (steps - 1).bit_length()  # in the order of their reversed bits, steps are as far from each other as possible
     order = sorted(range(steps), key=lambda i: int(f"{i:0{bits}b}"[::-1], 2))
@@ -143,14 +141,13 @@ class PreparedEvaluation(Prepared[Evaluation]):
     example = "evaluation.json"
 
     def blocks(self) -> list[dict[str, TextSequences]]:
-        """Divide the texts into blocks; questions are all in the first."""
-        lengths = {name: len(text.ids) if text.questions is None else 1 for name, text in self.texts.items()}
+        """Divide the texts into blocks."""
 
         def part(text: TextSequences, i: int) -> TextSequences:
-            return text if text.questions is not None else text.take(range(i, min(i + BLOCK, len(text.ids))))
+            return text.take(range(i, min(i + BLOCK, len(text.ids))))
 
-        starts = range(0, max(lengths.values()), BLOCK)
-        return [{name: part(text, i) for name, text in self.texts.items() if i < lengths[name]} for i in starts]
+        starts = range(0, max(len(text.ids) for text in self.texts.values()), BLOCK)
+        return [{name: part(text, i) for name, text in self.texts.items() if i < len(text.ids)} for i in starts]
 
     def work(self, block: Texts, variants: int) -> Work:
         """Count the rows of a sweep over a block."""
@@ -329,7 +326,7 @@ class PreparedEvaluation(Prepared[Evaluation]):
                 progress.expect(sum(rest), len(rest) * (len(model.layers) + 1))
                 measures = measured(model, block, held_out, progress, limits, states=records.states(key))
                 for name, s in measures.items():
-                    arrays = {kind: getattr(s, kind) for kind in ("tokens", *ARRAYS, *s.answers)}
+                    arrays = {kind: getattr(s, kind) for kind in ("tokens", *ARRAYS)}
                     records.add(f"{key} {name}", arrays)
             sums |= {name: sums[name].followed(s) if name in sums else s for name, s in measures.items()}
             if lengths is None and clear(joined(None)):

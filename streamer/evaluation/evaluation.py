@@ -34,7 +34,6 @@ from streamer.json_types import Count, Difference, KeptShare, Keywords, Mean, Se
 from streamer.linalg.torch_state import has_fast_bfloat16
 from streamer.measuring.runs import ADAPTER_ROW, BASE_ROW, Configs, EvaluatedVariant, Facts, Sums, input_options
 from streamer.measuring.statistics import (
-    ANSWERS,
     MEASURES,
     MOST_LOSS,
     BinsRecord,
@@ -299,8 +298,7 @@ Lambda = Annotated[float | None, "Share to keep: of an intruder, of the delta (s
 class TextFacts(TypedDict):
     """A text."""
     name: Annotated[str, "Name of the file; never a path."]
-    sequences: Annotated[Count, "Sequences, or questions, taken from it."]
-    choices: NotRequired[Annotated[Count, "Choices of all questions, if it has questions."]]
+    sequences: Annotated[Count, "Sequences taken from it."]
     tokens: Annotated[Count, "Their tokens whose losses count."]
     length: Annotated[Count, "Tokens of the longest sequence."]
     sha256: Annotated[Sha256, "Digest of the token ids and of the positions that count (SHA-256, hexadecimal)."]
@@ -318,20 +316,10 @@ class _SumsRecord(TypedDict):
     loss: Annotated[list[float | None], "Of the negative log likelihood, in nats."]
     kl: Annotated[list[float | None], "Of the divergence from the base, in nats."]
     agree: Annotated[list[float | None], "Counts of tokens whose most likely token is the base's."]
-    right: NotRequired[Annotated[list[float | None], "Counts of tokens that the variant finds most likely; absent in earlier versions."]]
-    p_change: NotRequired[Annotated[list[float | None], "Of p(variant) - p(base) of the text's own token."]]
-    p_square: NotRequired[Annotated[list[float | None], "Of the square of this change."]]
-    kl_max: NotRequired[Annotated[list[float | None], "The largest divergence of a token (not a sum)."]]
-    acc: NotRequired[Annotated[list[float | None], "1 for each question whose most likely choice is right, else 0."]]
-    acc_norm: NotRequired[Annotated[list[float | None], "1 for each question whose most likely choice per character is right, else 0."]]
-
-class Accuracy(TypedDict):
-    """Share of questions that a variant answers right."""
-    value: Annotated[Mean, "The share.", lambda s, v, name: s.mean(name, v)]
-    against_adapter: Annotated[Difference, "Difference from the adapter.", lambda s, v, name: s.mean(name, v, ADAPTER_ROW)]
-    against_base: Annotated[Difference, "Difference from the base.", lambda s, v, name: s.mean(name, v, BASE_ROW)]
-    share: Annotated[Mean | None, "(variant - base) / (adapter - base); null if these two differ by four standard errors or less.",
-        lambda s, v, name: s.share(name, v)]
+    right: Annotated[list[float | None], "Counts of tokens that the variant finds most likely."]
+    p_change: Annotated[list[float | None], "Of p(variant) - p(base) of the text's own token."]
+    p_square: Annotated[list[float | None], "Of the square of this change."]
+    kl_max: Annotated[list[float | None], "The largest divergence of a token (not a sum)."]
 
 class TextFigures(TypedDict):
     """Figures of a variant on one text."""
@@ -341,7 +329,7 @@ class TextFigures(TypedDict):
     perplexity_ratio: Annotated[Difference | None, "Perplexity as a multiple of the base's; null if its error exceeds a double's range.",
         lambda s, v: s.perplexity_ratio(v)]
     kl: Annotated[Mean, "Mean divergence KL(base || variant) of the next-token distribution, in nats.", lambda s, v: s.mean("kl", v)]
-    kl_median: Annotated[float | None, "Median of the tokens' divergences, within 1 %; 0 below 1e-9 nats; null for questions.",
+    kl_median: Annotated[float | None, "Median of the tokens' divergences, within 1 %; 0 below 1e-9 nats.",
         lambda s, v: s.kl_quantile(v, 0.5)]
     kl_p90: Annotated[float | None, "90 % of the divergences are at most this, within 1 %.", lambda s, v: s.kl_quantile(v, 0.9)]
     kl_p99: Annotated[float | None, "99 % of the divergences are at most this, within 1 %.", lambda s, v: s.kl_quantile(v, 0.99)]
@@ -349,7 +337,7 @@ class TextFigures(TypedDict):
     kl_max: Annotated[float | None, "The largest divergence of a token, exactly.", lambda s, v: s.kl_largest(v)]
     agreement: Annotated[Mean, "Share of counted tokens for which the most likely next token is the base's.",
         lambda s, v: s.mean("agree", v)]
-    top1: Annotated[Mean | None, "Share of counted tokens that are the variant's most likely token; null in earlier versions.",
+    top1: Annotated[Mean | None, "Share of counted tokens that are the variant's most likely token.",
         lambda s, v: s.mean("right", v)]
     p_change: Annotated[Mean | None, "Mean of p(variant) - p(base), the probabilities of the text's own token.",
         lambda s, v: s.mean("p_change", v)]
@@ -357,13 +345,8 @@ class TextFigures(TypedDict):
     sequences: Annotated[Count, "Sequences that it ran on.", lambda s, v: len(s.tokens)]
     sums: Annotated[_SumsRecord, "Sums over the counted tokens of each sequence, from which all figures but quantiles follow.",
         lambda s, v: {
-            name: [defined(x) for x in own] for name in (*MEASURES, *s.answers) if not np.isnan(own := getattr(s, name)[v]).all()}]
-    kl_bins: NotRequired[Annotated[BinsRecord, "Counts of tokens by divergence; absent for questions.",
-        lambda s, v: None if np.isnan(s.kl_bins[v]).any() else to_record(s.kl_bins[v])]]
-    acc: NotRequired[Annotated[Accuracy, "Of questions: by the most likely choice.",
-        lambda s, v: None if s.acc is None else record(Accuracy, s, v, "acc")]]
-    acc_norm: NotRequired[Annotated[Accuracy, "Of questions: by the most likely choice per character.",
-        lambda s, v: None if s.acc is None else record(Accuracy, s, v, "acc_norm")]]
+            name: [defined(x) for x in getattr(s, name)[v]] for name in MEASURES}]
+    kl_bins: Annotated[BinsRecord, "Counts of tokens by divergence.", lambda s, v: to_record(s.kl_bins[v])]
 
 class OtherFigures(TextFigures):
     """Figures of a variant on another text."""
@@ -396,10 +379,11 @@ VariantRecord = TypedDict("VariantRecord", {
     "lambda": Annotated[Lambda, lambda e, v: e.variants[v].mitigation_lambda],
     "keep": NotRequired[Annotated[float, "With method regmean: share of the learning that the set was fitted to keep.",
         lambda e, v: e.variants[v].keep]],
-    "general": Annotated[TextFigures, "On the general text.", lambda e, v: _figures(e.general, v)],
-    "task": Annotated[TextFigures, "On the task's text.", lambda e, v: _figures(e.task, v)],
+    "general": Annotated[TextFigures, "On the general text.", lambda e, v: record(TextFigures, e.general, v)],
+    "task": Annotated[TextFigures, "On the task's text.", lambda e, v: record(TextFigures, e.task, v)],
     "others": NotRequired[Annotated[list[OtherFigures], "On the other texts, in the order of `texts.others`.",
-        lambda e, v: [{"name": n, **_figures(own, v), **flat("share", own.share("loss", v))} for n, own in e.others.items()] or None]],
+        lambda e, v: [{"name": name, **record(TextFigures, sums, v), **flat("share", sums.share("loss", v))}
+                      for name, sums in e.others.items()] or None]],
     "kept": Annotated[Mean | None, "Share of the learning: (base - variant) / (base - adapter) of the task's losses; null if undefined.",
         lambda e, v: e.task.share("loss", v)],
     "top1_kept": Annotated[Mean | None, "Share of the adapter's gain in top-1 on the task's text; null if undefined.",
@@ -538,11 +522,6 @@ class Evaluation:
     def sums(self) -> Sums:
         """Return the sums on each text, by name."""
         return {GENERAL: self.general, TASK: self.task, **self.others}
-
-    @property
-    def answered(self) -> dict[str, SequenceSums]:
-        """Return the sums on each text of questions, by name."""
-        return {name: sums for name, sums in self.sums.items() if sums.acc is not None}
 
     def best(self, keep: float | None = None) -> Suggestion:
         """Suggest the variant that forgets least among those that keep this share of the learning; see `Suggestion`.
@@ -713,13 +692,11 @@ def figures(evaluation: Evaluation) -> list[Column]:
         Column("KL left", _shares(general, "kl", True), "this divergence as a share of the adapter's: the forgetting that is left", 8),
         Column("same top", _parts(general, "agree"),
                 "tokens of general text for which the variant and the base have the same most likely token", 2),
-        *_accuracies("general", general, left=True),
         Column("task", _losses(task), "mean loss in nats on the task's text", 3),
         Column("kept", _shares(task), "where the task loss lies between the base's (0%) and the adapter's (100%)", 8),
         Column("top-1", _parts(task, "right"), "tokens of the task's text that are the variant's most likely token", 1),
         Column("top-1 kept", _shares(task, "right", evaluation.reliable()["top1_kept"]),
                 "where top-1 lies between the base's (0%) and the adapter's (100%)", 5),
-        *_accuracies("task", task, left=False),
         *(column for name, sums in evaluation.others.items() for column in _other(name, sums)),
     ]  # fmt: skip
 
@@ -732,27 +709,6 @@ def _other(name: str, sums: SequenceSums) -> list[Column]:
         Column(f"{name} {'left' if left else 'kept'}", _shares(sums),
                 "where the loss on this text lies between the base's (0%) and the adapter's (100%)", 4),
         Column(f"{name} KL", _means(sums, "kl"), "divergence from the base on this text, in nats", 1),
-        *_accuracies(name, sums, left),
-    ]  # fmt: skip
-
-
-def _accuracies(name: str, sums: SequenceSums, left: bool) -> list[Column]:
-    """Make the columns of a text of questions; none for other texts."""
-    if sums.acc is None:
-        return []
-    if (change := sums.mean("acc", ADAPTER_ROW, BASE_ROW)).divides:
-        left = change.value < 0
-
-    def shares(answers: str, *other: int) -> list[str]:
-        return [percent(sums.mean(answers, v, *other)) for v in range(len(sums.loss))]
-
-    return [
-        Column(f"{name} acc", shares("acc"), "questions whose right choice is the most likely", 6),
-        Column(f"{name} acc vs adapter", shares("acc", ADAPTER_ROW),
-                "this share minus the adapter's, ± the standard error, paired by question", 4),
-        Column(f"{name} acc {'left' if left else 'kept'}", _shares(sums, "acc", True),
-                "where this share lies between the base's (0%) and the adapter's (100%)", 5),
-        Column(f"{name} acc_norm", shares("acc_norm"), "the same, by the log-likelihood per character of a choice", 1),
     ]  # fmt: skip
 
 
@@ -901,8 +857,6 @@ def reasons(evaluation: Evaluation, suggestion: Suggestion) -> list[str]:
         lines.append(f"no intruder was found (epsilon {epsilon:g}): paper and project change nothing, and were not run")
     changes = {"kept": task.change, "loss left": general.change}
     changes |= {f"{name} left or kept": sums.change for name, sums in evaluation.others.items()}
-    for name, sums in evaluation.answered.items():
-        changes[f"{name} acc left or kept"] = sums.mean("acc", ADAPTER_ROW, BASE_ROW)
     small = {of: change for of, change in changes.items() if not change.divides}
     if math.isfinite((gain := task.mean("right", 1, 0)).value) and not evaluation.reliable()["top1_kept"]:
         small["top-1 kept"] = gain
@@ -974,12 +928,6 @@ def load_evaluation(path: str | Path) -> Evaluation:
         raise FormatError(f"{path}: {e}") from e
 
 
-def _figures(sums: SequenceSums, v: int) -> dict[str, Any]:
-    """Make the `TextFigures` of a variant, with accuracies before what they are computed from."""
-    tree = record(TextFigures, sums, v)
-    return {key: tree[key] for key in sorted(tree, key=lambda key: key in ("sequences", "sums", "kl_bins"))}
-
-
 def _variant(tree: Mapping[str, Any]) -> EvaluatedVariant:
     check(tree, {"name": str, "method": str | None, "lambda": float | None, "keep": NotRequired[float | None]})
     return EvaluatedVariant(tree["name"], tree["method"], tree["lambda"], tree.get("keep"))
@@ -987,8 +935,7 @@ def _variant(tree: Mapping[str, Any]) -> EvaluatedVariant:
 
 def _sums(text: str, tokens: list[float], figures: list[Mapping[str, Any]]) -> SequenceSums:
     """Collect the sums on a text from the variants' figures."""
-    names = (*MEASURES, *(name for name in ANSWERS if name in figures[0]["sums"]))
-    arrays = {name: np.array([f["sums"][name] for f in figures], np.float64) for name in names}
+    arrays = {name: np.array([f["sums"][name] for f in figures], np.float64) for name in MEASURES}
     shapes = {array.shape for array in arrays.values()}
     if np.isnan(arrays["loss"]).any():
         raise ValueError(f"{text}: a variant lacks sequences")
@@ -997,5 +944,5 @@ def _sums(text: str, tokens: list[float], figures: list[Mapping[str, Any]]) -> S
     counted = all(type(count) in (int, float) and 0 < count <= LARGEST_SUM and count % 1 == 0 for count in tokens)
     if not counted or any((np.abs(array) > LARGEST_SUM).any() for array in arrays.values()):
         raise ValueError(f"sums or token counts of {text} are impossible")
-    bins = np.array([from_record(f.get("kl_bins")) for f in figures])
+    bins = np.array([from_record(f["kl_bins"]) for f in figures])
     return SequenceSums(np.array(tokens, np.float64), **arrays, kl_bins=bins)

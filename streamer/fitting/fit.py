@@ -502,7 +502,6 @@ def prepare_fit(base_path: str | Path, adapter: Path, texts: Mapping[str, Path],
     variants = Variant(BASE, None), Variant(ADAPTER, UNCHANGED)
     model = SweepModel(VariantSet(plan, variants, None, False, options.dtype == "bf16", run.model_device))
     read = read_texts(model, texts, options.sequences, options.length, run.monitor, 2 * LEAST)
-    read = {name: text.right() for name, text in read.items()}
     files = {name: sample_digest(path) for name, path in texts.items()}
     divided, one_length = divide(read, texts, options), chooses_keys(model, read)
     prepared = PreparedFit(plan, run, max_memory, model, options, divided, files, one_length)

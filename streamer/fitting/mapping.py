@@ -224,7 +224,7 @@ def prepare_map(base: str | Path, text: Path, options: MapOptions, max_memory: i
     rounds, device = options.dtype == "bf16", run.model_device
     model = SweepModel(VariantSet(plan, (Variant(BASE, None),), None, False, rounds, device))
     read = read_text(text, tokenizer_directory(plan), sequences=options.sequences, length=options.length,
-                     vocabulary=model.vocabulary, positions=model.positions).right()  # fmt: skip
+                     vocabulary=model.vocabulary, positions=model.positions)  # fmt: skip
     return PreparedMap(plan, run, max_memory, model, options, read, sample_digest(text))
 
 

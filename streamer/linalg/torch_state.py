@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from streamer.units import MOST_THREADS
+
 CPU = torch.device("cpu")
 
 LARGE_BYTES = 32 << 20
@@ -34,10 +36,6 @@ def empty_matrix(shape: tuple[int, int], dtype: torch.dtype, device: torch.devic
         except OSError:
             pass  # no large pages, or no memory: in the second case torch raises its own error
     return torch.empty(shape, dtype=dtype, device=device)
-
-
-MOST_THREADS = 1024
-"""Most threads that are accepted: 4,096 took 40 s for nine small matrices on two cores, and 127,673 crashed libgomp."""
 
 
 class _Shared:

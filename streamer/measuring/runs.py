@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
-import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -101,27 +101,27 @@ def parts(text: TextSequences, tokens: int, short: int | None, one_length: bool)
     Short sequences are not padded to a length at which the model's rotary embeddings change. With `one_length`, nothing is padded. The
     last bits of a sum depend on what runs together; the division depends only on the texts and the budget.
     """
-    group: list[int] = []
+    numbers: list[int] = []
     for i in sorted(range(len(text.ids)), key=lambda i: -len(text.ids[i])):
-        own, longest = len(text.ids[i]), len(text.ids[group[0]]) if group else 0
-        full = (len(group) + 1) * longest > tokens
-        apart = own != longest if one_length else short is not None and own <= short < longest
-        if group and (full or apart):
-            yield tuple(group)
-            group = []
-        group.append(i)
-    if group:
-        yield tuple(group)
+        length, longest = len(text.ids[i]), len(text.ids[numbers[0]]) if numbers else 0
+        full = (len(numbers) + 1) * longest > tokens
+        apart = length != longest if one_length else short is not None and length <= short < longest
+        if numbers and (full or apart):
+            yield tuple(numbers)
+            numbers = []
+        numbers.append(i)
+    if numbers:
+        yield tuple(numbers)
 
 
 def riders(texts: Texts, variants: int, size: ModelSize, rows: int, one_length: bool) -> list[Part]:
     """Make the groups that measure texts under each of so many variants."""
-    found = []
+    parts_of_texts = []
     for name, text in texts.items():
         for numbers in parts(text, rows, size.short, one_length):
-            own = text.take(numbers)
-            found.append(Part(name, numbers, own, tuple(Group(own.padded_ids, v) for v in range(variants))))
-    return found
+            part = text.take(numbers)
+            parts_of_texts.append(Part(name, numbers, part, tuple(Group(part.padded_ids, v) for v in range(variants))))
+    return parts_of_texts
 
 
 class Progress:
@@ -163,7 +163,7 @@ Sums = dict[str, SequenceSums]
 
 def measured(model: SweepModel, texts: Texts, held_out: Sequence[Part], progress: Progress, limits: Limits,
              fitted: Sequence[Group] = (), solve: Solve | None = None, states: States | None = None) -> Sums:  # fmt: skip
-    """Run a sweep, and return the sums of its riders on each text, in the order of variants and sequences; questions are scored.
+    """Run a sweep, and return the sums of its riders on each text, in the order of variants and sequences.
 
     Parameters
     ----------
@@ -181,12 +181,14 @@ def measured(model: SweepModel, texts: Texts, held_out: Sequence[Part], progress
     """
     groups = [*fitted, *(group for part in held_out for group in part.groups if not group.results)]
     plan, checkpoint = model.job.plan, progress.monitor.checkpoint
-    each = sweep_cost(progress.size, sum(group.rows for group in groups), len(groups)) // (len(model.layers) + 1)
+    layer_cost = sweep_cost(progress.size, sum(group.rows for group in groups), len(groups)) // (len(model.layers) + 1)
     if states is not None:
         states.resumed = lambda layers: progress.monitor.resuming(layers, len(model.layers), "layer")
     model.limit(limits.room, limits.spools)
     watch = TargetWatch(plan) if fitted else None
-    away = model.run(groups, checkpoint, solve, watch, lambda name: progress.layer(name, each), states, progress.run)
+    away = model.run(
+        groups, checkpoint, solve, watch, lambda name: progress.layer(name, layer_cost), states, progress.run
+    )
     rows = max((sum(group.rows for group in part.groups) for part in held_out), default=1)
     block = max(64, LOGIT_BYTES // (4 * rows))
     if away:
@@ -197,12 +199,12 @@ def measured(model: SweepModel, texts: Texts, held_out: Sequence[Part], progress
         sums = part_sums(model, held_out, block, checkpoint)
     model.check_all_used()
     plan.check_unchanged()
-    found = {}
-    for name, text in texts.items():
-        own = [(part, one) for part, one in zip(held_out, sums, strict=True) if part.name == name]
-        order = np.argsort([i for part, _ in own for i in part.numbers])
-        joined = {kind: np.concatenate([getattr(one, kind) for _, one in own], -1) for kind in ("tokens", *MEASURES)}
-        arrays = {kind: array[..., order] for kind, array in joined.items()}
+    by_text = {}
+    for name in texts:
+        pairs = [(part, total) for part, total in zip(held_out, sums, strict=True) if part.name == name]
+        order = np.argsort([i for part, _ in pairs for i in part.numbers])
+        kinds = ("tokens", *MEASURES)
+        arrays = {kind: np.concatenate([getattr(total, kind) for _, total in pairs], -1)[..., order] for kind in kinds}
         for kind in MEASURES:
             if not np.isfinite(arrays[kind]).all():
                 v = int(np.argwhere(~np.isfinite(arrays[kind]))[0][0])
@@ -210,8 +212,8 @@ def measured(model: SweepModel, texts: Texts, held_out: Sequence[Part], progress
                     f"{plan.base.path}: variant {model.job.variants[v].name!r} has a {kind} of NaN or Inf on the {name} text; check the "
                     "adapter's scale"
                 )
-        found[name] = text.scored(SequenceSums(**arrays, kl_bins=np.sum([one.kl_bins for _, one in own], 0)))
-    return found
+        by_text[name] = SequenceSums(**arrays, kl_bins=np.sum([total.kl_bins for _, total in pairs], 0))
+    return by_text
 
 
 def _ended(text: TextSequences, block: int, model: SweepModel, groups: Sequence[Group]) -> SequenceSums:
@@ -224,7 +226,7 @@ def part_sums(model: SweepModel, held_out: Sequence[Part], block: int, checkpoin
     sums = [_Accumulator(len(part.groups), part.text, model.job.device) for part in held_out]
     for i, _, number, z in model.logits([part.groups for part in held_out], block, checkpoint):
         sums[number].add(z.float(), i)
-    return [one.sums() for one in sums]
+    return [accumulator.sums() for accumulator in sums]
 
 
 class _Accumulator:
@@ -267,11 +269,11 @@ class _Accumulator:
         change = torch.exp(-loss) - torch.exp(-loss[:1])
         agree, right = (self.top == self.top[:1]).double(), (self.top == self.labels).double()
         results = {"loss": loss, "kl": kl, "agree": agree, "right": right, "p_change": change, "p_square": change**2}
-        found = {name: (t.cpu() * self.counted).sum(-1).numpy() for name, t in results.items()}
+        arrays = {name: (t.cpu() * self.counted).sum(-1).numpy() for name, t in results.items()}
         by_token, counted = kl.cpu().numpy(), self.counted.numpy()
-        most = np.where(counted, by_token, 0.0).max(-1)
+        largest = np.where(counted, by_token, 0.0).max(-1)
         tokens = self.counted.sum(-1).double().numpy()
-        return SequenceSums(tokens, **found, kl_max=most, kl_bins=counted_bins(by_token, counted))
+        return SequenceSums(tokens, **arrays, kl_max=largest, kl_bins=counted_bins(by_token, counted))
 
 
 class Limits(NamedTuple):
@@ -367,12 +369,12 @@ def longest_padded(groups: Iterable[TextSequences]) -> tuple[NDArray[np.int64], 
     groups
         Groups of sequences that run together.
     """
-    found = None
+    longest = None
     for text in groups:
         lengths = sorted({len(ids) for ids in text.ids})
-        if len(lengths) > 1 and (found is None or lengths[-1] > len(found[0])):
-            found = max(text.ids, key=len), lengths[-2]
-    return found
+        if len(lengths) > 1 and (longest is None or lengths[-1] > len(longest[0])):
+            longest = max(text.ids, key=len), lengths[-2]
+    return longest
 
 
 def padding_changes(model: SweepModel, groups: Sequence[TextSequences], checkpoint: Checkpoint) -> bool:
@@ -485,57 +487,57 @@ def input_options(facts: Mapping[str, Any]) -> list[str]:
     return words + (["--architecture", facts["base"]["architecture"]] if "architecture" in facts["base"] else [])
 
 
-def differences(mine: Facts, theirs: Facts) -> list[str]:
+def differences(ours: Facts, recorded: Facts) -> list[str]:
     """Name the differences between the facts of two runs of one command; variants of such evaluations are not comparable."""
-    found = []
-    for what, config in mine["configs"].items():
-        stated = theirs.get("configs", {}).get(what, {})
-        if any(mine[what].get(key) != theirs[what].get(key) for key in IDENTIFYING):
-            found.append(what)
-        elif "configs" not in theirs:
-            found.append(f"no config of the {what}, as of an earlier version")
+    names = []
+    for what, config in ours["configs"].items():
+        stated = recorded.get("configs", {}).get(what, {})
+        if any(ours[what].get(key) != recorded[what].get(key) for key in IDENTIFYING):
+            names.append(what)
         elif keys := [key for key in {**config, **stated} if config.get(key) != stated.get(key)]:
-            found.append(f"the {what}'s config: {listed(keys)}")
-    here, there = _texts(mine), _texts(theirs)
-    for name in dict.fromkeys([*here, *there]):
-        if name not in here or name not in there:
-            found.append(f"{name} {'is asked for' if name in here else 'is not asked for'}")
-        elif here[name]["sha256"] != there[name]["sha256"]:
-            pair = here[name], there[name]
-            own, other = (f"{one['sequences']} sequences of {one['length']} tokens" for one in pair)
-            found.append(name + (f": {own}, not {other}" if own != other else ""))
-    found += [f"--{option}" for option in OPTIONS if mine.get(option) != theirs.get(option)]
-    found += ["version of transformers"] if mine["transformers"] != theirs["transformers"] else []
-    if mine.get("detection") is not None and theirs.get("detection") is not None:
+            names.append(f"the {what}'s config: {listed(keys)}")
+    our_texts, recorded_texts = _texts(ours), _texts(recorded)
+    for name in dict.fromkeys([*our_texts, *recorded_texts]):
+        if name not in our_texts or name not in recorded_texts:
+            names.append(f"{name} {'is asked for' if name in our_texts else 'is not asked for'}")
+        elif our_texts[name]["sha256"] != recorded_texts[name]["sha256"]:
+            pair = our_texts[name], recorded_texts[name]
+            wanted, there = (f"{text['sequences']} sequences of {text['length']} tokens" for text in pair)
+            names.append(name + (f": {wanted}, not {there}" if wanted != there else ""))
+    names += [f"--{option}" for option in OPTIONS if ours.get(option) != recorded.get(option)]
+    names += ["version of transformers"] if ours["transformers"] != recorded["transformers"] else []
+    if ours.get("detection") is not None and recorded.get("detection") is not None:
         options = {"--top-k": "top_k", "--epsilon": "threshold_epsilon", "--solver": "solver"}
-        found += [name for name, key in options.items() if mine["detection"][key] != theirs["detection"][key]]
-        found += ["--select"] if mine["scale"] != theirs["scale"] else []
-        found += ["findings"] if len({facts["findings"] for facts in (mine, theirs) if "findings" in facts}) > 1 else []
-    digests = {one["keep"]: one["sha256"] for one in theirs.get("coefficients", ())}
-    others = [one for one in mine.get("coefficients", ()) if digests.get(one["keep"], one["sha256"]) != one["sha256"]]
-    maps = len({facts["map"]["sha256"] for facts in (mine, theirs) if "map" in facts}) > 1
-    return found + (["coefficients"] if others else []) + (["map"] if maps else [])
+        names += [name for name, key in options.items() if ours["detection"][key] != recorded["detection"][key]]
+        names += ["--select"] if ours["scale"] != recorded["scale"] else []
+        findings = {facts["findings"] for facts in (ours, recorded) if "findings" in facts}
+        names += ["findings"] if len(findings) > 1 else []
+    digests = {entry["keep"]: entry["sha256"] for entry in recorded.get("coefficients", ())}
+    if any(digests.get(entry["keep"], entry["sha256"]) != entry["sha256"] for entry in ours.get("coefficients", ())):
+        names.append("coefficients")
+    maps = {facts["map"]["sha256"] for facts in (ours, recorded) if "map" in facts}
+    return names + (["map"] if len(maps) > 1 else [])
 
 
 def _texts(facts: Facts) -> dict[str, Any]:
     """Return the texts' facts by the names used in messages."""
     texts: Any = facts["texts"]
     if isinstance(texts, list):
-        return {f"text {one['name']}": one for one in texts}
+        return {f"text {text['name']}": text for text in texts}
     two = {f"{name} text": texts[name] for name in texts if name != "others"}
-    return two | {f"other text {one['name']}": one for one in texts.get("others", ())}
+    return two | {f"other text {text['name']}": text for text in texts.get("others", ())}
 
 
-def joined_facts(mine: Facts, theirs: Facts) -> dict[str, Any]:
+def joined_facts(ours: Facts, recorded: Facts) -> dict[str, Any]:
     """Join the facts of a run with the facts of the evaluation that it adds to; only detection, coefficients and map may differ."""
-    tree = {**theirs, "version": mine["version"]}
-    if theirs["detection"] is None:
-        tree |= {key: mine[key] for key in DETECTION if key in mine}
-    sets = {one["keep"]: one for one in [*theirs.get("coefficients", ()), *mine.get("coefficients", ())]}
+    tree = {**recorded, "version": ours["version"]}
+    if recorded["detection"] is None:
+        tree |= {key: ours[key] for key in DETECTION if key in ours}
+    sets = {entry["keep"]: entry for entry in [*recorded.get("coefficients", ()), *ours.get("coefficients", ())]}
     if sets:
         tree["coefficients"] = list(sets.values())
-    if "map" in mine:
-        tree["map"] = mine["map"]
+    if "map" in ours:
+        tree["map"] = ours["map"]
     return with_digest(tree)
 
 
@@ -615,14 +617,14 @@ class Prepared(ABC, Generic[Made]):
     def is_whole(self, path: Path) -> bool:
         """Test whether the file at a path is the complete result; raise `OutputExistsError` if it belongs to others, see `of_others`."""
         try:
-            theirs = self.read(path).facts
+            recorded = self.read(path).facts
         except FormatError as e:
             if self.kind.is_at(path):
                 raise OutputExistsError(f"{e}, or pass --overwrite", path) from e
             raise
-        if theirs.get("plan") != self.facts["plan"]:
-            known = {"plan", "configs"} <= theirs.keys()
-            raise of_others(path, self.one, differences(self.facts, theirs) if known else ())
+        if recorded.get("plan") != self.facts["plan"]:
+            known = {"plan", "configs"} <= recorded.keys()
+            raise of_others(path, self.one, differences(self.facts, recorded) if known else ())
         return True
 
     def warn(self) -> None:
@@ -742,22 +744,17 @@ def in_words(differing: Sequence[str]) -> str:
 
 
 def pack(name: str, arrays: Arrays) -> bytes:
-    """Pack arrays as a line of JSON with their shapes, followed by their compressed bytes, so that unpacking restores the same bits."""
-    head = {"key": name, "shapes": {array: list(values.shape) for array, values in arrays.items()}}
-    raw = b"".join(values.astype("<f8").tobytes() for values in arrays.values())
-    return json.dumps(head).encode() + b"\n" + zlib.compress(raw, 1)
+    """Pack arrays behind a line of JSON that names them."""
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # in numpy's stub any name could be `allow_pickle`
+    return json.dumps(name).encode() + b"\n" + file.getvalue()
 
 
 def unpack(payload: bytes) -> tuple[str, dict[str, Floats]]:
     """Unpack the name and arrays from what `pack` returned."""
     line, _, raw = payload.partition(b"\n")
-    head, values, at = json.loads(line), np.frombuffer(zlib.decompress(raw), "<f8").astype(np.float64), 0
-    arrays = {}
-    for name, shape in head["shapes"].items():
-        size = int(np.prod(shape, dtype=int))
-        arrays[name] = values[at : at + size].reshape(shape)
-        at += size
-    return head["key"], arrays
+    with np.load(io.BytesIO(raw)) as arrays:
+        return json.loads(line), dict(arrays)
 
 
 class Records:

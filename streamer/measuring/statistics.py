@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from types import FunctionType
 from typing import Annotated, Any, Literal, NotRequired, TypedDict, get_args, get_origin, get_type_hints
@@ -66,10 +66,8 @@ def quantile(bins: Floats, largest: float, share: float) -> float:
     Parameters
     ----------
     largest
-        The largest divergence, which is known exactly. The result is NaN if this or a count is NaN.
+        The largest divergence, which is known exactly.
     """
-    if math.isnan(largest) or np.isnan(bins).any():
-        return math.nan
     ends = np.cumsum(bins)
     tokens = int(ends[-1])
     place = share * (tokens - 1)
@@ -88,10 +86,8 @@ def to_record(bins: Floats) -> BinsRecord:
     return {"first": first, "counts": [int(n) for n in bins[first:end]]}
 
 
-def from_record(record: BinsRecord | None) -> Floats:
-    """Read the counts that `to_record` made; NaN if the file's version had none."""
-    if record is None:
-        return np.full(BINS, np.nan)
+def from_record(record: BinsRecord) -> Floats:
+    """Read the counts that `to_record` made."""
     first, counts = record["first"], np.array(record["counts"], np.float64)
     return np.pad(counts, (first, BINS - first - len(counts)))  # an error if they begin or end outside
 
@@ -101,9 +97,6 @@ MEASURES = ("loss", "kl", "agree", "right", "p_change", "p_square", "kl_max")
 
 ARRAYS = (*MEASURES, "kl_bins")
 """All arrays with a row for each variant."""
-
-ANSWERS = ("acc", "acc_norm")
-"""Arrays that mark right answers, for each variant and question."""
 
 Effect = Literal["forgets", "improves", "not told"]
 
@@ -182,15 +175,9 @@ def ratio(y: Floats, x: Floats) -> Estimate:
     return Estimate(value, float(np.sqrt(len(x) / (len(x) - 1) * (rest @ rest))) / abs(total), len(x))
 
 
-def _nothing() -> Floats:
-    return np.empty(0)
-
-
 @dataclass(frozen=True)
 class SequenceSums:
     """Sums over the counted tokens of each sequence of a text, for each variant; the first is the base, the second the unchanged adapter.
-
-    Arrays that are not given are NaN.
 
     Attributes
     ----------
@@ -209,65 +196,48 @@ class SequenceSums:
     kl_max
         The largest divergence of a token: (V, S).
     kl_bins
-        Counts of tokens by divergence over all sequences, see `counted_bins`: (V, BINS). NaN for questions.
-    acc, acc_norm
-        For a text of questions, 1 if the answer is right, else 0: (V, S); the other sums are then of the right choices. None for other
-        texts.
+        Counts of tokens by divergence over all sequences, see `counted_bins`: (V, BINS).
     """
 
     tokens: Floats
     loss: Floats
     kl: Floats
     agree: Floats
-    right: Floats = field(default_factory=_nothing)
-    p_change: Floats = field(default_factory=_nothing)
-    p_square: Floats = field(default_factory=_nothing)
-    kl_max: Floats = field(default_factory=_nothing)
-    kl_bins: Floats = field(default_factory=_nothing)
-    acc: Floats | None = None
-    acc_norm: Floats | None = None
-
-    def __post_init__(self) -> None:
-        for name in ARRAYS[3:]:
-            if not getattr(self, name).size:
-                shape = (len(self.loss), BINS) if name == "kl_bins" else self.loss.shape
-                object.__setattr__(self, name, np.full(shape, np.nan))
-
-    @property
-    def answers(self) -> tuple[str, ...]:
-        """List the names of the arrays of right answers; empty unless the text has questions."""
-        return () if self.acc is None else ANSWERS
+    right: Floats
+    p_change: Floats
+    p_square: Floats
+    kl_max: Floats
+    kl_bins: Floats
 
     def joined(self, *others: SequenceSums) -> SequenceSums:
         """Append the variants of other sums on the same sequences."""
-        names = (*ARRAYS, *self.answers)
-        arrays = {name: np.concatenate([getattr(one, name) for one in (self, *others)]) for name in names}
+        arrays = {name: np.concatenate([getattr(sums, name) for sums in (self, *others)]) for name in ARRAYS}
         return replace(self, **arrays)
 
     def followed(self, other: SequenceSums) -> SequenceSums:
         """Append the sequences of other sums of the same variants."""
-        names = ("tokens", *MEASURES, *self.answers)
+        names = ("tokens", *MEASURES)
         arrays = {name: np.concatenate([getattr(self, name), getattr(other, name)], -1) for name in names}
         return SequenceSums(**arrays, kl_bins=self.kl_bins + other.kl_bins)
 
     def take(self, variants: Sequence[int]) -> SequenceSums:
         """Take some of the variants, by number."""
-        return replace(self, **{name: getattr(self, name)[list(variants)] for name in (*ARRAYS, *self.answers)})
+        return replace(self, **{name: getattr(self, name)[list(variants)] for name in ARRAYS})
 
     def of(self, name: str, weights: Sequence[float] | Floats) -> Estimate:
-        """Estimate a linear combination of the variants' means over tokens of one of `MEASURES`, or over questions of one of `ANSWERS`.
+        """Estimate a linear combination of the variants' means over tokens of one of `MEASURES`.
 
         Variants with a zero weight do not count, not even if they are NaN.
         """
-        own = np.asarray(weights, float)
-        total: Floats = own[own != 0] @ getattr(self, name)[own != 0]
-        return ratio(total, np.ones(len(self.tokens)) if name in ANSWERS else self.tokens)
+        weight_array = np.asarray(weights, float)
+        total: Floats = weight_array[weight_array != 0] @ getattr(self, name)[weight_array != 0]
+        return ratio(total, self.tokens)
 
     def mean(self, name: str, variant: int, other: int | None = None) -> Estimate:
         """Estimate a variant's mean, see `of`, or how much it exceeds another variant's."""
-        own: Floats = getattr(self, name)
-        sums = own[variant] if other is None else own[variant] - own[other]
-        return ratio(sums, np.ones(len(sums)) if name in ANSWERS else self.tokens)
+        array: Floats = getattr(self, name)
+        sums = array[variant] if other is None else array[variant] - array[other]
+        return ratio(sums, self.tokens)
 
     @property
     def change(self) -> Estimate:
@@ -282,13 +252,11 @@ class SequenceSums:
     def share(self, name: str, variant: int) -> Estimate:
         """Estimate ``(variant − base) / (adapter − base)`` of the means: 0 is the base, 1 the unchanged adapter.
 
-        The base's divergence is 0. A share of accuracies is NaN if its denominator is too small.
+        The base's divergence is 0.
         """
-        if name in ANSWERS and not self.mean(name, 1, 0).divides:
-            return Estimate(math.nan, math.inf, len(self.tokens))
-        own: Floats = getattr(self, name)
-        base = 0.0 if name == "kl" else own[0]
-        return ratio(own[variant] - base, own[1] - base)
+        array: Floats = getattr(self, name)
+        base = 0.0 if name == "kl" else array[0]
+        return ratio(array[variant] - base, array[1] - base)
 
     def perplexity_ratio(self, variant: int) -> Estimate:
         """Estimate a variant's perplexity as a multiple of the base's."""
@@ -336,12 +304,12 @@ def record(kind: Any, *of: Any) -> dict[str, Any]:
 @cache
 def keys_of(kind: Any) -> dict[str, tuple[Callable[..., Any] | None, bool]]:
     """List the keys of a record, each with its function, if it has one, and whether it may be absent."""
-    found: dict[str, tuple[Callable[..., Any] | None, bool]] = {}
+    keys: dict[str, tuple[Callable[..., Any] | None, bool]] = {}
     for key, hint in get_type_hints(kind, include_extras=True).items():
         optional = get_origin(hint) is NotRequired
         metadata = getattr(get_args(hint)[0] if optional else hint, "__metadata__", ())
-        found[key] = next((one for one in metadata if isinstance(one, FunctionType)), None), optional
-    return found
+        keys[key] = next((item for item in metadata if isinstance(item, FunctionType)), None), optional
+    return keys
 
 
 def defined(value: float) -> float | None:

@@ -1,10 +1,4 @@
-"""Read texts as sequences of tokens, from running text, JSON lines or token ids, and score questions with choices.
-
-Read questions with choices, and score them as lm-evaluation-harness 0.4.13 scores ``multiple_choice``.
-
-A choice's log-likelihood is the sum over its tokens after the question. Question and choice are encoded together, with a space between
-them; white space at the end of the question belongs to the choice. For ``acc`` the answer is the choice with the highest log-likelihood,
-for ``acc_norm`` the choice with the highest log-likelihood per character. The loss of a text of questions is the loss of the right choices.
+"""Read texts as sequences of tokens, from running text, JSON lines or token ids.
 
 If a text has more sequences than requested, they are taken at even distances from its beginning to its end. Thus every run makes the same
 choice, and no part of the text dominates, such as the first chapter or the first source of a sorted collection. Distant sequences also
@@ -19,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from itertools import takewhile
 from pathlib import Path
@@ -32,7 +26,6 @@ from torch import Tensor
 
 from streamer.errors import FormatError, MissingInputError, UnsupportedError, UsageError
 from streamer.events import Monitor
-from streamer.measuring.statistics import MEASURES, SequenceSums
 from streamer.plan.plan import Plan
 from streamer.plan.side_files import VOCABULARIES, with_tokenizer
 from streamer.storage.files import open_regular, read_bytes, storage_errors, strict_json
@@ -87,11 +80,6 @@ class Tokenizer:
         """
         found = self.loaded(text, verbose=False, **ENCODING)
         return found["input_ids"], found["offset_mapping"]
-
-    def started(self, text: str) -> list[int]:
-        """Split a text into tokens, and put the tokenizer's start tokens before them unless the text contains them."""
-        ids, _ = self.encode(text)
-        return ids if tuple(ids[: len(self.start)]) == self.start else [*self.start, *ids]
 
     def render(self, messages: Sequence[Any], with_prompt: bool) -> str:
         """Write messages by the chat template, at the time `TEMPLATE_TIME`; a faulty template or message may raise any exception."""
@@ -159,119 +147,6 @@ def load_tokenizer(text: Path, directory: Path | None) -> Tokenizer:
 TokenSequence = tuple[NDArray[np.int64], NDArray[np.bool_]]
 """Token ids (t,), and which of them count (t,)."""
 
-CONTEXTS = ("question", "prompt")
-"""Keys for the text before the choices; a line has one of them."""
-
-DELIMITER = " "
-"""Text between a question and a choice."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question: for each choice its token ids and which of them count, the number of the right choice, and each choice's characters."""
-
-    choices: tuple[TokenSequence, ...]
-    right: int
-    characters: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Questions:
-    """Questions whose choices are the sequences of a text, in order.
-
-    Attributes
-    ----------
-    first
-        Sequence number of each question's first choice, followed by the number of sequences: (Q + 1,).
-    right
-        Sequence number of each question's right choice: (Q,).
-    characters
-        Characters of each choice: (S,).
-    """
-
-    first: NDArray[np.int64]
-    right: NDArray[np.int64]
-    characters: NDArray[np.int64]
-
-    @classmethod
-    def of(cls, questions: Sequence[Question]) -> Questions:
-        """Join questions in order."""
-        first = np.cumsum([0, *(len(q.choices) for q in questions)])
-        right = first[:-1] + [q.right for q in questions]
-        return cls(first, right, np.concatenate([q.characters for q in questions]))
-
-    def scored(self, sums: SequenceSums) -> SequenceSums:
-        """Make the sums of each question from the sums of each choice: the right choice's sums, and whether the answers are right."""
-        own = SequenceSums(sums.tokens[self.right], *(getattr(sums, name)[:, self.right] for name in MEASURES))
-        marks = []
-        for losses in (sums.loss, sums.loss / self.characters):
-            chosen = np.array([own.argmin(1) for own in np.split(losses, self.first[1:-1], 1)]).T + self.first[:-1]
-            marks.append(np.where(np.isfinite(own.loss), chosen == self.right, np.nan))
-        return replace(own, acc=marks[0], acc_norm=marks[1])
-
-
-def read_question(where: str, tree: dict[str, Any], tokenizer: Tokenizer, length: int) -> Question:
-    """Read the question in a line with ``choices``.
-
-    Raises
-    ------
-    FormatError
-        Unless the line has one question, at least two different choices, and an answer that names one of them; or if a question with its
-        choice is longer than `length`, or if there are no tokens before or in the choice.
-    """
-    keys = [key for key in CONTEXTS if key in tree]
-    if len(keys) != 1:
-        raise unexpected(where, "'choices' beside 'question' or 'prompt'", quoted(list(tree)))
-    context, choices = tree[keys[0]], tree["choices"]
-    if not isinstance(context, str):
-        raise unexpected(where, f"{keys[0]!r} to be a string", quoted(context))
-    strings = isinstance(choices, list) and all(isinstance(c, str) and c for c in choices)
-    if not strings or len(set(choices)) < max(2, len(choices)):
-        raise unexpected(where, "'choices' to be a list of two different strings or more", quoted(choices))
-    if "answer" not in tree:
-        raise FormatError(
-            f"{where}: 'answer' is missing: the number of the right choice, from 0, its text, or its letter"
-        )
-    right = _right(where, choices, tree["answer"])
-    encoded = tuple(_encoded(where, context, DELIMITER + c, tokenizer) for c in choices)
-    sizes = [len(ids) for ids, _ in encoded]
-    if (longest := max(sizes)) > length:
-        raise FormatError(
-            f"{where}: the question with the choice {quoted(choices[sizes.index(longest)])} has {longest} tokens; give --length {longest}"
-        )
-    return Question(encoded, right, tuple(map(len, choices)))
-
-
-def _right(where: str, choices: list[str], answer: Any) -> int:
-    """Find the number of the right choice, which the answer gives as a number from 0, as a text, or as a letter from A."""
-    found = {answer} if type(answer) is int and 0 <= answer < len(choices) else set()
-    if isinstance(answer, str):
-        letters = [chr(ord("A") + i) for i in range(min(26, len(choices)))]
-        found = {own.index(answer) for own in (choices, letters) if answer in own}
-    if len(found) == 1:
-        return found.pop()
-    what = "two choices by letter and by text" if found else quoted(answer)
-    if isinstance(answer, str) and answer.strip().isdecimal():
-        what += "; write a number without quotes, counted from 0"
-    raise unexpected(where, "'answer' to be the number of a choice, from 0, its text, or its letter", what)
-
-
-def _encoded(where: str, context: str, continuation: str, tokenizer: Tokenizer) -> TokenSequence:
-    """Encode a question with a choice, whose tokens count."""
-    stripped = context.rstrip()
-    if context:
-        before, ids = (tokenizer.started(text) for text in (stripped, context + continuation))
-    else:
-        ids = tokenizer.encode(continuation)[0]
-        # What nothing precedes is predicted from the begin-of-text token, or else the end-of-text token.
-        begin, end = tokenizer.loaded.bos_token_id, tokenizer.loaded.eos_token_id
-        before = [token for token in (begin, end) if token is not None][:1]
-        ids = ids if ids[:1] == before else [*before, *ids]
-    if not before or len(ids) <= len(before):
-        raise unexpected(where, f"tokens {'in' if before else 'before'} the choice {quoted(continuation[1:])}", "none")
-    return np.array(ids, np.int64), np.arange(len(ids)) >= len(before)
-
-
 GENERAL, TASK = "general", "task"
 """Names of the two texts: what the base can do, and what the adapter was trained for."""
 
@@ -289,31 +164,14 @@ class TextSequences:
         before it and never counts; at least one token counts.
     name
         Name of the file from which they were read.
-    questions
-        Questions whose choices are these sequences; None for other texts.
     """
 
     ids: tuple[NDArray[np.int64], ...]
     counted: tuple[NDArray[np.bool_], ...]
     name: str = ""
-    questions: Questions | None = None
-
-    @classmethod
-    def of(cls, ids: Iterable[NDArray[np.int64]]) -> TextSequences:
-        """Make sequences in which every token except the first counts."""
-        taken = tuple(ids)
-        return cls(taken, tuple(np.arange(len(own)) > 0 for own in taken))
-
-    def right(self) -> TextSequences:
-        """Return the right choices if these are questions, else this text unchanged."""
-        return self if self.questions is None else self.take(self.questions.right)
-
-    def scored(self, sums: SequenceSums) -> SequenceSums:
-        """Turn sums of each choice into sums of each question (see `Questions.scored`); return the sums of other texts unchanged."""
-        return sums if self.questions is None else self.questions.scored(sums)
 
     def take(self, rows: Iterable[int]) -> TextSequences:
-        """Take some of the sequences, by number, without their questions."""
+        """Take some of the sequences, by number."""
         chosen = tuple(rows)
         return TextSequences(tuple(self.ids[i] for i in chosen), tuple(self.counted[i] for i in chosen), self.name)
 
@@ -340,7 +198,7 @@ class TextSequences:
     @property
     def tokens(self) -> int:
         """Count the tokens whose losses count."""
-        return sum(int(c.sum()) for c in self.right().counted)
+        return sum(int(c.sum()) for c in self.counted)
 
     @property
     def longest(self) -> int:
@@ -351,8 +209,7 @@ class TextSequences:
         """Describe the sequences as JSON: `TextFacts`."""
         return {
             "name": self.name,
-            "sequences": len(self.right().ids),
-            **({} if self.questions is None else {"choices": len(self.ids)}),
+            "sequences": len(self.ids),
             "tokens": self.tokens,
             "length": self.longest,
             "sha256": self.digest(),
@@ -363,8 +220,6 @@ class TextSequences:
         digest = hashlib.sha256()
         for ids, counted in zip(self.ids, self.counted, strict=True):
             digest.update(len(ids).to_bytes(8, "little") + ids.astype("<i8").tobytes() + counted.tobytes())
-        for array in () if (q := self.questions) is None else (q.first, q.right, q.characters):
-            digest.update(array.astype("<i8").tobytes())
         return digest.hexdigest()
 
 
@@ -381,8 +236,8 @@ def evenly(count: int, wanted: int) -> list[int]:
     return [i * count // wanted for i in range(wanted)] if count > wanted else list(range(count))
 
 
-KEYS = ({"text"}, {"prompt", "completion"}, {"messages"}, {"choices"}, {"choices", "prompt"})
-"""Keys that make a line a document, a prompt with a completion, a conversation, or a question; a line has the keys of one kind."""
+KEYS = ({"text"}, {"prompt", "completion"}, {"messages"})
+"""Keys that make a line a document, a prompt with a completion, or a conversation; a line has the keys of one kind."""
 
 PROMPT_KEYS = ("tools", "documents", "chat_template_kwargs")
 """Keys beside ``messages`` that would make the chat template write a different prompt."""
@@ -391,9 +246,7 @@ Spans = list[tuple[int, int]]
 """Ranges of characters: begin, end."""
 
 
-def read_json_lines(
-    path: Path, tokenizer: Tokenizer, sequences: int, length: int
-) -> Iterator[TokenSequence | Question]:
+def read_json_lines(path: Path, tokenizer: Tokenizer, sequences: int, length: int) -> Iterator[TokenSequence]:
     """Read at most `sequences` nonempty lines, at even distances.
 
     Keys in neither `KEYS` nor `PROMPT_KEYS`, such as ``id`` and ``source``, are ignored.
@@ -414,7 +267,7 @@ def read_json_lines(
                 yield _read_line(f"{path}: line {number}", line, tokenizer, length)
 
 
-def _read_line(where: str, raw: bytes, tokenizer: Tokenizer, length: int) -> TokenSequence | Question:
+def _read_line(where: str, raw: bytes, tokenizer: Tokenizer, length: int) -> TokenSequence:
     try:
         tree = strict_json(raw.removeprefix(codecs.BOM_UTF8))  # of a file's first line
     except ValueError as e:
@@ -422,11 +275,8 @@ def _read_line(where: str, raw: bytes, tokenizer: Tokenizer, length: int) -> Tok
     if not isinstance(tree, dict) or (kind := set(tree) & set().union(*KEYS)) not in KEYS:
         found = f"the keys {listed(map(quoted, tree))}" if isinstance(tree, dict) else f"a {type(tree).__name__}"
         raise FormatError(
-            f"{where}: expected an object with 'text', with 'prompt' and 'completion', with 'messages', or with 'choices', one kind alone, "
-            f"found {found}"
+            f"{where}: expected an object with 'text', with 'prompt' and 'completion', or with 'messages', one kind alone, found {found}"
         )
-    if "choices" in kind:
-        return read_question(where, tree, tokenizer, length)
     start = tokenizer.start
     if "messages" in kind:
         if given := [key for key in PROMPT_KEYS if tree.get(key)]:
@@ -447,7 +297,9 @@ def _read_line(where: str, raw: bytes, tokenizer: Tokenizer, length: int) -> Tok
     # A token with characters of both sides, such as a space that ends the prompt and the next word, belongs to the answer.
     marks = [any(end > first and begin < last for first, last in spans) for begin, end in offsets]
     ids, marks = [*start, *ids], [*(False for _ in start), *marks]
-    if (first := next((i for i, counts in enumerate(marks) if counts and i), 0)) >= length:  # the prompt loses its beginning
+    if (
+        first := next((i for i, counts in enumerate(marks) if counts and i), 0)
+    ) >= length:  # the prompt loses its beginning
         del ids[len(start) : first - length // 2], marks[len(start) : first - length // 2]
     if not any(marks[1:length]):
         raise unexpected(where, "tokens to predict", f"none that counts among its first {min(len(ids), length)}")
@@ -576,10 +428,8 @@ def read_text(
         text, which do not count. Sequences do not overlap; the rest at the end is dropped.
     ``.jsonl``
         One JSON object per line, which becomes one sequence, truncated to `length` tokens; a longer prompt loses its beginning, so that
-        half of the tokens are its end. With ``text``, all tokens count; with
-        ``prompt`` and ``completion``, the completion's tokens; with ``messages``, the tokens of the assistant's answers. With ``question``
-        (or ``prompt``), ``choices`` and ``answer``, each choice becomes a sequence that is never truncated; see `read_question`. Other
-        keys are ignored.
+        half of the tokens are its end. With ``text``, all tokens count; with ``prompt`` and ``completion``, the completion's tokens; with
+        ``messages``, the tokens of the assistant's answers. Other keys are ignored.
     ``.npy``
         Token ids: (n,), a stream that is cut into sequences of `length`, or (n, t), one sequence per row, truncated to `length`.
 
@@ -615,7 +465,6 @@ def read_text(
         raise UsageError(
             f"{path}: expected the name of a text to end in {', '.join(SUFFIXES)}, found {quoted(path.suffix)}"
         )
-    taken: Sequence[TokenSequence | Question]
     with storage_errors(path, "read"):
         if path.suffix == ".npy":
             taken = [(ids, np.ones(len(ids), bool)) for ids in _read_ids(path, sequences, length, least)]
@@ -626,15 +475,9 @@ def read_text(
                 taken = [(ids, own.copy()) for ids in _cut_text(path, tokenizer, sequences, length, least)]
             else:
                 taken = list(read_json_lines(path, tokenizer, sequences, length))
-    questions = [one for one in taken if isinstance(one, Question)]
-    plain = [one for one in taken if not isinstance(one, Question)]
-    if questions and plain:
-        raise unexpected(path, "'choices' on every line or on none", f"them on {len(questions)} of {len(taken)}")
-    for _, counted in plain:
+    for _, counted in taken:
         counted[0] = False
-    pairs = [choice for question in questions for choice in question.choices] or plain
-    ids, marks = tuple(ids for ids, _ in pairs), tuple(counted for _, counted in pairs)
-    text = TextSequences(ids, marks, path.name, Questions.of(questions) if questions else None)
+    text = TextSequences(tuple(ids for ids, _ in taken), tuple(counted for _, counted in taken), path.name)
     _check(path, text, vocabulary, positions)
     return text
 
@@ -654,7 +497,7 @@ def sample_digest(path: str | Path) -> str:
 
 def _check(path: Path, text: TextSequences, vocabulary: int | None, positions: int | None) -> None:
     """Refuse a text with too few sequences to estimate errors, or with sequences that the model cannot process."""
-    if (count := len(text.right().ids)) < 2:
+    if (count := len(text.ids)) < 2:
         raise unexpected(path, "at least 2 sequences, whose difference gives the error", f"{count}; give more text")
     if positions is not None and text.longest > positions:
         raise UsageError(

@@ -25,6 +25,7 @@ from streamer.adapters.finetuned import FinetunedModel, is_model, open_finetuned
 from streamer.adapters.modules import Module
 from streamer.errors import InputChangedError, MismatchError, NumericError, OutputError, UnsupportedError, UsageError
 from streamer.linalg.operators import Delta, all_finite
+from streamer.linalg.torch_state import CPU
 from streamer.plan import side_files
 from streamer.plan import tied_embeddings as tied
 from streamer.plan.architectures import Architecture, architecture_for, pattern_of, with_architecture
@@ -108,7 +109,7 @@ class Plan:
         """
         if W0 is None and not target.module.low_rank:
             weight = self.weights[target.tensor]
-            W0 = weight.whole(torch.device("cpu")).reshape(weight.matrix)
+            W0 = weight.whole(CPU).reshape(weight.matrix)
         W0 = W0.T if W0 is not None and target.transposed else W0
         return target.module.delta(tensors or self.adapter.tensors, W0, double=double)
 

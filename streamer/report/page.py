@@ -52,7 +52,7 @@ from streamer.storage.transaction import (
     refuse_within_output,
 )
 from streamer.units import counted, listed
-from streamer.verification.verify import RECORD_NAME, read_statement
+from streamer.verification.verify import RECORD_NAME, read_record
 
 LAMBDAS = (1.0, 0.9, 0.75, 0.5, 0.25, 0.0)
 """Values of λ for which a report shows the norm removed."""
@@ -133,7 +133,7 @@ def open_subject(path: str | Path) -> Subject:
     if is_evaluation:
         return load_evaluation(path)
     if path.is_dir() and (path / RECORD_NAME).exists():
-        record = read_statement(path)
+        record = read_record(path)
         if isinstance(record, str):
             raise FormatError(
                 f"{path / RECORD_NAME}: {record}; `streamer verify` gives details; the output's command writes it again"

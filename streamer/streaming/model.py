@@ -108,9 +108,9 @@ def unreadable(path: Path, what: str, e: Exception) -> StreamerError:
     cause: BaseException | None = e
     while cause is not None:
         number = re.search(r"\(os error (\d+)\)", str(cause))
-        found = OSError(int(number[1]), os.strerror(int(number[1]))) if number else cause
-        if isinstance(found, OSError) and found.errno and not isinstance(found, FileNotFoundError | IsADirectoryError):
-            return storage_error(path, "read", found)
+        error = OSError(int(number[1]), os.strerror(int(number[1]))) if number else cause
+        if isinstance(error, OSError) and error.errno and not isinstance(error, FileNotFoundError | IsADirectoryError):
+            return storage_error(path, "read", error)
         cause = cause.__cause__ or cause.__context__
     return FormatError(f"{path}: {what}: {first_line(e)}")
 
@@ -300,11 +300,11 @@ class LoadedModel:
         self.modules: list[tuple[str, nn.Module, dict[str, RunTimeTensor]]] = []
         inner: list[RunTimeTensor] = []
         for path, module in self._model.named_modules():
-            own = {n: tensors[f"{path}.{n}" if path else n] for n, p in module._parameters.items() if p is not None}
-            if own:
-                self.modules.append((path, module, own))
+            params = {n: tensors[f"{path}.{n}" if path else n] for n, p in module._parameters.items() if p is not None}
+            if params:
+                self.modules.append((path, module, params))
             if not isinstance(module, nn.Embedding):
-                inner += [tensor for tensor in own.values() if len(tensor.shape) > 1]
+                inner += [tensor for tensor in params.values() if len(tensor.shape) > 1]
         self.vocabulary = self._head.out_features
         config = self._model.config.get_text_config()  # type: ignore[operator, union-attr]  # as above
         tables = [m for path, m in self._model.named_modules() if isinstance(m, nn.Embedding) and "position" in path]
@@ -321,9 +321,9 @@ class LoadedModel:
     @cached_property
     def config(self) -> dict[str, Any]:
         """Return what the class reads of the config, as transformers writes it, so that another spelling makes no difference."""
-        own = self._model.config.to_json_string()  # type: ignore[operator, union-attr]  # as above
+        text = self._model.config.to_json_string()  # type: ignore[operator, union-attr]  # as above
         quantization = self.job.plan.config.quantization  # perhaps of another file
-        tree = {**({"quantization_config": quantization} if quantization else {}), **json.loads(own)}
+        tree = {**({"quantization_config": quantization} if quantization else {}), **json.loads(text)}
         # Readers of records refuse NaN and lone surrogates, which a config may hold.
         told = json.dumps(tree, ensure_ascii=False).encode(errors="replace")
         return cast(dict[str, Any], json.loads(told, parse_constant=str, object_pairs_hook=lambda pairs: {
@@ -338,14 +338,14 @@ class LoadedModel:
             return 1 if not t.stacked else t.shape[0] if t.name in run_all else min(chosen, t.shape[0])
 
         layers = [t for t in inner if t.shape != self._head.weight.shape]
-        whole = [*filter(self.values.dense, tensors), *(t for t in inner if t.stacked)]
+        held_whole = [*filter(self.values.dense, tensors), *(t for t in inner if t.stacked)]
         targets = [t for pairs in self.values.plan.by_weight.values() for t, _ in pairs if t.module.low_rank]
         return ModelSize(
             widest=max((max(t.shape[-2:]) * (used(t) if t.name in run_all else 1) for t in layers), default=0),
             hidden=int(getattr(config, "hidden_size", 0)),
             vocabulary=self.vocabulary,
             attention=_attention_values(config),
-            dense=16 * max((math.prod(t.shape[t.stacked :]) for t in whole), default=0),
+            dense=16 * max((math.prod(t.shape[t.stacked :]) for t in held_whole), default=0),
             factors=FACTOR_BYTES * max((t.module.factor_rank * sum(t.module.shape) for t in targets), default=0),
             products={t.name: math.prod(t.shape[t.stacked :]) * used(t) for t in inner},
             read=sum(self.values.plan.weights[weight].nbytes for weight in {w for t in tensors for w in t.weights}),

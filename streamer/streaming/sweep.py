@@ -291,7 +291,7 @@ class States:
 
     def save(self, model: SweepModel, groups: Sequence[Group], layer: int) -> None:
         """Save the states with which groups enter a layer, if it is time to, and if results of layers are all that they depend on."""
-        plain = all(group.is_plain for group in groups)
+        plain = all(isinstance(leaf, Tensor) or leaf is None for group in groups for leaf in group.leaves)
         if time.monotonic() - self._saved < SECONDS or not (plain and model.resumable):
             return
         values = model.values
@@ -414,15 +414,15 @@ class BaseWatch:
 
     def matrices(self, tensor: RunTimeTensor, slice_: TensorSlice, crossed: bool) -> Sequence[BaseMatrix]:
         """Return the slice's matrix."""
-        own = _name(slice_)
+        name = _name(slice_)
         expert = [f"{tensor.name}[{e}]" for e, s in enumerate(tensor.adapted) if tensor.stacked and slice_ in s.slices]
-        return [BaseMatrix(own, tuple(dict.fromkeys((own, *expert, *self._ties.get(own, ())))))]
+        return [BaseMatrix(name, tuple(dict.fromkeys((name, *expert, *self._ties.get(name, ())))))]
 
     def tables(self, tensor: RunTimeTensor) -> Sequence[tuple[BaseMatrix, int]]:
         """Return the embedding's table."""
         ((slice_,),) = (source.slices for source in tensor.adapted)
-        own = _name(slice_)
-        return [(BaseMatrix(own + LOOKED_UP, (own, *self._ties.get(own, ()))), tensor.shape[0])]
+        name = _name(slice_)
+        return [(BaseMatrix(name + LOOKED_UP, (name, *self._ties.get(name, ()))), tensor.shape[0])]
 
     def names(self, tensor: RunTimeTensor) -> Iterable[str]:
         """Return the names of the matrices; vectors and a stack's biases have none."""
@@ -476,8 +476,8 @@ class SweepModel(LoadedModel):
         self._checkpoint: Checkpoint = _nothing
         self.pause: Callable[[Site | None], None] = _nothing
         positions = itertools.count()
-        for _, module, own in self.modules:
-            for name, tensor in own.items():
+        for _, module, parameters in self.modules:
+            for name, tensor in parameters.items():
                 rounded = name == "weight" and self._is_rounded(module, tensor)
                 reader = _Reader(self, tensor, next(positions), head=module is self._head, rounded=rounded)
                 module._parameters[name] = LazyTensor.of(reader)  # type: ignore[assignment]  # torch types a Parameter, which this stands in for
@@ -688,14 +688,14 @@ class SweepModel(LoadedModel):
         UnsupportedError
             If the model does not compute all logits with its head alone, token by token.
         """
-        whole = self.vocabulary
-        blocks = [(i, min(whole, i + block)) for i in range(0, whole, block)] if isinstance(block, int) else block
+        size = self.vocabulary
+        blocks = [(i, min(size, i + block)) for i in range(0, size, block)] if isinstance(block, int) else block
         for i, j in blocks:
             for number, part in enumerate(parts):
                 with self._running(checkpoint):
                     self.block = i, j
-                    found = torch.stack([self._logits(group) for group in part])
-                yield i, j, number, found
+                    logits = torch.stack([self._logits(group) for group in part])
+                yield i, j, number, logits
             self.values.kept.clear()
 
     def _logits(self, group: Group) -> Tensor:
@@ -872,9 +872,9 @@ class _Reader(Reader):
             self._stop(self.watch, X, index, transposed)
         self.model._checkpoint()
         changes = [values.changes(slice_, self.variant) for slice_ in source.slices]
-        if not all(isinstance(change, LowRank) for own in changes for _, change in own):
-            whole = values.kept.get((self.name, index, self.variant), lambda: values.matrix(source, self.variant))
-            W = whole[slice(*rows)]
+        if not all(isinstance(change, LowRank) for slice_changes in changes for _, change in slice_changes):
+            matrix = values.kept.get((self.name, index, self.variant), lambda: values.matrix(source, self.variant))
+            W = matrix[slice(*rows)]
             return (X @ (W if transposed else W.T)).view(*x.shape[:-1], -1)
         shapes = [values.weight_of(slice_, self.variant).matrix for slice_ in source.slices]
         starts = [*itertools.accumulate((m for m, _ in shapes), initial=0)]
@@ -882,9 +882,9 @@ class _Reader(Reader):
             transposed, rows = not transposed, (0, starts[-1])
         first, last = rows
         out = self._base_product(X, source, transposed, rows, shapes[0][1])
-        for at, end, own in zip(starts, starts[1:], changes, strict=False):
+        for at, end, slice_changes in zip(starts, starts[1:], changes, strict=False):
             i, j = max(first, at), min(last, end)
-            for _, change in own if i < j else ():
+            for _, change in slice_changes if i < j else ():
                 part = change.row_slice(i - at, j - at)
                 assert isinstance(part, LowRank)
                 if transposed:
@@ -900,13 +900,13 @@ class _Reader(Reader):
         order = index is None, index or 0, self.position
         slices = [(slice_, watch.matrices(self.tensor, slice_, crossed)) for slice_ in adapted.slices]
         if not crossed:
-            if matrices := tuple(matrix for _, own in slices for matrix in own):
+            if matrices := tuple(matrix for _, matrices_of_slice in slices for matrix in matrices_of_slice):
                 self.model.pause(Site(order, matrices, X))
             return
-        for slice_, own in slices:
+        for slice_, matrices_of_slice in slices:
             size = self.values.weight_of(slice_, self.variant).matrix[0]
-            if own:
-                self.model.pause(Site(order, tuple(own), X[:, at : at + size]))
+            if matrices_of_slice:
+                self.model.pause(Site(order, tuple(matrices_of_slice), X[:, at : at + size]))
             at += size
 
     def _base_product(
@@ -980,18 +980,18 @@ def check_logits(model: SweepModel, ids: Ids, checkpoint: Checkpoint) -> None:
     try:
         model.run([group], checkpoint)
         blocks = model.logits([[group]], [(0, model.vocabulary), (0, cut), (cut, model.vocabulary)], checkpoint)
-        whole, *parts = (z[0] for *_, z in blocks)
+        logits, *parts = (z[0] for *_, z in blocks)
     except UnsupportedError as e:
         if isinstance(e.__cause__, IndexError):  # the model indexed a token outside the block
             raise _changed_by_number(plan) from e
         raise
-    if not bool(whole.isfinite().all()):
+    if not bool(logits.isfinite().all()):
         raise NumericError(f"{plan.base.path}: its logits are NaN or Inf on the texts; check its weights")
-    in_blocks = float((whole - torch.cat(parts, -1)).abs().max())
-    largest = TOLERANCE * max(1.0, float(whole.abs().max()))
+    in_blocks = float((logits - torch.cat(parts, -1)).abs().max())
+    largest = TOLERANCE * max(1.0, float(logits.abs().max()))
     if not in_blocks <= largest:
         raise _changed_by_number(plan)
-    if float((whole[0, :-1] - whole[1, :-1]).abs().max()) > largest:
+    if float((logits[0, :-1] - logits[1, :-1]).abs().max()) > largest:
         raise _sees_what_follows(plan)
 
 
@@ -1017,7 +1017,7 @@ def changed_by_padding(model: SweepModel, ids: Ids, shorter: int, block: int, ch
     """
 
     def differ(one: Ids, other: Ids) -> bool:
-        parts = [[Group(torch.from_numpy(own)[None], 0)] for own in (one, other)]
+        parts = [[Group(torch.from_numpy(tokens)[None], 0)] for tokens in (one, other)]
         model.run([group for (group,) in parts], checkpoint)
         off, largest, a = 0.0, 1.0, torch.empty(0)
         for _, _, number, z in model.logits(parts, block, checkpoint):

@@ -109,19 +109,19 @@ def match_run_time(
             "which is not supported by evaluate and repair; use the 16-bit base"
         )
     names, optional = _Names(plan, prefix), set(optional)
-    found = {name: tensor for name, shape in shapes.items() if (tensor := names.find(name, shape)) is not None}
-    if missing := [name for name in shapes if name not in found and name not in optional]:
+    tensors = {name: tensor for name, shape in shapes.items() if (tensor := names.find(name, shape)) is not None}
+    if missing := [name for name in shapes if name not in tensors and name not in optional]:
         raise MismatchError(
             f"{plan.base.path}: lacks {len(missing)} of {len(shapes)} tensors of its class, {listed(map(repr, missing))}; is it of another "
             "class than its config.json says?"
         )
-    used = {weight for tensor in found.values() for weight in tensor.weights}
+    used = {weight for tensor in tensors.values() for weight in tensor.weights}
     if lost := sorted(names.edited - used):
         raise UnsupportedError(
             f"{plan.adapter.path}: changes {len(lost)} tensors that the class of {plan.base.path} does not use to compute a text's losses, "
             f"{listed(map(repr, lost))}; evaluate and repair cannot measure them"
         )
-    return found
+    return tensors
 
 
 class _Names:
@@ -150,14 +150,15 @@ class _Names:
         if loaded and loaded[0].by is not None:
             sources = self._built(name, loaded, shape)
             return RunTimeTensor(name, shape, sources, sources, stacked=True)
-        mine = loaded[0].tensor if loaded else None
-        if mine is None and tie is not None:
-            mine = next((tie.on_disk[s] for s in spellings if s in tie.on_disk), None) or tie.stored
-        if mine is None or (tie is None and mine not in self.plan.weights.stored):
+        weight = loaded[0].tensor if loaded else None
+        if weight is None and tie is not None:
+            weight = next((tie.on_disk[s] for s in spellings if s in tie.on_disk), None) or tie.stored
+        if weight is None or (tie is None and weight not in self.plan.weights.stored):
             return None
-        stands, tied_to = mine in self.plan.weights.stored, mine if tie is None else tie.stored
-        own = mine in self.edited or (stands and mine not in self.plan.edits.dropped)
-        base, adapted = self._direct(mine if stands else tied_to, shape), self._direct(mine if own else tied_to, shape)
+        stands, tied_to = weight in self.plan.weights.stored, weight if tie is None else tie.stored
+        has_weight = weight in self.edited or (stands and weight not in self.plan.edits.dropped)
+        base = self._direct(weight if stands else tied_to, shape)
+        adapted = self._direct(weight if has_weight else tied_to, shape)
         stacked = len(shape) == 3 and adapted[0].slices[0].index is not None
         return RunTimeTensor(name, shape, base, adapted, stacked)
 
@@ -213,11 +214,11 @@ def layer_modules(model: nn.Module) -> dict[str, nn.Module]:
     """List by path the layers of a transformers model that its authors declare safe to run again; nested layers are left out."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    found: dict[str, nn.Module] = {}
+    layers: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
-        if isinstance(module, GradientCheckpointingLayer) and not any(path.startswith(f"{outer}.") for outer in found):
-            found[path] = module
-    return found
+        if isinstance(module, GradientCheckpointingLayer) and not any(path.startswith(f"{outer}.") for outer in layers):
+            layers[path] = module
+    return layers
 
 
 Shared = TypeVar("Shared", Tensor, Delta)
@@ -297,12 +298,12 @@ def make_variants(
     if mapped is not None and NullSpace.name not in methods:
         methods = (*methods, NullSpace.name)
     files = {"map": mapped, "coefficients": coefficients and coefficients.sets[0]}
-    given = {"select": select, "amplify": amplify, **{name: file for name, file in files.items() if file is not None}}
+    stated = {"select": select, "amplify": amplify, **{name: file for name, file in files.items() if file is not None}}
     made: list[Method] = []
     for name in methods:
-        own = options_of(METHODS[name]) if name in METHODS else []
-        options = {option: value for option, value in given.items() if option in own}
-        if "mitigation_lambda" in own:
+        names = options_of(METHODS[name]) if name in METHODS else []
+        options = {option: value for option, value in stated.items() if option in names}
+        if "mitigation_lambda" in names:
             made += [make_method(name, mitigation_lambda=lam, **options) for lam in lambdas]
         else:  # refuses an unknown name, and missing coefficients
             make_method(name, **options)
@@ -469,7 +470,7 @@ def _bmm(input: Any, mat2: Any) -> Tensor | None:  # noqa: A002  # torch's names
     if isinstance(input, LazyTensor) or not isinstance(mat2, LazyTensor) or len(input) != mat2.shape[0]:
         return None
     matrices = [matrix for e in range(len(input)) if (matrix := mat2.reader.matrix(e)) is not None]
-    return torch.stack([own @ matrix for own, matrix in zip(input, matrices, strict=True)]) if matrices else None
+    return torch.stack([rows @ matrix for rows, matrix in zip(input, matrices, strict=True)]) if matrices else None
 
 
 def _transpose(weight: Any, *dimensions: int) -> Tensor | None:
@@ -614,9 +615,9 @@ class Values:
         method, findings = self.job.variants[variant].mitigation, self.job.findings
         assert method is not None
         needed = findings if method.needs_detection else None
-        found = None if needed is None else needed.by_tensor[target.tensor].detection
+        detection = None if needed is None else needed.by_tensor[target.tensor].detection
         delta = self.kept.get(target.tensor, lambda: self.plan.finite_delta(target))
-        after = method.mitigated(delta, found, target.tensor)
+        after = method.mitigated(delta, detection, target.tensor)
         factors = target.module.factors
         if self.job.projected and factors is not None and isinstance(after, LowRank) and factors.scaling:
             B, A, _ = back_project(after, factors.rank, factors.scaling)
@@ -684,8 +685,8 @@ class Values:
     def row_access(self, tensor: RunTimeTensor) -> bool:
         """Test whether a few rows can be read by themselves: the tensor is a vector or matrix that one weight stores unchanged."""
         sources = (*tensor.base, *tensor.adapted)
-        whole = (len(s.slices) == 1 and s.slices[0].index is None and not s.transposed for s in sources)
-        return len(tensor.shape) <= 2 and all(whole)
+        unchanged = (len(s.slices) == 1 and s.slices[0].index is None and not s.transposed for s in sources)
+        return len(tensor.shape) <= 2 and all(unchanged)
 
     def _piece(self, slice_: TensorSlice, variant: int) -> Tensor:
         values = self.weight_of(slice_, variant).whole(self.device).to(torch.float32)

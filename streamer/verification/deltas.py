@@ -255,8 +255,8 @@ SLOW = 0.15
 """Relative decrease of the squared values over these, below which a block Krylov process misses the first of `ANGLES` in 16 steps: its
 error decreases like ``2 exp(−2·16·√decrease)``."""
 
-ROUNDINGS, DOUBLE_ROUNDINGS = 32 * 2.0**-23, 32 * 2.0**-52
-"""Error of a residual in float32, and in float64, relative to σ_1: a few roundings."""
+ROUNDINGS = 32 * 2.0**-23
+"""Error of a residual in float32, relative to σ_1: a few roundings."""
 
 ILL_DEFINED = 0.05
 """Angle error above which a vector belongs to a cluster, in which only the spanned subspace is defined."""
@@ -508,19 +508,12 @@ class Triplets:
     V: Array
     angle: float
 
-    def gaps(self, of: Sequence[int], apart: Sequence[int] = ()) -> Array:
-        """Compute the distances from the values of these ranks to the nearest others, except those in `apart`."""
-        distances = np.abs(self.S[list(of), None] - np.append(self.S, 0.0))
-        distances[:, list(apart)] = distances[np.arange(len(of)), list(of)] = np.inf
-        return np.asarray(distances.min(axis=1))
-
-    def errors(self, of: Sequence[int], apart: Sequence[int] = (), exact: bool = False) -> Array:
-        """Bound the angle between vectors in findings and the ones here; those in `apart` may mix, because only their span matters.
-
-        `exact` is set if findings have LAPACK's float64 vectors.
-        """
-        angle, roundings = (0.0, DOUBLE_ROUNDINGS) if exact else (self.angle, ROUNDINGS)
-        return np.asarray(np.clip(angle + roundings * self.S[0] / np.maximum(self.gaps(of, apart), 1e-300), 0.0, 1.0))
+    def angle_errors(self, ranks: list[int]) -> Array:
+        """Bound the angles between the vectors of these ranks in findings and here; they may mix, because only their span matters."""
+        distances = np.abs(self.S[ranks, None] - np.append(self.S, 0.0))
+        distances[:, ranks] = np.inf
+        gaps = np.maximum(distances.min(axis=1), 1e-300)
+        return np.asarray(np.clip(self.angle + ROUNDINGS * self.S[0] / gaps, 0.0, 1.0))
 
 
 def leading_triplets(W: Array, top_k: float) -> Triplets:
@@ -553,7 +546,8 @@ def by_intruders(method: str, lam: float, delta: Delta, triplets: Triplets,
     NotRecomputed
         If an intruder belongs to a cluster of directions.
     """
-    chosen, angles = list(intruders), triplets.errors(intruders, intruders)
+    chosen = list(intruders)
+    angles = triplets.angle_errors(chosen)
     if angles.max() > ILL_DEFINED:
         raise NotRecomputed(f"its direction {chosen[int(angles.argmax())]} is one of a cluster of directions")
     U, S, V = triplets.U[:, chosen], triplets.S[chosen], triplets.V[:, chosen]

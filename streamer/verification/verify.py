@@ -48,12 +48,12 @@ class SkippedRecord(TypedDict):
 
 class TotalsRecord(TypedDict):
     """Counts."""
-    files: Annotated[Count, "Files that were compared with their digests; 1 for findings."]
+    files: Annotated[Count, "Files that were compared with their digests."]
     bytes: Annotated[Count, "Their bytes."]
-    matrices: Annotated[Count, "Matrices that the record or the findings list."]
+    matrices: Annotated[Count, "Matrices that the record lists."]
     recomputed: Annotated[Count, "Matrices that were recomputed."]
     not_recomputed: Annotated[Count, "Matrices that were tried but cannot be recomputed."]
-    tensors: Annotated[Count, "Other tensors of the output, and tensors of the inputs that it lacks; 0 for findings or without inputs."]
+    tensors: Annotated[Count, "Other tensors of the output, and tensors of the inputs that it lacks; 0 without inputs."]
     compared: Annotated[Count, "Of `tensors`, those compared with the inputs, byte by byte or within a rounding; 0 without --sample all."]
     not_compared: Annotated[Count, "Matrices that were not recomputed, and other tensors that were not compared."]
     differences: Annotated[Count, "Differences."]
@@ -66,7 +66,7 @@ class Verification(TypedDict):
     """What `streamer verify --json` prints, whether it is verified or not (exit code 7)."""
     schema: Literal["streamer.verification/1"]
     output: Annotated[str, "Path of the output, as given."]
-    kind: Annotated[Literal["model", "adapter", "findings"], "What it is: a merged model, a mitigated adapter, or findings."]
+    kind: Annotated[Literal["model", "adapter"], "What it is: a merged model, or a mitigated adapter."]
     verified: Annotated[bool, "Whether nothing differs, and everything that was asked for was recomputed and compared."]
     inputs: NotRequired[Annotated[_Inputs, "Paths of base and adapter, as given; absent without them."]]
     totals: Annotated[TotalsRecord, "Counts."]
@@ -92,7 +92,7 @@ class Outcome:
         self.output, self.unmet = output, ""
         totals = cast(TotalsRecord, dict.fromkeys(TotalsRecord.__annotations__, 0))
         self.result: Verification = {
-            "schema": SCHEMA, "output": str(output), "kind": "findings", "verified": False, "totals": totals, "recomputed": [],
+            "schema": SCHEMA, "output": str(output), "kind": "model", "verified": False, "totals": totals, "recomputed": [],
             "not_recomputed": [], "not_compared": [], "differences": [],
         }  # fmt: skip
 
@@ -113,24 +113,22 @@ Task = tuple[str, Callable[[], float | None]]
 
 
 class Check:
-    """Compare the tensors of a merged model, of a mitigated adapter, or of findings.
+    """Compare the tensors of a merged model or of a mitigated adapter.
 
     Parameters
     ----------
-    made
-        What the output states: its record, or the JSON of findings.
     formula
         The formula of a method that needs a file.
     """
 
-    def __init__(self, outcome: Outcome, made: dict[str, Any], base: TensorFiles, adapter: AdapterFiles, files: TensorFiles,
+    def __init__(self, outcome: Outcome, record: dict[str, Any], base: TensorFiles, adapter: AdapterFiles, files: TensorFiles,
                  formula: deltas.Formula | None) -> None:  # fmt: skip
-        self.outcome, self.record, self.base, self.adapter, self.files = outcome, made, base, adapter, files
-        self._formula, self._rewritten = formula, made.get("to_lora") is not None
-        self._rows = {row["tensor"]: row for row in made["matrices"]}
+        self.outcome, self.record, self.base, self.adapter, self.files = outcome, record, base, adapter, files
+        self._formula, self._rewritten = formula, record.get("to_lora") is not None
+        self._rows = {row["tensor"]: row for row in record["matrices"]}
         self._stored = {Matrix(base, tensor).stored_name for tensor in self._rows}
         self._edits = defaultdict[str, dict[str, str]](dict)
-        for entry in made.get("carried", ()):
+        for entry in record.get("carried", ()):
             self._edits[entry["tensor"]][entry["by"]] = entry["change"]
         plain = deltas.ELEMENTS.keys() - {FP8}
         self._coded = {name.rpartition(".")[0] for name, tensor in base.stored.items() if tensor.dtype not in plain}
@@ -308,53 +306,6 @@ class Check:
                 raise NotRecomputed("it is a factor of a module that has no row of its name")
             self._differ(name, "the adapter's bytes" if files is self.files else "a copy of it", "none")
 
-    def finding(self, row: dict[str, Any]) -> float:
-        """Recompute one matrix of findings, and return the largest error in units of its tolerance; the first difference ends it."""
-        largest = 0.0
-        for what, shares in self._finding_errors(row):
-            worst = float(np.nan_to_num(shares, nan=np.inf).max(initial=0.0))
-            largest = max(largest, worst)
-            if worst > 1:
-                off = f"number {int(np.argmax(shares))} off by {worst:.3g} times what is permitted"
-                self.outcome.differ(self.outcome.output, f"{what} as recomputed", off, row["tensor"])
-                break
-        return largest
-
-    def _finding_errors(self, row: dict[str, Any]) -> Iterator[tuple[str, deltas.Array]]:
-        """Yield the errors of each kind of numbers in units of their tolerances."""
-        from scipy.linalg import svd
-
-        tensor, options = row["tensor"], self.record["options"]
-        W0, delta = self.adapter.delta(row, Matrix(self.base, tensor))
-        keys = "U", "S", "Vh", "singular_values", "base_singular_values", "similarity_low", "similarity_high"
-        U, S, Vh, values, base_values, low, high = (self.files.values(f"{tensor}/{key}") for key in keys)
-        ranks = self.files.raw(f"{tensor}/intruders").view("<i8")
-        vectors, of_base, _ = svd(deltas.whole(W0.shape, W0.rows), full_matrices=False, overwrite_a=True)
-        W = deltas.whole(W0.shape, lambda i, j: W0.rows(i, j) + delta.rows(i, j)[0])
-        triplets = deltas.leading_triplets(W, options["top_k"])
-        k, first = len(triplets.U.T), float(triplets.S[0]) or 1.0
-        loose = triplets.angle * np.minimum(triplets.gaps(range(k)), first) + deltas.ROUNDINGS * first
-        yield "singular values", np.abs(values - triplets.S[:k]) / loose
-        if len(ranks):
-            residuals = np.hypot(np.linalg.norm(W @ Vh.T - U * S, axis=0), np.linalg.norm(W.T @ U - Vh.T * S, axis=0))
-            yield "residuals of its triplets", residuals / (2 * loose[ranks])
-            skew = np.abs([U.T @ U - np.eye(len(S)), Vh @ Vh.T - np.eye(len(S))]).max((0, 1))
-            yield "orthonormal vectors", skew / 1e-4
-        # Ritz values of the certified solver may be smaller.
-        above = base_values[: len(of_base)] - of_base[: len(base_values)]
-        off = np.abs(above) if row["solver"] == "dense" else np.maximum(above, -base_values[: len(of_base)])
-        yield "singular values of the base", off / (deltas.ROUNDINGS * (float(of_base[0]) or 1.0))
-        similar = np.abs(vectors[:, row["cutoff"] * of_base[0] <= of_base].T @ triplets.U).max(axis=0, initial=0.0)
-        epsilon, exact = options["threshold_epsilon"], (row["precision"], row["solver"]) == ("float64", "dense")
-        errors, defined = triplets.errors(range(k), exact=exact), ~np.isin(range(k), row["degenerate"])
-        room = (deltas.DOUBLE_ROUNDINGS if exact else deltas.ROUNDINGS) + errors
-        outside = np.maximum(low - similar, similar - high) / room
-        yield "similarities within their intervals", np.where(defined, outside, 0.0)
-        # With too little memory for the dense solver an interval may stay open; its direction then does not count as an intruder.
-        limited, intruder = options.get("max_memory") is not None and not row["certified"], np.isin(range(k), ranks)
-        sure = defined & (np.abs(similar - epsilon) > 2 * errors) & (intruder | (not limited))
-        yield "intruders", np.where(sure & ((similar < epsilon) != intruder), np.inf, 0.0)
-
 
 def _spelling(name: str) -> str:
     """Return what a tensor's name has in common with PEFT's other spellings of it."""
@@ -373,10 +324,9 @@ def _rounding(written: Matrix, i: int, j: int, largest: deltas.Array) -> deltas.
 
 
 DIGEST = "sha256"
-"""Key of the digest that a file states of itself: over all its bytes, with zeros in place of the digest."""
+"""Key of the digest that a record states of itself: over all its bytes, with zeros in place of the digest."""
 
-_ANOTHER = "expected an output's directory or findings, found another file; name what streamer wrote"
-SCHEMAS = ("streamer.output/2", "streamer.findings/1")
+OUTPUT_SCHEMA = "streamer.output/2"
 JOURNAL_NAME, CARD_NAME = ".streamer.journal", "README.md"
 
 LOADED = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "adapter_model.bin", "adapter_config.json")
@@ -400,18 +350,16 @@ def verify(output: str | Path, inputs: Inputs, sample: Sample, monitor: Monitor,
         raise errors.UsageError("verify: expected BASE and ADAPTER, found one of them; give both, or neither")
     if not paths and sample == "all":
         raise errors.UsageError("sample: 'all' recomputes matrices from BASE and ADAPTER; give both, or leave it out")
-    made, outcome = read_statement(path), Outcome(path)
+    record, outcome = read_record(path), Outcome(path)
     result, totals, differences = outcome.result, outcome.result["totals"], outcome.result["differences"]
-    totals["files"], totals["bytes"] = 1, path.stat().st_size
-    if isinstance(made, str):
-        outcome.differ(path / RECORD_NAME if path.is_dir() else path, "a file with the SHA-256 that it states", made)
+    if isinstance(record, str):
+        outcome.differ(path / RECORD_NAME, "a file with the SHA-256 that it states", record)
     else:
-        totals["matrices"], base_files = len(made["matrices"]), _check_inputs(paths, made, path)
-        if path.is_dir():
-            result["kind"] = "model" if made["command"] == "merge" else "adapter"
-            _check_files(made, outcome, monitor)
+        totals["matrices"], base_files = len(record["matrices"]), _check_inputs(paths, record, path)
+        result["kind"] = "model" if record["command"] == "merge" else "adapter"
+        _check_files(record, outcome, monitor)
         if paths and not differences:
-            _run(outcome, _open(outcome, made, base_files, paths, given), sample, monitor)
+            _run(outcome, _open(outcome, record, base_files, paths, given), sample, monitor)
     for key in ("recomputed", "not_recomputed", "differences"):
         totals[key] = len(result[key])
     totals["not_compared"] = totals["matrices"] - totals["recomputed"] + totals["tensors"] - totals["compared"]
@@ -426,41 +374,36 @@ def verify(output: str | Path, inputs: Inputs, sample: Sample, monitor: Monitor,
     return result
 
 
-def read_statement(path: Path) -> dict[str, Any] | str:
-    """Read an output's record, or a findings' JSON, or return what is found instead of a file with the digest that it states.
+def read_record(path: Path) -> dict[str, Any] | str:
+    """Read an output's record, or return what is found instead of a file with the digest that it states.
 
     Raises
     ------
     MissingInputError
         If there is no record, so no finished output.
     FormatError
-        If it is another file, or of another version's schema.
+        If it is of another version's schema.
     """
-    is_findings = path.is_file()
-    file = path if is_findings else path / RECORD_NAME
+    file = path / RECORD_NAME
     if not file.is_file():
         inside = sorted(p.parent.name for p in path.glob(f"*/{RECORD_NAME}"))
         found = f"none; name one of the outputs in it: {', '.join(inside[:3])}" if inside else "none; check the path"
         if (path / JOURNAL_NAME).exists():
             found = "the journal of an interrupted run; run its command again"
         raise errors.MissingInputError(f"{path}: expected the {RECORD_NAME} of a finished output, found {found}", file)
-    if is_findings and path.suffix != ".safetensors":
-        raise errors.FormatError(f"{path}: {_ANOTHER}")
+    data = file.read_bytes()
     try:
-        header: Any = TensorFiles([path]).metadata if is_findings else json.loads(file.read_bytes().decode())
-        stated, schema = str(header.get(DIGEST)), header.get("schema")
-        tree = json.loads(header["findings"]) if "findings" in header else header
-    except (ValueError, AttributeError, RecursionError, errors.FormatError) as e:
+        record: Any = json.loads(data.decode())
+        stated, schema = str(record.get(DIGEST)), record.get("schema")
+    except (ValueError, AttributeError, RecursionError) as e:
         return f"what cannot be read ({e})"
-    if is_findings and not {"findings", DIGEST} & header.keys():
-        raise errors.FormatError(f"{path}: {_ANOTHER}")
-    digest = hashlib.sha256(file.read_bytes().replace(stated.encode(), b"0" * 64, 1)).hexdigest()
+    digest = hashlib.sha256(data.replace(stated.encode(), b"0" * 64, 1)).hexdigest()
     if digest != stated:
         return f"SHA-256 {digest}, and {stated} stated"
-    if schema not in SCHEMAS:
+    if schema != OUTPUT_SCHEMA:
         by = "is of write_safetensors, which records digests alone; " if str(schema).endswith("/tensors") else ""
         raise errors.FormatError(f"{file}: {by}found schema {schema}; verify it with the version that wrote it")
-    return dict(tree)
+    return dict(record)
 
 
 def _check_files(record: Mapping[str, Any], outcome: Outcome, monitor: Monitor) -> None:
@@ -565,27 +508,27 @@ Tasks = tuple[list[Task], list[Task]]
 """An output's matrices, and all other tensors of it and its inputs."""
 
 
-def _open(outcome: Outcome, made: dict[str, Any], base_files: list[Path], paths: Sequence[Path], given: Given) -> Tasks:
+def _open(
+    outcome: Outcome, record: dict[str, Any], base_files: list[Path], paths: Sequence[Path], given: Given
+) -> Tasks:
     """Open the inputs and the output."""
-    path, is_findings, formula = outcome.output, outcome.result["kind"] == "findings", None
-    adapter = AdapterFiles(paths[1], paths[0], made["base"].get("architecture"))
+    path, formula = outcome.output, None
+    adapter = AdapterFiles(paths[1], paths[0], record["base"].get("architecture"))
     # Subdirectories contain other modules' files, which are copied.
-    names = [entry["file"] for entry in made.get("files", ())]
+    names = [entry["file"] for entry in record["files"]]
     own = [path / name for name in names if re.fullmatch(r"[^/]+\.safetensors", name)]
-    files = AdapterFiles(path) if outcome.result["kind"] == "adapter" else TensorFiles(own or [path])
+    files = AdapterFiles(path) if outcome.result["kind"] == "adapter" else TensorFiles(own)
     # ``experts.down_proj[0]`` is one of the matrices of ``experts``. Of tied modules only one has a row.
-    listed = {re.sub(r"\.[^.]+\[\d+\]$", "", row["module"]) for row in made["matrices"]}
+    listed = {re.sub(r"\.[^.]+\[\d+\]$", "", row["module"]) for row in record["matrices"]}
     for module, roles in adapter.modules.items():
         shared = adapter.options.get("ensure_weight_tying") or roles.keys() <= {"vera_A", "vera_B"}
         if deltas.unwrapped(module) not in listed and not shared:
-            row_of = f"a row for {module!r}, which the adapter changes"
-            outcome.differ(path if is_findings else path / RECORD_NAME, row_of, "none")
-    if file := None if is_findings else _find_file(made, path, given):
-        formula = (deltas.read_map if "map" in made else deltas.read_fit)(file, made)
-    check = Check(outcome, made, TensorFiles(base_files), adapter, files, formula)
-    recompute = check.finding if is_findings else check.matrix
-    rows = _spread(made["matrices"], str(made.get("plan")))
-    return [(row["tensor"], partial(recompute, row)) for row in rows], [] if is_findings else [*check.others()]
+            outcome.differ(path / RECORD_NAME, f"a row for {module!r}, which the adapter changes", "none")
+    if file := _find_file(record, path, given):
+        formula = (deltas.read_map if "map" in record else deltas.read_fit)(file, record)
+    check = Check(outcome, record, TensorFiles(base_files), adapter, files, formula)
+    rows = _spread(record["matrices"], str(record.get("plan")))
+    return [(row["tensor"], partial(check.matrix, row)) for row in rows], [*check.others()]
 
 
 def _spread(rows: Sequence[dict[str, Any]], seed: str) -> list[dict[str, Any]]:

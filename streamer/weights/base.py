@@ -21,7 +21,7 @@ from torch import Tensor
 
 from streamer.errors import NumericError, UnsupportedError
 from streamer.linalg.operators import all_finite
-from streamer.linalg.torch_state import empty_matrix
+from streamer.linalg.torch_state import CPU, empty_matrix
 from streamer.storage.atomic_file import views
 from streamer.storage.checkpoint import TensorFile
 from streamer.storage.header import TensorInfo
@@ -276,10 +276,6 @@ class Weight(ABC):
     def rows(self, i: int, j: int) -> Tensor:
         """Read rows i to j of the `matrix`, (j − i, n), in a dtype that `compute` represents exactly; the result is read-only."""
 
-    def stored(self) -> Tensor | None:
-        """Read all values in the stored dtype and logical shape, read-only; return None if no single tensor holds them."""
-        return None
-
     def whole(self, device: torch.device) -> Tensor:
         """Decode all values into a new tensor of the computing dtype and logical shape."""
         source, (m, n) = self.at_hand(), self.matrix
@@ -310,7 +306,7 @@ class QuantizedWeight(Weight):
         """Decode rows i to j of the `matrix`."""
         if len(self.shape) == 2:
             return self.decode(i, j)
-        return torch.stack([self.slice(k).whole(torch.device("cpu")).flatten() for k in range(i, j)])
+        return torch.stack([self.slice(k).whole(CPU).flatten() for k in range(i, j)])
 
 
 @dataclass(frozen=True)
@@ -378,11 +374,7 @@ class Plain(Weight):
             i, j = k * rows, min(m, (k + 1) * rows)
             yield i, j, as_tensor(view, dtype, (j - i, n))
 
-    def stored(self) -> Tensor:
-        """Read all values in the stored dtype."""
-        return self.tensors["weight"].whole()
-
     def whole(self, device: torch.device) -> Tensor:
         """Copy all values to the computing dtype."""
         # Copy even if the dtype stays: LAPACK's bits depend on the alignment of its input, and a mapped file may have any alignment.
-        return empty_matrix(self.matrix, self.compute, device).reshape(self.shape).copy_(self.stored())
+        return empty_matrix(self.matrix, self.compute, device).reshape(self.shape).copy_(self.tensors["weight"].whole())

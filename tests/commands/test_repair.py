@@ -179,8 +179,6 @@ def test_the_choice(fitted: Path, verdict: str, forgotten: bool, chosen: str, me
     assert why
 
 
-
-
 def test_what_is_refused_in_a_line(server: Server, home: Path, fitted: Path) -> None:
     done = server.run("report", "f.safetensors", home / "base", home / "adapter", "--coefficients", fitted)
     words = "--coefficients was removed: a fit holds factors now, and no coefficients of intruders; `streamer evaluate` measures it"

@@ -91,7 +91,7 @@ def test_an_evaluation_without_configs_is_not_added_to(home: Path) -> None:
     del tree["configs"]
     output.write_text(json.dumps(tree))
     assert streamer.load_evaluation(output).variants
-    with pytest.raises(OutputExistsError, match="no config of the base, as of an earlier version"):
+    with pytest.raises(OutputExistsError, match=r"the base.s config: "):
         evaluate(home, output, (0.3,), monitor=Monitor())
 
 

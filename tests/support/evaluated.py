@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from evaluations import text_of
 from safetensors.torch import load_file, save_file
 from seeds import vary
 from torch import Tensor
@@ -39,7 +40,7 @@ def nothing() -> None:
 
 
 def sequences(ids: torch.Tensor) -> TextSequences:
-    return TextSequences.of(row.numpy() for row in ids)
+    return text_of(row.numpy() for row in ids)
 
 
 def loaded(cls: Any, path: Path, dtype: torch.dtype) -> Any:

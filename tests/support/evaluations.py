@@ -1,7 +1,7 @@
 """Evaluations of made-up models, whose losses depend on method and λ in a known way."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from importlib.resources import files
 from typing import Any
@@ -14,6 +14,7 @@ from streamer.detection.findings import Findings
 from streamer.evaluation.evaluation import Evaluation
 from streamer.measuring.runs import EvaluatedVariant
 from streamer.measuring.statistics import SequenceSums, counted_bins
+from streamer.measuring.texts import TextSequences
 
 SCHEMA = json.loads((files("streamer") / "schemas" / "evaluation-1.json").read_text())
 
@@ -59,14 +60,12 @@ def evaluation(
     noise: float = 0.003,
     seed: int = 0,
     others: Mapping[str, float] = {},
-    answers: bool = False,
     exact: bool = True,
 ) -> Evaluation:
     """Make losses of 64 sequences of 200 to 512 tokens: how hard a sequence is, plus shares of what it forgets and learns, plus noise.
 
     Means over tokens are exact, whatever is drawn, unless `exact` is false: the noise has none, and what is forgotten and learned on
     average is as given.
-    With answers, the sequences are right choices: as many more are found as the loss falls by, of half of them.
     """
     rng = np.random.default_rng(vary(seed))
     tokens = rng.integers(200, 512, 64).astype(float)
@@ -87,14 +86,11 @@ def evaluation(
         scatter = drawn(0, noise, len(share)) * (np.arange(len(share)) > 0)[:, None]
         size = np.abs(effect)
         kl = (size + np.abs(scatter))[:, :, None] * np.array([0.5, 1.5])  # of the two halves of each sequence
-        found = SequenceSums(
+        return SequenceSums(
             tokens, (hard + effect + scatter) * tokens, (size + np.abs(scatter)) * tokens,
             np.round(np.exp(-size) * tokens), np.round(np.exp(-hard / 4 - effect) * tokens), -effect / 9 * tokens,
             effect**2 / 50 * tokens, kl.max(-1), counted_bins(kl, np.ones((64, 2), bool)),
         )  # fmt: skip
-        ranks = (np.arange(64) + 0.5) / 64
-        right = (ranks < np.clip(0.5 - change * share[:, None], 0, 1)).astype(float)
-        return replace(found, acc=right, acc_norm=1 - right) if answers else found
 
     texts = sums(shares[0], forgets), sums(shares[1], -learns)
     facts = {**FACTS, "texts": {**TEXTS, **({"others": [text_facts(name) for name in others]} if others else {})}}
@@ -104,10 +100,14 @@ def evaluation(
 
 def of_findings(findings: Findings) -> Evaluation:
     """The evaluation, of the base and the adapter of findings."""
-    return replace(
-        evaluation(answers=True), facts={**FACTS, "base": {**findings.base}, "adapter": {**findings.adapter}}
-    )
+    return replace(evaluation(), facts={**FACTS, "base": {**findings.base}, "adapter": {**findings.adapter}})
 
 
 def faults(tree: dict[str, Any]) -> list[str]:
     return [f"{e.json_path}: {e.message}" for e in Draft202012Validator(SCHEMA).iter_errors(tree)]
+
+
+def text_of(ids: Iterable[np.ndarray]) -> TextSequences:
+    """A text in whose sequences every token except the first counts."""
+    taken = tuple(ids)
+    return TextSequences(taken, tuple(np.arange(len(one)) > 0 for one in taken))

@@ -17,7 +17,7 @@ import streamer
 
 @dataclass(frozen=True)
 class Job:
-    """Inputs, and what the commands made of them: ``model``, ``adapter`` and ``findings``, at λ = 0.5."""
+    """Inputs, and what the commands made of them: ``model`` and ``adapter``, at λ = 0.5."""
 
     base: Path
     adapter: Path
@@ -25,13 +25,10 @@ class Job:
 
     def copy(self, kind: str, to: Path) -> Path:
         """A copy of one of the outputs."""
-        source = self.home / kind
-        if source.is_dir():
-            return Path(shutil.copytree(source, to / kind))
-        return Path(shutil.copy(source, to / kind))
+        return Path(shutil.copytree(self.home / kind, to / kind))
 
 
-KINDS = ("model", "adapter", "findings.safetensors")
+KINDS = ("model", "adapter")
 
 
 def make_outputs(base: Path, adapter: Path, home: Path, **options: Any) -> Job:
@@ -94,13 +91,3 @@ def edit_tensor(path: Path, name: str, change: Callable[[torch.Tensor], None]) -
     tensors = load_file(path)
     change(tensors[name])
     save_file(tensors, path, metadata)
-
-
-def reseal(path: Path, sealed: bool = True, **more: str) -> None:
-    """Give findings a digest that is right, or none; and more metadata."""
-    with safe_open(path, "pt") as f:
-        metadata = f.metadata() | more
-    metadata.pop("sha256", None)
-    save_file(load_file(path), path, metadata | ({"sha256": "0" * 64} if sealed else {}))
-    digest = sha256(path)
-    path.write_bytes(path.read_bytes().replace(b"0" * 64, digest.encode(), 1))

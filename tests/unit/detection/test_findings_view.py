@@ -1,16 +1,14 @@
-"""Findings for people: how they look, how a matrix is found, data frames."""
+"""Findings for people: how they look, how a matrix is found."""
 
-import sys
-from html.parser import HTMLParser
+from dataclasses import replace
 from pathlib import Path
 
 import helpers
-import pandas
 import pytest
 
 import streamer
-from streamer.detection.findings import Findings, index_of, indices_of, is_pattern
-from streamer.errors import MismatchError, MissingPackageError, UnknownNameError, UsageError
+from streamer.detection.findings import Findings
+from streamer.errors import MismatchError, UnknownNameError
 
 Q = "model.layers.1.self_attn.q_proj"
 
@@ -60,68 +58,6 @@ def test_the_table_and_the_totals(findings: Findings) -> None:
 def test_a_part_without_matrices(findings: Findings) -> None:
     none = findings[:0]
     assert repr(none).startswith("<Findings: 0 intruders in 0 of 0 matrices")
-    assert "<table>" in none._repr_html_()
-    assert none.to_pandas().empty
-
-
-class Table(HTMLParser):
-    """Rows of cells; refuses what is not closed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.rows: list[list[str]] = []
-
-    def handle_starttag(self, tag: str, attrs: object) -> None:
-        if tag == "tr":
-            self.rows.append([])
-        if tag != "br":
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] in ("th", "td"):
-            self.rows[-1].append(data)
-
-
-def test_the_html_table(findings: Findings) -> None:
-    parser = Table()
-    parser.feed(findings._repr_html_())
-    assert parser.open == []
-    assert parser.rows[0][:5] == ["matrix", "shape", "r", "intruders", "ranks"]
-    assert len(parser.rows) == 1 + len(findings)
-    assert {row[0] for row in parser.rows[1:]} == {m.tensor for m in findings}
-    row = next(row for row in parser.rows if row[0] == f"{Q}.weight")
-    (rank,) = findings[Q].detection.intruders
-    assert row[1:5:2] == ["48x48", "1"]
-    assert row[4] == str(rank + 1)
-
-
-def test_names_are_escaped_in_html(tmp_path: Path) -> None:
-    name = "a.<script>alert('x')</script>"
-    base = helpers.write_sharded(
-        tmp_path / "base",
-        [{f"{name}.weight": helpers.power_law(16, 12).float()}],
-        {"model_type": "test", "tie_word_embeddings": False},
-    )
-    factors = {name: helpers.intruding_factors(16, 12, 2)}
-    adapter = helpers.write_adapter(tmp_path / "adapter", factors, r=2, base_model_name_or_path="<b>org/model")
-    shown = streamer.detect_intruder_dimensions(base, adapter, top_k=3)._repr_html_()
-    assert "<script>" not in shown
-    assert "<b>" not in shown
-    assert "a.&lt;script&gt;" in shown
-
-
-def test_many_matrices_make_a_small_table(findings: Findings) -> None:
-    import dataclasses
-
-    many = dataclasses.replace(findings, matrices=findings.matrices * 20)
-    parser = Table()
-    parser.feed(many._repr_html_())
-    assert len(parser.rows) == 11
-    assert "and 170 matrices more" in many._repr_html_()
 
 
 # Finding a matrix -------------------------------------------------------------------------------------------------------
@@ -180,14 +116,14 @@ def test_integers_and_slices(findings: Findings) -> None:
         findings[9]
 
 
-def test_experts_are_numbered_in_brackets() -> None:
-    names = [(f"mlp.experts.gate_up_proj[{i}]", "mlp.experts") for i in range(12)]
-    assert not is_pattern("experts.gate_up_proj[3]")
-    assert index_of(names, "experts.gate_up_proj[3]") == 3
-    assert indices_of(names, "*.gate_up_proj[11]") == [11]
-    assert indices_of(names, "*.gate_up_proj[[]?]") == list(range(10))
+def test_experts_are_numbered_in_brackets(findings: Findings) -> None:
+    stack = [replace(findings[0], tensor=f"mlp.experts.gate_up_proj[{i}]", module="mlp.experts") for i in range(12)]
+    experts = replace(findings, matrices=tuple(stack))
+    assert experts["experts.gate_up_proj[3]"] is stack[3]
+    assert experts["*.gate_up_proj[11]"].matrices == (stack[11],)
+    assert experts["*.gate_up_proj[[]?]"].matrices == tuple(stack[:10])
     with pytest.raises(UnknownNameError, match="fits 12 matrices"):
-        index_of(names, "mlp.experts")
+        experts["mlp.experts"]
 
 
 def test_a_part_does_not_pass_for_the_whole(made: tuple[Path, Path, Path, Findings], tmp_path: Path) -> None:
@@ -200,53 +136,12 @@ def test_a_part_does_not_pass_for_the_whole(made: tuple[Path, Path, Path, Findin
     assert not (tmp_path / "out").exists()
 
 
-# Data frames ------------------------------------------------------------------------------------------------------------
-
-
-def test_a_row_for_each_matrix(findings: Findings) -> None:
-    frame = findings.to_pandas()
-    assert list(frame.tensor) == [m.tensor for m in findings]
-    assert list(frame.intruder_count) == [len(m.detection.intruders) for m in findings]
-    row = frame.set_index("module").loc[Q]
-    m = findings[Q]
-    assert (row["rows"], row["columns"], row["rank"], row["scale"], row["dtype"]) == (48, 48, 4, 1.0, "BF16")
-    assert row.intruders == m.detection.intruders
-    assert row.least_similarity == min(m.detection.similarity)
-    assert row.delta_norm == m.detection.delta_norm
-    assert row.seconds == m.seconds
-    assert frame.certified.dtype == bool
-    assert isinstance(frame, pandas.DataFrame)
-
-
-def test_a_row_for_each_direction(findings: Findings) -> None:
-    frame = findings.to_pandas("direction")
-    assert len(frame) == 9 * 6
-    assert frame.intruder.sum() == findings.intruders
-    mine = frame[frame.module == Q]
-    assert list(mine.direction) == list(range(6))
-    assert list(mine.singular_value) == list(findings[Q].detection.singular_values)
-    assert ((mine.similarity_low <= mine.similarity) & (mine.similarity <= mine.similarity_high)).all()
-
-
-def test_another_kind_of_row(findings: Findings) -> None:
-    with pytest.raises(UsageError, match=r"^by: expected 'matrix' or 'direction', found 'layer'$"):
-        findings.to_pandas("layer")  # type: ignore[arg-type]
-
-
-def test_without_pandas(findings: Findings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(ImportError, match=r"pip install 'intruder-streamer\[pandas\]'") as e:
-        findings.to_pandas()
-    assert isinstance(e.value, MissingPackageError)
-    assert e.value.name == "pandas"
-
-
 def test_names_do_not_break_lines(tmp_path: Path) -> None:
     name = "layers.0.\u2028x\u202ey\x1b[31m"
     base = helpers.write_sharded(tmp_path / "base", [{f"{name}.weight": helpers.power_law(16, 12).float()}])
     adapter = helpers.write_adapter(tmp_path / "adapter", {name: helpers.intruding_factors(16, 12, 2)}, r=2)
     found = streamer.detect_intruder_dimensions(base, adapter, top_k=3)
     assert len(found.table().splitlines()) == 2 + len(found) + 3
-    for text in (found.table(), repr(found), found._repr_html_()):
+    for text in (found.table(), repr(found)):
         assert all(line.isprintable() for line in text.split("\n"))
         assert r"layers.0.\u2028x\u202ey\x1b[31m.weight" in text

@@ -4,11 +4,10 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from evaluations import CURVES, LAMBDAS, evaluation
+from evaluations import CURVES, LAMBDAS, evaluation, text_of
 
 from streamer.evaluation.evaluate import BLOCK, clear, spread
 from streamer.evaluation.evaluation import EXCESS, STEPS, placed
-from streamer.measuring.texts import TextSequences
 from streamer.methods import Shrink
 from streamer.streaming.values import Variant, make_variants
 
@@ -63,7 +62,7 @@ def test_when_the_answer_is_clear(options: dict[str, object], is_clear: bool) ->
 
 @pytest.mark.parametrize("count", [1, BLOCK, 3 * BLOCK, 70])
 def test_every_block_is_spread_over_a_text(count: int) -> None:
-    text = TextSequences.of(np.full(2, i) for i in range(count))
+    text = text_of(np.full(2, i) for i in range(count))
     order = [int(ids[0]) for ids in spread(text).ids]
     assert sorted(order) == list(range(count))
     steps = -(-count // BLOCK)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from evaluations import text_of
 from seeds import vary
 
 from streamer.api.texts import RepairRequest
@@ -13,7 +14,7 @@ from streamer.errors import FormatError, MismatchError, UsageError
 from streamer.evaluation.evaluation import Evaluation
 from streamer.fitting.fit import SHRINKS, FitOptions, Point, adapter_facts, divide, misses, set_facts
 from streamer.measuring.runs import LENGTHS, of_few_lengths
-from streamer.measuring.statistics import SequenceSums
+from streamer.measuring.statistics import BINS, SequenceSums
 from streamer.measuring.texts import TextSequences
 
 PATHS = {"general": Path("g.npy"), "task": Path("t.npy")}
@@ -21,7 +22,7 @@ PATHS = {"general": Path("g.npy"), "task": Path("t.npy")}
 
 def texts(general: int, task: int) -> dict[str, TextSequences]:
     counts = {"general": general, "task": task}
-    return {name: TextSequences.of(np.full(3, i) for i in range(count)) for name, count in counts.items()}
+    return {name: text_of(np.full(3, i) for i in range(count)) for name, count in counts.items()}
 
 
 @pytest.mark.parametrize(("options", "message"), [
@@ -123,7 +124,9 @@ def sums(falls: list[float]) -> SequenceSums:
     """Of base and adapter, on sequences of 10 tokens: by how much the adapter's mean loss is below the base's."""
     base = np.full(len(falls), 50.0)
     loss = np.stack([base, base - 10 * np.array(falls)])
-    return SequenceSums(np.full(len(falls), 10.0), loss, np.abs(loss - base), *[np.zeros_like(loss)] * 2)
+    return SequenceSums(
+        np.full(len(falls), 10.0), loss, np.abs(loss - base), *[np.zeros_like(loss)] * 5, np.zeros((len(loss), BINS))
+    )
 
 
 @pytest.mark.parametrize(("left", "near"), [(0.2, False), (0.53, False), (0.55, True), (0.7, True)])

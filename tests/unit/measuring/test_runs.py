@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from evaluations import text_of
 
 from streamer.errors import UsageError
 from streamer.measuring.runs import ROWS, Limits, Records, Work, longest_padded, parts, riders
@@ -17,7 +18,7 @@ RESIDENT = 250 << 20
 
 
 def text(*lengths: int) -> TextSequences:
-    return TextSequences.of(np.zeros(n, np.int64) for n in lengths)
+    return text_of(np.zeros(n, np.int64) for n in lengths)
 
 
 def divided(

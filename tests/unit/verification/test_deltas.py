@@ -33,5 +33,5 @@ def test_any_share_is_computed_alike(share: float, one_hot: bool) -> None:
 def test_errors_of_vectors_that_are_close() -> None:
     """A pair mixes freely where both are chosen, since their span stays; either by itself is not defined."""
     triplets = deltas.Triplets(np.eye(9)[:, :4], np.array([3.0, 2.0, 2.0 - 1e-7, 1.0, 0.5]), np.eye(9)[:, :4], 2e-5)
-    assert triplets.errors([0, 1, 2]) == pytest.approx([2e-5 + deltas.ROUNDINGS * 3, 1, 1], rel=1e-3)
-    assert max(triplets.errors([1, 2], [1, 2])) == pytest.approx(2e-5 + deltas.ROUNDINGS * 3, rel=1e-3)
+    assert triplets.angle_errors([0, 1]) == pytest.approx([2e-5 + deltas.ROUNDINGS * 3, 1], rel=1e-3)
+    assert max(triplets.angle_errors([1, 2])) == pytest.approx(2e-5 + deltas.ROUNDINGS * 3, rel=1e-3)
