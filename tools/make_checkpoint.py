@@ -34,7 +34,7 @@ from streamer.linalg.torch_state import threads
 from streamer.storage.atomic_file import Piece, index_bytes, plan_shard, write_atomic, write_shard
 from streamer.storage.checkpoint import INDEX_NAME, shard_names
 from streamer.storage.header import TensorInfo, tensor_nbytes
-from streamer.weights.base import ENCODINGS, as_bytes
+from streamer.weights.base import FLOATS, as_bytes
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 SCALE = 2.0
@@ -61,7 +61,7 @@ def write_base(
 
     def source(info: TensorInfo) -> Iterator[Piece]:
         for piece in rows(info.name):
-            yield Piece(as_bytes(piece.to(ENCODINGS[dtype].dtype)))
+            yield Piece(as_bytes(piece.to(FLOATS[dtype])))
 
     shapes = model.tensors
     weight_map: dict[str, str] = {}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from streamer.storage.header import tensor_nbytes
-from streamer.weights.base import ENCODINGS
+from streamer.weights.base import FLOATS
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Llama:
         return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": self.hidden,
                 "intermediate_size": self.intermediate, "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
                 "num_key_value_heads": self.kv_heads, "vocab_size": self.vocab, "tie_word_embeddings": self.tied,
-                "torch_dtype": str(ENCODINGS[dtype].dtype).removeprefix("torch.")}  # fmt: skip
+                "torch_dtype": str(FLOATS[dtype]).removeprefix("torch.")}  # fmt: skip
 
 
 def lora_shapes(model: Llama, rank: int) -> dict[str, tuple[tuple[int, int], tuple[int, int]]]:

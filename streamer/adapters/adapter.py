@@ -47,7 +47,7 @@ from streamer.storage.checkpoint import IOMode, TensorFile, read_json_object
 from streamer.storage.files import AdapterIdentity, StatedIdentity, absent, strict_json
 from streamer.storage.header import TensorInfo
 from streamer.units import listed
-from streamer.weights.base import ENCODINGS, StoredTensor, encoding_of, equal
+from streamer.weights.base import FLOATS, StoredTensor, equal, float_dtype
 
 FACTORS = ("factor", "embedding", "magnitude")
 """Roles of tensors that form a LoRA module."""
@@ -94,8 +94,8 @@ def saved_names(names: Collection[str]) -> dict[str, str]:
     They have PEFT's prefix, and neither wrappers nor the adapter's name. If two would get the same name, only wrappers go.
     """
     plain = {normalize(name) for name in names}
-    found = {_saved_name(normalize(name), plain): name for name in names}
-    return found if len(found) == len(names) else {PREFIX + normalize(name): name for name in names}
+    stored_as = {_saved_name(normalize(name), plain): name for name in names}
+    return stored_as if len(stored_as) == len(names) else {PREFIX + normalize(name): name for name in names}
 
 
 def _saved_name(plain: str, names: set[str]) -> str:
@@ -391,21 +391,21 @@ def sorted_adapter(path: Path, config: AdapterConfig, file: TensorFile) -> PeftA
         The adapter's tensors, under the names that PEFT saves.
     """
     method = METHODS.get(str(config.peft_type))
-    found, rest = _sort(file, method)
+    factors_of, rest = _sort(file, method)
 
     def is_matrix(parameter: str, a: str) -> bool:
         return file.header.by_name[a].shape[:1] == (config.number("rank_pattern", "r", parameter),)
 
-    wrapped, wrong = ([], []) if method else rules.find_wrapped(found, config, is_matrix)
+    wrapped, wrong = ([], []) if method else rules.find_wrapped(factors_of, config, is_matrix)
     if wrong:
         what = listed(wrong, separator="; ")
         raise FormatError(f"{file.path}: {what}; config and weights belong to different adapters")
     inner = {name for w in wrapped for name in w.layers}
     modules: dict[str, Module] = {}
-    for name, tensors in ((name, tensors) for name, tensors in found.items() if name not in inner):
+    for name, tensors in ((name, tensors) for name, tensors in factors_of.items() if name not in inner):
         infos = {role: file.header.by_name[tensor] for role, tensor in tensors.items()}
         for info in infos.values():
-            encoding_of(info, str(file.path))
+            float_dtype(info, str(file.path))
         if method is None:
             modules[name] = lora_module(name, infos, file.path, config)
         else:
@@ -442,17 +442,17 @@ def _sort(
     file: TensorFile, method: PeftMethod | None
 ) -> tuple[dict[str, dict[str, str]], list[tuple[str, re.Match[str], str]]]:
     """Sort every tensor by role: module → role → tensor, and (role, match, tensor) for carried tensors."""
-    found: dict[str, dict[str, str]] = {}
+    factors_of: dict[str, dict[str, str]] = {}
     shared: dict[str, str] = {}
     rest: list[tuple[str, re.Match[str], str]] = []
     refused: list[str] = []
-    own = method and re.compile(rf"^(?P<module>.+)\.(?P<factor>{method.roles})(?:\.[^.]+)?(?:\.weight)?$")
+    of_method = method and re.compile(rf"^(?P<module>.+)\.(?P<factor>{method.roles})(?:\.[^.]+)?(?:\.weight)?$")
     names = {normalize(name) for name in file.header.by_name}
     for info in file.header.tensors:
         name = normalize(info.name)
         # Until version 0.17, PEFT wrote copies of biases below a saved module, without the adapter's name.
         name = plain if (plain := name.replace(".modules_to_save.", ".")) in names else name
-        match = own and own.match(name)
+        match = of_method and of_method.match(name)
         if method is not None and (last := name.rpartition(".")[2]) in method.shared:
             shared[last] = info.name
             continue
@@ -467,7 +467,7 @@ def _sort(
                 rest.append((role, match, info.name))
                 continue
             factor = "magnitude" if role == "magnitude" else match["factor"]
-        factors = found.setdefault(match["module"], {})
+        factors = factors_of.setdefault(match["module"], {})
         if factor in factors:
             both = f"tensors {factors[factor]!r} and {info.name!r} are the same factor of one module"
             raise FormatError(f"{file.path}: {both}; save one adapter at a time")
@@ -477,12 +477,12 @@ def _sort(
         what = f"{listed(map(repr, refused), 1)} of another method or of unknown meaning"
         raise UnsupportedError(f"{file.path}: refused: {what}; {rules.INSTEAD}")
     if method is None:
-        _check_pairs(file, found)
-    return {name: {**factors, **shared} for name, factors in found.items()}, rest
+        _check_pairs(file, factors_of)
+    return {name: {**factors, **shared} for name, factors in factors_of.items()}, rest
 
 
-def _check_pairs(file: TensorFile, found: Mapping[str, Mapping[str, str]]) -> None:
-    for name, tensors in found.items():
+def _check_pairs(file: TensorFile, factors_of: Mapping[str, Mapping[str, str]]) -> None:
+    for name, tensors in factors_of.items():
         if missing := {"A", "B"} - tensors.keys():
             have = f"{listed(map(repr, tensors.values()))} but no factor {min(missing)}"
             raise FormatError(f"{file.path}: module {name!r} has {have}; save the adapter again")
@@ -582,7 +582,7 @@ def _modules(file: TensorFile, whose: str, stated: Stated) -> dict[str, Module]:
     for name, tensors in found.items():
         factors = {role: file.header.by_name[tensor] for role, tensor in tensors.items() if role != "alpha"}
         for info in factors.values():
-            encoding_of(info, str(file.path))
+            float_dtype(info, str(file.path))
         unscaled = {"lora_alpha": factors["A"].shape[0] if factors["A"].shape else 1}
         config = configs[name] or AdapterConfig(unscaled, file.path)
         if not file.header.metadata.get(METADATA_KEY):
@@ -630,7 +630,7 @@ def _configs(
     for name, tensor in alphas.items():
         alpha = StoredTensor(file, file.header.by_name[tensor])
         dtype, shape = alpha.info.dtype, alpha.info.shape
-        if shape not in ((), (1,)) or not (dtype in ENCODINGS or dtype.startswith("I")):
+        if shape not in ((), (1,)) or not (dtype in FLOATS or dtype.startswith("I")):
             raise FormatError(f"{file.path}: {tensor!r}: expected one number, found {dtype} of shape {list(shape)}")
         configs[name] = AdapterConfig({"lora_alpha": float(alpha.whole().item())}, file.path)
     return configs

@@ -29,7 +29,7 @@ from streamer.storage.files import AdapterIdentity
 from streamer.storage.header import IOMode, TensorInfo
 from streamer.storage.transaction import refuse_symlink
 from streamer.units import listed
-from streamer.weights.base import ENCODINGS, StoredTensor
+from streamer.weights.base import FLOATS, StoredTensor
 from streamer.weights.model_config import MODEL_CONFIG, ModelConfig, read_model_config
 
 METHOD = "FULL"
@@ -126,7 +126,7 @@ def open_finetuned(path: Path, base: Checkpoint, role_of: Callable[[TensorInfo],
         for info in file.header.tensors:
             module, _, parameter = info.name.rpartition(".")
             resized = info.name in base.weight_map and base.info(info.name).shape != info.shape
-            role = role_of(info) if info.dtype in ENCODINGS and not resized else ""
+            role = role_of(info) if info.dtype in FLOATS and not resized else ""
             if role in ("out,in", "in,out"):
                 kind, stored = "weight" if role == "out,in" else "conv1d", info.shape[1:]
                 m, n = stored if role == "out,in" else stored[::-1]
@@ -136,7 +136,7 @@ def open_finetuned(path: Path, base: Checkpoint, role_of: Callable[[TensorInfo],
                 modules[module] = MethodModule(module, METHODS[METHOD], config, {role: info.name}, {role: info.shape})
             else:
                 carried.append(Carried("saved", module, parameter, info.name))
-                matrix = info.dtype in ENCODINGS and sum(n > 1 for n in info.shape) > 1
+                matrix = info.dtype in FLOATS and sum(n > 1 for n in info.shape) > 1
                 if matrix and not resized and not parameter.endswith("bias"):
                     carried_matrices.append(info.name)
     files, matrices = tuple(tuned.files.values()), tuple(carried_matrices)
@@ -244,23 +244,23 @@ def named_adapters(adapters: Sequence[str | Path]) -> dict[str, Path]:
     UsageError
         If there are none, one is given twice, two have the same name, or a directory of adapters contains a model.
     """
-    found: dict[str, Path] = {}
-    for given in map(Path, adapters):
-        several = holds_adapters(given)
+    by_name: dict[str, Path] = {}
+    for root in map(Path, adapters):
+        several = holds_adapters(root)
         # The user may mean a model as a fine-tuned model, or it may be the base.
-        if several and (models := sorted(p.name for p in _directories(given) if is_model(p) and not _is_adapter(p))):
-            raise UsageError(f"{given}: holds a model beside the adapters, {models[0]!r}; list the adapters one by one")
-        for path in _inside(given) if several else [given]:
+        if several and (models := sorted(p.name for p in _directories(root) if is_model(p) and not _is_adapter(p))):
+            raise UsageError(f"{root}: holds a model beside the adapters, {models[0]!r}; list the adapters one by one")
+        for path in _inside(root) if several else [root]:
             name = Path(os.path.abspath(path)).name.removesuffix(".safetensors")
-            if name in found and os.path.realpath(path) == os.path.realpath(found[name]):
+            if name in by_name and os.path.realpath(path) == os.path.realpath(by_name[name]):
                 raise UsageError(f"{path}: is given twice; name it once")
-            if name in found:
-                collide = f"has the same name as {found[name]}, so their outputs would collide"
+            if name in by_name:
+                collide = f"has the same name as {by_name[name]}, so their outputs would collide"
                 raise UsageError(f"{path}: {collide}; rename one, or run it separately")
-            found[name] = path
-    if not found:
+            by_name[name] = path
+    if not by_name:
         raise UsageError("adapters: expected at least one, found none")
-    return found
+    return by_name
 
 
 def _inside(path: Path) -> list[Path]:

@@ -26,7 +26,7 @@ from torch import Tensor
 from streamer.adapters.adapter_config import AdapterConfig
 from streamer.linalg.operators import BLOCK_BYTES, Delta, Dense, LowRank
 from streamer.units import listed
-from streamer.weights.base import StoredTensor, encoding_of
+from streamer.weights.base import StoredTensor, float_dtype
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -82,42 +82,19 @@ def _product(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, int]:
     return m, n
 
 
-def _cored(core: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of ``Σ_ij core[i, j, k, l] a[i, p] b[j, r]``, (p, r, k, l); raise `ValueError` if the shapes do not match."""
-    (i, j, *kernel), (a_i, p), (b_j, r) = core, a, b
-    if len(kernel) != 2 or (i, j) != (a_i, b_j):
-        raise ValueError
-    return p, r, *kernel
-
-
 def _loha_fits(s: Shapes, shape: tuple[int, int]) -> bool:
-    for i in (1, 2):
-        a, b, core = s[f"hada_w{i}_a"], s[f"hada_w{i}_b"], s.get(f"hada_t{i}")
-        m, *rest = _product(a, b) if core is None else _cored(core, a, b)
-        if (m, math.prod(rest)) != shape:
-            return False
-    return True
+    return all(_product(s[f"hada_w{i}_a"], s[f"hada_w{i}_b"]) == shape for i in (1, 2))
 
 
 def _loha(p: MethodInputs, W0: Tensor) -> Delta:
-    """Compute ``(w1_a w1_b) ∘ (w2_a w2_b)``; either product may have a core for the kernel."""
-    t = p.tensors
-
-    def product(i: int) -> Tensor:
-        a, b = t[f"hada_w{i}_a"], t[f"hada_w{i}_b"]
-        if f"hada_t{i}" in t:
-            return torch.einsum("ijkl,jr,ip->prkl", t[f"hada_t{i}"], b, a).reshape(p.shape)
-        return a @ b
-
-    return Dense((product(1) * product(2)).mul_(p.scaling))
+    """Compute ``(w1_a w1_b) ∘ (w2_a w2_b)``."""
+    first, second = (p.tensors[f"hada_w{i}_a"] @ p.tensors[f"hada_w{i}_b"] for i in (1, 2))
+    return Dense((first * second).mul_(p.scaling))
 
 
 def _lokr_sides(s: Shapes) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    first = s["lokr_w1"] if "lokr_w1" in s else _product(s["lokr_w1_a"], s["lokr_w1_b"])
-    if "lokr_w2" in s:
-        return first, s["lokr_w2"]
-    a, b = s["lokr_w2_a"], s["lokr_w2_b"]
-    return first, _cored(s["lokr_t2"], a, b) if "lokr_t2" in s else _product(a, b)
+    first, second = (s.get(f"lokr_w{i}") or _product(s[f"lokr_w{i}_a"], s[f"lokr_w{i}_b"]) for i in (1, 2))
+    return first, second
 
 
 def _lokr_fits(s: Shapes, shape: tuple[int, int]) -> bool:
@@ -128,13 +105,7 @@ def _lokr_fits(s: Shapes, shape: tuple[int, int]) -> bool:
 def _lokr(p: MethodInputs, W0: Tensor) -> Delta:
     """Compute ``w1 ⊗ w2``; either may itself be a product."""
     t = p.tensors
-    w1 = t["lokr_w1"] if "lokr_w1" in t else t["lokr_w1_a"] @ t["lokr_w1_b"]
-    if "lokr_w2" in t:
-        w2 = t["lokr_w2"]
-    elif "lokr_t2" in t:
-        w2 = torch.einsum("ijkl,ip,jr->prkl", t["lokr_t2"], t["lokr_w2_a"], t["lokr_w2_b"])
-    else:
-        w2 = t["lokr_w2_a"] @ t["lokr_w2_b"]
+    w1, w2 = (t[f"lokr_w{i}"] if f"lokr_w{i}" in t else t[f"lokr_w{i}_a"] @ t[f"lokr_w{i}_b"] for i in (1, 2))
     if w2.dim() == 4:
         w1 = w1[:, :, None, None]
     return Dense(torch.kron(w1, w2.contiguous()).reshape(p.shape).mul_(p.scaling))
@@ -147,8 +118,8 @@ def _adalora_fits(s: Shapes, shape: tuple[int, int]) -> bool:
 
 def _adalora(p: MethodInputs, W0: Tensor) -> Delta:
     """Compute ``B · diag(E) · A · alpha / (init_r + 1e-5)``: PEFT keeps the initial rank in the scaling."""
-    t, alpha = p.tensors, float(p.config.get("lora_alpha", 8))
-    rank = float(t["ranknum"]) if "ranknum" in t else float(p.config.get("init_r", 12))
+    t, alpha = p.tensors, p.config.number("", "lora_alpha", "", 8)
+    rank = float(t["ranknum"]) if "ranknum" in t else p.config.number("", "init_r", "", 12)
     scaling = (alpha if alpha > 0 else float(t["lora_A"].shape[0])) / (rank + 1e-5)
     return LowRank(t["lora_B"] * t["lora_E"].flatten() * scaling, t["lora_A"].T)
 
@@ -248,8 +219,8 @@ def _full(p: MethodInputs, W0: Tensor) -> Delta:
 
 
 METHODS: dict[str, PeftMethod] = {
-    "LOHA": PeftMethod("LoHa", r"hada_(?:w[12]_[ab]|t[12])", _loha_fits, _loha, scaled=True, matrices=4),
-    "LOKR": PeftMethod("LoKr", r"lokr_(?:w[12](?:_[ab])?|t2)", _lokr_fits, _lokr, scaled=True),
+    "LOHA": PeftMethod("LoHa", r"hada_w[12]_[ab]", _loha_fits, _loha, scaled=True, matrices=4),
+    "LOKR": PeftMethod("LoKr", r"lokr_w[12](?:_[ab])?", _lokr_fits, _lokr, scaled=True),
     "ADALORA": PeftMethod("AdaLoRA", r"lora_[ABE]|ranknum", _adalora_fits, _adalora, low_rank=True),
     "VERA": PeftMethod("VeRA", r"vera_lambda_[bd]", _vera_fits, _vera, shared=frozenset({"vera_A", "vera_B"}), low_rank=True),
     "OFT": PeftMethod("OFT", r"oft_(?:embedding_)?R", _oft_fits, _oft),
@@ -288,7 +259,8 @@ Shape = tuple[int, ...]
 
 def values_of(stored: StoredTensor, index: tuple[slice, ...] = ()) -> Tensor:
     """Copy an adapter's tensor, or some of its rows and columns, to its computing dtype."""
-    return stored.whole()[index].to(encoding_of(stored.info, str(stored.file.path)).compute, copy=True)
+    dtype = float_dtype(stored.info, str(stored.file.path))
+    return stored.whole()[index].to(torch.promote_types(dtype, torch.float32), copy=True)
 
 
 @dataclass(frozen=True)

@@ -133,23 +133,11 @@ def _check_lambda(method: Shrink | _Scaling | NullSpace, amplify: bool | None = 
     """Convert λ to a float, and refuse one that is not a share; None for `amplify` means that the method allows no other values."""
     lam = method.mitigation_lambda
     if not isinstance(lam, Real) or isinstance(lam, bool) or not math.isfinite(lam):
-        raise UsageError(f"lambda must be a finite number, got {lam!r}; {_share_meant(lam)}".rstrip("; "))
+        raise UsageError(f"lambda must be a finite number, got {lam!r}")
     object.__setattr__(method, "mitigation_lambda", float(lam))
     if not (amplify or 0 <= lam <= 1):
-        hint = "" if amplify is None else "`amplify=True` allows other values"
-        said = f"lambda must be between 0 (remove) and 1 (keep), got {float(lam):.15g}; {_share_meant(lam)}{hint}"
-        raise UsageError(said.rstrip("; "))
-
-
-def _share_meant(lam: object) -> str:
-    """Return a question whether a percentage, or a number in a string, was meant as a share; empty if neither is likely."""
-    text = str(lam)
-    try:
-        number = float(text.rstrip("% "))
-    except ValueError:
-        return ""
-    share = number / 100 if "%" in text or number >= 2 else number
-    return f"did you mean {share:g}? " if 0 <= share <= 1 else ""
+        hint = "" if amplify is None else "; `amplify=True` allows other values"
+        raise UsageError(f"lambda must be between 0 (remove) and 1 (keep), got {float(lam):.15g}{hint}")
 
 
 @dataclass(frozen=True)
@@ -285,8 +273,8 @@ class NullSpace(Method):
         """Compute Δ'; return the given delta if the map has no inputs for this matrix."""
         from streamer.linalg.moments import reduced
 
-        found = self.map.find(tensor, delta.shape[1])
-        return delta if found is None else reduced(delta.precise(), found.spectrum, self.mitigation_lambda)
+        entry = self.map.find(tensor, delta.shape[1])
+        return delta if entry is None else reduced(delta.precise(), entry.spectrum, self.mitigation_lambda)
 
 
 METHODS: dict[str, type[Method]] = {method.name: method for method in (Paper, Project, Shrink, RegMean, NullSpace)}
@@ -312,7 +300,7 @@ def options_of(method: type[Method]) -> list[str]:
     return [option.name for option in fields(method)]  # type: ignore[arg-type]  # each method is a dataclass
 
 
-def make_method(name: str | None, **given: Any) -> Method:
+def make_method(name: str | None, **options: Any) -> Method:
     """Make a method from the options that were given.
 
     Parameters
@@ -326,12 +314,12 @@ def make_method(name: str | None, **given: Any) -> Method:
         If no method has this name, or if the method lacks or refuses an option.
     """
     if name is None:
-        name = (RegMean if "coefficients" in given else NullSpace if "map" in given else DEFAULT).name
+        name = (RegMean if "coefficients" in options else NullSpace if "map" in options else DEFAULT).name
     if name not in tuple(METHODS):  # a tuple also handles unhashable values
         raise UsageError(f"method: expected one of {', '.join(METHODS)}, found {name!r}")
     method = METHODS[name]
-    if lacking := [option.removeprefix("mitigation_") for option in given if option not in options_of(method)]:
+    if lacking := [option.removeprefix("mitigation_") for option in options if option not in options_of(method)]:
         raise UsageError(f"{lacking[0]}: method {name!r} has no such option; leave it out, or choose another method")
-    if method.missing and method.needs not in given:
+    if method.missing and method.needs not in options:
         raise UsageError(f"method {name!r} {method.missing}")
-    return method(**given)
+    return method(**options)

@@ -34,7 +34,7 @@ from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from streamer.storage.header import TensorInfo
 from streamer.storage.transaction import RECORD_NAME
 from streamer.units import listed
-from streamer.weights.base import ENCODINGS, StoredTensor, as_bytes, encode, equal
+from streamer.weights.base import FLOATS, StoredTensor, as_bytes, encode, equal
 
 
 def back_project(delta: LowRank, rank: int, scaling: float) -> tuple[Tensor, Tensor, float]:
@@ -62,10 +62,6 @@ def back_project(delta: LowRank, rank: int, scaling: float) -> tuple[Tensor, Ten
     return root.L, root.R.T, dropped
 
 
-HASHES = ("modelspec.hash_sha256", "sshs_legacy_hash", "sshs_model_hash")
-"""Metadata in which trainers state hashes of the original factors."""
-
-
 @dataclass(frozen=True)
 class MitigatedFactors:
     """New values of the tensors that hold factors, for a mitigation of an adapter whose deltas all have factors."""
@@ -75,11 +71,11 @@ class MitigatedFactors:
     @cached_property
     def targets(self) -> dict[str, list[Target]]:
         """List for each tensor of the adapter the targets whose factors it holds: one, or all experts of a layer."""
-        found: dict[str, list[Target]] = {}
+        by_tensor: dict[str, list[Target]] = {}
         for target in self.job.plan.targets:
             for name in self.names(target):
-                found.setdefault(name, []).append(target)
-        return found
+                by_tensor.setdefault(name, []).append(target)
+        return by_tensor
 
     def names(self, target: Target) -> list[str]:
         """Return the names of the tensors that a mitigation of the target would change."""
@@ -120,7 +116,7 @@ class MitigatedFactors:
         values, kept = dict(zip(names, (A, B, B.T, A.T), strict=False)), list[str]()
         if job.method.keeps_left:  # the factor of Δ that is B, or the transpose of A, and its copies
             kept = names[::3] if module.delta_transposed else names[1:3]
-        dtypes = {name: ENCODINGS[job.plan.adapter.file.header.by_name[name].dtype] for name in names}
+        dtypes = {name: FLOATS[job.plan.adapter.file.header.by_name[name].dtype] for name in names}
         out = {name: encode(t, dtypes[name], t, name) for name, t in values.items() if name not in kept}
         written = module.product(out.get(module.a, A).double(), out.get(module.b, B).double())
         metrics.append(job.metrics(target, delta, written, error))
@@ -169,8 +165,7 @@ class AdapterWriter(OneFileWriter):
         names = saved_names(names) if kind == "LORA" else names
         self._read = {name: header.by_name[own] for name, own in names.items()}
         entries = [(name, t.dtype, t.shape) for name, t in self._read.items()]
-        metadata = {key: text for key, text in header.metadata.items() if key not in HASHES}
-        shard = plan_shard(plan.adapter.file.path.name, entries, {**metadata, **job.stamp("mitigate")})
+        shard = plan_shard(plan.adapter.file.path.name, entries, {**header.metadata, **job.stamp("mitigate")})
         config = next((config.read_bytes() for config in plan.adapter.config_paths), None)
         # Factors are written in PEFT's order of columns, and PEFT needs the type.
         plain = {k: v for k, v in values.items() if k not in (LAYOUT_KEY, LAYOUT_DETAILS)} | {"peft_type": kind}
@@ -245,13 +240,13 @@ class LoraLayout:
 def _tied_modules(tuned: FinetunedModel, architecture: Architecture | None,
                   renames: Renames) -> dict[str, tuple[str, list[str]]]:  # fmt: skip
     """Map each module whose weight others share, by its name on disk → its run-time name and the others'."""
-    found = {}
+    tied = {}
     for tie in find_ties(tuned.tensors, architecture, renames):
         if tie.stored.endswith(".weight") and not {*tie.others} & tuned.tensors.keys():
-            mine = next(name.removesuffix(".weight") for name in tie.on_disk if tie.on_disk[name] == tie.stored)
-            others = [m for name in tie.on_disk if (m := name.removesuffix(".weight")) not in (mine, name)]
-            found[tie.stored.removesuffix(".weight")] = mine, others
-    return found
+            module = next(name.removesuffix(".weight") for name in tie.on_disk if tie.on_disk[name] == tie.stored)
+            others = [m for name in tie.on_disk if (m := name.removesuffix(".weight")) not in (module, name)]
+            tied[tie.stored.removesuffix(".weight")] = module, others
+    return tied
 
 
 def is_refused(module: str, model_type: str | None) -> bool:

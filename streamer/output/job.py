@@ -632,17 +632,15 @@ class Writer(ABC):
         )  # fmt: skip
         # A run resumed under other names of its inputs, through links, would otherwise write both names.
         stamps = {**plan.stamps(), " and ".join([*(source["name"] for source in plan.sources), self._file]): ()}
-        instead = {CARD_NAME: "pass --no-card"} if self.card is not None and not self.card.original else {}
-        read = read_beside(self.path, {name for name, _ in files})
-        beside = tuple(name for name in read if name not in self.conflicting_names)
+        conflicting = (*self.conflicting_names, *read_beside(self.path, {name for name, _ in files}))
         temporary = []
         if self.job.detects:
             # Its own findings stay to the end; their journal is removed before any large file is written.
             size = findings_bytes(plan, self.job.detection)
             more = max(0, size - sum(size for _, size in files))
             temporary = [(OWN_FINDINGS, size), (journal_of(Path(OWN_FINDINGS)).name, more)]
-        return OutputPlan(self.path, tuple(files), digest, stamps, plan.inputs, self.conflicting_names, tuple(temporary),
-                          frozenset({CARD_NAME}), instead, self.job.bits, __version__, beside)  # fmt: skip
+        return OutputPlan(self.path, tuple(files), digest, stamps, plan.inputs, conflicting, tuple(temporary),
+                          frozenset({CARD_NAME}), self.job.bits, __version__)  # fmt: skip
 
     @abstractmethod
     def estimates(self, resident: int) -> Iterator[MemoryEstimate]:

@@ -37,8 +37,7 @@ from streamer.storage.atomic_file import BufferRing, Piece, ShardPlan, component
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, component_files
 from streamer.storage.header import TensorInfo
 from streamer.storage.transaction import RECORD_NAME
-from streamer.weights import base as encodings
-from streamer.weights.base import Plain, StoredTensor, Weight, as_bytes, as_tensor, encode
+from streamer.weights.base import SPELLINGS, Plain, StoredTensor, Weight, as_bytes, as_tensor, encode, in_memory
 from streamer.weights.codes import FP8, GPTQ
 from streamer.weights.logical import STALE, WeightView, is_activation_scale, plain_metadata, plain_weights
 from streamer.weights.model_config import MODEL_CONFIG
@@ -108,7 +107,7 @@ class Cast(Rows):
         if not all_finite(raw):
             what = f"the values for {self.weight.name!r} hold NaN or Inf"
             raise NumericError(f"{self.weight.where}: {what}; check the file")
-        encode(values, _encoding(self.weight), raw, self.weight.name, out)
+        encode(values, _written(self.weight), raw, self.weight.name, out)
 
 
 @dataclass(frozen=True)
@@ -130,13 +129,13 @@ class AddDelta(Recipe):
             return
         change = (after.T if self.target.transposed else after).to(self.weight.compute)
         nothing = change.is_zero()
-        encoding, count = _encoding(self.weight), 0
+        dtype, count = _written(self.weight), 0
         for i, j, raw, values, out, piece in _rows(self.weight):
-            if nothing and raw.dtype == encoding.dtype:
+            if nothing and raw.dtype == dtype:
                 out.copy_(raw)
             else:
                 change.add_rows(values, i, j)
-                encode(values, encoding, raw, self.weight.name, out)
+                encode(values, dtype, raw, self.weight.name, out)
                 if kept is not None and raw.dtype == out.dtype:
                     bits = f"i{out.itemsize}"  # numpy compares integers faster than torch compares floats
                     same = np.frombuffer(as_bytes(raw), bits) == np.frombuffer(as_bytes(out), bits)
@@ -210,7 +209,7 @@ class AddBias(Rows):
     def fill(self, i: int, j: int, raw: Tensor, values: Tensor, out: Tensor) -> None:
         """Add rows."""
         values.add_(self.shift.rows(i, j).to(values.dtype), alpha=self.scaling)
-        encode(values, _encoding(self.weight), raw, self.weight.name, out)
+        encode(values, _written(self.weight), raw, self.weight.name, out)
 
 
 @dataclass(frozen=True)
@@ -229,20 +228,20 @@ class ReplaceRows(Cast):
         for at, row in enumerate(self.indices):
             if i <= row < j:
                 new = self.tokens.rows(at, at + 1).to(values.dtype)
-                out[row - i] = encode(new, _encoding(self.weight), torch.zeros_like(new), self.tokens.name)[0]
+                out[row - i] = encode(new, _written(self.weight), torch.zeros_like(new), self.tokens.name)[0]
 
 
 def rows_bytes(weight: Weight) -> int:
     """Estimate the memory to make a weight a few rows at a time: rows read or decoded, added, and rounded into alternating buffers."""
     m, n = weight.matrix
     row = max(1, n * weight.compute.itemsize)
-    block = max(row, min(m * row, max(BLOCK_BYTES, encodings.DECODED_BYTES)))
+    block = max(row, min(m * row, BLOCK_BYTES))  # as many bytes as a quantized weight decodes at a time
     return (3 + (DECODED if weight.quantized else 1)) * block + weight.load_bytes
 
 
-def _encoding(weight: Weight) -> encodings.Encoding:
-    assert weight.encoding is not None, f"{weight.name} is not written back"
-    return weight.encoding
+def _written(weight: Weight) -> torch.dtype:
+    assert weight.written is not None, f"{weight.name} is not written back"
+    return weight.written
 
 
 def _rows(weight: Weight) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor, Piece]]:
@@ -254,14 +253,14 @@ def _rows(weight: Weight) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor, Pi
     the result's bytes. All memory is reused, the bytes once they are released: the system zeroes new memory first, which costs as much
     as a sum.
     """
-    encoding = _encoding(weight)
+    dtype = _written(weight)
     m, n = weight.matrix
     rows = max(1, BLOCK_BYTES // max(1, n * weight.compute.itemsize))
     values = torch.empty((min(rows, m), n), dtype=weight.compute)
-    ring = BufferRing(min(rows, m) * n * encoding.dtype.itemsize)
+    ring = BufferRing(min(rows, m) * n * dtype.itemsize)
     for i, j, raw in weight.blocks(rows):
-        piece = ring.lease((j - i) * n * encoding.dtype.itemsize)
-        out = torch.from_numpy(np.frombuffer(piece.view, np.uint8)).view(encoding.dtype).view(j - i, n)
+        piece = ring.lease((j - i) * n * dtype.itemsize)
+        out = torch.from_numpy(np.frombuffer(piece.view, np.uint8)).view(dtype).view(j - i, n)
         yield i, j, raw, values[: j - i].copy_(raw), out, piece
 
 
@@ -351,7 +350,7 @@ def _of_file(plan: Plan, weights: WeightView, name: str, stored: StoredTensor, d
             return None
         weight = weights[logical]
         recipe = _merged(plan, weight) if logical in plan.by_weight else _unmerged(plan, weight)
-        return OutputTensor(logical, encodings.SPELLINGS[_encoding(weight).dtype], weight.shape, recipe)
+        return OutputTensor(logical, SPELLINGS[_written(weight)], weight.shape, recipe)
     if logical not in plan.by_weight or role not in ("weight", "quant_scale"):
         return OutputTensor(name, stored.info.dtype, stored.info.shape, CopyBytes(stored))
     return OutputTensor(name, stored.info.dtype, stored.info.shape, _merged(plan, weights[logical], role))
@@ -421,7 +420,7 @@ def _output(plan: Plan, weights: WeightView, name: str, stored: StoredTensor | N
         recipe = _unmerged(plan, weights[name])
     else:
         return OutputTensor(name, source.info.dtype, source.info.shape, CopyBytes(source))
-    return OutputTensor(name, encodings.SPELLINGS[_encoding(weights[name]).dtype], source.info.shape, recipe)
+    return OutputTensor(name, SPELLINGS[_written(weights[name])], source.info.shape, recipe)
 
 
 def _unmerged(plan: Plan, weight: Weight) -> Recipe:
@@ -580,6 +579,6 @@ def _tensors(job: Job, model: MergedModel, monitor: Monitor) -> Iterator[tuple[s
             job.plan.check_unchanged()
             with threads():
                 data = gather(output.recipe.pieces(job.mitigated), info.nbytes)
-            yield info.name, as_tensor(data, *encodings.in_memory(info))
+            yield info.name, as_tensor(data, *in_memory(info))
             progress.add(info.nbytes)
     progress.end()

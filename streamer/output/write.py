@@ -11,15 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any, cast
 
 from streamer.adapters.finetuned import One, Several
 from streamer.detection.detect import detect_to_files, naming_inputs
 from streamer.detection.findings import Findings, lacking, load_findings, matched_findings
 from streamer.detection.options import DetectionOptions, Run
-from streamer.errors import FormatError, MismatchError, OutputError, UsageError
+from streamer.errors import FormatError, MismatchError, UsageError
 from streamer.events import Event, Monitor, OutputState, Progress
-from streamer.json_types import check
 from streamer.linalg.torch_state import threads
 from streamer.methods import Method, NullSpace, RegMean
 from streamer.methods.files import FactorSet, InputMap
@@ -79,32 +78,32 @@ def shared_memory(writers: Sequence[Writer], workers: Workers) -> int | None:
     return workers.budget(writers[0].job.detection.max_memory, resident, needs)
 
 
-def inspect_jobs(writers: Sequence[Writer], whole: Run) -> Sequence[str]:
+def inspect_jobs(writers: Sequence[Writer], options: Run) -> Sequence[str]:
     """Check before writing: return ``new``, ``resume`` or ``done`` for each (see `inspect_output`); refuse outputs that do not fit."""
     states, resident = [], resident_of(writers)
     for writer in writers:
         plan, paths = writer.job.plan, [writer.path / name for name, _ in writer.output.files]
-        with naming_inputs(plan, paths, whole.overwrite):
-            state = transaction.inspect_output(writer.output, whole.overwrite, whole.resume)
+        with naming_inputs(plan, paths, options.overwrite):
+            state = transaction.inspect_output(writer.output, options.overwrite, options.resume)
         if state != "done":
             plan.refuse_overwriting(paths)
             check_budget(writer.needs(resident), writer.job.detection.max_memory)
         states.append(state)
     if len(writers) > 1:
         todo = [(w.output, state) for w, state in zip(writers, states, strict=True) if state != "done"]
-        missing = sum(transaction.missing_bytes(*one) for one in todo)
+        missing = sum(transaction.missing_bytes(*arguments) for arguments in todo)
         at_most = any(writer.output.temporary for writer in writers)
         transaction.check_space(writers[0].path.parent, missing, at_most=at_most)
     return states
 
 
-def run_jobs(writers: Sequence[Writer], whole: Run) -> list[Written]:
+def run_jobs(writers: Sequence[Writer], options: Run) -> list[Written]:
     """Write outputs made from one base, each as one resumable transaction, and return their records.
 
     A record is the output of `streamer mitigate --json` or `streamer merge --json`; without `output` and `state` it is the output's
     ``streamer.json``. A finished output of the same plan stays unchanged, but its files' times are updated.
     """
-    monitor, states = whole.monitor, inspect_jobs(writers, whole)
+    monitor, states = options.monitor, inspect_jobs(writers, options)
     for line in dict.fromkeys(line for writer in writers for line in writer.warnings):
         monitor.emit(Event("warning", line))
     for path, output in ((w.path, w.output) for w, state in zip(writers, states, strict=True) if state == "done"):
@@ -115,7 +114,7 @@ def run_jobs(writers: Sequence[Writer], whole: Run) -> list[Written]:
         # For `make`: the files, then the commit point, the record and the directory.
         transaction.touch([*(path / name for name, _ in output.files), path / transaction.RECORD_NAME, path], monitor)
     todo = [writer for writer, state in zip(writers, states, strict=True) if state != "done"]
-    with transaction.open_outputs([writer.output for writer in todo], whole.overwrite, whole.resume) as outs:
+    with transaction.open_outputs([writer.output for writer in todo], options.overwrite, options.resume) as outs:
         of = sum(sum(w.items.values()) for w in todo)
         progress = Progress(monitor, "write", sum(w.output.total_bytes for w in todo), of)
         names = [w.job.plan.adapter.path.absolute().name if len(todo) > 1 else "" for w in todo]
@@ -133,16 +132,16 @@ def run_jobs(writers: Sequence[Writer], whole: Run) -> list[Written]:
                 if not run.out.resumed:
                     discard_own_findings(run.out.path)
             batch, paths = batch_of([run.writer for run in unjudged]), [run.out.path / OWN_FINDINGS for run in unjudged]
-            own, detection = replace(whole, overwrite=False, resume=True), unjudged[0].job.detection
+            own, detection = replace(options, overwrite=False, resume=True), unjudged[0].job.detection
             found = detect_to_files(batch, paths, detection, own, resident_of(writers))
             for run, findings in zip(unjudged, found, strict=True):
                 run.job = replace(run.job, findings=findings)
-        inputs = Inputs.of(batch_of(todo), whole) if todo and whole.workers is not None else None
-        with threads(), kept(whole.workers):
+        inputs = Inputs.of(batch_of(todo), options) if todo and options.workers is not None else None
+        with threads(), kept(options.workers):
             for number, run in enumerate(runs):
                 run.write_small({**dict(run.writer.copies), **run.writer.texts})
-                if whole.workers is not None and inputs is not None:
-                    run.write_elsewhere(whole.workers, inputs, number)
+                if options.workers is not None and inputs is not None:
+                    run.write_elsewhere(options.workers, inputs, number)
             _write_shards(runs)
             for run in runs:
                 run.finish()
@@ -153,30 +152,12 @@ def run_jobs(writers: Sequence[Writer], whole: Run) -> list[Written]:
         record = WrittenView(read_json_object(path), output=str(writer.path), state=said[state])
         whose = f" (adapter {writer.path.name!r})" if len(writers) > 1 else ""
         try:
-            warnings = _warnings(writer, record["matrices"])
+            monitor.warn([f"{line}{whose}" for line in _warnings(writer, record["matrices"])])
         except (KeyError, TypeError) as e:  # an older output whose record was changed
             fault = "its matrices are not as it was written; pass --overwrite to make it again"
             raise FormatError(f"{path}: {fault}") from e
-        monitor.warn(f"{line}{whose}" for line in warnings)
         records.append(cast(Written, record))
     return records
-
-
-MATRIX_KEYS = get_type_hints(MitigatedMatrix, include_extras=True)
-
-
-def journalled(entry: dict[str, Any], path: Path) -> list[MitigatedMatrix]:
-    """Return and check the journalled metrics of a finished file's matrices."""
-    metrics: list[MitigatedMatrix] = entry.get("matrices", [])
-    try:
-        for m in metrics:
-            check(m, MATRIX_KEYS)
-            if max(m["delta_norm"], m["delta_norm_after"], m["dropped"]) >= 1e100:  # a square may overflow
-                raise TypeError
-    except (KeyError, TypeError):
-        what = f"the journal's figures of {entry['file']} are not of this version"
-        raise OutputError(f"{path}: {what}; --no-resume starts over") from None
-    return metrics
 
 
 class _Run:
@@ -283,7 +264,7 @@ class _Run:
     def _matrices(self, last: list[MitigatedMatrix] | None = None) -> list[MitigatedMatrix]:
         """Collect the metrics of all matrices in finished files and in the current one."""
         done = [name for name in self.writer.shards if last is None or name != self._last]
-        return [m for name in done for m in journalled(self.out.entry(name), self.out.path)] + (last or [])
+        return [m for name in done for m in self.out.entry(name).get("matrices", [])] + (last or [])
 
     def _record(self, matrices: list[MitigatedMatrix], nbytes: int = 0) -> Record:
         record = self.writer.record(matrices, nbytes)
@@ -435,9 +416,9 @@ def open_jobs(base_path: str | Path, adapters: One | Several, findings: Sequence
         raise UsageError(f"{name}: coefficients belong to one adapter, found {several}; {do}")
     batch = make_batch(base_path, adapters.paths, run.io, run.stated, run.architecture)
     fitting = []
-    for plan, found in zip(batch.plans, findings, strict=True):
-        fitting.append(None if found is None else fitting_findings(plan, found, detection))
-        run.monitor.warn(() if found is None else found.warnings)
+    for plan, given_findings in zip(batch.plans, findings, strict=True):
+        fitting.append(None if given_findings is None else fitting_findings(plan, given_findings, detection))
+        run.monitor.warn(() if given_findings is None else given_findings.warnings)
         if isinstance(method, RegMean):
             check_coefficients(plan, method.coefficients)
         if isinstance(method, NullSpace):
@@ -458,8 +439,8 @@ def load_given(findings: FindingsOrPath, adapters: One | Several) -> list[Findin
         return [None for _ in adapters.paths]
     if isinstance(adapters, One):
         if isinstance(findings, Mapping):
-            found = f"a dict of {len(findings)}"
-            raise UsageError(f"findings: expected findings on one adapter, found {found}; give one of them")
+            what = f"a dict of {len(findings)}"
+            raise UsageError(f"findings: expected findings on one adapter, found {what}; give one of them")
         return [findings if isinstance(findings, Findings) else load_findings(findings)]
     if isinstance(findings, Mapping):
         without = [name for name in adapters.by_name if name not in findings]
@@ -523,10 +504,10 @@ def check_map(plan: Plan, inputs: InputMap) -> list[str]:
     return lacking_inputs(plan, inputs)
 
 
-def refuse_other_base(inputs: InputMap, theirs: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+def refuse_other_base(inputs: InputMap, mapped: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """Refuse a map of another base, by both identities."""
-    if theirs != here:
-        what = f"is a map of another base ({difference(theirs, here)})"
+    if mapped != here:
+        what = f"is a map of another base ({difference(mapped, here)})"
         raise MismatchError(f"{inputs.name}: {what}; make one of this base with `streamer map`")
 
 

@@ -128,8 +128,6 @@ class Architecture:
         Patterns of its parameters under all their names, for every config of the class.
     vocabulary
         Pattern of a tensor with a row for each token → path of the config keys that state the number of rows.
-    labels
-        Patterns of parameters with a row for each label.
     ties
         Ties that hold, and ties that the config could state.
     input_embedding, output_embedding
@@ -156,7 +154,6 @@ class Architecture:
     base_prefix: str
     tensors: frozenset[str]
     vocabulary: Mapping[str, tuple[str, ...]]
-    labels: frozenset[str]
     ties: tuple[Tie, ...]
     input_embedding: str | None
     output_embedding: str | None
@@ -325,7 +322,6 @@ def _architecture(name: str, config: Mapping[str, Any], place: tuple[str, ...]) 
         model_type=record["type"],
         base_prefix=record.get("prefix", ""),
         vocabulary=nested("vocabulary") | {n: (*place, *keys) for n, keys in record.get("vocabulary", {}).items()},
-        labels=frozenset(record.get("labels", ())),
         ties=tuple(ties.values()),
         input_embedding=_embedding(record.get("input"), "input_embedding", inner),
         output_embedding=_embedding(record.get("output"), "output_embedding", inner),

@@ -25,7 +25,7 @@ from streamer.plan.name_matching import Renames, prefix_exchange
 from streamer.storage.checkpoint import Checkpoint
 from streamer.storage.header import TensorInfo
 from streamer.units import listed
-from streamer.weights.base import StoredTensor, encoding_of, equal
+from streamer.weights.base import StoredTensor, equal, float_dtype
 from streamer.weights.logical import WeightView
 from streamer.weights.model_config import ModelConfig
 
@@ -116,7 +116,7 @@ def implied_head(config: ModelConfig, task: object, saved: Mapping[str, tuple[in
     names
         All tensors of the merged model.
     """
-    out, own = dict(config.values), config.values.get("id2label")
+    out, id2label = dict(config.values), config.values.get("id2label")
     notes: list[str] = []
     advice: list[str] = []
     rows = {s[0] for name, s in saved.items() if s and (m := LABEL_HEAD.search(name)) and m["parameter"] == "weight"}
@@ -130,7 +130,11 @@ def implied_head(config: ModelConfig, task: object, saved: Mapping[str, tuple[in
         return Head(config, advice=tuple(advice))
     if labels is not None and _set_labels(out, labels):
         notes.append(f"config.json says num_labels={labels}, by the rows of the saved head")
-    elif labels is not None and isinstance(own, dict) and any("LABEL_" not in str(name) for name in own.values()):
+    elif (
+        labels is not None
+        and isinstance(id2label, dict)
+        and any("LABEL_" not in str(name) for name in id2label.values())
+    ):
         advice.append(
             "config.json keeps the base's names of labels, because there are as many as rows in the saved head: if the adapter was trained "
             "on other labels, set id2label and label2id"
@@ -311,40 +315,40 @@ def match_carried(base: Checkpoint, adapter: DeltaSource, matched: Mapping[str, 
             continue
         exchanged = [add + c.name[len(strip) :] for strip, add in exchanges if c.name.startswith(strip)]
         names = (c.name, by_run_time.get(c.name), *exchanged)
-        found = [*dict.fromkeys(n for n in names if n is not None and (n in known or n in quantized))]
-        if len(found) > 1:
-            problems.append(f"{c.source!r} is ambiguous: it could be {listed(map(repr, found))}")
+        matches = [*dict.fromkeys(n for n in names if n is not None and (n in known or n in quantized))]
+        if len(matches) > 1:
+            problems.append(f"{c.source!r} is ambiguous: it could be {listed(map(repr, matches))}")
             continue
-        if not found and (c.role != "saved" or not adapter.trains(c.module)):
+        if not matches and (c.role != "saved" or not adapter.trains(c.module)):
             problems.append(
                 f"{c.source!r} has no tensor in the base (looked for {c.name!r}), and modules_to_save does not name it"
             )
             continue
-        if not found and (name := next((n for n in (c.name, *exchanged) if n in built), "")):
+        if not matches and (name := next((n for n in (c.name, *exchanged) if n in built), "")):
             raise UnsupportedError(
                 f"{adapter.file.path}: {c.source!r} replaces {name!r}, built on loading from {built[name]!r} and others; not supported"
             )
-        name = found[0] if found else exchanged[0] if len({*exchanged}) == 1 else c.name
-        mine = adapter.tensors[c.source]
+        name = matches[0] if matches else exchanged[0] if len({*exchanged}) == 1 else c.name
+        tensor = adapter.tensors[c.source]
         if name in quantized:
-            if c.role == "tokens" and (problem := _misfit_of_tokens(c, mine.info.shape, name, weights[name].shape)):
+            if c.role == "tokens" and (problem := _misfit_of_tokens(c, tensor.info.shape, name, weights[name].shape)):
                 problems.append(problem)
         elif name in known:
-            theirs = sources.get(name) or known[name]
-            if problem := _misfit(c, mine.info, theirs.info, name in vocabulary, bool(vocabulary)):
+            replaced = sources.get(name) or known[name]
+            if problem := _misfit(c, tensor.info, replaced.info, name in vocabulary, bool(vocabulary)):
                 problems.append(problem)
-            if c.role != "saved" or mine.info.dtype != theirs.info.dtype:
-                for part in (mine, theirs):
-                    encoding_of(part.info, str(part.file.path))
+            if c.role != "saved" or tensor.info.dtype != replaced.info.dtype:
+                for part in (tensor, replaced):
+                    float_dtype(part.info, str(part.file.path))
         if c.role == "saved":
-            sources[name] = mine
+            sources[name] = tensor
             # A head's bias is saved along with a vocabulary that has grown, whether or not it was trained.
             if (c.parameter == "bias" and adapter.config.get("bias", "none") != "none") or adapter.trains(c.module):
                 trained.add(name)
         elif c.role == "lora_bias":
-            shifts[name] = (mine, c.scaling)
+            shifts[name] = (tensor, c.scaling)
         else:
-            rows[name] = (mine, c.indices)
+            rows[name] = (tensor, c.indices)
     if problems:
         raise MismatchError(
             f"{adapter.file.path}: {listed(problems, separator='; ')}; is {base.path} the base that the adapter was trained on?"
@@ -353,22 +357,22 @@ def match_carried(base: Checkpoint, adapter: DeltaSource, matched: Mapping[str, 
     return TensorEdits(sources, shifts, rows, frozenset(trained), _vocabularies(known, plain, adapter, vocabulary))
 
 
-def _misfit(c: Carried, mine: TensorInfo, base: TensorInfo, is_vocabulary: bool, has_vocabulary: bool) -> str:
+def _misfit(c: Carried, info: TensorInfo, base: TensorInfo, is_vocabulary: bool, has_vocabulary: bool) -> str:
     if c.role == "tokens":
-        return _misfit_of_tokens(c, mine.shape, base.name, base.shape)
+        return _misfit_of_tokens(c, info.shape, base.name, base.shape)
     may_grow = is_vocabulary or LABEL_HEAD.search(base.name)
-    resized = c.role == "saved" and mine.shape[1:] == base.shape[1:] and mine.shape and mine.shape[0]
-    if mine.shape != base.shape and not (resized and may_grow):
+    resized = c.role == "saved" and info.shape[1:] == base.shape[1:] and info.shape and info.shape[0]
+    if info.shape != base.shape and not (resized and may_grow):
         unnamed = resized and not has_vocabulary
         ask = " (if its rows are the vocabulary, name the base's class with --architecture NAME)" if unnamed else ""
-        return f"{c.source!r}: expected shape {list(base.shape)} of {base.name!r}, found {list(mine.shape)}{ask}"
+        return f"{c.source!r}: expected shape {list(base.shape)} of {base.name!r}, found {list(info.shape)}{ask}"
     return ""
 
 
-def _misfit_of_tokens(c: Carried, mine: tuple[int, ...], name: str, base: tuple[int, ...]) -> str:
+def _misfit_of_tokens(c: Carried, shape: tuple[int, ...], name: str, base: tuple[int, ...]) -> str:
     expected = (len(c.indices), *base[1:])
-    if mine != expected:
-        return f"{c.source!r}: expected shape {list(expected)}, found {list(mine)}"
+    if shape != expected:
+        return f"{c.source!r}: expected shape {list(expected)}, found {list(shape)}"
     if c.indices and max(c.indices) >= base[0]:
         return f"{c.source!r}: row {max(c.indices)} of trainable_token_indices is beyond the {base[0]} rows of {name!r}"
     return ""
@@ -383,9 +387,9 @@ def _vocabularies(known: Mapping[str, StoredTensor], sources: Mapping[str, Store
         if name in known and part.info.shape != known[name].info.shape and not LABEL_HEAD.search(name)
     }
     follow = {other for changed in resized for other in vocabulary[changed].names}
-    found: dict[tuple[str, ...], int] = {}
+    sizes: dict[tuple[str, ...], int] = {}
     for name, (before, after) in resized.items():
-        found.setdefault(vocabulary[name].keys, after)
+        sizes.setdefault(vocabulary[name].keys, after)
         for other in vocabulary.keys() & known.keys() - follow:
             # One value for each token, such as a head's bias, is not an embedding (`tied_embeddings.without_stale_values`).
             info, rows = known[other].info, sources.get(other, known[other]).info.shape[0]
@@ -395,7 +399,7 @@ def _vocabularies(known: Mapping[str, StoredTensor], sources: Mapping[str, Store
                     f"{adapter.file.path}: gives {name!r} {after} rows, but {other!r} keeps {rows}: the vocabulary grew, but the adapter "
                     "was saved without one of the embeddings; save it again with save_embedding_layers=True and target both or neither"
                 )
-    return found
+    return sizes
 
 
 def check_announced(adapter: DeltaSource, names: Collection[str], renames: Renames, config: ModelConfig,
@@ -439,10 +443,10 @@ def check_announced(adapter: DeltaSource, names: Collection[str], renames: Renam
         if lacking:
             missing.append(f"{listed(map(repr, lacking), 1)} of {entry!r} in modules_to_save")
     rows = stated.get("trainable_token_indices")
-    found = {c.module: list(c.indices) for c in adapter.carried if c.role == "tokens"}
+    rows_by_module = {c.module: list(c.indices) for c in adapter.carried if c.role == "tokens"}
     for module, indices in rows.items() if isinstance(rows, dict) else [("the embedding", rows)]:
         # PEFT saves only one of several tied modules with the same rows.
-        if indices and not any(f".{m}".endswith(f".{module}") or found[m] == indices for m in found):
+        if indices and not any(f".{m}".endswith(f".{module}") or rows_by_module[m] == indices for m in rows_by_module):
             missing.append(f"the rows of {module!r} in trainable_token_indices")
     shifted = {c.module for c in adapter.carried if c.role == "lora_bias"}
     # Some programs write biases only for layers that have one; PEFT takes missing ones as zero.
@@ -453,31 +457,9 @@ def check_announced(adapter: DeltaSource, names: Collection[str], renames: Renam
             f"{adapter.file.path}: lacks tensors that {CONFIG_NAME} announces: {listed(missing, separator='; ')}; save it again"
         )
     count = {"all": sum(t.endswith(".bias") for t in tensors), "lora_only": len(biased)}.get(str(stated.get("bias")), 0)
-    brought, notes = sum(c.parameter == "bias" for c in adapter.carried), _untargeted(adapter, renames)
-    if brought < count:
-        notes.append(
-            f"the adapter's bias is {stated.get('bias')!r}, but its file has {brought} of {count} biases: the base's values are kept"
-        )
-    return tuple(notes)
-
-
-def _untargeted(adapter: DeltaSource, renames: Renames) -> list[str]:
-    """Note modules with factors that the config does not target."""
-    config = adapter.config
-    named, excluded = {*config.strings("target_modules")}, tuple(f".{m}" for m in config.strings("exclude_modules"))
-    if not named or config.get("target_parameters") or config.get("ensure_weight_tying"):
-        return []
-    now = renames.at_run_time([f"{name}.weight" for name in adapter.modules])
-    paths = {name: {name, now.get(f"{name}.weight", name).removesuffix(".weight")} for name in adapter.modules}
-    stated = config.get("layers_to_transform")
-    layers = {str(layer) for layer in (stated if isinstance(stated, list) else [stated]) if layer is not None}
-    found = [
-        name for name, names in paths.items()
-        if not any(f".{n}".endswith(f".{target}") for n in names for target in named) or f".{name}".endswith(excluded)
-        or (layers and layers.isdisjoint(name.split(".")) and names.isdisjoint(named))
-    ]  # fmt: skip
-    return [f"PEFT ignores the factors of {listed(map(repr, found))}, which target_modules, exclude_modules or layers_to_transform leave "
-            "out; streamer applies them: correct the config, or remove the factors"] if found else []  # fmt: skip
+    brought = sum(c.parameter == "bias" for c in adapter.carried)
+    bias = f"the adapter's bias is {stated.get('bias')!r}, but its file has {brought} of {count} biases"
+    return (f"{bias}: the base's values are kept",) if brought < count else ()
 
 
 def _missing_of_head(entry: str, saved: set[str], config: ModelConfig, task: object) -> list[str]:

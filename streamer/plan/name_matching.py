@@ -79,14 +79,6 @@ def _key(part: str) -> tuple[Any, ...]:
     return 1, *_RANKS.get(part, _OTHER), [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", part)]
 
 
-# For a model that no table knows: renames common to vision-language models.
-COMMON = (
-    {"rename": r"^language_model\.lm_head(?!\w)", "to": "lm_head"},
-    {"rename": r"^language_model\.model\.", "to": "model.language_model."},
-    {"rename": r"^(visual|vision_tower|multi_modal_projector)\.", "to": r"model.\1."},
-)
-
-
 @dataclass(frozen=True)
 class Conversion:
     """Tensors that loading builds from others: `to` from each match of `sources`, by the named operations."""
@@ -225,23 +217,21 @@ def renames_for(config: ModelConfig) -> Renames:
         prefix = architecture.base_prefix
     rules, same = packaged(RENAMES)["rules"], packaged(RENAMES)["same"]
     seen: defaultdict[str, list[str]] = defaultdict(list)
-    found: list[tuple[str | None, Sequence[dict[str, Any]]]] = []
+    steps_within: list[tuple[str | None, Sequence[dict[str, Any]]]] = []
     whose = ""
     for path, *keys in models:
         for key in keys:
             if any(around == "" or path.startswith(f"{around}.") for around in seen[key]):
                 break
             if (steps := rules.get(same.get(key, key))) is not None:
-                found.append((_scope(path, prefix), steps))
+                steps_within.append((_scope(path, prefix), steps))
                 seen[keys[0]].append(path)
                 seen[key].append(path)
                 whose = whose or key
                 break
-    if architecture is None and not found:
-        found.append((None, COMMON))
-    found.append((None, rules.get("legacy", ())))
+    steps_within.append((None, rules.get("legacy", ())))
     renames, conversions = [], []
-    for within, steps in found:
+    for within, steps in steps_within:
         where = None if within is None else re.compile(within)
         for step in steps:
             if "convert" in step:
@@ -301,21 +291,21 @@ def match_names(
     parameters = list(parameters)
     modules = [*modules, *parameters]
     names = _Names(list(tensors), renames, frozenset(parameters))
-    found = {name: names.by_name(name, modules) for name in modules}
-    if all(m.tensor for m in found.values()):
-        return found
-    ambiguous = any(m.why for m in found.values() if not m.tensor)
+    matches = {name: names.by_name(name, modules) for name in modules}
+    if all(m.tensor for m in matches.values()):
+        return matches
+    ambiguous = any(m.why for m in matches.values() if not m.tensor)
     exchanged = [] if ambiguous else names.by_prefix(modules)
     if len(exchanged) == 1:
         return exchanged[0]
-    for name, match in found.items():
+    for name, match in matches.items():
         if match.tensor or match.why:
             continue
         why = f"has no tensor in the base (looked for {name + '.weight'!r} and for one exchange of prefixes)"
         if exchanged:
             why = f"is ambiguous: it could be {listed(sorted(repr(way[name].tensor) for way in exchanged))}"
-        found[name] = Match("", "", why)
-    return found
+        matches[name] = Match("", "", why)
+    return matches
 
 
 class _Names:
@@ -367,8 +357,8 @@ class _Names:
     def _renamed(self, name: str, tensor: str) -> Match:
         if tensor == name:
             return Match(tensor, "rename", f"transformers builds it on loading, in {self.renames.model}")
-        whose = f"in {self.renames.model}" if self.renames.model else "in vision-language models"
-        return Match(tensor, "rename", f"transformers loads {tensor!r} as {name + '.weight'!r}, or did, {whose}")
+        whose = self.renames.model or "all models"
+        return Match(tensor, "rename", f"transformers loads {tensor!r} as {name + '.weight'!r}, or did, in {whose}")
 
     def by_prefix(self, modules: Sequence[str]) -> list[dict[str, Match]]:
         """List every way in which one exchange of prefixes fits all modules, on disk names or run-time names."""
@@ -390,11 +380,11 @@ def prefix_exchange(module: str, stem: str) -> tuple[str, str]:
 
     ``model.layers.0.q``, ``transformer.layers.0.q`` → ``("model.", "transformer.")``.
     """
-    mine, theirs = module.split("."), stem.split(".")
+    of_module, of_stem = module.split("."), stem.split(".")
     n = 0
-    while n < min(len(mine), len(theirs)) and mine[-1 - n] == theirs[-1 - n]:
+    while n < min(len(of_module), len(of_stem)) and of_module[-1 - n] == of_stem[-1 - n]:
         n += 1
-    strip, add = ("".join(p + "." for p in parts[: len(parts) - n]) for parts in (mine, theirs))
+    strip, add = ("".join(p + "." for p in parts[: len(parts) - n]) for parts in (of_module, of_stem))
     return strip, add
 
 
@@ -412,9 +402,9 @@ def _prefix_rules(modules: Sequence[str], stems: Mapping[str, str]) -> list[tupl
     last = first.rpartition(".")[2]
     rules = {prefix_exchange(first, stem) for stem in stems if stem.rpartition(".")[2] == last}
     rules = {rule for rule in rules if not any(part.isdigit() for part in "".join(rule).split("."))}
-    found = [rule for rule in rules if all(_fits(name, *rule, stems) for name in (first, *others))]
-    shortest = min((strip.count(".") for strip, _ in found), default=0)
-    return sorted(rule for rule in found if rule[0].count(".") == shortest)
+    fitting = [rule for rule in rules if all(_fits(name, *rule, stems) for name in (first, *others))]
+    shortest = min((strip.count(".") for strip, _ in fitting), default=0)
+    return sorted(rule for rule in fitting if rule[0].count(".") == shortest)
 
 
 def _fits(name: str, strip: str, add: str, stems: Mapping[str, str]) -> bool:

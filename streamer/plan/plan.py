@@ -201,15 +201,15 @@ def make_batch(base_path: str | Path, adapters: Sequence[str | Path], io: IOMode
     InputError
         If an input is faulty or refused, or the inputs do not belong together. Nothing has been written.
     """
-    given = [Path(adapter) for adapter in adapters]
+    paths = [Path(adapter) for adapter in adapters]
     # Errors of adapters are reported before errors of the base.
-    opened = [None if is_model(path) else open_adapter(path, io, stated) for path in given]
+    opened = [None if is_model(path) else open_adapter(path, io, stated) for path in paths]
     checkpoint = open_checkpoint(base_path, io)
     config = with_architecture(read_model_config(checkpoint.directory), architecture)
-    weights, inputs = open_weights(checkpoint, config), (checkpoint.path, *given)
+    weights, inputs = open_weights(checkpoint, config), (checkpoint.path, *paths)
     orientation = Orientation.of(checkpoint, config)
     renames, plans = renames_for(config), []
-    for path, adapter in zip(given, opened, strict=True):
+    for path, adapter in zip(paths, opened, strict=True):
         source = adapter or open_finetuned(path, checkpoint, tensor_roles(path, checkpoint, config, orientation), io)
         plan = match_plan(checkpoint, weights, config, orientation, source, renames)
         # The small files that outputs copy or that are read whole.
@@ -365,15 +365,15 @@ class AdapterBatch:
         Two adapters on ``q_proj`` form one group of two. An adapter that saves its own ``q_proj``, to which its delta is added, forms a
         group of its own.
         """
-        found: dict[tuple[Any, ...], list[Assignment]] = {}
+        groups: dict[tuple[Any, ...], list[Assignment]] = {}
         for i, plan in enumerate(self.plans):
             order = file_order(plan.weights)
             for assignment in filter(wanted, (Assignment(i, target) for target in plan.targets)):
                 target = assignment.target
                 tensors = plan.weights[target.tensor].tensors.values()
                 where = tuple((str(stored.file.path), stored.info.start, stored.info.end) for stored in tensors)
-                found.setdefault((order(target), target.tensor, where), []).append(assignment)
-        return [tuple(found[key]) for key in sorted(found, key=lambda key: key[0])]
+                groups.setdefault((order(target), target.tensor, where), []).append(assignment)
+        return [tuple(groups[key]) for key in sorted(groups, key=lambda key: key[0])]
 
 
 PROCESS_BYTES = (350 if torch.version.cuda or torch.version.hip else 200) << 20

@@ -132,10 +132,10 @@ def find_ties(names: Collection[str], architecture: Architecture | None, renames
         if any("*" in name for name in run_time):
             ties.append(TiedNames(dict.fromkeys(run_time), "", keys))
             continue
-        found = {name: stored for name in run_time if (stored := on_disk.find(name))}
-        if found:
-            source, stored = next(iter(found.items()))
-            at = {name: found.get(name) or on_disk.of_new(name, source, stored) for name in run_time}
+        stored_names = {name: stored for name in run_time if (stored := on_disk.find(name))}
+        if stored_names:
+            source, stored = next(iter(stored_names.items()))
+            at = {name: stored_names.get(name) or on_disk.of_new(name, source, stored) for name in run_time}
             ties.append(TiedNames(at, stored, keys))
     return tuple(ties)
 
@@ -306,16 +306,16 @@ def without_copies(
     copies: set[str] = set()
     dropped: dict[str, str] = {}
     for tie in find_ties(tuned.tensors, architecture, renames):
-        mine = {name: tuned.tensors[name] for name in tie.names if name in tuned.tensors}
-        theirs = {name: StoredTensor(*base.locate(name)) for name in tie.names if name in base.weight_map}
+        tuned_copies = {name: tuned.tensors[name] for name in tie.names if name in tuned.tensors}
+        base_copies = {name: StoredTensor(*base.locate(name)) for name in tie.names if name in base.weight_map}
         refuse = bool(tie.keys) or tuned.model_config.tied is not False
-        apart = _unequal(mine, tuned.path, "the config", refuse) | _unequal(
-            theirs, base.path, f"the config of {tuned.path}", refuse
+        apart = _unequal(tuned_copies, tuned.path, "the config", refuse) | _unequal(
+            base_copies, base.path, f"the config of {tuned.path}", refuse
         )
-        same = [name for name in tie.names if name in mine.keys() | theirs and name not in apart]
-        kept = next((name for name in same if name in mine and name in theirs), tie.stored)
-        copies |= {name for name in same if name in mine and name != kept}
-        dropped |= {name: BY_TIE for name in same if name in theirs and name != kept}
+        same = [name for name in tie.names if name in tuned_copies.keys() | base_copies and name not in apart]
+        kept = next((name for name in same if name in tuned_copies and name in base_copies), tie.stored)
+        copies |= {name for name in same if name in tuned_copies and name != kept}
+        dropped |= {name: BY_TIE for name in same if name in base_copies and name != kept}
     return tuned.without(copies) if copies else tuned, dropped
 
 
@@ -337,20 +337,20 @@ def mirrored(ties: Iterable[TiedNames], adapter: DeltaSource, matched: Mapping[s
     if not adapter.config.get("ensure_weight_tying") or adapter.config.peft_type != "LORA":
         return {}
     by_tensor = {tensor: adapter.modules[module] for module, tensor in matched.items()}
-    found = {}
+    mirrors = {}
     for tie in ties:
         modules = [by_tensor[name] for name in tie.names if name in by_tensor]
         if len(modules) < 2:
             continue
-        embedding, head, *more = sorted(modules, key=lambda m: m.layer_kind != "embedding")
-        if more or not _repeats(head, embedding, adapter):
+        embedding, head, *others = sorted(modules, key=lambda m: m.layer_kind != "embedding")
+        if others or not _repeats(head, embedding, adapter):
             raise UnsupportedError(
                 f"{adapter.path}: says ensure_weight_tying, but the factors of {embedding.name!r} and {head.name!r} are not those of one "
                 "delta; to use them as trained, set ensure_weight_tying to false in its config, and name both in target_modules"
             )
         if embedding.low_rank:
-            found[embedding.name] = head
-    return found
+            mirrors[embedding.name] = head
+    return mirrors
 
 
 def _repeats(head: Module, embedding: Module, adapter: DeltaSource) -> bool:
@@ -434,15 +434,15 @@ def vocabulary_tensors(base: Checkpoint, config: ModelConfig, architecture: Arch
         rows, keys = config.vocab_size, config.vocabulary_keys
         return {name: VocabularyTensor((name,), keys) for name, shape in shapes.items() if shape and shape[0] == rows}
     on_disk = NamesOnDisk(base.weight_map, architecture, renames)
-    found: dict[str, VocabularyTensor] = {}
+    tensors: dict[str, VocabularyTensor] = {}
     for run_time, keys in architecture.vocabulary.items():
         for name in on_disk.find_all(run_time):
-            found[name] = VocabularyTensor((name,), keys)
+            tensors[name] = VocabularyTensor((name,), keys)
     for tie in ties:
         stated = next(filter(None, map(architecture.vocabulary_keys, tie.on_disk)), None)
         if tie.stored and stated:
-            found |= dict.fromkeys(tie.names, VocabularyTensor(tie.names, stated))
-    return found
+            tensors |= dict.fromkeys(tie.names, VocabularyTensor(tie.names, stated))
+    return tensors
 
 
 def without_stale_values(base: Checkpoint, architecture: Architecture | None, vocabulary: Mapping[str, VocabularyTensor],

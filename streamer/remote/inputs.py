@@ -16,11 +16,11 @@ import re
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 from urllib.parse import unquote
 
 from streamer import errors
@@ -87,10 +87,6 @@ class Listing:
         files = sorted((name, file.shown, file.size, file.version) for name, file in self.files.items())
         key = hashlib.sha256(json.dumps([self.address, files]).encode()).hexdigest()[:16]
         return ranges.cache_directory() / kind / key / self.place
-
-    def located(self) -> Self:
-        """Return the listing with the sizes and versions of its weights."""
-        return self
 
     def is_cached(self, name: str) -> bool:
         """Test whether a file has been downloaded."""
@@ -191,9 +187,9 @@ def list_address(url: Url) -> Listing:
         else:
             files, shards = _web(url)
         small, weights = needed_files(url.shown, files, shards)
-    for one in weights.values():
-        if not one.ranges:
-            raise ranges.no_ranges(one.shown)
+    for weight in weights.values():
+        if not weight.ranges:
+            raise ranges.no_ranges(weight.shown)
     return Listing(url.shown, Path(url.name), small, weights, file)
 
 
@@ -262,15 +258,7 @@ def _web(url: Url) -> tuple[Files, list[str]]:
             raise refusals[0]
 
     found: Files = {}
-    invented = f"no-such-file-{token_hex(8)}.json"
-    ask(
-        [INDEX_NAME, SINGLE_NAME, CONFIG_NAME, WEIGHTS_NAME, *KNOWN_NAMES, invented],
-        [INDEX_NAME, SINGLE_NAME, WEIGHTS_NAME],
-        1,
-    )
-    if invented in found:
-        cure = "so missing files cannot be detected; download them and name the directory"
-        raise errors.UnsupportedError(f"{url.shown}: the server answers every name, {cure}")
+    ask([INDEX_NAME, SINGLE_NAME, CONFIG_NAME, WEIGHTS_NAME, *KNOWN_NAMES], [INDEX_NAME, SINGLE_NAME, WEIGHTS_NAME], 1)
     shards = _shards(found)
     ask(shards, shards, len(shards))
     if "config.json" in found:
@@ -384,22 +372,12 @@ class Offline(errors.MissingInputError):
 
 @dataclass(frozen=True)
 class HubListing(Listing):
-    """Needed files of one commit; those that are not `located` have no version yet."""
+    """Needed files of one commit, which is their version."""
 
     name: HubName
     commit: str
 
     streams: ClassVar[bool] = False
-
-    def located(self) -> Self:
-        """Request the sizes and versions of the weights."""
-        weights = dict[str, RemoteFile]()
-        stats = ranges.at_once(ranges.stat_remote, [(file.url, file.shown, True) for file in self.weights.values()])
-        for (name, file), stat in zip(self.weights.items(), stats, strict=True):
-            if stat is None:
-                raise errors.MissingInputError(f"{file.shown}: no such file; check its name", file.shown)
-            weights[name] = stat
-        return replace(self, weights=weights)
 
     def is_cached(self, name: str) -> bool:
         """Test whether the hub's cache has a file."""
@@ -442,8 +420,7 @@ def list_hub(name: HubName) -> HubListing:
     for sibling in info.siblings or ():
         if (path := str(sibling.rfilename)).startswith(start):
             url, shown = hub.hf_hub_url(name.repo, path, revision=commit), f"{name.repo}@{commit[:12]}/{path}"
-            # A mirror may not state sizes.
-            files[path.removeprefix(start)] = RemoteFile(url, shown, sibling.size or 0, "", token=True)
+            files[path.removeprefix(start)] = RemoteFile(url, shown, sibling.size or 0, commit, token=True)
     if name.file and name.file not in files:
         raise errors.MissingInputError(f"{name.shown}: has no such file; check its name", name.shown)
     if not name.file and INDEX_NAME in files:
@@ -496,15 +473,15 @@ def _client(name: HubName) -> Iterator[Any]:
 
 def _error(name: HubName, e: Exception) -> errors.StreamerError:
     """Make the error for one of the hub's client: by its class, or by the response's status."""
-    theirs, shown = import_module("huggingface_hub.errors"), name.shown
+    hub_errors, shown = import_module("huggingface_hub.errors"), name.shown
     full = errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS
     if isinstance(e, OSError) and e.errno in full:
         return errors.StorageError(f"{shown}: cannot download: {e.strerror}; make room, or name another HF_HOME")
-    if isinstance(e, theirs.OfflineModeIsEnabled):
+    if isinstance(e, hub_errors.OfflineModeIsEnabled):
         why = "no such path, nor is it in the hub's cache, and HF_HUB_OFFLINE is set; check the path, or unset it"
         return Offline(f"{shown}: {why}", shown)
-    absent = theirs.RepositoryNotFoundError, theirs.RevisionNotFoundError, theirs.HFValidationError
-    gated = isinstance(e, theirs.GatedRepoError)
+    absent = hub_errors.RepositoryNotFoundError, hub_errors.RevisionNotFoundError, hub_errors.HFValidationError
+    gated = isinstance(e, hub_errors.GatedRepoError)
     if isinstance(e, absent) and not gated:
         version = f" of revision {name.revision!r}" if name.revision else ""
         advice = "or it is private; check the name, or log in with `hf auth login`"
@@ -547,8 +524,8 @@ def parse_address(text: str) -> HubName | Url | None:
     if os.path.lexists(text):
         return None
     named = _HUB_PAGE.fullmatch(text)
-    if named is None and (found := _SCHEME.match(text)):
-        scheme, rest = found["scheme"], text[found.end() :]
+    if named is None and (match := _SCHEME.match(text)):
+        scheme, rest = match["scheme"], text[match.end() :]
         if scheme == "hf":
             if (named := _HUB_NAME.fullmatch(rest.removeprefix("models/"))) is None:
                 raise errors.UsageError(
@@ -587,7 +564,7 @@ class Remote:
     peek: bool = False
     monitor: Monitor = field(default_factory=Monitor)
 
-    def path(self, given: str | Path) -> str | Path:
+    def path(self, named: str | Path) -> str | Path:
         """Return the local path of an input: the path itself, or the directory that stands in for an address.
 
         Raises
@@ -597,9 +574,9 @@ class Remote:
         MissingPackageError
             If the package for such addresses is not installed.
         """
-        address = parse_address(given) if isinstance(given, str) else None
+        address = parse_address(named) if isinstance(named, str) else None
         if address is None:
-            return given
+            return named
         ranges.heed(self.monitor)
         if isinstance(address, Url):
             listing = list_address(address)
@@ -621,16 +598,15 @@ class Remote:
         replace_link(link, path)
         return link
 
-    def paths(self, *given: str | Path) -> list[str | Path]:
+    def paths(self, *named: str | Path) -> list[str | Path]:
         """Return the local paths of several inputs."""
-        return [self.path(one) for one in given]
+        return [self.path(name) for name in named]
 
     def _directory(self, listing: Listing) -> Path:
         """Return the directory that holds the files, or stands for them."""
         streams = self.mode == "stream" or (self.mode is None and listing.streams)
         is_adapter = CONFIG_NAME in listing.small and not {INDEX_NAME, SINGLE_NAME} & listing.files.keys()
         if not is_adapter and (streams or self.peek):  # an adapter is small enough to be always downloaded
-            listing = listing.located()
             to_download = sum(f.size for name, f in listing.weights.items() if not (streams or listing.is_cached(name)))
             if streams or to_download:
                 return listing.shadow(to_download, self.monitor)

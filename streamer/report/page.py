@@ -36,11 +36,12 @@ from streamer.evaluation.evaluation import (
     reasons,
     verdict,
 )
+from streamer.events import Monitor
 from streamer.methods import METHODS, takes_findings
 from streamer.output.job import record_lines, verify_line
 from streamer.plan.name_matching import natural
 from streamer.storage.atomic_file import remove_partials, write_atomic
-from streamer.storage.files import locked, make_directory, storage_errors, touch
+from streamer.storage.files import locked, make_directory, storage_errors
 from streamer.storage.transaction import (
     check_file_path,
     check_space,
@@ -50,6 +51,7 @@ from streamer.storage.transaction import (
     not_own,
     refuse_symlink,
     refuse_within_output,
+    touch,
 )
 from streamer.units import counted, listed
 from streamer.verification.verify import RECORD_NAME, read_record
@@ -416,7 +418,7 @@ def write_files(subject: Subject, output: str | Path, overwrite: bool = False) -
         )
     data = make_page(subject)
     if _is_present(path, data, overwrite):
-        touch([path])
+        touch([path], Monitor())
         return WrittenPage("present", len(data))
     check_space(path, len(data))
     make_directory(path.parent)

@@ -253,11 +253,6 @@ class Checkpoint:
         return sum(f.header.data_bytes for f in self.files.values())
 
     @property
-    def metadata(self) -> Mapping[str, str]:
-        """Return the metadata of the first file."""
-        return next((file.header.metadata for file in self.files.values()), {})
-
-    @property
     def remote(self) -> bool:
         """Return whether tensors are read from a URL by ranges."""
         return any(f.remote for f in self.files.values())
@@ -421,13 +416,13 @@ def _model(path: Path, single: Path, index_path: Path, io: IOMode, prefix: str =
     weight_map = {prefix + tensor: name for tensor, name in weight_map.items()}
     names = dict.fromkeys(check_shard_name(name, index_path) for name in weight_map.values())
     files = {name: TensorFile(path / name, io, prefix) for name in names}
-    found: dict[str, list[str]] = {}
+    holders: dict[str, list[str]] = {}
     for name, file in files.items():
         for t in file.header.tensors:
-            found.setdefault(t.name, []).append(name)
-    for tensor in {**weight_map, **found}:
-        if found.get(tensor) != [weight_map.get(tensor)]:
-            there, expected = listed(found.get(tensor, ["no shard"])), weight_map.get(tensor, "no shard")
+            holders.setdefault(t.name, []).append(name)
+    for tensor in {**weight_map, **holders}:
+        if holders.get(tensor) != [weight_map.get(tensor)]:
+            there, expected = listed(holders.get(tensor, ["no shard"])), weight_map.get(tensor, "no shard")
             what = f"tensor {tensor!r}: expected in {expected}, found in {there}; get index and shards of one version"
             raise FormatError(f"{index_path}: {what}")
     data_bytes = sum(file.header.data_bytes for file in files.values())

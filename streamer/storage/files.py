@@ -16,7 +16,7 @@ import math
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
@@ -91,43 +91,23 @@ def read_at(fd: int, out: memoryview, at: int) -> int:
 
 
 def available_cores(cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
-    """Count the cores that this process may use, by its affinity mask and its control group's quota, rounded up.
+    """Count the cores that this process may use, by its affinity mask and its control groups' quotas (version 2), rounded up.
 
     Parameters
     ----------
     cgroups, membership
-        Directories where Linux mounts control groups, and the file that names this process' groups.
+        Directory where Linux mounts control groups, and the file that names this process' group.
     """
-    masked = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, math.ceil(min(masked, _quota(cgroups, membership))))
-
-
-def _quota(cgroups: Path, membership: Path) -> float:
-    """Read the number of cores that this process' control groups allow, from innermost to outermost; infinite if none sets a limit."""
-    quota = math.inf
-    try:
-        lines = membership.read_text("utf-8", "surrogateescape").splitlines()
-    except OSError:
-        return quota
-    for line in lines:  # such as 0::/user.slice/job (version 2) and 4:cpu,cpuacct:/job (version 1)
-        _, controllers, inner = [*line.split(":", 2), "", ""][:3]
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        root = cgroups / controllers if controllers else cgroups
-        group = root / inner.lstrip("/")
-        # In a container the path may be the host's; the root of the mount is then the container's own group.
-        for directory in {root, *(p for p in (group, *group.parents) if root in p.parents)}:
-            quota = min(quota, _quota_of(directory, bool(controllers)))
-    return quota
-
-
-def _quota_of(group: Path, first_version: bool) -> float:
-    try:
-        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if first_version else ("cpu.max",)
-        most, period = " ".join((group / name).read_text("ascii") for name in names).split()
-        return float(most) / float(period) if most not in ("max", "-1") else math.inf
-    except (OSError, ValueError, ZeroDivisionError):
-        return math.inf
+    cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    group = cgroups
+    with contextlib.suppress(OSError):  # such as 0::/user.slice/job
+        group /= membership.read_text("utf-8", "surrogateescape").partition("::")[2].strip().lstrip("/")
+    # In a container the path may be the host's; the root of the mount is then the container's own group.
+    for directory in {cgroups, *(p for p in (group, *group.parents) if cgroups in p.parents)}:
+        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # no quota: no such file, or "max"
+            quota, period = (directory / "cpu.max").read_text("ascii").split()
+            cores = min(cores, float(quota) / float(period))
+    return max(1, math.ceil(cores))
 
 
 def give_freed_memory_back() -> None:
@@ -209,22 +189,6 @@ def remove_file(path: Path) -> None:
     with storage_errors(path, "remove"), contextlib.suppress(FileNotFoundError):
         path.unlink()
         fsync_directory(path.parent)
-
-
-def touch(paths: Sequence[Path]) -> str:
-    """Set the times of files to now, so that `make` considers them newer than their inputs; contents do not change.
-
-    Returns
-    -------
-    str
-        Why the first failure happened; empty if there was none. A finished output on a read-only disk is not an error.
-    """
-    try:
-        for path in paths:
-            os.utime(path)
-    except OSError as e:
-        return f"{e.filename}: {e.strerror or e}"
-    return ""
 
 
 def fsync_directory(path: Path) -> None:
@@ -390,11 +354,11 @@ class AdapterIdentity(DigestedAdapter, StatedIdentity):
 # fmt: on
 
 
-def difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+def difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
     """Describe briefly how two identities differ."""
-    keys = [k for k in {**mine, **theirs} if mine.get(k) != theirs.get(k)]
+    keys = [k for k in {**first, **second} if first.get(k) != second.get(k)]
     if "files" in keys:
-        a, b = mine.get("files", []), theirs.get("files", [])
+        a, b = first.get("files", []), second.get("files", [])
         if [f["file"] for f in a] != [f["file"] for f in b]:
             return f"files {[f['file'] for f in a][:3]} against {[f['file'] for f in b][:3]}"
         changed = next(x["file"] for x, y in zip(a, b, strict=True) if x != y)

@@ -128,10 +128,6 @@ def tensor_nbytes(dtype: str, shape: Iterable[int]) -> int:
     return bits // 8
 
 
-def _is_index(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**64
-
-
 def _depth(value: object) -> int:
     """Return the nesting depth of lists and objects in a JSON value."""
     depth, level = 0, [value]
@@ -157,8 +153,9 @@ def _tensor_info(name: str, entry: object) -> TensorInfo:
     dtype, shape, offsets = (entry[key] for key in _FIELDS)
     if isinstance(dtype, dict) and list(dtype.values()) == [None]:
         dtype = next(iter(dtype))  # the library also accepts {"F32": null} for "F32"
-    lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
-    if not (isinstance(dtype, str) and lists and all(map(_is_index, [*shape, *offsets]))):
+    numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
+    fits = isinstance(dtype, str) and all(type(n) is int and 0 <= n < 2**64 for n in numbers) and len(offsets) == 2
+    if not fits:
         found = quoted([dtype, shape, offsets])
         raise ValueError(f"tensor {name!r}: expected a dtype, a list of sizes and a pair of offsets, found {found}")
     try:

@@ -29,7 +29,7 @@ from importlib import import_module
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import unquote, urljoin
+from urllib.parse import unquote
 
 from streamer import __version__
 from streamer.errors import InputChangedError, InputError, MissingPackageError, StorageError, UnsupportedError
@@ -58,9 +58,6 @@ TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 ABSENT = {404, 410}
 REFUSED = {401, 403, 407}
 CONNECT_SECONDS = 10.0
-
-_targets: dict[str, str] = {}
-"""Where URLs redirect, as the hub's do; a target is used until it refuses."""
 
 _ranged: set[str] = set()
 """Servers that have answered with ranges."""
@@ -97,7 +94,7 @@ class RemoteFile:
     version
         Its ETag, generation or modification time, depending on the server.
     token
-        Whether requests include the hub's token.
+        Whether it is of a commit on the hub: requests include the hub's token, and its version cannot change.
     ranges
         Whether its server supports ranges.
     """
@@ -117,7 +114,7 @@ class RemoteFile:
 
     def check(self, version: str, size: int | None) -> None:
         """Raise `InputChangedError` if this is not the version stated now; an empty one and a size of None are not compared."""
-        if version not in ("", self.version) or size not in (None, self.size):
+        if (version not in ("", self.version) and not self.token) or size not in (None, self.size):
             raise InputChangedError.changed(self.shown)
 
 
@@ -129,7 +126,7 @@ def request_stat(url: str, shown: str, token: bool = False) -> RemoteFile | None
     Transient, InputError, StorageError
         If the answer is not available now, access is refused, or the server states no version.
     """
-    if not _by_http(url):
+    if not url.startswith("http"):
         try:
             with _bucket(url, shown) as (fs, path):
                 fs.invalidate_cache()
@@ -138,7 +135,7 @@ def request_stat(url: str, shown: str, token: bool = False) -> RemoteFile | None
             return None
         return None if info.get("type") == "directory" else _stated(url, shown, info)
     # The first byte: URLs that are signed for reading allow this but not HEAD.
-    with _answer(url, url, "bytes=0-0", shown, token) as (response, status, version):
+    with _answer(url, "bytes=0-0", shown, token) as (response, status, version):
         if status in ABSENT:
             return None
         if status in REFUSED:
@@ -154,7 +151,7 @@ def request_range(file: RemoteFile, out: memoryview, at: int) -> None:
     Transient, InputError, StorageError, InputChangedError
         If not all bytes came, reading failed permanently, access is refused, or the file has changed.
     """
-    if not _by_http(file.url):
+    if not file.url.startswith("http"):
         try:
             with _bucket(file.url, file.shown) as (fs, path):
                 data = fs.cat_file(path, start=at, end=at + len(out))
@@ -164,17 +161,13 @@ def request_range(file: RemoteFile, out: memoryview, at: int) -> None:
             raise Transient(f"the server gives {format_size(len(data))} of {format_size(len(out))}")
         out[:] = data
         return
-    url, part = _targets.get(file.url, file.url), f"bytes={at}-{at + len(out) - 1}"
-    with _answer(url, file.url, part, file.shown, file.token) as (response, status, version):
-        if status in ABSENT | REFUSED and url != file.url:  # the redirect's target has expired
-            _targets.pop(file.url, None)
-            raise Transient(f"status {status}", wait=0)
+    with _answer(file.url, f"bytes={at}-{at + len(out) - 1}", file.shown, file.token) as (response, status, version):
         if status in REFUSED:
             raise _refused(file.shown, status, file.token)
         if status in ABSENT | {416}:
             raise InputChangedError(f"{file.shown}: vanished or shrank during the run; put it back and start again")
-        file.check(version if url == file.url else "", _total(response))  # a target states the version in another form
-        server = _origin(url)
+        file.check(version, _total(response))
+        server = _urllib3().util.parse_url(file.url).netloc
         if status == 206:
             _ranged.add(server)
             if not response.headers.get("Content-Range", "").startswith(f"bytes {at}-"):
@@ -205,12 +198,12 @@ def request_list(url: str, shown: str) -> dict[str, RemoteFile]:
     try:
         with _bucket(url, shown) as (fs, path):
             fs.invalidate_cache()
-            found = fs.find(path, detail=True)
+            entries = fs.find(path, detail=True)
     except (FileNotFoundError, IsADirectoryError):
         return {}
     scheme, start = url.partition("://")[0], path.rstrip("/") + "/"
-    inside = {full: f"{scheme}://{full}" for full in found if full.startswith(start)}
-    return {full.removeprefix(start): _stated(at, at, found[full]) for full, at in inside.items()}
+    inside = {full: f"{scheme}://{full}" for full in entries if full.startswith(start)}
+    return {full.removeprefix(start): _stated(at, at, entries[full]) for full, at in inside.items()}
 
 
 def no_ranges(shown: str) -> UnsupportedError:
@@ -225,10 +218,6 @@ def without_secrets(text: str) -> str:
     return re.sub(r"(://)[^/\s@]*@", r"\1", re.sub(r"\?[^\s'\")]*", "", text))
 
 
-def _by_http(url: str) -> bool:
-    return url.startswith(("http://", "https://"))
-
-
 def _refused(shown: str, status: int, token: bool) -> InputError:
     login = "log in with `hf auth login`, or set HF_TOKEN to a token that may read it"
     advice = login if token else "check its user, password or signature, which may have expired"
@@ -240,40 +229,32 @@ def _urllib3() -> Any:
 
 
 @contextmanager
-def _answer(url: str, first: str, part: str, shown: str, token: bool) -> Iterator[tuple[Any, int, str]]:
-    """Request a range and follow redirects; yield the last answer, its status (404 for a page), and the version stated first.
+def _answer(url: str, part: str, shown: str, token: bool) -> Iterator[tuple[Any, int, str]]:
+    """Request a range and follow redirects; yield the answer, its status (404 for a page), and the version that it states.
 
     Raises
     ------
     Transient, StorageError, UnsupportedError
         If the status is not one that a file or its absence has, or the answer is compressed.
     """
-    urllib3, version, location = _urllib3(), "", ""
+    urllib3 = _urllib3()
+    headers = {"Range": part, "Accept-Encoding": "identity", "User-Agent": f"streamer/{__version__}"}
     timeout = urllib3.Timeout(connect=CONNECT_SECONDS, read=_silence_allowed())
-    for _ in range(REDIRECTS):
-        headers = {"Range": part, "Accept-Encoding": "identity", "User-Agent": f"streamer/{__version__}"}
-        try:
-            url = urljoin(url, location)
-            if _origin(url) == _origin(first):  # redirects rarely repeat the user
-                headers |= _authorization(first, token)
-            bare = urllib3.util.parse_url(url)._replace(auth=None)
-            bypassed = urllib.request.proxy_bypass((bare.host or "").strip("[]"))
-            proxy = "" if bypassed else urllib.request.getproxies().get(bare.scheme, "")
-            response = _pool(proxy).request(
-                "GET", bare.url, headers=headers, preload_content=False, redirect=False, retries=False, timeout=timeout
-            )
-        except urllib3.exceptions.SSLError as e:
-            raise StorageError(f"{shown}: its server's certificate does not hold: {_reason(e)}") from e
-        except ValueError as e:  # urllib3's own among them
-            raise StorageError(f"{shown}: is no address that can be asked; check it") from e
-        except urllib3.exceptions.HTTPError as e:
-            raise Transient(_reason(e)) from e
-        version = version or response.headers.get("X-Linked-Etag", "")
-        if not (location := response.get_redirect_location()):
-            break
-        _finish(response)
-    else:
-        raise StorageError(f"{shown}: leads on and on from one address to another; check it")
+    retries = urllib3.Retry(None, connect=False, read=False, other=0, redirect=REDIRECTS)
+    try:
+        bare = urllib3.util.parse_url(url)._replace(auth=None)
+        bypassed = urllib.request.proxy_bypass((bare.host or "").strip("[]"))
+        proxy = "" if bypassed else urllib.request.getproxies().get(bare.scheme, "")
+        headers |= _authorization(url, token)  # which redirects to other hosts do not get
+        response = _pool(proxy).request(
+            "GET", bare.url, headers=headers, preload_content=False, retries=retries, timeout=timeout
+        )
+    except urllib3.exceptions.MaxRetryError as e:  # its certificate does not hold, or it redirects without end
+        raise StorageError(f"{shown}: cannot read: {_reason(e.reason or e)}; check the address") from e
+    except ValueError as e:  # urllib3's own among them
+        raise StorageError(f"{shown}: is no address that can be asked; check it") from e
+    except urllib3.exceptions.HTTPError as e:
+        raise Transient(_reason(e)) from e
     try:
         status = response.status
         if response.headers.get("Content-Type", "").lower().startswith("text/html") and status in (200, 206):
@@ -290,9 +271,7 @@ def _answer(url: str, first: str, part: str, shown: str, token: bool) -> Iterato
             if encoding not in ("", "identity"):  # although the request excluded it; its bytes are not the file's
                 sent = f"the server sent this file compressed ({encoding[:40]}), expected it uncompressed"
                 raise UnsupportedError(f"{shown}: {sent}; download it and name the directory")
-            if url != first:
-                _targets[first] = url
-        yield response, status, version or response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
+        yield response, status, response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
     finally:
         _finish(response)
 
@@ -306,24 +285,18 @@ def _pool(proxy: str) -> Any:
 
 def _authorization(url: str, token: bool) -> dict[str, str]:
     if token:
-        given = import_module("huggingface_hub").get_token()
-        return {"Authorization": f"Bearer {given}"} if given else {}
+        secret = import_module("huggingface_hub").get_token()
+        return {"Authorization": f"Bearer {secret}"} if secret else {}
     util = _urllib3().util
     if (user := util.parse_url(url).auth) is None:
         return {}
     return dict(util.make_headers(basic_auth=unquote(user if ":" in user else f"{user}:")))
 
 
-def _origin(url: str) -> str:
-    """Return scheme, host and port, to which an authorization applies."""
-    parts = _urllib3().util.parse_url(url)
-    return f"{parts.scheme}://{parts.host}:{parts.port or {'http': 80, 'https': 443}.get(parts.scheme)}"
-
-
 def _total(response: Any) -> int | None:
     """Read the size of the whole file from the answer to a range request; None if not stated."""
-    if found := re.fullmatch(r"bytes (?:\d+-\d+|\*)/(\d+)", response.headers.get("Content-Range", "")):
-        return int(found[1])
+    if match := re.fullmatch(r"bytes (?:\d+-\d+|\*)/(\d+)", response.headers.get("Content-Range", "")):
+        return int(match[1])
     length = response.headers.get("Content-Length", "")
     return int(length) if response.status == 200 and length.isdecimal() else None
 
@@ -451,8 +424,8 @@ class Manifest:
 
 def cache_directory() -> Path:
     """Return this user's cache: ``$XDG_CACHE_HOME/streamer``, by default ``~/.cache/streamer``."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(given) if os.path.isabs(given) else Path.home() / ".cache") / "streamer"
+    stated = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(stated) if os.path.isabs(stated) else Path.home() / ".cache") / "streamer"
 
 
 def read_manifest(directory: Path) -> Manifest | None:
@@ -474,13 +447,13 @@ def heed(monitor: Monitor) -> None:
 
 def at_once(call: Callable[..., T], arguments: Iterable[tuple[Any, ...]]) -> list[T]:
     """Call a function with each of several arguments concurrently; raise the first error, and cancel calls that have not begun."""
-    calls = [_submitted(call, *each) for each in arguments]
+    futures = [_submitted(call, *each) for each in arguments]
     try:
-        return [one.result() for one in calls]
+        return [future.result() for future in futures]
     finally:
-        for one in calls:
-            one.cancel()
-        wait(calls)  # so that none writes to a buffer after its owner has left
+        for future in futures:
+            future.cancel()
+        wait(futures)  # so that none writes to a buffer after its owner has left
 
 
 def stat_remote(url: str, shown: str, token: bool = False) -> RemoteFile | None:

@@ -19,7 +19,7 @@ import re
 import shutil
 import stat
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -143,7 +143,7 @@ def _records(fd: int) -> Iterator[tuple[int, bytes]]:
         at += length
 
 
-def may_resume(path: Path, found: Mapping[str, Any], head: Mapping[str, Any], *, resume: bool = True,
+def may_resume(path: Path, begun: Mapping[str, Any], head: Mapping[str, Any], *, resume: bool = True,
                overwrite: bool = False, journal: Path | None = None, differing: str = "") -> bool:  # fmt: skip
     """Decide whether to resume an interrupted run (True) or to start over (False).
 
@@ -151,7 +151,7 @@ def may_resume(path: Path, found: Mapping[str, Any], head: Mapping[str, Any], *,
     ----------
     path
         The output, for messages.
-    found, head
+    begun, head
         Heads of the existing journal and of the new run. ``plan`` is the digest of everything that determines the output, ``version``
         is the tool's, ``stamps`` are the inputs'; ``bits``, if present, distinguishes inputs that differ only in rounding, so that no
         output mixes the two.
@@ -171,7 +171,7 @@ def may_resume(path: Path, found: Mapping[str, Any], head: Mapping[str, Any], *,
     InputChangedError
         If its inputs have changed since.
     """
-    if found.get("plan") != head["plan"]:
+    if begun.get("plan") != head["plan"]:
         if overwrite:
             return False
         run = f"an interrupted run with other inputs or options{differing}"
@@ -179,15 +179,15 @@ def may_resume(path: Path, found: Mapping[str, Any], head: Mapping[str, Any], *,
         raise OutputExistsError(
             f"{path}: {said}; finish that one, choose another output, or pass --overwrite", journal or path
         )
-    began, version = found.get("version", ""), head["version"]
-    if not resume or found.get("bits", "") != head.get("bits", "") or (overwrite and began != version):
+    began, version = begun.get("version", ""), head["version"]
+    if not resume or begun.get("bits", "") != head.get("bits", "") or (overwrite and began != version):
         return False
     if began != version:
         raise OutputError(
             f"{f'{journal}: is of' if journal else f'{path}: holds'} a run that version {began or 'before 0.2'} began, and this is "
             f"{version}; finish it with that version, or pass --no-resume to start it over"
         )
-    if found.get("stamps") != json.loads(json.dumps(head["stamps"])):
+    if begun.get("stamps") != json.loads(json.dumps(head["stamps"])):
         raise InputChangedError(
             f"{path}: an input was modified since this run was interrupted; --no-resume starts it over"
         )
@@ -236,9 +236,12 @@ def left(path: Path, monitor: Monitor, note: str = "") -> None:
 
 
 def touch(paths: Sequence[Path], monitor: Monitor) -> None:
-    """Set the times of finished files to now, for `make`; warn if the system refuses."""
-    if fault := files.touch(paths):
-        monitor.emit(Event("warning", f"{fault}: its time stays; `make` may ask for it again"))
+    """Set the times of finished files to now, so that `make` considers them newer than their inputs; warn if the system refuses."""
+    try:
+        for path in paths:
+            os.utime(path)
+    except OSError as e:
+        monitor.emit(Event("warning", f"{e.filename}: {e.strerror or e}: its time stays; `make` may ask for it again"))
 
 
 @dataclass(frozen=True)
@@ -268,9 +271,9 @@ class ResumableFile:
 
     def is_begun(self) -> bool:
         """Test, without writing, whether an interrupted run can be resumed; raise what `may_resume` raises."""
-        found = next(Journal.peek(journal_of(self.path)), {})
-        return self.resume and {"plan", "stamps"} <= found.keys() and may_resume(
-            self.path, found, self.head, overwrite=self.overwrite, journal=journal_of(self.path), differing=self.differing(found)
+        head = next(Journal.peek(journal_of(self.path)), {})
+        return self.resume and {"plan", "stamps"} <= head.keys() and may_resume(
+            self.path, head, self.head, overwrite=self.overwrite, journal=journal_of(self.path), differing=self.differing(head)
         )  # fmt: skip
 
     @contextlib.contextmanager
@@ -415,9 +418,6 @@ def check_output_path(path: Path, inputs: Sequence[Path], output: Path | None = 
             (parent / part).is_dir() for part in ("blobs", "refs", "snapshots")
         ):
             raise OutputError(f"{path}: lies inside a hub cache, which is never written to; choose another output")
-    nowhere = next((p for p in path.parents if p.is_symlink() and not p.exists()), None)
-    if nowhere is not None:
-        raise OutputError(f"{path}: {nowhere} is a link that leads nowhere; choose another output")
     there = _existing(real.parent if is_placeholder(real) else real)
     if not there.is_dir():
         what = "is" if os.path.realpath(path) == str(there) else f"{there} is"
@@ -464,8 +464,6 @@ def _existing(path: Path) -> Path:
     return next(p for p in (path, *path.parents) if p.exists())
 
 
-MAX_RECORD_BYTES = 200_000_000
-
 OLD, NAMES = "old", "names"
 """Keys of a journal's head: files that existed before the run, and names of files to come."""
 
@@ -485,18 +483,18 @@ def own_files(record: Path, journal: Path) -> list[OldFile]:
     A journal's head names the files from before its run; until that run has finished, they may still exist.
     """
     head, *finished = [*Journal.peek(journal)] or [{}]
-    listed = ((_record(record) or {}).get("files"), head.get(OLD), finished)
-    return list(dict.fromkeys(file for entries in listed for file in as_files(entries)))
+    lists = ((_record(record) or {}).get("files"), head.get(OLD), finished)
+    return list(dict.fromkeys(file for entries in lists for file in as_files(entries)))
 
 
 def as_files(entries: Any) -> list[OldFile]:
     """Convert a list from JSON to the files that its entries describe; an entry of another kind describes none."""
-    files = []
+    described = []
     for entry in entries if isinstance(entries, list) else ():
         match entry:
             case {"file": str(name), "bytes": int(nbytes), "sha256": str(digest)} if type(nbytes) is int:
-                files.append(OldFile(name, nbytes, digest))
-    return files
+                described.append(OldFile(name, nbytes, digest))
+    return described
 
 
 def remove_own_files(directory: Path, old: Sequence[OldFile], keep: Collection[str]) -> None:
@@ -552,9 +550,7 @@ def _is_within(directory: Path, name: str) -> bool:
 
 def _record(path: Path) -> dict[str, Any] | None:
     try:
-        if path.is_symlink() or not path.is_file() or path.stat().st_size > MAX_RECORD_BYTES:
-            return None
-        tree = files.strict_json(path.read_bytes())
+        tree = files.strict_json(path.read_bytes()) if path.is_file() else None
     except (OSError, ValueError):
         return None
     return tree if isinstance(tree, dict) and str(tree.get("schema")).startswith("streamer.output/") else None
@@ -594,17 +590,12 @@ class OutputPlan:
     inputs
         Input directories that must not contain the output.
     conflicting_names
-        Names that a loader might prefer to ours, such as ``model.safetensors`` beside an index. They must not exist, unless they belong
-        to an old output and are removed with it.
-    beside_names
-        Names of other files that a loader would read as parts of the output. An old output's are removed with it; any other, even an
-        empty one, is refused and stays.
+        Names of files that a loader might prefer to ours, such as ``model.safetensors`` beside an index, or would read as parts of the
+        output. They must not exist, unless they belong to an old output and are removed with it.
     temporary
         (relative name, largest size in bytes) of files that exist only during the run.
     editable
         Names of files that users may edit: an output with an edited one counts as complete, and no edited one is replaced or removed.
-    instead
-        For names of files that are optional, how to do without them.
     bits
         Distinguishes inputs that differ only in rounding. A finished output of either counts as this one; an interrupted run with the
         other is started over, so that no output mixes the two.
@@ -620,10 +611,8 @@ class OutputPlan:
     conflicting_names: tuple[str, ...] = ()
     temporary: tuple[tuple[str, int], ...] = ()
     editable: frozenset[str] = frozenset()
-    instead: Mapping[str, str] = field(default_factory=dict)
     bits: str = ""
     version: str = ""
-    beside_names: tuple[str, ...] = ()
 
     @property
     def head(self) -> dict[str, Any]:
@@ -667,7 +656,7 @@ def inspect_output(plan: OutputPlan, overwrite: bool = False, resume: bool = Tru
             _refuse_foreign(plan, own, overwrite)
         for name in (name for name in names if name in plan.editable and is_taken(path / name)):
             if not any(stands(path, file) for file in own if file.file == name):
-                raise _foreign(path / name, plan.instead.get(name, ""), "was edited since it was written")
+                raise _foreign(path / name, "was edited since it was written")
         check_space(path, missing_bytes(plan, state), at_most=bool(plan.temporary))
     return state
 
@@ -677,7 +666,9 @@ def missing_bytes(plan: OutputPlan, state: str) -> int:
     stage = plan.path / STAGE_NAME
     leftovers = own_partials(plan) | {place / name for place in (plan.path, stage) for name, _ in plan.temporary}
     leftovers |= {*stage.rglob("*")} if state == "new" else set()
-    finished = {one.file for one in as_files([*Journal.peek(plan.path / JOURNAL_NAME)])} if state == "resume" else set()
+    finished = (
+        {file.file for file in as_files([*Journal.peek(plan.path / JOURNAL_NAME)])} if state == "resume" else set()
+    )
     todo = sum(size for name, size in plan.files if name not in finished)
     return todo + plan.temporary_bytes - sum(map(allocated_bytes, leftovers))
 
@@ -689,11 +680,9 @@ def size_of(path: Path) -> int:
 
 def own_partials(plan: OutputPlan) -> set[Path]:
     """Find the partial files that killed runs, of this plan or an earlier one, left in the output's directories."""
-    planned = next(Journal.peek(plan.path / JOURNAL_NAME), {}).get(NAMES)
+    planned = next(Journal.peek(plan.path / JOURNAL_NAME), {}).get(NAMES, [])
     old = [file.file for file in own_files(plan.path / RECORD_NAME, plan.path / JOURNAL_NAME)]
-    old += [name for name in planned if isinstance(name, str)] if isinstance(planned, list) else []
-    old = [name for name in old if _is_within(plan.path, name)]
-    names = (RECORD_NAME, *plan.conflicting_names, *(name for name, _ in plan.files), *old)
+    names = (RECORD_NAME, *plan.conflicting_names, *(name for name, _ in plan.files), *planned, *old)
     paths = [place / name for place in (plan.path, plan.path / STAGE_NAME) for name in names]
     directories = {path.parent for path in paths if path.parent.is_dir()}
     return {
@@ -727,17 +716,15 @@ def _refuse_foreign(plan: OutputPlan, own: Sequence[OldFile], overwrite: bool) -
     path, names = plan.path, {file.file for file in own}
     for name, _ in plan.files:
         if is_taken(path / name) and not (name in names and (path / name).is_file()):
-            raise _foreign(path / name, plan.instead.get(name, ""))
-    for name in (*plan.conflicting_names, *plan.beside_names):
-        removable = overwrite and name in plan.conflicting_names and not is_taken(path / name)
-        if not (path / name).exists() or removable:
+            raise _foreign(path / name)
+    for name in plan.conflicting_names:
+        if not (path / name).exists() or (overwrite and is_placeholder(path / name)):
             continue
         if name not in names:
-            read = "exists, and a loader would read it as a part of the output"
-            raise _foreign(path / name, what=read) if name in plan.beside_names else _foreign(path / name)
+            raise _foreign(path / name)
         if not any(stands(path, file) for file in own if file.file == name):
             what = "was changed since it was written, and a loader would read it as a part of this output"
-            raise _foreign(path / name, what=what)
+            raise _foreign(path / name, what)
     is_ours = any((path / name).exists() for name in (RECORD_NAME, JOURNAL_NAME))
     if not (overwrite or is_ours) and (others := sorted(p.name for p in path.glob("[!.]*") if is_taken(p))):
         raise OutputExistsError(
@@ -746,9 +733,8 @@ def _refuse_foreign(plan: OutputPlan, own: Sequence[OldFile], overwrite: bool) -
         )
 
 
-def _foreign(path: Path, instead: str = "", what: str = "exists and is not ours") -> OutputExistsError:
-    do = f"choose another output, move it away, or {instead}" if instead else "choose another output, or move it away"
-    return OutputExistsError(f"{path}: {what}; {do}", path)
+def _foreign(path: Path, what: str = "exists and is not ours") -> OutputExistsError:
+    return OutputExistsError(f"{path}: {what}; choose another output, or move it away", path)
 
 
 def _check_stands(plan: OutputPlan, record: dict[str, Any]) -> Literal["done", "new"]:
@@ -758,13 +744,13 @@ def _check_stands(plan: OutputPlan, record: dict[str, Any]) -> Literal["done", "
     """
     sizes, missing = {file.file: file.bytes for file in as_files(record.get("files"))}, False
     for name, _ in plan.files:
-        found, wanted = size_of(plan.path / name), sizes.get(name)
-        if found == wanted or (found > 0 and name in plan.editable):
+        size, wanted = size_of(plan.path / name), sizes.get(name)
+        if size == wanted or (size > 0 and name in plan.editable):
             continue
         if wanted is None:
             raise holds(plan.path, "another output")
-        if found > 0:
-            expected, is_now = format_sizes(wanted, found)
+        if size > 0:
+            expected, is_now = format_sizes(wanted, size)
             raise OutputExistsError(
                 f"{plan.path / name}: was changed since it was written, expected {expected}, found {is_now}; remove it to have the "
                 "output made again, choose another output, or pass --overwrite",
@@ -779,15 +765,8 @@ class OutputDirectory:
 
     def __init__(self, plan: OutputPlan, path: Path, journal: Journal, resumed: bool) -> None:
         self.path, self.resumed, self._plan, self._journal = path, resumed, plan, journal
-        self._entries: dict[str, dict[str, Any]] = {}
-        for i in range(1, len(journal)):
-            try:
-                entry = files.strict_json(journal[i])
-            except ValueError:
-                entry = None
-            if not isinstance(entry, dict) or not as_files([entry]):
-                raise journal.foreign(i)
-            self._entries[entry["file"]] = entry
+        entries = (files.strict_json(journal[i]) for i in range(1, len(journal)))
+        self._entries: dict[str, dict[str, Any]] = {entry["file"]: entry for entry in entries}
 
     def finished(self, name: str) -> dict[str, Any] | None:
         """Return the journal's entry of a complete file, checking its digest; None if it must still be written."""
@@ -830,8 +809,8 @@ class OutputDirectory:
 
         The digest is the SHA-256 of the record's file with 64 zeros in the digest's place.
         """
-        files = [{k: self._entries[name][k] for k in ("file", "bytes", "sha256")} for name, _ in self._plan.files]
-        record = {**record, "plan": record.get("plan", self._plan.digest), "files": files, "sha256": "0" * 64}
+        written = [{k: self._entries[name][k] for k in ("file", "bytes", "sha256")} for name, _ in self._plan.files]
+        record = {**record, "plan": record.get("plan", self._plan.digest), "files": written, "sha256": "0" * 64}
         record["sha256"] = hashlib.sha256(_record_bytes(record)).hexdigest()
         data = _record_bytes(record)
         with self.file(RECORD_NAME, len(data)) as file:

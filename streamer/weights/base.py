@@ -4,7 +4,7 @@ A logical weight is what the model computes with. A plain checkpoint stores it a
 (quantized values, scales, tables) under their own names; an expert's gate and up projections may be stacked from two tensors. The rest of
 the package asks for logical names and shapes and gets floating-point values.
 
-A dtype without an entry in `ENCODINGS` is copied as bytes or refused by name, so raw quantized values never reach a computation.
+A dtype without an entry in `FLOATS` is copied as bytes or refused by name, so raw quantized values never reach a computation.
 """
 
 from __future__ import annotations
@@ -26,33 +26,12 @@ from streamer.storage.atomic_file import views
 from streamer.storage.checkpoint import TensorFile
 from streamer.storage.header import TensorInfo
 
-
-@dataclass(frozen=True)
-class Encoding:
-    """Floating-point dtype of a plain tensor, and the dtype to compute in.
-
-    Attributes
-    ----------
-    dtype
-        The torch dtype with the same bits.
-    compute
-        The dtype for computations.
-    """
-
-    dtype: torch.dtype
-    compute: torch.dtype
-
-
-ENCODINGS = {
-    "BF16": Encoding(torch.bfloat16, torch.float32),
-    "F16": Encoding(torch.float16, torch.float32),
-    "F32": Encoding(torch.float32, torch.float32),
-    "F64": Encoding(torch.float64, torch.float64),
-}
+FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+"""Dtypes of the values of plain tensors, by the format's spelling. Computations use float32, for F64 float64."""
 
 # Dtypes that torch can hold, for callers that use tensors unchanged.
 TORCH_DTYPES = {
-    **{name: e.dtype for name, e in ENCODINGS.items()},
+    **FLOATS,
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
     "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64, "C64": torch.complex64,
     "F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn,
@@ -63,19 +42,19 @@ SPELLINGS = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 """The format's spelling of each torch dtype."""
 
 
-def encoding_of(info: TensorInfo, where: str) -> Encoding:
-    """Return the encoding of a tensor that takes part in a computation.
+def float_dtype(info: TensorInfo, where: str) -> torch.dtype:
+    """Return the dtype of a tensor that takes part in a computation.
 
     Raises
     ------
     UnsupportedError
         If its dtype is not a floating-point one.
     """
-    if info.dtype not in ENCODINGS:
+    if info.dtype not in FLOATS:
         raise UnsupportedError(
-            f"{where}: tensor {info.name!r}: dtype {info.dtype} is not one of {', '.join(ENCODINGS)}; use the 16-bit model"
+            f"{where}: tensor {info.name!r}: dtype {info.dtype} is not one of {', '.join(FLOATS)}; use the 16-bit model"
         )
-    return ENCODINGS[info.dtype]
+    return FLOATS[info.dtype]
 
 
 def in_memory(info: TensorInfo) -> tuple[torch.dtype, tuple[int, ...]]:
@@ -100,29 +79,29 @@ def as_bytes(t: Tensor) -> memoryview:
     return view
 
 
-def encode(values: Tensor, encoding: Encoding, source: Tensor, name: str, out: Tensor | None = None) -> Tensor:
-    """Round computed values to the encoding, once.
+def encode(values: Tensor, dtype: torch.dtype, source: Tensor, name: str, out: Tensor | None = None) -> Tensor:
+    """Round computed values to a dtype, once.
 
     Parameters
     ----------
     values
-        Computed values, in `Encoding.compute`.
+        Computed values.
     source
         The values that they replace, of the same shape; positions that were NaN or Inf may stay so.
     name
         The tensor's name, for messages.
     out
-        A tensor of the encoding's dtype to hold the result, for callers that round many blocks.
+        A tensor of that dtype to hold the result, for callers that round many blocks.
 
     Raises
     ------
     NumericError
         If a value became NaN or Inf.
     """
-    out = values.to(encoding.dtype) if out is None else out.copy_(values)
+    out = values.to(dtype) if out is None else out.copy_(values)
     if not all_finite(out) and bool((torch.isfinite(source) & ~torch.isfinite(out)).any()):
         raise NumericError(
-            f"tensor {name!r}: the result does not fit {str(encoding.dtype).removeprefix('torch.')} "
+            f"tensor {name!r}: the result does not fit {str(dtype).removeprefix('torch.')} "
             "(NaN or Inf where the input had none); check the adapter's scale and lambda"
         )
     return out
@@ -208,8 +187,8 @@ class Weight(ABC):
         Name of the encoding in findings and tables.
     compute
         Dtype for computations with it.
-    encoding
-        Plain encoding in which merged values are written back; None if the weight has none.
+    written
+        Dtype in which merged values are written back; None if they cannot be.
     """
 
     quantized: ClassVar[bool] = False
@@ -220,7 +199,7 @@ class Weight(ABC):
     tensors: Mapping[str, StoredTensor]
     label: str
     compute: torch.dtype
-    encoding: Encoding | None
+    written: torch.dtype | None
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -321,7 +300,7 @@ class RowConcat(Weight):
         first = pieces[0]
         tensors = {f"{at}.{role}": stored for at, piece in enumerate(pieces) for role, stored in piece.tensors.items()}
         shape = (sum(piece.shape[0] for piece in pieces), *first.shape[1:])
-        return cls(name, shape, tensors, first.label, first.compute, first.encoding, tuple(pieces))
+        return cls(name, shape, tensors, first.label, first.compute, first.written, tuple(pieces))
 
     def load(self) -> Self:
         """Read the bytes of all pieces ahead."""
@@ -356,8 +335,9 @@ class Plain(Weight):
             If its dtype is not a floating-point one.
         """
         info = stored.info
-        encoding = encoding_of(info, str(stored.file.path))
-        return cls(info.name, info.shape, {"weight": stored}, info.dtype, encoding.compute, encoding)
+        dtype = float_dtype(info, str(stored.file.path))
+        compute = torch.promote_types(dtype, torch.float32)
+        return cls(info.name, info.shape, {"weight": stored}, info.dtype, compute, dtype)
 
     def rows(self, i: int, j: int) -> Tensor:
         """Read rows i to j in the stored dtype."""

@@ -29,7 +29,7 @@ from streamer.errors import FormatError, UnsupportedError
 from streamer.storage.checkpoint import Checkpoint
 from streamer.storage.files import strict_json
 from streamer.weights import codes
-from streamer.weights.base import ENCODINGS, Encoding, Plain, QuantizedWeight, StoredTensor, Weight
+from streamer.weights.base import FLOATS, Plain, QuantizedWeight, StoredTensor, Weight
 from streamer.weights.model_config import ModelConfig
 
 _TORCHAO_OPTIONAL = {"zeros": ("._weight_zero_point",)} | {
@@ -341,8 +341,8 @@ class WeightView(Mapping[str, Weight]):
         Tensors that replace the base's weights of the same names, written in the replaced weight's dtype, or add new ones.
     derived
         Weights under new names that are computed from others, such as one expert's matrix from the tensors that hold its rows.
-    encoding
-        The plain encoding in which quantized weights are written back; None if they stay quantized.
+    written
+        The dtype in which quantized weights are written back; None if they stay quantized.
     """
 
     checkpoint: Checkpoint
@@ -351,7 +351,7 @@ class WeightView(Mapping[str, Weight]):
     owners: Mapping[str, tuple[str, str]]
     replacements: Mapping[str, StoredTensor] = field(default_factory=dict)
     derived: Mapping[str, Callable[[WeightView], Weight]] = field(default_factory=dict)
-    encoding: Encoding | None = None
+    written: torch.dtype | None = None
 
     def replaced(self, sources: Mapping[str, StoredTensor]) -> WeightView:
         """Replace some weights by tensors, or add tensors."""
@@ -367,14 +367,14 @@ class WeightView(Mapping[str, Weight]):
         if name not in self.replacements:
             return self._of_base(name)
         weight = Plain.of(self.replacements[name])
-        encoding = self._of_base(name).encoding if name in self.stored else weight.encoding
-        return replace(weight, name=name, encoding=encoding)
+        written = self._of_base(name).written if name in self.stored else weight.written
+        return replace(weight, name=name, written=written)
 
     def _of_base(self, name: str) -> Weight:
         stored = self.stored[name]
         if stored.format is None:
             return Plain.of(stored.tensors["weight"])
-        return replace(stored.format.make(name, stored.tensors, self.quantization), encoding=self.encoding)
+        return replace(stored.format.make(name, stored.tensors, self.quantization), written=self.written)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a stored tensor, also of one of integers, which have no `Weight`."""
@@ -480,7 +480,7 @@ def plain_weights(weights: WeightView, config: ModelConfig) -> WeightView:
             )
     # The config states a dtype as ``torch.float16`` or ``float16``.
     stated = (_DTYPES.get(str(value).removeprefix("torch.")) for value in config.stated("dtype", "torch_dtype"))
-    return replace(weights, encoding=ENCODINGS[next(filter(None, stated), "BF16")])
+    return replace(weights, written=FLOATS[next(filter(None, stated), "BF16")])
 
 
 def plain_metadata(metadata: Mapping[str, str], weights: WeightView) -> dict[str, str]:

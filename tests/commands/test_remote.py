@@ -143,13 +143,6 @@ def test_a_page_in_place_of_what_is_absent_is_none(served: Path, local: dict[str
         assert (done.code, "nothing: expected a model or an adapter, found neither" in done.err) == (3, True)
 
 
-def test_a_server_that_has_every_json_is_refused(served: Path, tmp_path: Path) -> None:
-    with serving(served, page=("application/json", b'{"error": "no such file"}')) as site:
-        done = run("detect", f"{site.address}/base", served / "adapter", tmp_path / "out")
-    assert (done.code, done.err.count("\n")) == (3, 1), done
-    assert f"{site.address}/base: the server answers every name, so missing files cannot be detected" in done.err
-
-
 @pytest.mark.parametrize(
     ("name", "data", "words"),
     [

@@ -97,15 +97,13 @@ def test_a_time_that_cannot_be_set_is_told(inputs: tuple[Path, Path], tmp_path: 
 
 
 @pytest.mark.parametrize("command", ["merge", "mitigate"])
-@pytest.mark.parametrize(("value", "meant"), [("75", "did you mean 0.75? "), ("1.01", ""), ("-0.5", "")])
-def test_lambda_that_does_not_mitigate(
-    inputs: tuple[Path, Path], tmp_path: Path, command: str, value: str, meant: str
-) -> None:
+@pytest.mark.parametrize("value", ["75", "1.01", "-0.5"])
+def test_lambda_that_does_not_mitigate(inputs: tuple[Path, Path], tmp_path: Path, command: str, value: str) -> None:
     line = (command, *inputs, "-o", tmp_path / "out", f"--lambda={value}")
     done = server().run(*line)
     assert (done.code, done.out, done.calls) == (2, "", [])
     assert done.err == (
-        f"streamer: lambda must be between 0 (remove) and 1 (keep), got {value}; {meant}`--amplify` allows other values\n"
+        f"streamer: lambda must be between 0 (remove) and 1 (keep), got {value}; `--amplify` allows other values\n"
     )
     if value == "1.01":
         ok(*line, "--amplify")
@@ -113,18 +111,18 @@ def test_lambda_that_does_not_mitigate(
 
 def test_the_demo_refuses_a_percentage_and_a_directory_that_exists(tmp_path: Path) -> None:
     done = server().run("demo", "--lambda", "20", "-o", tmp_path / "demo")
-    assert (done.code, "got 20; did you mean 0.2? `--amplify`" in done.err) == (2, True)
+    assert (done.code, "got 20; `--amplify`" in done.err) == (2, True)
     assert not (tmp_path / "demo").exists()
     done = server().run("demo", "-o", tmp_path)
     assert (done.code, done.err) == (4, f"streamer: {tmp_path}: exists; name a directory that does not\n")
 
 
 @pytest.mark.parametrize(("value", "words"), [
-    (75, r"be between 0 \(remove\) and 1 \(keep\), got 75; did you mean 0.75\? `amplify=True` allows other values$"),
-    (np.float32(75), r"got 75; did you mean 0.75\?"),
+    (75, r"be between 0 \(remove\) and 1 \(keep\), got 75; `amplify=True` allows other values$"),
+    (np.float32(75), r"got 75; "),
     (-0.5, r"got -0.5; `amplify=True` allows other values$"),
-    ("75%", r"be a finite number, got '75%'; did you mean 0.75\?"),
-    ("0.5", r"be a finite number, got '0.5'; did you mean 0.5\?"),
+    ("75%", r"be a finite number, got '75%'$"),
+    ("0.5", r"be a finite number, got '0.5'$"),
 ])  # fmt: skip
 def test_the_library_refuses_what_the_command_refuses(
     inputs: tuple[Path, Path], tmp_path: Path, value: object, words: str

@@ -56,7 +56,7 @@ REFUSED = {
     "VeLoRA": (lambda: lora(velora_config=peft.VeloraConfig()), "VeLoRA: its change of the weights is not known here"),
     "VeRA without its projections": (
         lambda: peft.VeraConfig(target_modules=["q_proj"], save_projection=False),
-        "VeRA: save_projection=False: its projections are not in the file",
+        "VeRA: its projections are not in the file",
     ),
     "HRA": (lambda: peft.HRAConfig(target_modules=["q_proj"]), "HRA adapter: its change of the weights is not known here"),
     "IA3": (lambda: peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "IA3 adapter"),

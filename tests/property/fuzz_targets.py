@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fuzz_inputs import CPU, NAMES, Target, Trouble, adapter, config, header, index, quantized, small_job
-from helpers import sealed, tree_digest
+from helpers import sealed
 from learned import make_learned
 from mutate import journal_bytes, mutate_journal, mutate_json, mutate_safetensors, records_of
 
@@ -118,29 +118,6 @@ def detection_journal(home: Path) -> Target:
     return Target(list(_prefixes(known)), mutate_journal, run)
 
 
-def output_journal(home: Path) -> Target:
-    """The journal of an interrupted merge: taken up to the very same files, or refused."""
-    base, directory = small_job(home)
-    job = open_job(base, directory, UNCHANGED, OPTIONS, None)
-    out, half = home / "out", home / "half"
-    try:
-        run_jobs([ModelWriter(job, half)], Run(CPU, monitor=_stop_after(4)))
-    except _Killed:
-        known = records_of((half / ".streamer.journal").read_bytes())
-    run_jobs([ModelWriter(job, out)], Run(CPU, monitor=Monitor()))
-    whole = tree_digest(out)
-
-    def run(data: bytes) -> None:
-        shutil.rmtree(out)
-        shutil.copytree(half, out)
-        (out / ".streamer.journal").write_bytes(data)
-        run_jobs([ModelWriter(job, out)], Run(CPU, monitor=Monitor()))
-        if tree_digest(out) != whole and {*records_of(data)} <= {*known}:
-            raise Trouble("another output than an uninterrupted run's")
-
-    return Target(list(_prefixes(known)), mutate_journal, run)
-
-
 def record(home: Path) -> Target:
     """The record of a finished output: known, or refused."""
     base, directory = small_job(home)
@@ -180,7 +157,7 @@ def input_map(home: Path) -> Target:
     streamer.map_inputs(home / "base", path, vectors=2, **texts)
 
     def run(data: bytes) -> None:
-        path.write_bytes(sealed(data))
+        path.write_bytes(data)
         repr(streamer.load_map(path))
         for _ in streamer.iter_merged(home / "base", home / "adapter", map=path):
             pass
@@ -194,7 +171,7 @@ def coefficients(home: Path) -> Target:
     streamer.repair_adapter(home / "base", home / "adapter", home / "c", **texts)
 
     def run(data: bytes) -> None:
-        path.write_bytes(sealed(data))
+        path.write_bytes(data)
         keep = streamer.load_coefficients(path).keeps[0]
         for _ in streamer.iter_merged(home / "base", home / "adapter", coefficients=path, keep=keep):
             pass
@@ -224,7 +201,6 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "quantized": quantized,
     "findings": findings,
     "detection journal": detection_journal,
-    "output journal": output_journal,
     "record": record,
     "map": input_map,
     "coefficients": coefficients,

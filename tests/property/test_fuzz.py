@@ -18,7 +18,6 @@ from streamer.errors import StreamerError
 pytestmark = pytest.mark.filterwarnings("ignore::streamer.errors.StreamerWarning", "ignore::FutureWarning")
 
 EXECUTIONS = 120
-MAP = "streamer.map"
 P = f"base_model.model.{NAMES[0]}"
 
 
@@ -123,12 +122,6 @@ FOUND: dict[str, tuple[str, int, Callable[[bytes], bytes]]] = {
     "findings: a base that is a list": ("findings", 0, lambda d: figures(d, ("base",), ["files"])),
     "findings: files that are numbers": ("findings", 0, lambda d: figures(d, ("base", "files"), 0.5)),
     "findings: a file without a name": ("findings", 0, lambda d: figures(d, ("base", "files", 0), {})),
-    "map: a name that is a list": ("map", 0, lambda d: figures(d, ("inputs", 0, "names"), [["q"]], MAP)),
-    "map: no name": ("map", 0, lambda d: figures(d, ("inputs", 0, "names"), [], MAP)),
-    "map: a base of files without names": ("map", 0, lambda d: figures(d, ("base", "files", 0), {}, MAP)),
-    "coefficients: a base of files without names": (
-        "coefficients", 0, lambda d: figures(d, ("base", "files", 0), {}, "streamer.coefficients")),
-    "map: a text without a name": ("map", 0, lambda d: figures(d, ("texts", 0), {}, MAP)),
     "an evaluation: a method that is an object": ("evaluation", 0, lambda d: changed(d, ("variants", 2, "method"), {})),
     "an evaluation: a negative square": ("evaluation", 0, lambda d: changed(d, ("variants", 2, "task", "sums", "p_square", 0), -1e9)),
     "an evaluation: sums that overflow": ("evaluation", 0, lambda d: changed(d, ("variants", 2, "task", "sums", "loss", 0), 1e308)),
@@ -146,16 +139,8 @@ FOUND: dict[str, tuple[str, int, Callable[[bytes], bytes]]] = {
     "a detection's record without a decision's certificate": (
         "detection journal", 2, lambda d: record(d, 1, lambda r: r.replace(b"certified", b"certifled"))),
     "an output's record of a file that is a list": ("record", 0, lambda d: changed(d, ("files", 0, "file"), [1])),
-    "a merge's record that is no JSON": ("output journal", 1, lambda d: record(d, 1, lambda r: r[:-9])),
-    "a merge's record of bytes": ("output journal", 1, lambda d: record(d, 1, lambda r: b"\xe3" + r)),
-    "a merge's record without a file": ("output journal", 1, lambda d: record(d, 1, lambda r: r.replace(b'"file"', b'"fill"'))),
-    "a merge's record of a file that is a list": ("output journal", 1, lambda d: record(d, 1, lambda r: changed(r, ("file",), [1]))),
-    "a merge's record of a count that is a list": (
-        "output journal", -1, lambda d: record(d, -1, lambda r: changed(r, ("matrices", 0, "rounded_away"), [[]]))),
     "findings: a digest that is a number": (
         "findings", 0, lambda d: with_header({**header_of(d)[0], "__metadata__": {"sha256": 1}}, header_of(d)[1])),
-    "a merge's record of a norm whose square no double holds": (
-        "output journal", -1, lambda d: record(d, -1, lambda r: changed(r, ("matrices", 0, "delta_norm"), 1e300))),
 }  # fmt: skip
 
 

@@ -179,9 +179,6 @@ KINDS: dict[str, Kind] = {
     ),
     "LoHa": Kind(llama(), lambda: peft.LoHaConfig(r=4, alpha=8, target_modules=["q_proj", "down_proj"]), mitigate=False),
     "LoHa, conv2d": Kind(convolutions(2), lambda: peft.LoHaConfig(r=4, alpha=8, target_modules=CONVOLUTIONS), mitigate=False),
-    "LoHa, conv2d with cores": Kind(
-        convolutions(2), lambda: peft.LoHaConfig(r=4, alpha=8, target_modules=CONVOLUTIONS, use_effective_conv2d=True), mitigate=False
-    ),
     "LoKr": Kind(llama(), lambda: peft.LoKrConfig(r=4, alpha=8, target_modules=["q_proj", "down_proj"]), mitigate=False),
     "LoKr, both decomposed": Kind(
         llama(), lambda: peft.LoKrConfig(r=2, alpha=8, target_modules=["q_proj"], decompose_both=True, decompose_factor=8), mitigate=False
@@ -192,9 +189,6 @@ KINDS: dict[str, Kind] = {
         convolutions(1), lambda: peft.LoKrConfig(r=40, alpha=8, target_modules=CONVOLUTIONS), mitigate=False
     ),
     "LoKr, conv2d": Kind(convolutions(2), lambda: peft.LoKrConfig(r=2, alpha=8, target_modules=CONVOLUTIONS), mitigate=False),
-    "LoKr, conv2d with cores": Kind(
-        convolutions(2), lambda: peft.LoKrConfig(r=2, alpha=8, target_modules=CONVOLUTIONS, use_effective_conv2d=True), mitigate=False
-    ),
     "AdaLoRA": Kind(llama(), lambda: peft.AdaLoraConfig(init_r=6, lora_alpha=16, total_step=9, target_modules=["q_proj", "up_proj"]),
                     mitigate=False),
     "AdaLoRA, conv2d": Kind(convolutions(2), lambda: peft.AdaLoraConfig(init_r=6, target_r=3, total_step=10, target_modules=["wide"]),

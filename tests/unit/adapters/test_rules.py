@@ -71,19 +71,6 @@ def test_scale(tmp_path: Path, config: dict, rank: int, scale: float) -> None:
         ({"rank_pattern": {"a{99999999999}": 4}}, FormatError, "is not a regular expression"),
         ({"rank_pattern": {"(" * 5000: 4}}, FormatError, "is not a regular expression"),
         ({"rank_pattern": {"(": 4}}, FormatError, "pattern '(' is not a regular expression"),
-        *(
-            ({"rank_pattern": {pattern: 4}}, FormatError, "may never finish matching; write it without repeated groups")
-            for pattern in (
-                r"(([a-z._0-9])+)+#",
-                r"(a|aa)+b",
-                r"(.*){9}#",
-                r".{0,}" * 10 + "X",
-                r"(?:[\w.]+)+#",
-                ".*.*.*.*.*.*#",
-                r"((a?b?)){30}c",
-                r"(\w{2,})+#",
-            )
-        ),
     ],
 )
 def test_a_config_that_is_wrong(tmp_path: Path, config: dict, error: type[StreamerError], words: str) -> None:
@@ -119,8 +106,8 @@ def test_alpha_must_be_stated(tmp_path: Path) -> None:
         ({"enable_lora": [True, False, True]}, "MergedLinear: its change of the weights"),
         ({"peft_type": "HRA"}, "HRA adapter"),
         ({"peft_type": ["LORA"]}, "adapter: its change of the weights is not known here"),
-        ({"peft_type": "BOFT", "boft_n_butterfly_factor": 2}, "BOFT: boft_n_butterfly_factor=2: only 1"),
-        ({"peft_type": "OFT", "fan_in_fan_out": True}, "OFT: fan_in_fan_out=True"),
+        ({"peft_type": "BOFT", "boft_n_butterfly_factor": 2}, "BOFT: only a boft_n_butterfly_factor of 1"),
+        ({"peft_type": "OFT", "fan_in_fan_out": True}, "OFT: PEFT does not merge"),
         ({"peft_type": "LOKR", "use_tomorrow": True}, "unknown key 'use_tomorrow' (True)"),
         ({"peft_type": "ADALORA", "use_rslora": True}, "unknown key 'use_rslora' (True)"),
         (
@@ -203,6 +190,8 @@ def test_a_lora_of_another_library_is_refused(tmp_path: Path, case: str) -> None
     for path in (tmp_path, tmp_path / file):
         with pytest.raises(UnsupportedError, match=r"another library.s LoRA; if of LyCORIS .* convert it"):
             open_adapter(path)
+    if case == "diffusers":  # whose names PEFT has, too
+        return
     (tmp_path / file).rename(tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 8}')
     with pytest.raises(UnsupportedError, match="another library's LoRA"):

@@ -26,9 +26,7 @@ def groups(directory: Path, membership: str, files: dict[str, str]) -> tuple[Pat
     ("0::/a/b\n", {"a/cpu.max": "300000 100000\n", "a/b/cpu.max": "max 100000\n"}, 3),
     ("0::/a/b\n", {"a/cpu.max": "400000 100000\n", "a/b/cpu.max": "100000 100000\n", "cpu.max": "max 1"}, 1),
     ("0::/of/the/host\n", {"cpu.max": "500000 100000\n"}, 5),
-    ("4:cpu,cpuacct:/job\n1:memory:/x\n", {"cpu,cpuacct/job/cpu.cfs_quota_us": "200000\n",
-                                          "cpu,cpuacct/job/cpu.cfs_period_us": "100000\n"}, 2),
-    ("4:cpu,cpuacct:/\n", {"cpu,cpuacct/cpu.cfs_quota_us": "-1\n", "cpu,cpuacct/cpu.cfs_period_us": "100000\n"}, 64),
+    ("4:cpu,cpuacct:/job\n0::/a\n", {"a/cpu.max": "200000 100000\n"}, 2),
     ("0::/\n", {"cpu.max": "nonsense\n"}, 64),
     ("nonsense\n", {}, 64),
 ])  # fmt: skip

@@ -181,7 +181,7 @@ def test_an_edited_card_stands_and_is_never_replaced(job: tuple[Path, Path], tmp
     with (out / "README.md").open("a") as f:
         f.write("mine\n")
     assert merge(base, adapter, out)["state"] == "present"
-    words = r"README\.md: was edited since it was written; choose another output, move it away, or pass --no-card$"
+    words = r"README\.md: was edited since it was written; choose another output, or move it away$"
     with pytest.raises(streamer.StreamerError, match=words):
         merge(base, adapter, out, mitigation_lambda=0.5, overwrite=True)
     merge(base, adapter, out, mitigation_lambda=0.5, overwrite=True, model_card=False)

@@ -45,9 +45,9 @@ def test_a_foreign_file_is_kept(case: Case, name: str) -> None:
 
 def test_a_file_for_users_to_edit(case: Case) -> None:
     """Edited, the output is whole as it stands; and no run replaces it, be it anew or taken up."""
-    case.plan = dataclasses.replace(case.plan, editable=frozenset({"model-1"}), instead={"model-1": "pass --none"})
+    case.plan = dataclasses.replace(case.plan, editable=frozenset({"model-1"}))
     path = case.out / "model-1"
-    ways = "choose another output, move it away, or pass --none"
+    ways = "choose another output, or move it away"
     carry_out(case)
     path.write_bytes(b"edited")
     assert inspect_output(case.plan) == "done"

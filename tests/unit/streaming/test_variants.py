@@ -57,7 +57,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"lambdas": (0.5, 0.5)}, "lambda: expected different values"),
     ({"lambdas": (0.5, 1.0)}, "lambda: 1 is the unchanged adapter"),
     ({"lambdas": (float("nan"),)}, "lambda must be a finite number, got nan"),
-    ({"lambdas": (0.5, 50)}, "got 50; did you mean 0.5"),
+    ({"lambdas": (0.5, 50)}, "got 50; `amplify=True` allows"),
     ({"sequences": 1}, "sequences: expected a whole number from 2"),
     ({"length": 1}, "length: expected a whole number from 2"),
     ({"keep": 0}, "keep: expected a share in"),
