@@ -13,8 +13,6 @@ from learned import make_learned
 from test_schemas import check
 
 import streamer
-from streamer.errors import InputChangedError
-from streamer.events import Event
 
 
 @pytest.fixture(scope="module")
@@ -106,23 +104,6 @@ def test_the_help_offers_nothing_of_adapters(server: Server) -> None:
         for option in ("--base-is-residual", "--lora-b-layout", "--ignore-key"):
             assert (option in offered) == (command == "repair")
         assert "--architecture" in offered
-
-
-def test_a_base_that_changes_meanwhile_is_told(home: Path, tmp_path: Path) -> None:
-    base, seen = tmp_path / "base", 0
-    base.mkdir()
-    for path in (home / "base").iterdir():
-        (base / path.name).write_bytes(path.read_bytes())
-
-    def change(event: Event) -> None:
-        nonlocal seen
-        seen += event.stage == "map"
-        if seen == 2:
-            (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes())
-
-    with pytest.raises(InputChangedError):
-        streamer.map_inputs(base, tmp_path / "m.safetensors", general=home / "general.npy", on_event=change)
-    assert not (tmp_path / "m.safetensors").exists()
 
 
 def wrong(home: Path, place: Path) -> Iterator[tuple[list[object], int, str]]:

@@ -202,28 +202,6 @@ def test_a_click_draws_a_matrix_and_narrows_the_table(driver: Any, page: Path, f
     assert driver.get_log("browser") == []
 
 
-def test_a_table_that_scrolls_says_so(driver: Any, page: Path) -> None:
-    """Whether one does at a width depends on the machine's fonts, but not in letters that are tiny."""
-    script = "return [...document.querySelectorAll('#matrices, #variants')].map((t) => !t.closest('.scroll').previousSibling.hidden)"
-    frames = "requestAnimationFrame(() => requestAnimationFrame(arguments[0]))"
-    look(driver, page, 400)
-    assert driver.execute_script(script) == [True, True]
-    driver.execute_script("document.querySelector('#matrices').closest('.scroll').scrollLeft = 100")
-    driver.execute_async_script(frames)
-    assert driver.execute_script(script) == [True, False]
-    look(driver, page, 1400)
-    cut = (
-        "return [...document.querySelectorAll('#matrices, #variants')].map((t) => t.getBoundingClientRect().right"
-        " > t.closest('.scroll').getBoundingClientRect().right + 1)"
-    )
-    assert driver.execute_script(script) == driver.execute_script(cut)
-    driver.execute_script(
-        "for (const t of document.querySelectorAll('table')) t.style.fontSize = '5px'; dispatchEvent(new Event('resize'))"
-    )
-    driver.execute_async_script(frames)
-    assert driver.execute_script(script) == driver.execute_script(cut) == [False, False]
-
-
 def test_a_command_is_copied_whole(driver: Any, page: Path) -> None:
     look(driver, page)
     click(driver, "pre.command button")
@@ -232,14 +210,6 @@ def test_a_command_is_copied_whole(driver: Any, page: Path) -> None:
     )
     assert commands[0].startswith("streamer ")
     assert driver.execute_script("return getSelection().toString()") == commands[0]
-
-
-def test_figures_of_the_page_are_rounded_as_the_terminals(driver: Any, page: Path, found: Findings) -> None:
-    look(driver, page)
-    rounded = {m.tensor: (f"{m.detection.delta_norm:.4g}", f"{100 * m.detection.intruder_energy:.1f}%") for m in found}
-    assert [*zip(rows(driver, "matrices", 7), rows(driver, "matrices", 8), strict=True)] == [
-        (f"{float(norm):#.4g}", energy) for norm, energy in (rounded[name] for name in rows(driver, "matrices", 0))
-    ]
 
 
 def test_hostile_names_are_text(driver: Any, found: Findings, tmp_path: Path) -> None:

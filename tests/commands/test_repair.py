@@ -101,19 +101,6 @@ def test_verify_takes_the_file_of_the_fit(server: Server, home: Path, fitted: Pa
     assert server.run("verify", tmp_path / "a", *inputs, "--coefficients", fitted).code == 7, name
 
 
-def test_a_live_model_takes_them(home: Path, fitted: Path) -> None:
-    from streamer.peft import reduce_intruder_dimension
-
-    model = peft.PeftModel.from_pretrained(
-        transformers.AutoModelForCausalLM.from_pretrained(home / "base"), home / "adapter"
-    )
-    reduce_intruder_dimension(model, new_adapter_name="new", coefficients=fitted)
-    found = streamer.load_coefficients(fitted).select()
-    layer = model.base_model.model.model.layers[0].self_attn.q_proj
-    torch.testing.assert_close(layer.lora_A["new"].weight, found.matrices["model.layers.0.self_attn.q_proj.weight"].T)
-    assert torch.equal(layer.lora_B["new"].weight, layer.lora_B["default"].weight)
-
-
 def test_the_repair_is_never_what_is_not_better(server: Server, home: Path, tmp_path: Path) -> None:
     out = tmp_path / "r"
     done = server.run("repair", home / "base", home / "adapter", *texts(home), "-o", out, "--json")

@@ -123,20 +123,6 @@ def test_a_probe_shows_progress(job: tuple[Path, Path], tmp_path: Path) -> None:
         assert [line for line in shown.during if re.match(r"probe: \w.* \d\d:\d\d$", line)], shown.during
 
 
-def test_warnings_stand_between_the_bars(tmp_path: Path) -> None:
-    base, adapter = helpers.three_shards(tmp_path)
-    index = base / "model.safetensors.index.json"
-    index.write_text(index.read_text().replace('"total_size": ', '"total_size": 1'))
-    shown = terminal.show(200, "merge", base, adapter, "-o", tmp_path / "m")
-    assert shown.code == 0, shown.last
-    assert shown.last[0].startswith("streamer: warning: ")
-    again = terminal.show(200, "merge", base, adapter, "-o", tmp_path / "m")
-    assert again.code == 0, again.last
-    assert [
-        line for line in again.last if line.startswith("streamer: note: ") and "holds this very output already" in line
-    ]
-
-
 @pytest.mark.parametrize("mode", ["none", "plain", "bar"])
 def test_progress_as_asked_for(job: tuple[Path, Path], mode: str, tmp_path: Path) -> None:
     """A job of a second has nothing to say in a log but its last line; a bar can be forced into one."""
@@ -298,6 +284,7 @@ def closed(streams: str, *argv: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=ENV, check=False)
 
 
+@pytest.mark.long
 def test_a_closed_stdout(job: tuple[Path, Path], findings: Path, tmp_path: Path) -> None:
     done = closed(">&-", "report", findings)
     assert done.returncode == 6

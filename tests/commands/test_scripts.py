@@ -13,11 +13,10 @@ import pytest
 import torch
 from commands import WRITING, ok, target
 from forks import KILL, server
-from helpers import stamp, tree_digest
+from helpers import tree_digest
 
 import streamer
 import streamer.peft
-from streamer.detection.findings import load_findings
 from streamer.errors import OutputError, UsageError
 
 OLD = 1_000_000_000  # seconds: the year 2001
@@ -44,18 +43,6 @@ def test_a_finished_output_that_is_asked_for_again_gets_the_time_of_now(
     assert (made["state"], made["output"]) == ("present", str(out))
     assert tree_digest(tmp_path) == before
     assert all(p.stat().st_mtime > OLD for p in [*out.rglob("*"), out] if p.is_file() or p == out)
-
-
-@pytest.mark.parametrize("command", WRITING)
-def test_an_output_that_stands_is_not_told_as_written(inputs: tuple[Path, Path], tmp_path: Path, command: str) -> None:
-    """In the table, and in the last line, which a log has."""
-    out = target(tmp_path, command)
-    first, again = (server().run(command, *inputs, "-o", out) for _ in range(2))
-    assert f"wrote {out}: " in first.out
-    assert "already" not in first.out + first.last
-    assert f"{out} exists already: " in again.out
-    assert "wrote" not in again.out
-    assert again.last.startswith(f"streamer: {command}: exists already, in ")
 
 
 def test_of_several_outputs_those_that_stand_are_counted(inputs: tuple[Path, Path], tmp_path: Path) -> None:
@@ -223,14 +210,6 @@ def test_an_empty_file_is_taken_like_nothing(inputs: tuple[Path, Path], tmp_path
     assert out.is_dir() == (command != "detect")
 
 
-def test_a_refused_run_leaves_the_empty_file(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.touch()
-    done = server().run("merge", *inputs, "-o", out, "--max-memory", "201M")
-    assert done.code == 2
-    assert out.is_file()
-
-
 def test_empty_files_of_an_output_are_taken_like_none(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     """As a workflow system touches targets; a loader would still read an empty file of another kind of model."""
     ok("merge", *inputs, "-o", tmp_path / "whole")
@@ -250,21 +229,6 @@ def test_empty_files_of_an_output_are_taken_like_none(inputs: tuple[Path, Path],
 # --overwrite --------------------------------------------------------------------------------------------------------
 
 
-def test_another_lambda_replaces_the_outputs_own_files_and_no_others(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    ok("merge", *inputs, "-o", out, "--lambda", "0.5")
-    foreign = {"notes.txt": "mine", "eval/results.json": "{}"}
-    (out / "eval").mkdir()
-    for name, text in foreign.items():
-        (out / name).write_text(text)
-    done = server().run("merge", *inputs, "-o", out, "--lambda", "0.25")
-    assert (done.code, "holds another output" in done.err) == (4, True)
-    ok("merge", *inputs, "-o", out, "--lambda", "0.25", "--overwrite")
-    ok("merge", *inputs, "-o", tmp_path / "fresh", "--lambda", "0.25")
-    assert {name: (out / name).read_text() for name in foreign} == foreign
-    assert {k: v for k, v in tree_digest(out).items() if k not in foreign} == tree_digest(tmp_path / "fresh")
-
-
 def test_files_that_only_the_old_output_had_go(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     """An adapter written over a model: its shards go, whole directories of its own too; an edited one stays, and what is not ours."""
     out, adapter = tmp_path / "out", tmp_path / "fresh"
@@ -275,16 +239,6 @@ def test_files_that_only_the_old_output_had_go(inputs: tuple[Path, Path], tmp_pa
     ok("mitigate", *inputs, "-o", adapter)
     assert tree_digest(out).keys() == {*tree_digest(adapter), "config.json", "notes.txt"}
     assert not (out / "1_Pooling").exists()
-
-
-def test_an_interrupted_run_is_overwritten_whole(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    whole = server().run("merge", *inputs, "-o", tmp_path / "merged", "--method", "shrink")
-    assert server().run("merge", *inputs, "-o", out, "--method", "shrink", at=len(whole.calls) - 6, code=KILL).code < 0
-    assert list(out.glob("model-*"))
-    ok("mitigate", *inputs, "-o", out, "--overwrite")
-    ok("mitigate", *inputs, "-o", tmp_path / "fresh")
-    assert tree_digest(out) == tree_digest(tmp_path / "fresh")
 
 
 @pytest.mark.parametrize("name", ["../victim", "/{home}/victim", "link/victim", "sub/../../victim", "a\0b"])
@@ -301,13 +255,6 @@ def test_a_record_that_names_files_elsewhere_removes_none(inputs: tuple[Path, Pa
     (out / "streamer.json").write_text(json.dumps({"schema": "streamer.output/1", "files": files}))
     ok("mitigate", *inputs, "-o", out, "--overwrite")
     assert victim.read_text() == "x"
-
-
-def test_the_record_is_what_report_prints(job: tuple[Path, Path], tmp_path: Path) -> None:
-    path = tmp_path / "findings.safetensors"
-    streamer.detect_intruder_dimensions(*job, path, top_k=6)
-    done = server().run("report", path, "--json")
-    assert json.loads(done.out) == load_findings(path).record()
 
 
 OTHER = "import streamer.output.job as j, streamer.detection.detect as w; j.__version__ = w.__version__ = '0.10.0-rc1'"
@@ -344,17 +291,3 @@ def test_a_finished_output_of_another_version_is_there_already(job: tuple[Path, 
         assert (done.code, json.loads(done.out)["state"]) == (0, "present"), done.err
         assert json.loads(done.out)["version"] == "0.10.0-rc1"
         assert tree_digest(out) == before
-
-
-def test_findings_know_what_they_are_of(job: tuple[Path, Path], tmp_path: Path) -> None:
-    base, adapter = job
-    streamer.detect_intruder_dimensions(base, adapter, tmp_path / "f.safetensors")
-    done = server().run("report", tmp_path / "f.safetensors", "--json")
-    tree = json.loads(done.out)
-    assert (tree["base"]["name"], tree["adapter"]["name"]) == ("base", "adapter")
-    # Under another name they are the same inputs.
-    base.rename(tmp_path / "moved")
-    streamer.merge_with_reduced_intruder_dimensions(
-        tmp_path / "moved", adapter, tmp_path / "out", findings=tmp_path / "f.safetensors"
-    )
-    assert stamp(tmp_path / "out" / "model-00001-of-00003.safetensors")["base"]["name"] == "moved"

@@ -6,7 +6,6 @@ import os
 import resource
 import shutil
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from streamer.adapters.finetuned import named_adapters
 from streamer.detection.findings import Findings
 from streamer.errors import NumericError, StorageError, UsageError
 from streamer.linalg.torch_state import threads
-from streamer.output.job import MOST_FACTS
 from streamer.plan.plan import make_batch
 
 
@@ -229,15 +227,12 @@ def test_json_holds_the_object_of_each(several: Several, way: str, tmp_path: Pat
     assert list(planned["adapters"]) == list(tree["adapters"]) == NAMES
     for name in NAMES:
         plan, done = planned["adapters"][name], tree["adapters"][name]
-        assert (plan["schema"], plan["state"]) == ("streamer.dry-run/1", "new")
+        assert (plan["schema"], plan["state"], plan["matrices"]) == (
+            "streamer.dry-run/1",
+            "new",
+            done["totals"]["matrices"],
+        )
         assert plan["output"] == str(out / (f"{name}.safetensors" if way == "detect" else name))
-        assert plan["matrices"] == done["totals"]["matrices"]
-        if way != "detect":
-            assert done["output"] == plan["output"]
-            home = several.adapters / name if way.startswith("mitigate") else several.base
-            card, original = out / name / "README.md", home / "README.md"
-            spare = MOST_FACTS + (original.stat().st_size if original.exists() else 0) - card.stat().st_size
-            assert plan["bytes"] - done["totals"]["bytes"] == spare > 0  # all but the card is known exactly
     again = json.loads(run(*several.line(way, out), "--dry-run", "--json"))
     assert {plan["state"] for plan in again["adapters"].values()} == {"done"}
     assert again["forecast"] is None
@@ -327,21 +322,6 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def detect(base: Path, adapters: list[Path], *args: Any, **options: Any) -> dict[str, Findings]:
     return streamer.detect_intruder_dimensions(base, adapters, *args, **{**OPTIONS, **options})
-
-
-def detect_alone(base: Path, adapter: Path, *args: Any, **options: Any) -> Findings:
-    return streamer.detect_intruder_dimensions(base, adapter, *args, **{**OPTIONS, **options})
-
-
-@pytest.mark.usefixtures("one_thread")
-def test_findings_are_byte_for_byte_those_of_each_alone(base: Path, adapters: list[Path], tmp_path: Path) -> None:
-    some = [*adapters, make_adapter(tmp_path / "in" / "one", 8, modules=["a.1"])]
-    for adapter in some:
-        detect_alone(base, adapter, tmp_path / "alone" / f"{adapter.name}.safetensors")
-    detect(base, some, tmp_path / "together")
-    with ThreadPoolExecutor(2) as pool:
-        detect(base, some, tmp_path / "workers", executor=pool)
-    assert tree_digest(tmp_path / "together") == tree_digest(tmp_path / "alone") == tree_digest(tmp_path / "workers")
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -32,6 +32,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return helpers.one_file(tmp_path_factory.mktemp("inputs"))
 
 
+@pytest.mark.long
 def test_without_docstrings(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     done = run("merge", *inputs, "-o", tmp_path / "out", PYTHONOPTIMIZE="2")
     assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
@@ -51,6 +52,7 @@ def test_transformers_under_options_of_python(tmp_path: Path, variables: dict[st
     )
 
 
+@pytest.mark.long
 def test_a_stdout_of_few_characters(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     """Paths may have characters that ASCII lacks, and so have some tables."""
     base, adapter = inputs
@@ -60,6 +62,7 @@ def test_a_stdout_of_few_characters(inputs: tuple[Path, Path], tmp_path: Path) -
     assert r"out\xb1" in done.stdout
 
 
+@pytest.mark.long
 def test_files_are_in_utf8_whatever_the_locale_says(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = inputs
     named = Path(shutil.copytree(adapter, tmp_path / "adapter"))

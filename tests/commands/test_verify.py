@@ -1,7 +1,6 @@
 """`streamer verify`: what the commands wrote is as they wrote it; every byte that is not is found, and so is what a digest cannot tell."""
 
 import json
-import math
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,6 @@ import torch
 from command_line import ENV
 from forks import server
 from safetensors.torch import load_file, save_file
-from seeds import vary
 from test_schemas import check
 from verified import KINDS, Job, agree, edit_tensor, lines, make_all_outputs, make_outputs
 
@@ -95,26 +93,6 @@ def test_blocks_of_fp8_are_those_that_the_config_states(tmp_path: Path, hidden: 
     streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "model")
     found = streamer.verify_output(tmp_path / "model", base, adapter, sample="all")
     assert (found["totals"]["recomputed"], found["totals"]["differences"]) == (9, 0)
-
-
-def test_a_fine_tuned_model_in_the_adapters_place(tmp_path: Path) -> None:
-    base, _ = helpers.three_shards(tmp_path)
-    tuned = Path(shutil.copytree(base, tmp_path / "tuned"))
-    for shard in tuned.glob("*.safetensors"):
-        generator = torch.Generator().manual_seed(vary(1))
-        tensors = {
-            k: (t + 0.1 * torch.randn(t.shape, generator=generator)).to(t.dtype) if t.dim() == 2 else t
-            for k, t in load_file(shard).items()
-        }
-        save_file(tensors, shard, metadata={"format": "pt"})
-    made = make_outputs(base, tuned, tmp_path)
-    found = streamer.verify_output(made.home / "model", base, tuned, sample="all")
-    assert found["totals"]["recomputed"] == 9
-    streamer.reduce_intruder_dimension(base, tuned, tmp_path / "lora", mitigation_lambda=0.5, to_lora=3)
-    assert lines(tmp_path / "lora", base, tuned, sample="all") == []
-    with pytest.raises(streamer.StreamerError, match="; give the adapter that ") as e:
-        streamer.verify_output(tmp_path / "lora", base, base)
-    assert e.value.exit_code == 3
 
 
 @pytest.mark.parametrize("command", ["merge", "mitigate"])
@@ -215,6 +193,7 @@ def test_a_base_of_other_values_is_refused(job: Job, tmp_path: Path) -> None:
         assert f"; give the base that {job.home / kind} was made from" in done.err
 
 
+@pytest.mark.long
 def test_without_inputs_no_torch_is_loaded(job: Job) -> None:
     code = (
         "import sys; from streamer.cli.main import run; code = run(sys.argv[1:]); print(code, 'torch' in sys.modules)"
@@ -239,14 +218,3 @@ def test_the_text_for_people(job: Job) -> None:
     ]
     done = server().run("verify", job.home / "model")
     assert done.out.splitlines()[1:] == ["compared only with its own record; give BASE ADAPTER to compare it with them"]
-
-
-def test_progress_is_told_in_bytes_and_matrices(job: Job) -> None:
-    events: list[streamer.Event] = []
-    streamer.verify_output(job.home / "model", job.base, job.adapter, on_event=events.append)
-    assert {e.stage for e in events} == {"verify", "recompute"}
-    for stage in ("verify", "recompute"):
-        done = [e.done for e in events if e.stage == stage]
-        assert done == sorted(done)
-        assert done[-1] == next(e.total for e in events if e.stage == stage)
-        assert not any(math.isnan(value) for value in done)

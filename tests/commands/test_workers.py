@@ -72,6 +72,7 @@ def test_a_merge_on_threads_has_the_same_bytes(tmp_path: Path) -> None:
     assert not [path for path in out.rglob(".*") if path.is_file()]
 
 
+@pytest.mark.long
 def test_processes_give_the_same_bytes(small: WorkerBench, tmp_path: Path) -> None:
     with ProcessPoolExecutor(2, get_context("spawn")) as pool, threads(1):
         streamer.detect_intruder_dimensions(

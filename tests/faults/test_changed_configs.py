@@ -160,6 +160,7 @@ def test_a_config_that_changes_while_a_map_is_made_is_told(home: Path) -> None:
     assert not (home / "m.safetensors").exists()
 
 
+@pytest.mark.long
 def test_stopped_anywhere_it_goes_on_to_the_same_bytes(whole: Path, tmp_path: Path) -> None:
     events: list[Event] = []
     (tmp_path / "whole").mkdir()

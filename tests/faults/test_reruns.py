@@ -135,13 +135,6 @@ def test_inputs_never_change(bench: Bench, command: str, tmp_path: Path) -> None
     assert after == before
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_the_umask_makes_the_modes(bench: Bench, command: str, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    assert bench.case(command).run(out, before="os.umask(0o027)").code == 0
-    assert {p.stat().st_mode & 0o777 for p in out.rglob("*") if p.is_file()} == {0o640}
-
-
 @pytest.mark.parametrize("option", ["--overwrite", "--no-resume"])
 def test_files_from_before_a_killed_overwrite_go_as_well(
     inputs: tuple[Path, Path], tmp_path: Path, option: str

@@ -122,6 +122,7 @@ def test_killed_at_random_moments(bench: Bench, command: str, tmp_path: Path) ->
     check(killed_at_random(bench.case(command), tmp_path, 100, random.Random(vary(command))))
 
 
+@pytest.mark.long
 def test_nothing_of_a_run_is_missed(bench: Bench, tmp_path: Path) -> None:
     """Replayed with all that was written, the record is the output."""
     one = trial(bench, "merge", tmp_path, 1)
@@ -177,6 +178,7 @@ def test_the_table_can_fail(bench: Bench, without: str, tmp_path: Path) -> None:
     assert tally.lost > 0
 
 
+@pytest.mark.long
 def test_a_wrong_code_is_counted(bench: Bench, tmp_path: Path) -> None:
     one = trial(bench, "detect", tmp_path, 1)
     tally = Tally()

@@ -93,6 +93,7 @@ def test_the_tasks_of_a_killed_worker_are_done_again(each: WorkerBench, tmp_path
     assert contents(tmp_path) == each.files
 
 
+@pytest.mark.long
 def test_workers_that_die_time_and_again_end_the_run(bench: WorkerBench, tmp_path: Path) -> None:
     out = tmp_path / "f.safetensors"
     with bench.start(out, "--workers", 1, "-qq") as process:

@@ -71,11 +71,7 @@ def mapped(plan: Plan, ids: torch.Tensor, device: torch.device) -> Arrays:
 COMMANDS = {"evaluate": evaluated, "fit": fitted, "map": mapped}
 
 
-SHORT = ("mixtral",)
-"""Runs with the short tests: routers, experts, a head of its own."""
-
-
-@pytest.fixture(scope="module", params=[pytest.param(n, marks=[] if n in SHORT else pytest.mark.long) for n in CAUSAL])
+@pytest.fixture(scope="module", params=CAUSAL)
 def plan(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Plan:
     _, base, adapter = make_pair(
         request.param, tmp_path_factory.mktemp("devices"), CAUSAL[request.param][2], lora_alpha=4

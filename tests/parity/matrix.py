@@ -1,7 +1,7 @@
 """Run the generated matrix of cases: every model class that transformers registers × what is adapted × kinds of adapters × bases on disk.
 
-python tests/parity/matrix.py                                   # the whole; prints the table
-python tests/parity/matrix.py --classes 'Llama|Mixtral' --full  # each part, kind and tie of some classes
+python tests/parity/matrix.py                            # the whole; prints the table
+python tests/parity/matrix.py --classes 'Llama|Mixtral'  # some classes
 python tests/parity/matrix.py --case LlamaForCausalLM/head/lora/tied/file/current --keep /tmp/case
 
 Each case is compared three ways with others: all tensors of `merge` at λ = 1 with PEFT's merge, the logits of the merged directory as
@@ -51,24 +51,22 @@ def _too_long(*_: Any) -> None:
     raise TimeoutError(f"longer than {LIMIT} s of processor time")
 
 
-def run_class(name: str, number: int, task: str, full: bool, seed: int) -> list[dict[str, Any]]:
+def run_class(name: str, number: int, task: str, seed: int) -> list[dict[str, Any]]:
     """The results of a class's cases; one of a class that cannot be built."""
     import zoo
-    from matrix_cases import cases_of, every_case_of
+    from matrix_cases import cases_of
 
     try:
         model = zoo.build(name)
     except Exception as error:
         said = f"transformers, tiny config: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        none = {"status": "not built", "said": said, "seconds": 0.0, "tags": []}
+        none = {"status": "not built", "said": said, "seconds": 0.0}
         return [{"case": name, "cls": name, "task": task, **none}]
-    cases = every_case_of(name, task, model) if full else cases_of(name, number, task, model)
-    return [run_case(case, task, seed) for case in cases]
+    return [run_case(case, task, seed) for case in cases_of(name, number, task, model)]
 
 
 def run_case(case: Any, task: str, seed: int, home: str | None = None) -> dict[str, Any]:
-    import zoo
-    from matrix_cases import Result, judge, tags
+    from matrix_cases import Result, judge
 
     begun = time.process_time()
     with tempfile.TemporaryDirectory() as scratch:
@@ -79,23 +77,21 @@ def run_case(case: Any, task: str, seed: int, home: str | None = None) -> dict[s
             result = Result("wrong", f"oracle: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
-    return {"case": case.name, **case.record(), "task": task, **vars(result), "seconds": round(time.process_time() - begun, 2),
-            "tags": tags(case, zoo.build(case.cls))}  # fmt: skip
+    return {"case": case.name, **case.record(), "task": task, **vars(result), "seconds": round(time.process_time() - begun, 2)}  # fmt: skip
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Counts by status, task, kind and tag; refusals by reason; all that is wrong."""
+    """Counts by status, task, kind and layout; refusals by reason; all that is wrong."""
     lines = [
         f"{len(results)} cases of {len({r['cls'] for r in results})} classes, {sum(r['seconds'] for r in results):.0f} s of processor time"
     ]
     statuses = ("right", "refused", "wrong", "not made", "not built")
     lines.append(f"{'':28}" + "".join(f"{s:>10}" for s in statuses))
     groups: dict[str, dict[str, list[dict[str, Any]]]] = {"all": {"": results}}
-    for key in ("task", "kind", "part", "tied", "layout", "tags"):
+    for key in ("task", "kind", "part", "tied", "layout"):
         by: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
         for r in results:
-            for value in r.get(key, []) if key == "tags" else [r.get(key, "-")]:
-                by[str(value)].append(r)
+            by[str(r.get(key, "-"))].append(r)
         groups[key] = dict(sorted(by.items()))
     for key, by in groups.items():
         for value, members in by.items():
@@ -128,7 +124,7 @@ def run_all(work: list[tuple[Any, ...]], jobs: int, record: Any) -> Iterable[dic
             try:
                 results = future.result()
             except BrokenProcessPool:
-                died = {"status": "wrong", "said": "the process died", "seconds": 0.0, "tags": []}
+                died = {"status": "wrong", "said": "the process died", "seconds": 0.0}
                 results = [{"case": item[0], "cls": item[0], "task": item[2], **died}]
             for r in results:
                 record.write(json.dumps(r) + "\n")
@@ -141,7 +137,6 @@ def main() -> int:
     parser.add_argument("--classes", default="", help="a regular expression that a class's name has")
     parser.add_argument("--case", help="one case, by its name")
     parser.add_argument("--keep", help="directory for the one case's base, adapter and output")
-    parser.add_argument("--full", action="store_true", help="each part, kind and tie of the classes")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, help="a JSONL of results, which a later run takes up")
@@ -159,11 +154,7 @@ def main() -> int:
     if args.results and args.results.exists():
         results = [json.loads(line) for line in args.results.read_text().splitlines()]
     done = {r["cls"] for r in results}
-    work = [
-        (n, i, task, args.full, args.seed)
-        for n, (i, task) in classes.items()
-        if re.search(args.classes, n) and n not in done
-    ]
+    work = [(n, i, task, args.seed) for n, (i, task) in classes.items() if re.search(args.classes, n) and n not in done]
     with open(args.results or os.devnull, "a") as record:
         results += run_all(work, args.jobs, record)
     print(table(results))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -13,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from architectures import MODELS, OLD, assert_merged, make_adapter, make_base, merge, old_name, weights
-from pairs import opened
+from architectures import MODELS, OLD, assert_merged, make_adapter, make_base, merge, old_name
 from paths import ROOT
 from safetensors.torch import load_file, save_file
 from transformers.conversion_mapping import _build_checkpoint_conversion_mapping, get_model_conversion_mapping
@@ -23,22 +21,6 @@ from transformers.core_model_loading import WeightConverter, apply_converters, a
 from streamer.plan.architectures import packaged
 from streamer.plan.name_matching import RENAMES, renames_for
 from streamer.weights.model_config import ModelConfig, read_model_config
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name", MODELS)
-def test_merged_as_peft_merges(name: str, tmp_path: Path) -> None:
-    base, adapter = tmp_path / "base", tmp_path / "adapter"
-    cls = make_base(name, base)
-    model = make_adapter(cls, base, adapter, MODELS[name][2])
-    wrapped = sum("lora_A" in key for key in load_file(adapter / "adapter_model.safetensors"))
-    ours = merge(base, adapter, tmp_path / "ours")
-    record = json.loads((tmp_path / "ours" / "streamer.json").read_text())
-    assert record["totals"]["matrices"] == wrapped > 0
-    model.merge_and_unload().save_pretrained(tmp_path / "theirs")
-    assert_merged(ours, weights(tmp_path / "theirs"))
-    assert sum(not torch.equal(ours[k], v) for k, v in weights(base).items()) == wrapped
-    opened(cls, tmp_path / "ours")
 
 
 def with_names(source: Path, out: Path, rename: Callable[[str], str]) -> Path:
@@ -73,27 +55,6 @@ def test_names_of_either_version_on_either_side(name: str, tmp_path: Path) -> No
         for age, rename in {"old": old, "new": str}.items():
             got = merge(tmp_path / age, tmp_path / adapter, tmp_path / f"{age}-{adapter}-merged")
             assert_merged(got, {rename(k): v for k, v in expected.items()})
-
-
-@pytest.mark.parametrize(
-    ("name", "auto"), [("llava", "AutoModel"), ("qwen2.5-vl", "AutoModel"), ("bert", "AutoModel"), ("llama", "AutoModel"),
-                       ("gpt2", "AutoModel"), ("llama", "AutoModelForSequenceClassification")]
-)  # fmt: skip
-def test_an_adapter_trained_on_another_head(name: str, auto: str, tmp_path: Path) -> None:
-    """Without the head, or with another one, the modules' names differ by one prefix, or not at all."""
-    cls = make_base(name, tmp_path / "base")
-    targets = [t for t in MODELS[name][2] if t != "lm_head"]
-    make_adapter(getattr(transformers, auto), tmp_path / "base", tmp_path / "adapter", targets)
-    make_adapter(cls, tmp_path / "base", tmp_path / "whole", targets)
-    theirs = {k.split(".", 2)[2]: v for k, v in load_file(tmp_path / "whole" / "adapter_model.safetensors").items()}
-    ours = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    if name == "bert":
-        theirs = {k: v for k, v in theirs.items() if "pooler" in k or "encoder" in k}
-    assert len(ours) == len(theirs)
-    merged = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "ours")
-    base = weights(tmp_path / "base")
-    changed = {k for k, v in merged.items() if not torch.equal(v, base[k])}
-    assert len(changed) == len(ours) // 2
 
 
 THEIRS = _build_checkpoint_conversion_mapping()

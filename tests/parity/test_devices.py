@@ -1,4 +1,4 @@
-"""The checks of devices.py, each half in a process of its own: torch keeps the device that they register."""
+"""The checks of devices.py, in a process of their own: torch keeps the device that they register."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ import seeds
 CHECKS = Path(__file__).with_name("devices.py")
 
 
-@pytest.mark.parametrize("marked", ["not long", pytest.param("long", marks=pytest.mark.long)])
-def test_models_mix_no_devices(marked: str) -> None:
-    command = [
-        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marked, "--seed", str(seeds.RUN), str(CHECKS),
-    ]  # fmt: skip
+@pytest.mark.long
+def test_models_mix_no_devices() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--seed", str(seeds.RUN), str(CHECKS)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     assert done.returncode == 0, done.stdout

@@ -188,31 +188,6 @@ def test_as_many_rows_as_tokens(tmp_path: Path) -> None:
         np.testing.assert_allclose(together.loss[:, i], alone.loss[:, 0], rtol=1e-5)
 
 
-def test_it_makes_no_difference_what_runs_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sequences of several lengths, all variants at once and one by one."""
-    cls = make_base("llama", tmp_path / "base")
-    make_adapter(cls, tmp_path / "base", tmp_path / "adapter", LINEAR)
-    ids = token_ids(64, 6, 12).numpy()
-    texts = {"general": tmp_path / "a.npy", "task": tmp_path / "b.npy"}
-    np.save(texts["general"], ids)
-    np.save(texts["task"], ids[:, :7])
-    found = streamer.detect_intruder_dimensions(tmp_path / "base", tmp_path / "adapter")
-
-    def evaluate(**options: Any) -> streamer.Evaluation:
-        return streamer.evaluate_variants(
-            tmp_path / "base", tmp_path / "adapter", findings=found, lambdas=(0.5,), length=12, **texts, **options
-        )
-
-    together = evaluate()
-    monkeypatch.setattr("streamer.measuring.runs.ROWS", 26)
-    apart = evaluate(max_memory="4G", io="pread")
-    for text in ("general", "task"):
-        for measure in ("tokens", "loss", "kl", "agree", "right"):
-            a, b = (getattr(getattr(e, text), measure) for e in (together, apart))
-            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-5)
-    assert together.front() == apart.front()
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("encoding", quantized.MAKERS)
 def test_quantized_bases(encoding: str, plain: tuple[Path, Path], tmp_path: Path) -> None:

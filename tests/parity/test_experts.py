@@ -11,11 +11,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from architectures import LINEAR, MODELS, MOE, TEXT, weights
-from commands import refuse_everywhere
+from architectures import MODELS, MOE, TEXT, weights
 from evaluated import assert_as_transformers
-from forks import server
-from pairs import assert_decided, merge, mitigate, opened
+from pairs import merge, mitigate, opened
 from paths import DATA
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -24,7 +22,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import streamer
 from streamer.adapters.adapter_config import stated_options
-from streamer.errors import InputError, MismatchError, UnsupportedError, UsageError
+from streamer.errors import InputError, MismatchError, UnsupportedError
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
@@ -79,64 +77,14 @@ TARGETS = {
 }
 
 
-@pytest.mark.parametrize("what", [*TARGETS, "both in bf16"])
+@pytest.mark.parametrize(
+    "what", ["both", *(pytest.param(n, marks=pytest.mark.long) for n in [*TARGETS, "both in bf16"][1:])]
+)
 @pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "gpt-oss"])
 def test_merged_as_peft_merges(name: str, what: str, tmp_path: Path) -> None:
     dtype = torch.bfloat16 if "bf16" in what else torch.float32
     *_, model = make(name, tmp_path, TARGETS[what.removesuffix(" in bf16")], dtype)
     assert_merged(tmp_path, model, rtol=1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps)
-
-
-# Name → class and config of models whose seven usual projections are layers and experts.
-DEEPSEEK = {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "q_lora_rank": 8,
-            "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "num_key_value_heads": 4}  # fmt: skip
-TOGETHER: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "mixtral": ("MixtralForCausalLM", "Mixtral", MOE),
-    "qwen3-moe": ("Qwen3MoeForCausalLM", "Qwen3Moe", MOE),
-    "olmoe": ("OlmoeForCausalLM", "Olmoe", MOE),
-    "deepseek-v3": ("DeepseekV3ForCausalLM", "DeepseekV3", {**MOE, **DEEPSEEK}),
-    "glm4-moe": ("Glm4MoeForCausalLM", "Glm4Moe",
-                 {**MOE, "n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}),
-    "gpt-oss": ("GptOssForCausalLM", "GptOss", MOE),
-}  # fmt: skip
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("targets", ["all-linear", "seven"])
-@pytest.mark.parametrize("name", TOGETHER)
-def test_attention_and_experts_together(name: str, targets: str, tmp_path: Path) -> None:
-    """PEFT turns them into parameters without a path: ``gate_up_proj`` is one of any module that has one, and of no other."""
-    cls, kind, values = TOGETHER[name]
-    torch.manual_seed(vary(0))
-    model = getattr(transformers, cls)(getattr(transformers, f"{kind}Config")(**{**TEXT, **values}))
-    model.save_pretrained(tmp_path / "base")
-    before = {k: v.double() for k, v in model.state_dict().items()}
-    torch.manual_seed(vary(1))
-    modules: Any = "all-linear" if targets == "all-linear" else [*LINEAR[:4], *(["gate_proj", "up_proj", "down_proj"])]
-    parameters = ["gate_up_proj", "down_proj"] if name == "gpt-oss" else None  # which PEFT does not add of itself
-    if name == "mixtral" and targets == "seven":
-        modules = [*LINEAR[:4], "w1", "w2", "w3"]
-    lora = LoraConfig(r=3, lora_alpha=24, target_modules=modules, target_parameters=parameters, init_lora_weights=False)
-    with warnings.catch_warnings(action="ignore"):
-        model = get_peft_model(model, lora)
-        for key, p in model.named_parameters():
-            if "lora_" in key:
-                p.data.normal_(std=0.3)
-        model.save_pretrained(tmp_path / "adapter")
-    bare = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_parameters"]
-    assert {"gate_up_proj", "down_proj"} <= set(bare)
-    assert_merged(tmp_path, model)
-    findings = streamer.detect_intruder_dimensions(tmp_path / "base", tmp_path / "adapter")
-    after = getattr(transformers, cls).from_pretrained(tmp_path / "theirs").state_dict()
-    assert any(m.module.endswith("gate_up_proj[3]") for m in findings)
-    q = "q_a_proj" if name == "deepseek-v3" else "q_proj"
-    assert any(m.module.endswith(q) for m in findings) or targets == "seven"
-    for m in findings:
-        key, _, number = m.module.removesuffix("]").partition("[")
-        W0, W = (t[key][int(number)] if number else t[f"{key}.weight"] for t in (before, after))
-        if number and name == "gpt-oss":
-            W0, W = W0.T, W.T
-        assert_decided(m, W0, W)
 
 
 def test_stacks_of_an_unknown_class(tmp_path: Path) -> None:
@@ -183,30 +131,7 @@ def test_of_other_versions(case: str, tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, theirs[key], rtol=1e-5, atol=1e-6, msg=key)
 
 
-def test_the_data_is_small() -> None:
-    assert sum(p.stat().st_size for p in ADAPTERS.rglob("*") if p.is_file()) < 100_000
-
-
 # Detection and mitigation ----------------------------------------------------------------------------------------------
-
-
-def run_time_experts(model: Any) -> dict[str, torch.Tensor]:
-    """Each expert's matrix (out, in) in a loaded model, by parameter and number."""
-    turned = model.config.model_type == "gpt_oss"
-    state = {k: v for k, v in model.state_dict().items() if k.endswith(("gate_up_proj", "down_proj"))}
-    return {f"{k}[{e}]": (v[e].T if turned else v[e]).double() for k, v in state.items() for e in range(len(v))}
-
-
-@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "gpt-oss"])
-@pytest.mark.parametrize("solver", ["dense", "certified"])
-def test_every_expert_is_detected_as_the_dense_formula_has_it(name: str, solver: str, tmp_path: Path) -> None:
-    base, adapter, model = make(name, tmp_path, EXPERTS)
-    before = run_time_experts(model.get_base_model().from_pretrained(base))
-    after = run_time_experts(model.merge_and_unload())
-    findings = {m.module: m for m in streamer.detect_intruder_dimensions(base, adapter, top_k=5, solver=solver)}
-    assert before.keys() < findings.keys()
-    assert len(before) == 2 * 2 * 4
-    assert sum(assert_decided(findings[key], W0, after[key]) for key, W0 in before.items()) > 0
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "gpt-oss"])
@@ -288,18 +213,6 @@ def test_saved_experts_beside_one_tensor_an_expert(saved: str, tmp_path: Path) -
     adapt(transformers.MixtralForCausalLM, tmp_path, [], modules_to_save=[saved])
     with pytest.raises(UnsupportedError, match=r"built on loading from 'model\.layers\.[01]\.block_sparse"):
         streamer.iter_merged(base, tmp_path / "adapter", mitigation_lambda=1.0)
-
-
-def test_an_adapter_without_the_head_on_experts(tmp_path: Path) -> None:
-    """Built tensors are found by one exchange of prefixes, as all others."""
-    base, *_ = make("qwen3-moe", tmp_path, EXPERTS)
-    expected = dict(streamer.iter_merged(base, tmp_path / "adapter", mitigation_lambda=1.0))
-    adapt(transformers.AutoModel, tmp_path, EXPERTS)
-    got = dict(streamer.iter_merged(base, tmp_path / "adapter", mitigation_lambda=1.0))
-    before = weights(base)
-    assert {k for k in got if not torch.equal(got[k], before[k])} == {
-        k for k in expected if not torch.equal(expected[k], before[k])
-    }
 
 
 @pytest.mark.parametrize("old", [False, True])
@@ -643,19 +556,3 @@ def test_layouts_that_are_refused(config: dict[str, Any], options: dict[str, Any
     base, adapter, _ = make("mixtral", tmp_path, EXPERTS)
     with pytest.raises(UnsupportedError, match=words.replace("[", r"\[")):
         streamer.iter_merged(base, stated(adapter, adapter, **config), **options)
-
-
-def test_on_the_command_line(tmp_path: Path) -> None:
-    base, adapter, _ = make("mixtral", tmp_path, EXPERTS)
-    unsloth = grouped(adapter, tmp_path / "grouped", base_model_name_or_path="unsloth/mixtral")
-    refuse_everywhere(base, unsloth, tmp_path, 3, "names Unsloth", "pass --lora-b-layout grouped_by_expert")
-    outputs = {}
-    for path, words in ((adapter, []), (unsloth, ["--lora-b-layout", "grouped_by_expert"])):
-        output = tmp_path / f"merged-{path.name}"
-        assert server().run("merge", base, path, "-o", output, "--lambda", 1, *words).code == 0
-        outputs[path] = load_file(output / "model.safetensors")
-    for key, tensor in outputs[adapter].items():
-        torch.testing.assert_close(outputs[unsloth][key], tensor, rtol=1e-5, atol=1e-6, msg=key)
-    assert "--lora-b-layout grouped_by_expert" in (tmp_path / "merged-grouped/README.md").read_text()
-    with pytest.raises(UsageError, match="lora_b_layout: expected one of rank_major, grouped_by_expert, found 'peft'"):
-        streamer.iter_merged(base, unsloth, lora_b_layout="peft")  # type: ignore[arg-type]

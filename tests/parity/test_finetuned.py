@@ -128,20 +128,6 @@ def test_outputs_are_verified_on_the_side_that_was_judged(tmp_path: Path, make) 
         assert totals["differences"] == 0
 
 
-def test_shards_of_one_and_another_size(tmp_path: Path) -> None:
-    base, tuned = pair(tmp_path)
-    model = LlamaForCausalLM.from_pretrained(tuned)
-    model.save_pretrained(tmp_path / "sharded", max_shard_size="30KB")
-    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
-    options = {"mitigation_lambda": 0.5}
-    whole = dict(streamer.iter_merged(base, tuned, **options))  # type: ignore[arg-type]
-    pieces = dict(streamer.iter_merged(base, tmp_path / "sharded", **options))  # type: ignore[arg-type]
-    assert whole.keys() == pieces.keys()
-    assert all(torch.equal(whole[n], pieces[n]) for n in whole)
-    streamer.merge_with_reduced_intruder_dimensions(base, tmp_path / "sharded", tmp_path / "out", **options)  # type: ignore[arg-type]
-    assert [p.name for p in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
-
-
 def test_a_grown_vocabulary_is_taken_over(tmp_path: Path) -> None:
     base, tuned = pair(tmp_path)
     model = LlamaForCausalLM.from_pretrained(tuned)
@@ -151,16 +137,6 @@ def test_a_grown_vocabulary_is_taken_over(tmp_path: Path) -> None:
     loaded = LlamaForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 70
-
-
-def test_the_difference_as_a_lora_adapter(tmp_path: Path) -> None:
-    base, tuned = pair(tmp_path)
-    with pytest.raises(
-        UnsupportedError, match="is a model, and no adapter that could be written back; `streamer merge`"
-    ):
-        mitigate(base, tuned, tmp_path / "out", 1.0)
-    mitigate(base, tuned, tmp_path / "out", 0.5, to_lora=48, method="shrink")
-    assert not (tmp_path / "out" / "config.json").exists()
 
 
 def shaken(home: Path, make, only: str = "") -> tuple[Path, Path]:

@@ -20,11 +20,11 @@ from pairs import mitigate
 from peft.tuners.lora import intruders as theirs
 from seeds import vary
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 import streamer
 import streamer.peft as live
-from streamer.errors import MismatchError, StorageError, StreamerWarning, UnsupportedError, UsageError
+from streamer.errors import MismatchError, StreamerWarning, UnsupportedError, UsageError
 from streamer.methods.files import Coefficients
 
 
@@ -213,31 +213,11 @@ def test_findings_are_saved_and_serve_files(
         live.reduce_intruder_dimension(loaded(made), findings=on_files, top_k=3)
 
 
-def test_a_disk_error_in_the_model_s_files_is_not_that_they_do_not_exist(
-    made: Made, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails(path: Path) -> None:
-        raise StorageError(f"{path}: Input/output error")
-
-    model = loaded(made)
-    monkeypatch.setattr("streamer.peft.open_checkpoint", fails)
-    with pytest.raises(StorageError, match="Input/output error"):
-        live.detect_intruder_dimensions(model)
-
-
 def test_a_wider_dtype_is_the_same_model_and_a_narrower_one_is_not(made: Made, on_files: streamer.Findings) -> None:
     wide = loaded(made).to(torch.float64)
     assert {m.fingerprint for m in live.detect_intruder_dimensions(wide)} == {m.fingerprint for m in on_files}
     with pytest.raises(MismatchError, match="loaded in a narrower dtype"):
         live.reduce_intruder_dimension(loaded(made).to(torch.bfloat16), findings=on_files)
-
-
-def test_shrink_needs_no_findings(made: Made) -> None:
-    model = loaded(made)
-    deltas = {n: m.get_delta_weight("default") for n, m in model.named_modules() if hasattr(m, "get_delta_weight")}
-    assert live.reduce_intruder_dimension(model, mitigation_lambda=0.5, method="shrink") is None
-    for name, delta in deltas.items():
-        torch.testing.assert_close(model.get_submodule(name).get_delta_weight("intruder_reduced"), delta / 2)
 
 
 def test_what_is_refused_leaves_the_model_as_it_was(made: Made) -> None:
@@ -399,29 +379,6 @@ def test_layers_of_bitsandbytes(coding: str, tmp_path: Path) -> None:
         live.reduce_intruder_dimension(model, findings=on_files)
     with pytest.raises(UnsupportedError, match="4 of the weights to merge into are quantized"):
         live.merge_and_unload_with_reduced_intruder_dimensions(model)
-
-
-def test_layers_that_bitsandbytes_packed_anew_when_they_ran(tmp_path: Path) -> None:
-    """It does so on some processors."""
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
-    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    base = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=four, dtype=torch.bfloat16)
-    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
-    with quiet():
-        before = live.detect_intruder_dimensions(model)
-        with torch.no_grad():
-            model(torch.ones(1, 4, dtype=torch.long))
-        states = (getattr(p, "quant_state", None) for p in model.parameters())
-        if any(getattr(state, "packing_format_for_cpu", False) for state in states):
-            with pytest.raises(
-                UnsupportedError, match="load the model again, and call streamer before you run the model"
-            ):
-                live.detect_intruder_dimensions(model)
-        else:
-            assert_same_findings(live.detect_intruder_dimensions(model), before)
 
 
 @pytest.mark.parametrize("part", ["module", "weight", "memory", "head"])

@@ -221,13 +221,7 @@ def test_its_command_line(home: Path) -> None:
     args = f"base={home / 'base'},adapter={home / 'adapter'},method=shrink,lambda=0.5"
     for more, code, words in (
         ("", 0, "|choices|"),
-        (",lamda=1", 2, "error: model_args: expected keywords of evaluate_variants, found 'lamda'"),
         (",lambda=abc", 2, "error: lambda: expected a number, such as 0.5, found 'abc'"),
-        (
-            f",cache={home / 'tasks' / 'choices.yaml'}",
-            2,
-            "choices.yaml (file is not a database); name a new file in a directory",
-        ),
         (
             f",cache={home / 'absent' / 'c.sqlite'}",
             2,

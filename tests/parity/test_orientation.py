@@ -80,7 +80,7 @@ def logits(model: Any) -> torch.Tensor:
         return model(input_ids=ids, **more).logits
 
 
-@pytest.mark.parametrize("flag", [None, True, False])
+@pytest.mark.parametrize("flag", [pytest.param(None, marks=pytest.mark.long), True, False])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_class_decides_and_not_the_flag(name: str, flag: bool | None, tmp_path: Path) -> None:
     base, adapter, out, theirs = (tmp_path / d for d in ("base", "adapter", "out", "theirs"))

@@ -79,6 +79,7 @@ def test_decisions_equal_the_dense_formula_in_float64(trained: Trained, solver: 
     assert compared >= 10 * len(trained.findings) - 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("lam", [0.0, 0.75])
 def test_the_certified_solver_mitigates_as_the_dense_one(trained: Trained, lam: float, tmp_path: Path) -> None:
     mitigated = []

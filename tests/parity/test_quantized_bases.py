@@ -7,9 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-import quantized
 import torch
-from forks import server
 from pairs import merge, mitigate
 from peft import PeftModel
 from quantized_cases import FP8, Case, all_tensors, decoded_base, merged_by_peft, usual_names
@@ -20,7 +18,6 @@ from transformers import AutoModelForCausalLM
 
 import streamer
 from streamer.errors import UnsupportedError
-from streamer.output.job import MOST_FACTS
 
 
 @pytest.fixture(scope="module", params=list(MAKERS))
@@ -118,19 +115,3 @@ def test_the_stream_of_tensors_is_what_the_files_hold(case: Case, tmp_path: Path
         for name, t in got.items():
             assert t.dtype == tensors[name].dtype
             assert torch.equal(t.flatten().view(torch.uint8), tensors[name].flatten().view(torch.uint8)), name
-
-
-@pytest.mark.long
-def test_the_command_line(plain: tuple[Path, Path], tmp_path: Path) -> None:
-    made = quantized.gptq(tmp_path / "base", plain[0])
-    command = ("merge", made.base, plain[1], "-o", tmp_path / "out", "--lambda", "1", "--json")
-    done = server().run(*command)
-    assert (done.code, done.err.count("\n")) == (3, 1)
-    assert not (tmp_path / "out").exists()
-    planned = json.loads(server().run(*command, "--dequantize", "--dry-run").out)
-    record = json.loads(server().run(*command, "--dequantize").out)
-    assert not (made.base / "README.md").exists()
-    spare = MOST_FACTS - (tmp_path / "out/README.md").stat().st_size
-    assert planned["bytes"] - record["totals"]["bytes"] == spare > 0  # all but the card is known exactly
-    assert planned["files"] == len(record["files"])
-    assert "quantize_config.json" in record["left_out"]

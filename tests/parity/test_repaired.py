@@ -67,11 +67,11 @@ QUICK = (
 )
 
 
-def long_but(names: Iterable[str]) -> list[Any]:
-    return [pytest.param(name, marks=[] if name in QUICK else pytest.mark.long) for name in names]
+def slow_but(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in names]
 
 
-@pytest.mark.parametrize("name", long_but(CAUSAL))
+@pytest.mark.parametrize("name", slow_but(CAUSAL))
 def test_architectures(name: str, tmp_path: Path) -> None:
     check(name, CAUSAL[name][2], {}, tmp_path)
 
@@ -88,6 +88,6 @@ KINDS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", long_but(KINDS))
+@pytest.mark.parametrize("kind", slow_but(KINDS))
 def test_kinds(kind: str, tmp_path: Path) -> None:
     check(*KINDS[kind], tmp_path)

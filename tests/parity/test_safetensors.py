@@ -150,10 +150,10 @@ def broken_headers(seed: int, count: int) -> Iterator[bytes]:
 
 def test_broken_headers() -> None:
     both = 0
-    for whole in broken_headers(0, 20_000):
+    for whole in broken_headers(0, 8_000):
         assert agree(whole), (whole, ours(whole), theirs(whole))
         both += ours(whole)[0] is not None
-    assert both > 100  # some of them are still valid, or the comparison would be empty
+    assert both > 40  # some of them are still valid, or the comparison would be empty
 
 
 @given(st.binary(max_size=200))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,17 +18,24 @@ from seeds import vary
 import streamer
 import streamer.errors
 
-sentence_transformers = pytest.importorskip("sentence_transformers", reason="needs sentence-transformers")
 pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")]
 SENTENCES = ["the quick brown fox", "pack my box with five dozen liquor jugs"]
 
 
-def test_modules_after_the_transformer_are_the_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def library() -> Any:
+    """Imported when it is used: its own imports take a second."""
+    return pytest.importorskip("sentence_transformers", reason="needs sentence-transformers")
+
+
+def test_modules_after_the_transformer_are_the_adapters(
+    library: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # transformers asks for a version of PEFT that may not exist for this Python.
     monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.18")
     torch.manual_seed(vary(0))
-    trained = sentence_transformers.SentenceTransformer(str(get_model_path()), device="cpu")
-    trained.append(sentence_transformers.models.Dense(384, 16))
+    trained = library.SentenceTransformer(str(get_model_path()), device="cpu")
+    trained.append(library.models.Dense(384, 16))
     trained.save(str(tmp_path / "base"))
     trained.add_adapter(LoraConfig(r=4, lora_alpha=6, target_modules=["query", "value"], init_lora_weights=False))
     with torch.no_grad():
@@ -38,7 +46,7 @@ def test_modules_after_the_transformer_are_the_adapters(tmp_path: Path, monkeypa
     for base in (tmp_path / "base", Path(get_model_path())):
         out = tmp_path / f"merged with {base.name}"
         merge(base, tmp_path / "adapter", out, 1)
-        merged = sentence_transformers.SentenceTransformer(str(out), device="cpu")
+        merged = library.SentenceTransformer(str(out), device="cpu")
         np.testing.assert_allclose(merged.encode(SENTENCES), trained.encode(SENTENCES), rtol=0, atol=1e-4)
         assert streamer.verify_output(out, base, tmp_path / "adapter", sample="all")["verified"]
     (dense,) = (tmp_path / "adapter").glob("*_Dense/model.safetensors")
@@ -47,35 +55,14 @@ def test_modules_after_the_transformer_are_the_adapters(tmp_path: Path, monkeypa
         merge(base, tmp_path / "adapter", out, 1)
 
 
-def small_adapter(home: Path) -> tuple[Path, Path]:
-    trained = sentence_transformers.SentenceTransformer(str(get_model_path()), device="cpu")[0].auto_model
+def small_adapter(library: Any, home: Path) -> tuple[Path, Path]:
+    trained = library.SentenceTransformer(str(get_model_path()), device="cpu")[0].auto_model
     get_peft_model(trained, LoraConfig(r=2, target_modules=["query"])).save_pretrained(home / "adapter")
     return Path(get_model_path()), home / "adapter"
 
 
-def test_other_weights_below_an_adapter_are_named(tmp_path: Path) -> None:
-    """A trainer's weights are named; those of other adapters and models, and training state, are not."""
-    base, adapter = small_adapter(tmp_path)
-    for folder, config in (
-        ("extra_states", ""),
-        ("ref", "adapter_config.json"),
-        ("whole", "config.json"),
-        ("state", ""),
-    ):
-        (adapter / folder).mkdir()
-        name = "optimizer.bin" if folder == "state" else "weights.safetensors"
-        save_file({"x": torch.zeros(2)}, adapter / folder / name)
-        if config:
-            (adapter / folder / config).write_text("{}")
-    with pytest.warns(
-        streamer.StreamerWarning, match="^extra_states/weights.safetensors beside the adapter: not used, "
-    ) as w:
-        merge(base, adapter, tmp_path / "out", 1)
-    assert not any(f"{folder}/" in str(one.message) for one in w for folder in ("ref", "whole", "state"))
-
-
-def test_modules_that_are_missing_are_the_bases(tmp_path: Path) -> None:
-    base, adapter = small_adapter(tmp_path)
+def test_modules_that_are_missing_are_the_bases(library: Any, tmp_path: Path) -> None:
+    base, adapter = small_adapter(library, tmp_path)
     listed = [{"idx": i, "name": str(i), "path": path, "type": "x.Dense"} for i, path in enumerate(["", "2_Dense"])]
     (adapter / "modules.json").write_text(json.dumps(listed))
     with pytest.warns(streamer.StreamerWarning, match="names 2_Dense, not found: the base's modules are used"):
@@ -84,9 +71,9 @@ def test_modules_that_are_missing_are_the_bases(tmp_path: Path) -> None:
     assert streamer.verify_output(tmp_path / "out", base, adapter)["verified"]
 
 
-def test_a_module_without_files_is_not_missed(tmp_path: Path) -> None:
+def test_a_module_without_files_is_not_missed(library: Any, tmp_path: Path) -> None:
     """Older versions save nothing for Normalize, and git and the hub drop the empty folder."""
-    base, adapter = small_adapter(tmp_path)
+    base, adapter = small_adapter(library, tmp_path)
     modules = [("", "Transformer"), ("2_Dense", "Dense"), ("3_Normalize", "Normalize")]
     listed = [{"idx": i, "name": str(i), "path": path, "type": f"x.{kind}"} for i, (path, kind) in enumerate(modules)]
     (adapter / "modules.json").write_text(json.dumps(listed))

@@ -7,7 +7,7 @@ import gc
 import json
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -129,7 +129,16 @@ def test_factors_are_those_of_whole_matrices_layer_by_layer(sequences: int, tmp_
                     assert number == 0 or relative(A, alone) > 1e-3, "the modules before it changed its inputs"
 
 
-QUICK = "llama", "gpt2", "phi3", "gemma2", "opt", "gpt-neox", "qwen3-moe", "falcon", "gemma"
+LONG = "gpt2", "qwen3-moe", "gemma4", "falcon", "jamba", "deepseek-v4"
+"""Whose layers hand on more than one state of each token: keys and values, a recurrence, tables. All others are slow."""
+
+
+def marked(names: Iterable[str], quick: Sequence[str] = ("llama", "gemma3n")) -> list[Any]:
+    marks = dict.fromkeys(LONG, pytest.mark.long) | dict.fromkeys(quick, ())
+    return [pytest.param(name, marks=marks.get(name, pytest.mark.slow)) for name in names]
+
+
+QUICK = "llama", "gpt2", "phi3", "qwen3-moe", "gemma"
 KINDS = (
     "LoRA on a tied head",
     "LoRA on a tied embedding",
@@ -140,10 +149,7 @@ KINDS = (
 )
 
 
-@pytest.mark.parametrize(
-    "name",
-    [*QUICK, *KINDS, *(pytest.param(name, marks=pytest.mark.long) for name in CAUSAL if name not in (*QUICK, "xglm"))],
-)
+@pytest.mark.parametrize("name", marked([*KINDS, *(n for n in CAUSAL if n != "xglm")], (*QUICK, *KINDS)))
 def test_each_layer_is_fitted_to_what_those_before_it_make(name: str, tmp_path: Path) -> None:
     """Given the factors of the layers before, and of each embedding, each solution is the formula's. xglm's code has no float64."""
     made, targets, options = ADAPTERS.get(name) or (name, CAUSAL[name][2], {})
@@ -260,10 +266,11 @@ def assert_same(one: SequenceSums, other: SequenceSums) -> None:
 BESIDE = {
     "llama": [*LINEAR, "lm_head", "embed_tokens"], "gpt2": ["c_attn", "wte"], "qwen3-moe": ["q_proj"], "gemma3n": ["q_proj", "down_proj"],
 }  # fmt: skip
+ALL = marked(name for name in CAUSAL if name not in TOWERS)
 
 
 @pytest.mark.parametrize("spools", [False, True])
-@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize("name", marked(BESIDE))
 def test_riders_do_not_depend_on_what_else_runs(name: str, spools: bool, tmp_path: Path) -> None:
     """Bit for bit; candidates have the factors that the sweep has just fitted."""
     _, base, adapter = make_pair(name, tmp_path, BESIDE[name], lora_alpha=4)
@@ -277,9 +284,6 @@ def test_riders_do_not_depend_on_what_else_runs(name: str, spools: bool, tmp_pat
     sweep.model.limit(ROOM, False)
     assert_same(beside, sums(sweep, other, (0, 1, *candidates, shrink), False))
     assert len({*beside.loss.sum(1).tolist()}) == len(beside.loss), "variants differ"
-
-
-ALL = [*BESIDE, *(pytest.param(n, marks=pytest.mark.long) for n in CAUSAL if n not in (*BESIDE, *TOWERS))]
 
 
 @pytest.mark.parametrize("spools", [False, True])
@@ -310,8 +314,7 @@ def test_riders_on_workers_have_the_same_bits(name: str, spools: bool, tmp_path:
     assert [event.name for event in events] == ([] if gone else [said])
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", marked(CAUSAL))
 def test_states_that_lie_in_a_spool_come_back(name: str, tmp_path: Path) -> None:
     """Bit for bit, also of one sequence, whose shape is a mask's or an embedding's of positions."""
     _, base, adapter = make_pair(name, tmp_path, CAUSAL[name][2], lora_alpha=4)

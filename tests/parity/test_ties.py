@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,14 +10,13 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import transformers
-from architectures import MODELS, assert_merged, make_adapter, make_base, merge, weights
+from architectures import merge
 from forks import server
 from pairs import opened
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from seeds import vary
 from test_architectures_table import nest, plain
-from transformers.pytorch_utils import Conv1D
 from verified import lines
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -37,53 +35,12 @@ class Case(NamedTuple):
 
 HEADS = {
     "mamba": ("MambaForCausalLM", plain("Mamba"), "embeddings", "lm_head", "in_proj"),
-    "falcon mamba": ("FalconMambaForCausalLM", plain("FalconMamba"), "embeddings", "lm_head", "in_proj"),
     "modernbert": ("ModernBertForMaskedLM", plain("ModernBert", cls_token_id=1, sep_token_id=2), "tok_embeddings", "decoder", "Wqkv"),
-    "xlnet": ("XLNetLMHeadModel", plain("XLNet"), "word_embedding", "lm_loss", "layer_1"),
-    "xlm": ("XLMWithLMHeadModel", plain("XLM", attention_dropout=0.0, dropout=0.0), "transformer.embeddings", "pred_layer.proj", "q_lin"),
-    "gpt": ("OpenAIGPTLMHeadModel", plain("OpenAIGPT"), "tokens_embed", "lm_head", "c_attn"),
-    "ctrl": ("CTRLLMHeadModel", plain("CTRL"), "w", "lm_head", "Wq"),
-    "bloom": ("BloomForCausalLM", plain("Bloom"), "word_embeddings", "lm_head", "query_key_value"),
     "bert": ("BertForMaskedLM", plain("Bert"), "word_embeddings", "cls.predictions.decoder", "query"),
     "roberta": ("RobertaForMaskedLM", plain("Roberta"), "word_embeddings", "lm_head.decoder", "query"),
-    "gpt-neox, tied": ("GPTNeoXForCausalLM", plain("GPTNeoX", tie_word_embeddings=True), "embed_in", "lm_head", "query_key_value"),
     "whisper": ("WhisperForConditionalGeneration", plain("Whisper"), "decoder.embed_tokens", "proj_out", "q_proj"),
-    "moonshine": ("MoonshineForConditionalGeneration", plain("Moonshine"), "decoder.embed_tokens", "proj_out", "q_proj"),
-    "trocr": ("TrOCRForCausalLM", plain("TrOCR"), "embed_tokens", "output_projection", "q_proj"),
-    "bart": ("BartForConditionalGeneration", plain("Bart"), "decoder.embed_tokens", "lm_head", "q_proj"),
-    "vit and trocr": ("VisionEncoderDecoderModel", nest("VisionEncoderDecoder", encoder="ViT", decoder="TrOCR"),
-                      "embed_tokens", "output_projection", r".*decoder\..*q_proj"),
-    "bert and bert": ("EncoderDecoderModel", nest("EncoderDecoder", encoder="Bert", decoder="Bert"),
-                      "decoder.bert.embeddings.word_embeddings", "cls.predictions.decoder", "query"),
-    "llava, tied": ("LlavaForConditionalGeneration", nest("Llava", {"tie_word_embeddings": True}, text_config="Llama",
-                    vision_config="CLIPVision"), "embed_tokens", "lm_head", ".*language_model.*q_proj"),
-    "gemma 3": ("Gemma3ForConditionalGeneration", nest("Gemma3", text_config="Gemma3Text", vision_config="SiglipVision"),
-                "embed_tokens", "lm_head", ".*language_model.*q_proj"),
     "llama, tied": ("LlamaForCausalLM", plain("Llama", tie_word_embeddings=True), "embed_tokens", "lm_head", "q_proj"),
-    "gpt2": ("GPT2LMHeadModel", plain("GPT2"), "wte", "lm_head", "c_attn"),
 }  # fmt: skip
-
-
-def cases() -> dict[str, Case]:
-    """Changes of both of two tensors that are one, and each change of models that `matrix.py` does not have."""
-    out = {}
-    for name, (cls, config, embedding, head, layer) in HEADS.items():
-        linear = [layer] if ".*" not in layer else layer
-        both = f"({layer}|.*{head})" if isinstance(linear, str) else [layer, head]
-        out[f"{name}: saved both"] = Case(cls, config, linear, [embedding, head])
-        if name in ("vit and trocr", "llava, tied"):
-            out |= {
-                f"{name}: head": Case(cls, config, both),
-                f"{name}: saved head": Case(cls, config, linear, [head]),
-                f"{name}: saved embedding": Case(cls, config, linear, [embedding]),
-                f"{name}: embedding": Case(cls, config, f"(.*{layer}|.*{embedding})"),
-            }
-        if name in ("bert", "mamba", "whisper"):
-            out[f"{name}: biases and head"] = Case(cls, config, both, options=(("bias", "all"),))
-    return out
-
-
-CASES = cases()
 
 
 def answer(model: torch.nn.Module) -> torch.Tensor:
@@ -95,8 +52,6 @@ def answer(model: torch.nn.Module) -> torch.Tensor:
     if config.model_type == "whisper":
         frames = 2 * config.max_source_positions
         inputs = {"input_features": torch.randn(2, config.num_mel_bins, frames, generator=g), "decoder_input_ids": ids}
-    elif config.model_type == "moonshine":
-        inputs = {"input_values": torch.randn(2, 4000, generator=g), "decoder_input_ids": ids}
     elif config.model_type == "vision-encoder-decoder":
         size = config.encoder.image_size
         inputs = {"pixel_values": torch.randn(2, 3, size, size, generator=g), "decoder_input_ids": ids}
@@ -137,16 +92,6 @@ def merged(case: Case, home: Path) -> tuple[torch.Tensor, torch.Tensor, dict[str
     assert lines(home / "out", home / "base", home / "adapter", sample="all") == []
     loaded, info = cls.from_pretrained(home / "out", output_loading_info=True)
     return answer(peft), answer(loaded), info
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name", CASES)
-def test_merged_model_answers_as_pefts_does(name: str, tmp_path: Path) -> None:
-    expected, found, info = merged(CASES[name], tmp_path)
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
-    assert not info["mismatched_keys"]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 # Name → (class, config, target modules, modules to save): PEFT saves the embeddings of the whole model itself, and no decoder's
@@ -229,54 +174,6 @@ def test_an_untrained_bias_grows_with_its_head_by_way_of_a_lora(name: str, kind:
     torch.testing.assert_close(answer(PeftModel.from_pretrained(grown, lora)), answer(peft), rtol=1e-4, atol=1e-5)
 
 
-TO_LORA = {
-    **{
-        name: HEADS[name][:2]
-        for name in ("modernbert", "xlnet", "gpt", "ctrl", "bloom", "bert", "roberta", "moonshine", "trocr")
-    },
-    **{
-        name: HEADS[name][:2] for name in ("gemma 3", "llama, tied", "gpt2", "mamba", "falcon mamba", "whisper", "bart")
-    },
-    "t5": ("T5ForConditionalGeneration", plain("T5")),
-    "mixture": ("Qwen3MoeForCausalLM", plain("Qwen3Moe")),
-    "opt": ("OPTForCausalLM", plain("OPT", dropout=0.0, num_hidden_layers=2)),
-}
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("changed", ["linear", "all"])
-@pytest.mark.parametrize("name", TO_LORA)
-def test_peft_opens_the_adapter_of_a_tuned_model(name: str, changed: str, tmp_path: Path) -> None:
-    """Also where it has changed what PEFT has no LoRA for, or one that the model passes by: positions, routers, convolutions, Mamba's."""
-    cls, config = getattr(transformers, TO_LORA[name][0]), TO_LORA[name][1]
-    torch.manual_seed(vary(0))
-    model = cls(config())
-    model.save_pretrained(tmp_path / "base")
-    embedding = model.get_input_embeddings()
-    seen = set()
-    for module in model.modules():
-        W = getattr(module, "weight", None)
-        plain = module is embedding or isinstance(module, torch.nn.Linear | Conv1D)
-        if isinstance(W, torch.nn.Parameter) and W.dim() > 1 and id(W) not in seen and (plain or changed == "all"):
-            seen.add(id(W))
-            W.data += (0.1 * torch.randn(W.shape[0], 2) @ torch.randn(2, W[0].numel())).reshape(W.shape)
-    model.save_pretrained(tmp_path / "tuned")
-    expected = answer(cls.from_pretrained(tmp_path / "tuned"))
-    done = server().run(
-        "mitigate", tmp_path / "base", tmp_path / "tuned", "-o", tmp_path / "out", "--lambda", 1, "--to-lora", 4
-    )
-    assert done.code == 0, done.err
-    found = lines(tmp_path / "out", tmp_path / "base", tmp_path / "tuned", sample="all")
-    if (name, changed) == ("gemma 3", "all"):  # saved whole under the name that it has at run time
-        assert "not verified: 1 matrix cannot be recomputed: its factors are not in the adapter" in found.pop()
-    assert found == []
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        peft = PeftModel.from_pretrained(cls.from_pretrained(tmp_path / "base"), tmp_path / "out")
-    assert not [w for w in told if "missing adapter keys" in str(w.message)]
-    torch.testing.assert_close(answer(peft), expected, rtol=1e-3, atol=1e-4)
-
-
 def test_a_method_for_which_peft_takes_what_it_refuses_lora_for(tmp_path: Path) -> None:
     cls, config, *_ = HEADS["mamba"]
     model = getattr(transformers, cls)(config())
@@ -338,21 +235,6 @@ def test_factors_that_peft_trained_apart_are_refused(tmp_path: Path) -> None:
     ):
         delta = module.get_delta_weight("default").double()
         torch.testing.assert_close(merged[f"{name}.weight"], stored + delta, rtol=2**-8, atol=1e-6)
-
-
-@pytest.mark.filterwarnings("error::UserWarning")
-@pytest.mark.parametrize("name", ["llama", "gemma3-text", "gpt2", "t5", "gpt-oss", "llava"])
-def test_merged_as_peft_merges(name: str, tmp_path: Path) -> None:
-    base, adapter = tmp_path / "base", tmp_path / "adapter"
-    cls = make_base(name, base)
-    model = make_adapter(cls, base, adapter, MODELS[name][2])
-    config = json.loads((base / "config.json").read_text())
-    del config["architectures"]
-    (base / "config.json").write_text(json.dumps(config))
-    ours = merge(base, adapter, tmp_path / "ours")
-    model.merge_and_unload().save_pretrained(tmp_path / "theirs")
-    assert_merged(ours, weights(tmp_path / "theirs"))
-    opened(cls, tmp_path / "ours")
 
 
 @pytest.mark.parametrize("what", ["tokens", "grown", "head"])

@@ -2,7 +2,6 @@
 
 import json
 import re
-import signal
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import helpers
 import make_schemas
 import pytest
-from forks import KILL, Outcome, server
+from forks import Outcome, server
 from jsonschema import Draft202012Validator
 from paths import ROOT
 from referencing import Registry, Resource
@@ -117,36 +116,6 @@ def test_what_every_command_prints(inputs: tuple[Path, Path], tmp_path: Path) ->
     kept = tmp_path / "kept"
     assert check(run("demo", "--json", "-o", kept), "streamer.demo/1")["directory"] == str(kept)
     assert (kept / "merged").is_dir()
-
-
-def test_other_kinds_of_inputs(tmp_path: Path) -> None:
-    """A fine-tuned model in the adapter's place, a residual base, and a quantized one."""
-    import jobs
-    from safetensors.torch import load_file, save_file
-
-    base, adapter = helpers.three_shards(tmp_path)
-    import shutil
-
-    tuned = shutil.copytree(base, tmp_path / "tuned")
-    shard = tuned / "model-00001-of-00003.safetensors"
-    save_file(
-        {k: v * 1.5 if v.dim() == 2 else v for k, v in load_file(shard).items()}, shard, metadata={"format": "pt"}
-    )
-    config = adapter / "adapter_config.json"
-    residual = shutil.copytree(adapter, tmp_path / "residual")
-    (residual / config.name).write_text(json.dumps({**json.loads(config.read_text()), "init_lora_weights": "pissa"}))
-    cases = [(base, tuned, []), (base, residual, ["--base-is-residual"]), (*jobs.fp8(tmp_path / "8"), [])]
-    for i, (one, other, options) in enumerate(cases):
-        check(server().run("inspect", one, other, *options, "--json"), "streamer.plan/1")
-        check(server().run("merge", one, other, "-o", tmp_path / f"m{i}", *options, "--json"), "streamer.output/2")
-
-
-def test_a_resumed_run(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    for command in ("detect", "merge", "mitigate"):
-        out = tmp_path / f"{command}.safetensors"
-        assert server().run(command, *inputs, "-o", out, at=14, code=KILL).code == -signal.SIGKILL
-        schema = "streamer.findings/1" if command == "detect" else "streamer.output/2"
-        assert check(server().run(command, *inputs, "-o", out, "--json"), schema)["state"] == "resumed"
 
 
 # docs/formats.md --------------------------------------------------------------------------------------------------------

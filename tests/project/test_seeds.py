@@ -3,6 +3,8 @@
 import ast
 import re
 
+import pytest
+import seeds
 from paths import ROOT
 
 TESTS = ROOT / "tests"
@@ -21,3 +23,9 @@ def test_every_seed_varies_with_the_run() -> None:
                 if not re.match(r"vary\(|FitOptions\.seed", ast.unparse(seed)):  # or what the fit draws is drawn again
                     fixed.append(f"{path.relative_to(TESTS)}:{node.lineno}")
     assert fixed == []
+
+
+def test_a_failure_prints_the_seed_of_the_run(request: pytest.FixtureRequest) -> None:
+    failed = pytest.CallInfo.from_call(lambda: pytest.fail("as told"), "call")
+    report = request.node.ihook.pytest_runtest_makereport(item=request.node, call=failed)
+    assert ("seed", f"--seed {seeds.RUN} draws the same random numbers") in report.sections

@@ -9,11 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import ENV
-from helpers import tree_digest
 from make_checkpoint import HUB_SHARD_BYTES, split
 from paths import TOOLS
 from peft import PeftModel
-from safetensors import safe_open
 from safetensors.torch import load_file
 from shapes import KNOWN
 from tool_calls import call_tool
@@ -35,42 +33,6 @@ def make(directory: Path, *args: object) -> dict:
     done = call_tool("make_checkpoint", directory, "--json", *args)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "split", "files"),
-    [("bf16", ("--shards", 1), 1), ("fp16", ("--shards", 3), 3), ("fp32", ("--shard-bytes", "1e6"), None)],
-)
-def test_a_generated_checkpoint_loads_and_holds_its_intruders(
-    tmp_path: Path, dtype: str, split: tuple, files: int | None
-) -> None:
-    tree = make(tmp_path, *SMALL, "--dtype", dtype, *split)
-    base, adapter = tmp_path / "base", tmp_path / "adapter"
-    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    names = sorted(p.name for p in base.glob("*.safetensors"))
-    assert tree["files"] == names
-    if files is None:
-        sizes = []
-        for name in names:
-            with safe_open(base / name, "pt") as f:
-                sizes.append([f.get_tensor(key).nbytes for key in f.keys()])  # noqa: SIM118  # not a dict
-        assert len(names) > 2
-        assert all(sum(shard) <= 1e6 or len(shard) == 1 for shard in sizes)
-    else:
-        assert len(names) == files
-    assert (base / "model.safetensors.index.json").exists() == (len(names) > 1)
-
-    model, info = AutoModelForCausalLM.from_pretrained(base, dtype="auto", output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    assert {p.dtype for p in model.parameters()} == {torch_dtype}
-    assert sum(p.nbytes for p in model.parameters()) == tree["bytes"]
-    assert model(torch.arange(8)[None]).logits.isfinite().all()
-
-    found = streamer.detect_intruder_dimensions(base, adapter)
-    assert len(found.matrices) == tree["matrices"] == 14
-    counts = {m.tensor: len(m.detection.intruders) for m in found if m.detection.intruders}
-    assert counts == tree["planted"]
-    assert sum(counts.values()) == 8
 
 
 @pytest.mark.parametrize(
@@ -126,19 +88,6 @@ def test_sizes_are_those_of_the_hub(like: str, total: int, files: list[int] | in
     assert [plan.nbytes for plan in plans] == files
 
 
-def test_the_same_arguments_give_the_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
-    tiny = ("--hidden", 64, "--layers", 1)
-    one, two, other = (tmp_path / name for name in ("one", "two", "other"))
-    make(one, *tiny)
-    make(two, *tiny)
-    make(other, *tiny, "--seed", 1)
-    assert tree_digest(one) == tree_digest(two)
-    assert tree_digest(one)["base/model.safetensors"] != tree_digest(other)["base/model.safetensors"]
-    assert (
-        tree_digest(one)["adapter/adapter_model.safetensors"] != tree_digest(other)["adapter/adapter_model.safetensors"]
-    )
-
-
 @pytest.mark.parametrize(("args", "message"), [
     (("--hidden", 64, "--size-gb", 1, "--layers", 3), "give one of --size-gb and --layers"),
     (("--hidden", 64, "--rank", 1), "--rank: expected at least 2"),
@@ -151,39 +100,6 @@ def test_bad_arguments_are_refused_before_anything_is_written(tmp_path: Path, ar
     assert done.returncode == 1
     assert message in done.stderr
     assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.long
-def test_a_tiny_benchmark_gives_every_figure(tmp_path: Path) -> None:
-    done = call_tool(
-        "bench_merge", *SMALL, "--rounds", 2, "--double", "--max-memory", "1G", "--json", "--work", tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    tree = json.loads(done.stdout)
-    assert len(tree["rounds"]) == 2
-    for row in tree["rounds"]:
-        assert {"merge", "cp", "cp_sync", "loop", "shards"} < set(row)
-        for other in ("cp", "cp_sync", "loop", "shards"):
-            assert row[f"merge/{other}"] == pytest.approx(row["merge"] / row[other])
-        assert row["cp_sync"] > row["cp"] > 0
-    for key, values in tree["spread"].items():
-        seen = sorted(r[key] for r in tree["rounds"])
-        assert values == {"median": pytest.approx(sum(seen) / 2), "min": seen[0], "max": seen[1]}
-    memory = tree["memory"]
-    assert set(memory) == {"merge", "loop", "shards", "--max-memory 1G", "double"}
-    assert all(50e6 < m["anonymous"] < m["hwm"] < 2e9 for m in memory.values())  # torch alone is over 50 MB
-    assert memory["double"]["bytes"] > 1.5 * memory["merge"]["bytes"]
-    ratio = memory["double"]["anonymous"] / memory["merge"]["anonymous"]
-    assert tree["difference_percent"] == pytest.approx(100 * (ratio - 1))
-    stages = tree["profile"]["stages"]
-    assert {
-        "import", "plan and identity", "read and upcast", "addmm", "round", "finite check", "write", "fsync",
-    } <= set(stages)  # fmt: skip
-    assert all(t["wall"] > 0 and t["cpu"] >= 0 for t in stages.values())
-    # Nothing counted twice or missed.
-    assert sum(t["wall"] for t in stages.values()) == pytest.approx(tree["profile"]["seconds"], rel=0.02)
-    assert "sha256" in stages  # here on the main thread: no piece of a model this small is worth a thread
-    assert list(tmp_path.iterdir()) == []  # nothing is left behind
 
 
 @pytest.mark.long

@@ -124,15 +124,12 @@ CASES: list[tuple[Callable[[Path], Inputs], str, tuple[str, ...]]] = [
 ]  # fmt: skip
 
 
-MARKS = {
-    (lora, "merge", ("--lambda", "1", "--io", "pread")): [],
-    (tuned, "merge", ("--method", "shrink")): [pytest.mark.long],
-}
+LONG = [(lora, "merge", ("--lambda", "1", "--io", "pread")), (tuned, "merge", ("--method", "shrink"))]
 
 
 @pytest.mark.parametrize(
     ("make", "command", "options"),
-    [pytest.param(*c, marks=MARKS.get(c, [pytest.mark.slow])) for c in CASES],
+    [pytest.param(*c, marks=pytest.mark.long if c in LONG else pytest.mark.slow) for c in CASES],
     ids=[" ".join((c[0].__name__, c[1], *c[2])) for c in CASES],
 )
 def test_the_smallest_budget_is_kept(

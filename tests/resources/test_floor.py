@@ -31,6 +31,7 @@ print(PROCESS_BYTES, re.search(r"RssAnon:\\s*([0-9]+) kB", Path("/proc/self/stat
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_the_floor_is_what_this_build_of_torch_takes_whatever_the_program_holds() -> None:
     """Not less than a fresh process holds, nor so much more that small budgets are refused for nothing."""

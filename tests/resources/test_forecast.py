@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import sys
 import time
@@ -21,7 +20,7 @@ import streamer
 from streamer.detection.detect import detection_estimates
 from streamer.detection.options import DetectionOptions
 from streamer.errors import UnsupportedError
-from streamer.events import Event, Monitor
+from streamer.events import Monitor
 from streamer.forecast import Forecast, Rates, forecast_commands, forecast_detection, measure_rates
 from streamer.output.job import MOST_FACTS
 from streamer.plan.plan import AdapterBatch, Plan, make_plan, resident_bytes
@@ -110,24 +109,6 @@ def test_findings_are_no_larger_and_not_much_smaller(job: Job, options: tuple[st
         assert most < 1.1 * out.stat().st_size + 600 * 9 + 10_000
 
 
-def test_the_journal_is_no_larger(job: Job, tmp_path: Path) -> None:
-    """What stands beside the findings just before it goes."""
-    from streamer.detection.detect import FindingsWriter
-
-    seen: list[int] = []
-    begun = FindingsWriter.write
-
-    def watched(self: FindingsWriter) -> None:
-        begun(self)
-        seen.append(self._journal.path.stat().st_size)
-
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(FindingsWriter, "write", watched)
-        streamer.detect_intruder_dimensions(*job, tmp_path / "f.safetensors", threshold_epsilon=1.0)
-    options = DetectionOptions(threshold_epsilon=1.0)
-    assert 0 < seen[0] <= forecast_of(make_plan(*job), options).temporary_bytes
-
-
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("command", "options"),
@@ -206,31 +187,6 @@ def test_a_command_that_is_refused_has_none(job: Job, tmp_path: Path) -> None:
 
 def test_a_gpu_is_not_estimated(job: Job) -> None:
     assert forecast_of(make_plan(*job), DetectionOptions(), torch.device("cuda")).seconds is None
-
-
-def test_twice_the_layers_take_longer_and_no_less_of_anything(tmp_path: Path) -> None:
-    one, four = (forecast_commands(make_plan(*model(tmp_path / str(n), n, 512, 384)), CPU, RATES) for n in (1, 4))
-    for command, small in one.items():
-        large = four[command]
-        assert isinstance(small, Forecast)
-        assert isinstance(large, Forecast)
-        assert small.seconds is not None
-        assert large.seconds is not None
-        assert 0 < small.seconds < large.seconds < math.inf
-        assert small.read_bytes < large.read_bytes
-        assert small.write_bytes < large.write_bytes
-        assert small.peak_memory_bytes <= large.peak_memory_bytes < 1.1 * small.peak_memory_bytes
-
-
-def test_a_probe_takes_a_second_and_reads_a_part(tmp_path: Path) -> None:
-    events: list[Event] = []
-    began = time.process_time()
-    rates = measure_rates(make_plan(*model(tmp_path, 1)).base, Monitor(events.append))
-    assert time.process_time() - began < 3
-    assert rates is not None
-    assert 1e6 < rates.products < 1e14
-    assert 1e6 < rates.nbytes < 1e12
-    assert [event.stage for event in events] == ["probe"]
 
 
 @pytest.mark.long

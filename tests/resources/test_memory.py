@@ -78,6 +78,7 @@ def test_eight_outputs_in_one_pass_take_no_more_than_one(models: tuple[DemoModel
     assert eight < 1.05 * one + SLACK, f"{one / 1e6:.0f} MB grew to {eight / 1e6:.0f} MB"
 
 
+@pytest.mark.long
 def test_the_poll_sees_memory_that_is_held() -> None:
     code = "import time; held = bytearray(b'x') * 100_000_000; time.sleep(2)"
     held = measure.watched([sys.executable, "-c", code])

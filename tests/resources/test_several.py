@@ -145,6 +145,7 @@ def test_detection_reads_the_base_once(tmp_path: Path) -> None:
     assert three - one < size / 4 + 2 * 3 * sum(p.stat().st_size for p in adapter.iterdir())
 
 
+@pytest.mark.long
 def test_a_forecast_counts_what_is_read(tmp_path: Path) -> None:
     """Samples, headers and digests included; what a process reads besides, of its own modules, is an eighth of this base at most."""
     base, adapter = helpers.three_shards(tmp_path, hidden=320)

@@ -210,14 +210,6 @@ def _has_names_of_its_own(found: Anatomy) -> bool:
     return not (found.head or "").endswith("lm_head") or not (found.embedding or "").endswith("embed_tokens")
 
 
-def every_case_of(name: str, task: str, model: PreTrainedModel) -> list[Case]:
-    """All parts, kinds and ties of one class, on bases as they are saved today."""
-    found = anatomy(model)
-    ties = (True, False) if found.tied else (None,)
-    kinds = [k for k in KINDS if _has(k, found)]
-    return [Case(name, part, kind, tied) for part in found.parts() for kind in kinds for tied in ties]
-
-
 def _has(kind: str, found: Anatomy) -> bool:
     if kind in ("tokens", "grown"):
         return found.embedding is not None
@@ -234,46 +226,6 @@ def _laid_out(layout: str, task: str, model: PreTrainedModel) -> bool:
     if layout == "headless":
         return inner and task == "classification"
     return True
-
-
-TAGS = {
-    "orientation": "Conv1D layers, or fan_in_fan_out set by habit",
-    "vision tie": "tied embeddings of a vision-language model",
-    "tie": "tied embeddings that change",
-    "head's name": "a head that is not called lm_head",
-    "experts": "stacks of experts, alone or with other layers",
-    "saved copies": "saved modules, and copies that PEFT leaves beside them",
-    "tuned": "a fully fine-tuned model",
-    "tuned experts": "a fully fine-tuned model with stacks of experts",
-    "nested types": "an encoder and a decoder of types of their own",
-    "tie, biases or vocabulary": "tied embeddings beside all biases or a grown vocabulary",
-    "old names": "names on disk that loading renames",
-    "small": "configs that name no class, and bases without a head",
-}
-"""Kinds of facts of an architecture that a case may hang on."""
-
-
-def tags(case: Case, model: PreTrainedModel) -> list[str]:
-    """The keys of `TAGS` that a case has."""
-    found = anatomy(model)
-    tied = found.tied and case.tied is not False
-    touches = case.part in ("embedding", "head") or case.kind in ("saved", "tokens", "grown", "tuned")
-    lm_head = (found.head or "lm_head").endswith("lm_head")
-    said = {
-        "orientation": found.conv1d or case.flag,
-        "vision tie": hasattr(model.config, "vision_config") and tied and touches,
-        "tie": tied and touches,
-        "head's name": not lm_head and (case.part == "head" or case.kind == "saved"),
-        "experts": bool(found.experts) and case.part in ("experts", "all-linear", "mlp") and case.kind != "tuned",
-        "saved copies": case.kind in ("saved", "grown") or (case.kind == "biases" and touches),
-        "tuned": case.kind == "tuned",
-        "tuned experts": case.kind == "tuned" and bool(found.experts),
-        "nested types": hasattr(model.config, "encoder") and hasattr(model.config, "decoder"),
-        "tie, biases or vocabulary": tied and case.kind in ("biases", "grown"),
-        "old names": case.layout in ("legacy", "runtime", "bare", "headed"),
-        "small": case.layout in ("unnamed", "headless"),
-    }
-    return [tag for tag in TAGS if said[tag]]
 
 
 def numbered_classes() -> dict[str, tuple[int, str]]:

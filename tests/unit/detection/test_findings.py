@@ -38,15 +38,6 @@ def test_round_trip(made: tuple[Path, Path, Path, Findings]) -> None:
         assert (a.detection.intruders, a.detection.degenerate) == (b.detection.intruders, b.detection.degenerate)
 
 
-def test_the_safetensors_library_reads_it(made: tuple[Path, Path, Path, Findings]) -> None:
-    _, _, path, memory = made
-    with safe_open(path, "pt") as f:
-        assert f.metadata()["schema"] == "streamer.findings/1"
-        assert len(f.keys()) == 9 * len(memory)
-        for m in memory:
-            assert torch.equal(f.get_tensor(f"{m.tensor}/U"), m.detection.U)
-
-
 def test_no_paths_and_no_times(made: tuple[Path, Path, Path, Findings], tmp_path: Path) -> None:
     """The same inputs give the same bytes, wherever they lie."""
     base, adapter = helpers.three_shards(tmp_path / "some" / "where")
@@ -285,15 +276,6 @@ def test_where_nothing_can_be_saved(findings: Findings, tmp_path: Path, what: st
             findings.save(path, overwrite=True)
         assert str(e.value).startswith(f"{path}: ")
     assert helpers.tree_digest(tmp_path) == before
-
-
-def test_no_room_to_save(findings: Findings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import shutil
-
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 0, 9))  # type: ignore[attr-defined]
-    with pytest.raises(errors.StorageError, match=r"f: needs \d+\.\d kB, the disk has 9 B free"):
-        findings.save(tmp_path / "f")
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from streamer.errors import FormatError, MismatchError, UsageError
 from streamer.linalg.operators import Dense, LowRank
-from streamer.methods import METHODS, RegMean, make_method
+from streamer.methods import RegMean
 from streamer.methods.files import FIT, Coefficients, FactorSet, load_coefficients
 
 FACTS = {"base": {"files": []}, "adapter": {"modules": 2}, "grain": "inputs"}
@@ -48,19 +48,6 @@ def test_mitigate_takes_them_by_the_name_of_the_matrix() -> None:
     for other in (Dense(delta.dense()), LowRank(delta.L, delta.R[:7])):
         with pytest.raises(MismatchError, match="the factor of 'x' does not have this adapter's shape; fit it to this"):
             options.mitigated(other, None, "x")
-
-
-def test_options_that_make_no_sense() -> None:
-    one = made(0.9).select()
-    with pytest.raises(UsageError, match=r"^method 'regmean' needs coefficients; make them with `streamer repair`$"):
-        make_method("regmean")
-    with pytest.raises(UsageError, match=r"^lambda: method 'regmean' has no such option; leave it out"):
-        make_method("regmean", mitigation_lambda=0.5, coefficients=one)
-    with pytest.raises(UsageError, match=r"^coefficients: method 'paper' has no such option; leave it out"):
-        make_method("paper", coefficients=one)
-    for no_number in (None, True, float("nan"), -float("inf")):
-        with pytest.raises(UsageError, match=f"^lambda must be a finite number, got {no_number}$"):
-            METHODS["paper"](no_number, amplify=True)
 
 
 def test_a_set_is_selected_by_what_it_keeps() -> None:

@@ -119,28 +119,6 @@ def test_a_base_without_a_config_gets_none(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("nested", [False, True])
-def test_a_grown_vocabulary_sets_the_config(tmp_path: Path, nested: bool) -> None:
-    text = {"text_config": {"vocab_size": 6}} if nested else {}
-    b = base(tmp_path, **text)
-    a = adapter(tmp_path, {EMBED: torch.randn(9, 8), HEAD: torch.randn(9, 8)})
-    streamer.merge_with_reduced_intruder_dimensions(b, a, tmp_path / "out", mitigation_lambda=1.0)
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (config["text_config"] if nested else config)["vocab_size"] == 9
-    assert load_file(tmp_path / "out" / "model-00001-of-00002.safetensors")[EMBED].shape == (9, 8)
-
-
-def test_mitigate_keeps_every_other_tensor(tmp_path: Path) -> None:
-    kept = {HEAD: torch.randn(6, 8), f"{Q}.lora_B.bias": torch.randn(8), f"{Q}.bias": torch.randn(8).half()}
-    b, a = base(tmp_path), adapter(tmp_path, kept, lora_bias=True)
-    streamer.reduce_intruder_dimension(b, a, tmp_path / "out", mitigation_lambda=0.5, method="shrink")
-    before, after = (load_file(d / "adapter_model.safetensors") for d in (a, tmp_path / "out"))
-    assert before.keys() == after.keys()
-    for name in kept:
-        assert torch.equal(before[f"base_model.model.{name}"], after[f"base_model.model.{name}"])
-    assert not torch.equal(before[f"base_model.model.{Q}.lora_B.weight"], after[f"base_model.model.{Q}.lora_B.weight"])
-
-
 REFUSED = {
     "unknown place": ({"nowhere.weight": (2, 8)}, {}, MismatchError, "'base_model.model.nowhere.weight' has no tensor in the base"),
     "a head that the base lacks": (
@@ -193,18 +171,6 @@ def test_a_lora_bias_without_a_bias(tmp_path: Path) -> None:
     save_file({**load_file(file), "base_model.model.lm_head.lora_B.bias": torch.zeros(6)}, file)
     with pytest.raises(MismatchError, match=r"'.*lora_B.bias' has no tensor in the base \(looked for 'lm_head.bias'\)"):
         make_plan(b, a)
-
-
-def test_a_new_module_beside_names_without_their_prefix(tmp_path: Path) -> None:
-    """transformers loads a task's head beside the names of a bare model (see `parity`)."""
-    b = base(tmp_path)
-    a = helpers.write_adapter(
-        tmp_path / "adapter", {f"bert.{Q}": helpers.intruding_factors(8, 8, 2)}, r=2, modules_to_save=["classifier"]
-    )
-    file = a / "adapter_model.safetensors"
-    save_file({**load_file(file), "base_model.model.classifier.weight": torch.zeros(3, 8)}, file)
-    plan = make_plan(b, a)
-    assert list(plan.edits.sources) == ["classifier.weight"]
 
 
 def test_a_saved_module_under_a_prefix_of_its_own(tmp_path: Path) -> None:

@@ -51,12 +51,6 @@ def test_prefixes(mine: str, theirs: str, why: str) -> None:
     assert {n: m[:2] for n, m in found.items()} == {mine + name: (f"{theirs}{name}.weight", why) for name in LAYERS}
 
 
-def test_language_and_vision_together() -> None:
-    modules = ["model.language_model.layers.0.q", "model.visual.blocks.0.q"]
-    tensors = weights("language_model.model.layers.0.q", "visual.blocks.0.q")
-    assert [m.tensor for m in match_names(modules, tensors).values()] == tensors
-
-
 def test_an_exact_name_wins_over_a_longer_one() -> None:
     modules = prefixed("model.")
     found = match_names(modules, weights(*prefixed("model."), *prefixed("draft.model.")))

@@ -8,7 +8,6 @@ import helpers
 import pytest
 import torch
 
-import streamer
 from streamer.adapters.adapter import DeltaSource, open_adapter
 from streamer.errors import MismatchError
 from streamer.plan.name_matching import match_names, renames_for
@@ -73,23 +72,6 @@ def test_a_type_of_several_classes_that_agree(tmp_path: Path) -> None:
                 MismatchError, match="as a Conv1D"
             ):  # transformers has classes of no type, which are not meant
                 targets_of(weights, open_adapter(adapter), {"model_type": ""})
-
-
-def test_a_transposed_base_gives_transposed_findings_and_merges(tmp_path: Path) -> None:
-    """A Conv1D base is the transpose of a linear one, in everything."""
-    W, factors = helpers.planted(64, 48, 2)
-    merged = {}
-    for flag in (False, True):
-        home = tmp_path / str(flag)
-        base = helpers.write_sharded(home / "base", [{"h.0.fc.weight": W.T if flag else W}])
-        adapter = helpers.write_adapter(home / "adapter", {"h.0.fc": factors}, r=2, fan_in_fan_out=flag)
-        findings = streamer.detect_intruder_dimensions(base, adapter, top_k=4)
-        (matrix,) = findings
-        assert matrix.shape == (64, 48)
-        assert matrix.detection.intruders
-        assert matrix.detection.U.shape[0] == 64
-        merged[flag] = dict(streamer.iter_merged(base, adapter, findings=findings, top_k=4, mitigation_lambda=0.25))
-    torch.testing.assert_close(merged[True]["h.0.fc.weight"].T, merged[False]["h.0.fc.weight"])
 
 
 def test_two_modules_for_one_tensor(tmp_path: Path) -> None:

@@ -9,16 +9,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from evaluations import of_findings
-from seeds import vary
 
 import streamer
 from streamer.api.report import ReportRequest
-from streamer.detection.findings import Findings, MatrixFinding
-from streamer.detection.intruders import Detection
+from streamer.detection.findings import Findings
 from streamer.errors import FormatError
 from streamer.evaluation.evaluation import figures, verdict
 from streamer.events import Monitor
@@ -166,30 +162,3 @@ def test_the_record_of_an_output(pair: tuple[Path, Path], findings: Findings, tm
     record.write_text(record.read_text().replace('"method"', '"mehtod"'))
     with pytest.raises(FormatError, match="`streamer verify` gives details"):
         open_subject(tmp_path / "out")
-
-
-def test_36000_matrices_take_less_than_25_megabytes() -> None:
-    """As every twelfth of them tells."""
-    rng = np.random.default_rng(vary(0))
-    U, S, Vh = torch.zeros(8, 0), torch.zeros(0), torch.zeros(0, 8)
-    similarity, width, sigma = (
-        rng.random((3000, 10)),
-        rng.random((3000, 10)),
-        np.sort(rng.gamma(2, 1, (3000, 10)))[:, ::-1],
-    )
-
-    def finding(i: int) -> MatrixFinding:
-        layer, expert, j = i // 384, i // 3 % 128, i % 3000
-        tensor = f"model.layers.{layer}.mlp.experts.{expert}.{('gate', 'up', 'down')[i % 3]}_proj"
-        low, high = similarity[j] * width[j], similarity[j]
-        found = Detection(True, (), "certified", False, "float32", 8, 20, 1e-5, float(sigma[j, 0]), float(low[0]), float(low[1]),
-                          tuple(sigma[j].tolist()), tuple(high.tolist()), tuple(low.tolist()), tuple(high.tolist()),
-                          tuple(sigma[j - 1].tolist()), tuple(np.flatnonzero(high < 0.5).tolist()), U, S, Vh)  # fmt: skip
-        return MatrixFinding(f"{tensor}.weight", tensor, (2048, 768), "BF16", 16, 2.0, False, None, found)
-
-    def size(chosen: range) -> int:
-        found = Findings({"files": []}, {"modules": 1}, streamer.DetectionOptions(), tuple(map(finding, chosen)))
-        return len(make_page(found))
-
-    few, many = size(range(0, 36_000, 1200)), size(range(0, 36_000, 12))
-    assert few + (36_000 - 30) * (many - few) / (3000 - 30) < 25_000_000

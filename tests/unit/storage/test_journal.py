@@ -143,18 +143,6 @@ def test_starting_over_replaces_the_journal_in_one_step(
     assert names(tmp_path) == ["j"]
 
 
-def test_a_journal_started_over_goes_on(tmp_path: Path) -> None:
-    path = tmp_path / "j"
-    journal_of(path, RECORDS)
-    journal = Journal(path)
-    journal.begin({"a": 1})
-    journal.append(b"second")
-    assert [journal[0], journal[1]] == [HEAD, b"second"]
-    journal.close()
-    journal.close()
-    assert contents(path) == [HEAD, b"second"]
-
-
 def test_a_journal_without_a_record_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As after a full disk."""
     journal = Journal(tmp_path / "j")

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 from faults import failing
 from helpers import names, tree_digest
-from transactions import DATA, INDEX, Case, Killed, carry_out, check_whole, interrupt, refusal, run, take
+from transactions import DATA, INDEX, Case, carry_out, check_whole, interrupt, refusal, run, take
 
 from streamer.errors import InputChangedError, LockedError, OutputError, OutputExistsError, StorageError
-from streamer.storage.atomic_file import AtomicFile
 from streamer.storage.checkpoint import read_json_object
 from streamer.storage.files import locked
 from streamer.storage.transaction import (
@@ -143,26 +142,6 @@ def test_copies_take_the_umasks_mode(case: Case) -> None:
     finally:
         os.umask(old)
     assert {(case.out / n).stat().st_mode & 0o777 for n in (*DATA, RECORD_NAME)} == {0o640}
-
-
-def test_entries_keep_their_details(case: Case) -> None:
-    """What was announced with a file comes back when the run is taken up."""
-
-    def announce() -> None:
-        with open_outputs([case.plan]) as (out,):
-            with AtomicFile(case.out / "model-1", 100) as f:
-                f.write(DATA["model-1"])
-            out.announce("model-1", 100, f.sha256, matrices=[{"tensor": "é", "norm": 1.5}])
-            raise Killed
-
-    with pytest.raises(Killed):
-        announce()
-    with open_outputs([case.plan]) as (out,):
-        assert out.resumed
-        entry = out.finished("model-1")
-        assert entry is not None
-        assert entry["matrices"] == [{"tensor": "é", "norm": 1.5}]
-        assert out.finished("model-2") is None
 
 
 @pytest.mark.parametrize(("place", "words"), [
