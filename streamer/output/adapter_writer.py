@@ -62,6 +62,10 @@ def back_project(delta: LowRank, rank: int, scaling: float) -> tuple[Tensor, Ten
     return root.L, root.R.T, dropped
 
 
+HASHES = ("modelspec.hash_sha256", "sshs_legacy_hash", "sshs_model_hash")
+"""Metadata in which trainers state hashes of the original factors."""
+
+
 @dataclass(frozen=True)
 class MitigatedFactors:
     """New values of the tensors that hold factors, for a mitigation of an adapter whose deltas all have factors."""
@@ -165,7 +169,8 @@ class AdapterWriter(OneFileWriter):
         names = saved_names(names) if kind == "LORA" else names
         self._read = {name: header.by_name[own] for name, own in names.items()}
         entries = [(name, t.dtype, t.shape) for name, t in self._read.items()]
-        shard = plan_shard(plan.adapter.file.path.name, entries, {**header.metadata, **job.stamp("mitigate")})
+        metadata = {key: text for key, text in header.metadata.items() if key not in HASHES}
+        shard = plan_shard(plan.adapter.file.path.name, entries, {**metadata, **job.stamp("mitigate")})
         config = next((config.read_bytes() for config in plan.adapter.config_paths), None)
         # Factors are written in PEFT's order of columns, and PEFT needs the type.
         plain = {k: v for k, v in values.items() if k not in (LAYOUT_KEY, LAYOUT_DETAILS)} | {"peft_type": kind}

@@ -79,6 +79,14 @@ def _key(part: str) -> tuple[Any, ...]:
     return 1, *_RANKS.get(part, _OTHER), [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", part)]
 
 
+# For a model that no table knows: renames common to vision-language models.
+COMMON = (
+    {"rename": r"^language_model\.lm_head(?!\w)", "to": "lm_head"},
+    {"rename": r"^language_model\.model\.", "to": "model.language_model."},
+    {"rename": r"^(visual|vision_tower|multi_modal_projector)\.", "to": r"model.\1."},
+)
+
+
 @dataclass(frozen=True)
 class Conversion:
     """Tensors that loading builds from others: `to` from each match of `sources`, by the named operations."""
@@ -229,6 +237,8 @@ def renames_for(config: ModelConfig) -> Renames:
                 seen[key].append(path)
                 whose = whose or key
                 break
+    if architecture is None and not steps_within:
+        steps_within.append((None, COMMON))
     steps_within.append((None, rules.get("legacy", ())))
     renames, conversions = [], []
     for within, steps in steps_within:
@@ -357,7 +367,7 @@ class _Names:
     def _renamed(self, name: str, tensor: str) -> Match:
         if tensor == name:
             return Match(tensor, "rename", f"transformers builds it on loading, in {self.renames.model}")
-        whose = self.renames.model or "all models"
+        whose = self.renames.model or "vision-language models"
         return Match(tensor, "rename", f"transformers loads {tensor!r} as {name + '.weight'!r}, or did, in {whose}")
 
     def by_prefix(self, modules: Sequence[str]) -> list[dict[str, Match]]:

@@ -72,7 +72,7 @@ BROKEN = {
     "another's tensors": ("OFT", {**LOHA, f"{Q}.oft_R.weight": (2, 6)}, OFT, UnsupportedError, "and 3 more of another method"),
     "nothing": ("LOKR", {}, {}, InputError, "expected LoKr tensors, found none; is this the adapter?"),
     "no scale": ("LOHA", LOHA, {"alpha": 0}, FormatError, "its alpha gives a scale of 0.0"),
-    "no end": ("OFT", {f"{Q}.oft_R.weight": (2, 6)}, {"num_cayley_neumann_terms": 10**30}, UnsupportedError, "expected 1 to 1000"),
+    "no end": ("OFT", {f"{Q}.oft_R.weight": (2, 6)}, {"num_cayley_neumann_terms": 10**30}, UnsupportedError, "from 1 to 1000"),
     "no rank": ("LOHA", LOHA, {"r": "x"}, FormatError, "r of module 'layers.0.q': expected a number, found 'x'"),
 }  # fmt: skip
 

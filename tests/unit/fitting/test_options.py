@@ -160,7 +160,8 @@ def test_a_refusal_says_how_many_errors_the_sequences_take() -> None:
 def test_a_set_says_if_it_keeps_less_than_the_floor(left: float, missed: bool) -> None:
     falls = [0.0, 1.0, *(1 - lam for lam in SHRINKS), 1 - left]
     loss = np.stack([np.linspace(40, 60, 6) - 10 * fall for fall in falls])
-    own = SequenceSums(np.full(6, 10.0), loss, np.abs(loss - loss[:1]), *[np.zeros_like(loss)] * 2)
+    zeros, bins = [np.zeros_like(loss)] * 5, np.zeros((len(loss), BINS))
+    own = SequenceSums(np.full(6, 10.0), loss, np.abs(loss - loss[:1]), *zeros, bins)
     one = set_facts(Evaluation((), own, own, {}), 0.9, Point(1.0, {}))
     assert one["missed"] is missed
     assert one["shrink"] is not None
