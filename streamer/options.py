@@ -220,6 +220,7 @@ REMOVED_FROM = {
         "run `streamer detect` with it, and pass its file as --findings",
     ("--part",): "use --workers N, or --executor, of detect and merge",
     ("demo --keep",): "use -o DIR",
+    ("demo --lambda", "demo --amplify"): "the demo now repairs an adapter; drop the option",
     ("verify --max-memory",): "verify reads a few rows at a time; drop the option",
     tuple(f"report --{n}" for n in ("keep", "architecture", "base-is-residual", "ignore-key", "io", "lora-b-layout", "remote")):
         "findings and evaluations are read without their inputs; drop the option",
@@ -363,15 +364,10 @@ class DetectOptions(Writing, Judged, Computing, OfAdapter):
     executor: Executor | None = keyword("")
 
 
-class Amplifying(Options, group="mitigation"):
-    """Whether λ is a share."""
-
-    amplify: bool = option("allow a lambda outside [0, 1]: above 1 enlarges an intruder, below 0 changes its sign", False, rare=True)
-
-
-class Scaling(Amplifying, group="mitigation"):
+class Scaling(Options, group="mitigation"):
     """What methods need."""
 
+    amplify: bool = option("allow a lambda outside [0, 1]: above 1 enlarges an intruder, below 0 changes its sign", False, rare=True)
     coefficients: Coefficients | str | Path | None = option("factors from `streamer repair`, for method regmean, which uses neither "
         "detection nor --lambda", metavar="FILE", rare=True)
     map: InputMap | str | Path | None = option("map of BASE from `streamer map`, for method nullspace, which uses no detection",
@@ -540,11 +536,9 @@ class VerifyOptions(Watched):
     map: str | Path | None = option("map that OUTPUT was made with", metavar="FILE", shown=BESIDE)
 
 
-class DemoOptions(Amplifying):
+class DemoOptions(Options):
     """Options of `streamer demo`."""
 
-    mitigation_lambda: float = option("share of the adapter's part of an intruder to keep, from 0 (remove) to 1 (unchanged)", 0.0,
-        "--lambda", metavar="L")
     output: str | Path | None = option("keep all files in DIR, which must not exist", None, "-o", "--output", metavar="DIR",
         shown="keep nothing")
 

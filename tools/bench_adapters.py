@@ -22,12 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from make_checkpoint import write_adapter
+from make_checkpoint import planted_factors, power_law, write_adapter
 from measure import machine, spread
 from safetensors.torch import save_file
 
 import streamer
-from streamer.api.demo import planted_factors, power_law
 from streamer.detection.findings import Findings
 
 RANK = 16

@@ -37,10 +37,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from make_checkpoint import power_law
 from measure import kilobytes, machine
 from torch import Tensor
 
-from streamer.api.demo import power_law
 from streamer.detection.intruders import Detection, detect
 from streamer.detection.options import DetectionOptions
 from streamer.detection.solvers import triplets_columns

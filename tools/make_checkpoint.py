@@ -9,8 +9,8 @@
 DIR/base is a model that `transformers` loads, DIR/adapter a PEFT adapter on every linear layer, and on the experts of a mixture.
 Each weight is a power-law top part of its own (singular values j^-0.7, at most 64 of them) and a bulk of noise below it; all
 matrices take their noise from one buffer, each at another offset, so that the disk sets the pace and memory does not grow with
-the model. The adapter holds the demo's intruders in each layer's q_proj, o_proj and down_proj, and in the down_proj of every
-other expert; below a width of 192 they mix with the base. The same arguments give the same bytes on one machine.
+the model. The adapter holds intruders in each layer's q_proj, o_proj and down_proj, and in the down_proj of every other
+expert; below a width of 192 they mix with the base. The same arguments give the same bytes on one machine.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,8 +28,8 @@ from torch import Tensor
 
 from streamer.adapters.adapter_config import CONFIG_NAME as ADAPTER_CONFIG
 from streamer.adapters.adapter_config import WEIGHTS_NAME
-from streamer.api.demo import PLANTED, DemoModel, planted_factors, power_law
 from streamer.api.tensors import write_safetensors
+from streamer.linalg.operators import LowRank
 from streamer.linalg.torch_state import threads
 from streamer.storage.atomic_file import Piece, index_bytes, plan_shard, write_atomic, write_shard
 from streamer.storage.checkpoint import INDEX_NAME, shard_names
@@ -43,6 +43,46 @@ SIZES = ("intermediate", "heads", "kv_heads", "vocab")
 TOP = 64
 BLOCK = 1 << 22
 """Values that are made at a time."""
+
+PLANTED = {"self_attn.q_proj": 1, "self_attn.o_proj": 2, "mlp.down_proj": 1}
+"""Intruders planted in each layer, by module; other modules get none."""
+
+SIGMA = (1.4, 0.8)
+"""Singular values of the intruders, well apart from the base's 1, 0.616, 0.463, …; close values would mix their directions."""
+
+
+@dataclass(frozen=True)
+class GeneratedModel:
+    """Generated base and adapter, and the number of planted intruders by base tensor."""
+
+    base: Path
+    adapter: Path
+    planted: dict[str, int]
+
+
+def power_law(
+    shape: tuple[int, int], generator: torch.Generator, decay: float = 0.7, top: int | None = None
+) -> LowRank:
+    """Make a random matrix with singular values ``j^-decay``, all or the first `top`, as float32 factors."""
+    p = min(*shape, *(() if top is None else (top,)))
+    U = torch.linalg.qr(torch.randn(shape[0], p, generator=generator)).Q
+    V = torch.linalg.qr(torch.randn(shape[1], p, generator=generator)).Q
+    return LowRank(U * torch.arange(1, p + 1).pow(-decay), V)
+
+
+def planted_factors(
+    shape: tuple[int, int], rank: int, scaling: float, planted: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Make ``A`` (rank, n) and ``B`` (m, rank): `planted` intruders with singular values `SIGMA`, and a small random rest.
+
+    In a trained adapter, the rest follows directions of the base; here it is small and random.
+    """
+    m, n = shape
+    A, B = torch.randn(rank, n, generator=generator) / n**0.5, 0.05 * torch.randn(m, rank, generator=generator) / m**0.5
+    for j in range(planted):
+        u = torch.randn(m, generator=generator)
+        B[:, j] = u / u.norm() * SIGMA[j] / scaling / A[j].norm()
+    return A, B
 
 
 def write_base(
@@ -213,7 +253,7 @@ def make_checkpoint(
     shard_bytes: int | None = None,
     rank: int = 16,
     seed: int = 0,
-) -> DemoModel:
+) -> GeneratedModel:
     """Write ``directory/base`` and ``directory/adapter``; the scale of the adapter is 2."""
     values = Values(model, rank, seed)
     base, adapter = directory / "base", directory / "adapter"
@@ -223,7 +263,7 @@ def make_checkpoint(
     with threads():  # many small matrices: a barrier at the end of each costs more than a second thread saves
         write_base(base, model, dtype, files, values.rows)
         write_adapter(adapter, model.targets, values.lora, rank, SCALE * rank, values.factors)
-    return DemoModel(base, adapter, all_planted(model))
+    return GeneratedModel(base, adapter, all_planted(model))
 
 
 def add_file_options(parser: argparse.ArgumentParser) -> None:
@@ -300,7 +340,7 @@ def shard_bytes_of(args: argparse.Namespace) -> int | None:
     return HUB_SHARD_BYTES if args.like and args.shards is None else None
 
 
-def make_as_asked(directory: Path, args: argparse.Namespace, times: int = 1) -> tuple[DemoModel, Known]:
+def make_as_asked(directory: Path, args: argparse.Namespace, times: int = 1) -> tuple[GeneratedModel, Known]:
     """Write the model that the options describe, with so many times the layers; see `make_checkpoint`."""
     model = model_of(args)
     model = replace(model, layers=times * model.layers)

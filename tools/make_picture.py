@@ -2,9 +2,10 @@
 
     python tools/make_picture.py docs/intruder.svg
 
-The data are real: the demo's base and adapter, one of its matrices, its directions by numpy's full SVD in float64, and the adapter that
-`streamer mitigate --lambda 0` writes. A row is a direction of the fine-tuned matrix, the largest first; a column one of the base's; dark
-is similar. In a row without a dark cell stands a direction that the base does not have: an intruder.
+The data: a base of `make_checkpoint.py` and its adapter with planted intruders, one of its matrices, its directions by numpy's full SVD
+in float64, and the adapter that `streamer mitigate --lambda 0` writes. A row is a direction of the
+fine-tuned matrix, the largest first; a column one of the base's; dark is similar. In a row without a dark cell stands a direction that
+the base does not have: an intruder.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from make_checkpoint import make_checkpoint
 from safetensors import safe_open
+from shapes import Known
 
 import streamer
-from streamer.api.demo import make_demo
 
 MATRIX = "model.layers.0.self_attn.o_proj"
 SHOWN, CELL, LEFT, TOP, GAP = 10, 18, 64, 62, 70
@@ -67,7 +69,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="SVG file to write")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        model = make_demo(Path(directory))
+        model = make_checkpoint(Path(directory), Known(192, 384, layers=1, vocab=512, heads=4, kv_heads=4), rank=4)
         findings = streamer.detect_intruder_dimensions(model.base, model.adapter)
         mitigated = Path(directory) / "picture"
         streamer.reduce_intruder_dimension(model.base, model.adapter, mitigated, findings=findings, mitigation_lambda=0)

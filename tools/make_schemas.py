@@ -18,9 +18,9 @@ from typing import Annotated, Any, Literal, NotRequired, Union, get_args, get_or
 
 from torch import Tensor
 
-from streamer.api.demo import DemoRecord
 from streamer.api.records import DryRun, ErrorsRecord, EventRecord, PlanRecord, SeveralRecord
 from streamer.api.texts import RepairRecord
+from streamer.cli.demo import DemoRecord
 from streamer.detection.findings import FindingsRecord
 from streamer.evaluation.evaluation import EvaluationRecord
 from streamer.fitting.mapping import MapFacts

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 from streamer.api import shown
 from streamer.api.threads import set_threads, wait_passively
 from streamer.cli.parser import BadUsage, build_parser, named_as_option
-from streamer.cli.terminal import Progress, Result, say, silence, standing, verification_text, write_line
+from streamer.cli.terminal import Progress, Result, say, screen, silence, standing, verification_text, write_line
 from streamer.errors import StorageError, StreamerError, UsageError, VerificationError, advice, one_line, printable
 from streamer.events import Event, Monitor
 from streamer.options import Threads, WorkerOptions
@@ -35,13 +35,18 @@ REQUESTS = {
     "inspect": "records.InspectRequest", "detect": "intruders.DetectRequest", "mitigate": "intruders.OutputRequest",
     "merge": "intruders.OutputRequest", "report": "report.ReportRequest",
     "verify": "verification.VerifyRequest", "evaluate": "texts.EvaluateRequest",
-    "map": "texts.MapRequest", "repair": "texts.RepairRequest", "demo": "demo.DemoRequest",
+    "map": "texts.MapRequest", "repair": "texts.RepairRequest",
 }  # fmt: skip
 """Classes of requests in `api`; their modules are imported when the command runs."""
 
 
 def run_command(args: argparse.Namespace, monitor: Monitor) -> Result:
     """Run the command, or forecast it with `--dry-run`."""
+    if args.command == "demo":
+        from streamer.cli.demo import demo_text, run_demo
+
+        found = run_demo(args.output, lambda line: run_command(build_parser(line[0]).parse_args(line), monitor))
+        return {**found}, demo_text(found, screen(args.all, args.legend))
     module, kind = REQUESTS[args.command].split(".")
     request = requested(getattr(import_module(f"streamer.api.{module}"), kind), args)
     workers = None

@@ -199,7 +199,7 @@ EXAMPLES = {
   streamer repair BASE ADAPTER --task t.jsonl -o repaired --to-lora 32
       also for DoRA, LoHa, LoKr and fine-tuned models
 """,
-    "demo": "  streamer demo\n",
+    "demo": "  streamer demo\n  streamer demo -o demo\n      keeps the model, the outputs and the page\n",
 }
 
 
@@ -247,7 +247,7 @@ COMMANDS: dict[str, tuple[str, tuple[type, ...]]] = {
     "evaluate": ("measure, on your texts, what each method and lambda keeps and forgets", (options.EvaluateOptions, *DIVIDED)),
     "map": ("record the inputs of a base's modules on general text, for --map", (options.MappingOptions, *RUNS)),
     "repair": ("write an adapter that forgets less, as measured on your texts", (options.RepairOptions, *DIVIDED)),
-    "demo": ("detect and remove planted intruders in a small generated model", (options.DemoOptions,)),
+    "demo": ("run these commands on a small model that is included", (options.DemoOptions,)),
 }  # fmt: skip
 """What each command does, and the classes of its options; `Printing` is every command's."""
 

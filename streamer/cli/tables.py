@@ -18,7 +18,6 @@ from streamer.tables import NO_LIMIT, Column, Screen, fit, shorten, table
 from streamer.units import counted, format_duration, format_size, listed
 
 if TYPE_CHECKING:
-    from streamer.api.demo import DemoRecord
     from streamer.api.report import Report
     from streamer.api.texts import RepairRecord
     from streamer.detection.findings import Findings
@@ -332,23 +331,6 @@ def repair_table(record: RepairRecord, written: Mapping[str, Any], inputs: tuple
     return screen.join(table(repair_columns(record), screen), lines)
 
 
-NEXT = """\
-next: streamer repair BASE ADAPTER --general TEXT --task TEXT -o OUTPUT   makes yours forget less; without text,
-      streamer mitigate BASE ADAPTER --method shrink --lambda 0.75 -o OUTPUT   does"""
-
-
-def demo_table(result: DemoRecord, screen: Screen = NO_LIMIT) -> str:
-    """Format the demo's result for people."""
-    from streamer.api.demo import demo_columns
-
-    t, strength = result["totals"], result["lambda"]
-    told = (
-        f"{t['planted']} planted, {t['found']} found, {t['gone']} gone, {t['left']} left; lambda {strength:g}: that share of the adapter's "
-        "part of an intruder is kept"
-    )
-    return screen.join(table(demo_columns(result), screen), [told], fit(NEXT, screen.width, 6))
-
-
 def report_text(report: Report, where: str, screen: Screen) -> str:
     """Format a report's subject, and state what was written or what to do next."""
     subject, page, next_lines = report.subject, "", ""
@@ -388,11 +370,9 @@ def result(outcome: Any, args: argparse.Namespace, monitor: Monitor) -> Result:
         case "map":
             tree = {**views.map_record(outcome, output, state)}
             return tree, map_text(tree, shown(args.base[0]), on)
-        case "repair":
+        case _:
             inputs = shown(args.base), shown(args.adapter)
             return outcome.record, repair_table(outcome.record, outcome.written, inputs, on)
-        case _:
-            return outcome, demo_table(outcome, on)
 
 
 def _detected(outcome: Any, args: argparse.Namespace, on: Screen) -> Result:

@@ -26,7 +26,6 @@ def test_a_failure_is_an_object_too(inputs: tuple[Path, Path], tmp_path: Path) -
         (("inspect", inputs[1], inputs[0]), 3, "MissingInputError", str(inputs[1] / "model.safetensors")),
         (("mitigate", *inputs, "-o", tmp_path / "o", "--max-memory", "201M"), 2, "UsageError", None),
         (("detect", *inputs, "-o", "s3://b/o.safetensors"), 2, "UsageError", "s3:/b/o.safetensors"),
-        (("demo", "--lambda", "3"), 2, "UsageError", None),
         (("report", tmp_path / "no.safetensors"), 3, "MissingInputError", str(tmp_path / "no.safetensors")),
     ]
     for argv, code, kind, path in cases:

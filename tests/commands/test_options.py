@@ -44,7 +44,7 @@ def test_options_that_make_no_sense(job: tuple[Path, Path], tmp_path: Path, opti
     (["merge", "b", "a", "-o", "x", "--lambda", "75%"], "--lambda: expected a number like 0.75, found '75%'; did you mean 0.75?"),
     (["merge", "b", "a", "-o", "x", "--lambda", "0,75"], "--lambda: expected a number like 0.75, found '0,75'; did you mean 0.75?"),
     (["repair", "b", "a", "-o", "x", "--mu", "0.9,85%"], "--mu: expected a number like 0.75, found '85%'; did you mean 0.85?"),
-    (["demo", "--lambda=75 %"], "--lambda: expected a number like 0.75, found '75 %'; did you mean 0.75?"),
+    (["merge", "b", "a", "-o", "x", "--lambda=75 %"], "--lambda: expected a number like 0.75, found '75 %'; did you mean 0.75?"),
     (["detect", "b", "a"], "the following arguments are required: -o/--output"),
     (["merge", "b", "-o", "x"], "the following arguments are required: ADAPTER"),
     (
@@ -83,6 +83,7 @@ MAP = "a map is made in this process, on all cores; drop the option"
     (["evaluate", "b", "a", "--no-race"], "--no-race was removed: every variant runs on all sequences; drop the option"),
     (["detect", "b", "a", "-o", "x", "--part", "1/2"], "--part was removed: use --workers N, or --executor, of detect and merge"),
     (["demo", "--keep=d"], "--keep was removed: use -o DIR"),
+    (["demo", "--lambda", "0"], "--lambda was removed: the demo now repairs an adapter; drop the option"),
     *((["map", "b", f"{option}=2"], f"{option} was removed: {MAP}") for option in ("--workers", "--executor")),
 ])  # fmt: skip
 def test_a_removed_option_names_what_to_use(argv: list[str], words: str) -> None:

@@ -13,6 +13,9 @@ from command_line import ENV
 from forks import server
 from helpers import intruding_factors, planted, power_law, write_adapter, write_sharded
 
+WITHOUT_TRANSFORMERS = "sys.modules['transformers'] = None"
+"""With which the demo shrinks, in a second."""
+
 BAR = re.compile(r"\d+/\d+ (matrices|tensors|files)(  *\d+%)?\|[█▉▊▋▌▍▎▏ ]+\| \d\d:\d\d<")
 WIDTHS = (40, 80, 200)
 
@@ -58,7 +61,7 @@ def test_the_last_screen_of_every_command(job: tuple[Path, Path], columns: int, 
         "merge": ["merge", *job, "-o", tmp_path / "m"],
     }
     for command, argv in runs.items():
-        shown = terminal.show(columns, *argv)
+        shown = terminal.show(columns, *argv, code=WITHOUT_TRANSFORMERS)
         assert shown.code == 0, shown.last
         bars = [line for line in shown.during if BAR.search(line)]
         assert bars or command == "inspect", (command, shown.during)
@@ -157,7 +160,7 @@ def test_a_log_reads_well(tmp_path: Path) -> None:
         ["merge", base, adapter, "-o", tmp_path / "m", "--findings", found],
     ]
     for argv in runs:
-        done = server().run(*argv)
+        done = server().run(*argv, before=WITHOUT_TRANSFORMERS)
         assert done.code == 0, done.err
         *notes, last = (done.err + done.last).splitlines()
         assert all(re.fullmatch(r"streamer: (note|warning): .{20,300}", line) for line in notes), notes

@@ -96,14 +96,6 @@ def test_lambda_that_does_not_mitigate(inputs: tuple[Path, Path], tmp_path: Path
         ok(*line, "--amplify")
 
 
-def test_the_demo_refuses_a_percentage_and_a_directory_that_exists(tmp_path: Path) -> None:
-    done = server().run("demo", "--lambda", "20", "-o", tmp_path / "demo")
-    assert (done.code, "got 20; `--amplify`" in done.err) == (2, True)
-    assert not (tmp_path / "demo").exists()
-    done = server().run("demo", "-o", tmp_path)
-    assert (done.code, done.err) == (4, f"streamer: {tmp_path}: exists; name a directory that does not\n")
-
-
 @pytest.mark.parametrize(("value", "words"), [
     (75, r"be between 0 \(remove\) and 1 \(keep\), got 75; `amplify=True` allows other values$"),
     (np.float32(75), r"got 75; "),

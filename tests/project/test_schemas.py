@@ -112,10 +112,6 @@ def test_what_every_command_prints(inputs: tuple[Path, Path], tmp_path: Path) ->
             assert {**check(run(*line), "streamer.output/2"), "state": "present"} == {
                 **record, "output": str(tmp_path / f"{command}-{name}"), "state": "present",
             }  # fmt: skip
-    assert check(run("demo", "--json"), "streamer.demo/1")["directory"] is None
-    kept = tmp_path / "kept"
-    assert check(run("demo", "--json", "-o", kept), "streamer.demo/1")["directory"] == str(kept)
-    assert (kept / "merged").is_dir()
 
 
 # docs/formats.md --------------------------------------------------------------------------------------------------------

@@ -15,11 +15,11 @@ import measure
 import pytest
 import torch
 from helpers import write_adapter
+from make_checkpoint import GeneratedModel
 from safetensors.torch import save_file
 from seeds import vary
 from shapes import Known
 
-from streamer.api.demo import DemoModel
 from streamer.detection.findings import load_findings
 
 BOUND = 700e6
@@ -30,12 +30,12 @@ def model(layers: int, hidden: int = 1024) -> Known:
     return Known(hidden, hidden * 7 // 2, layers, 32000, heads=hidden // 128, kv_heads=hidden // 512)
 
 
-def make(directory: Path, size: Known) -> DemoModel:
+def make(directory: Path, size: Known) -> GeneratedModel:
     """One shard; the adapter touches every linear layer."""
     return make_checkpoint.make_checkpoint(directory, size, shards=1)
 
 
-def peak(made: DemoModel, out: Path, *extra: str) -> int:
+def peak(made: GeneratedModel, out: Path, *extra: str) -> int:
     """Peak anonymous bytes of a merge at λ = 1."""
     found = measure.watched([*bench_merge.merge_command(made.base, made.adapter, out), *extra])
     written, read = ((d / "model.safetensors").stat().st_size for d in (out, made.base))
@@ -44,7 +44,7 @@ def peak(made: DemoModel, out: Path, *extra: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[DemoModel, DemoModel]]:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[GeneratedModel, GeneratedModel]]:
     """A checkpoint of 240 MB and one of twice that."""
     directory = tmp_path_factory.mktemp("models")
     one, two = model(4), model(13)
@@ -56,7 +56,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[DemoModel
 @pytest.mark.long
 @pytest.mark.parametrize("io", ["mmap", "pread"])
 def test_merge_stays_under_the_bound_and_twice_the_model_takes_no_more(
-    models: tuple[DemoModel, DemoModel], tmp_path: Path, io: str
+    models: tuple[GeneratedModel, GeneratedModel], tmp_path: Path, io: str
 ) -> None:
     first, second = (peak(made, tmp_path / made.base.parent.name, "--io", io) for made in models)
     assert first < BOUND
@@ -66,7 +66,9 @@ def test_merge_stays_under_the_bound_and_twice_the_model_takes_no_more(
 
 
 @pytest.mark.long
-def test_eight_outputs_in_one_pass_take_no_more_than_one(models: tuple[DemoModel, DemoModel], tmp_path: Path) -> None:
+def test_eight_outputs_in_one_pass_take_no_more_than_one(
+    models: tuple[GeneratedModel, GeneratedModel], tmp_path: Path
+) -> None:
     made = models[0]
     adapters = [Path(shutil.copytree(made.adapter, tmp_path / name)) for name in "abcdefgh"]
     one = peak(made, tmp_path / "one")
@@ -87,7 +89,7 @@ def test_the_poll_sees_memory_that_is_held() -> None:
     assert held.hwm >= held.anonymous
 
 
-def detection(made: DemoModel, out: Path, *extra: str) -> tuple[measure.Watched, list[tuple[int, ...]]]:
+def detection(made: GeneratedModel, out: Path, *extra: str) -> tuple[measure.Watched, list[tuple[int, ...]]]:
     """What a detection took, and the intruders of each matrix."""
     command = [
         sys.executable, "-m", "streamer", "detect", *map(str, (made.base, made.adapter)), "-o", str(out), "--quiet", *extra,
