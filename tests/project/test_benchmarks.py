@@ -9,6 +9,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import compare_fits
+import compare_maps
 import measure_forgetting
 import numpy as np
 import pytest
@@ -18,6 +19,10 @@ from command_line import ENV
 from paths import TOOLS
 from seeds import vary
 from tool_calls import call_tool
+from transformers import AutoTokenizer
+
+import streamer
+from streamer.linalg.torch_state import threads
 
 SMALL = ("--hidden", 192, "--layers", 2, "--json")
 
@@ -179,3 +184,58 @@ def test_what_methods_make_of_an_adapter_of_a_given_base_is_measured(
     assert found["costs"]["repair"]["peak_memory_bytes"] > 50e6
     assert "mean of 1" in done.stdout
     assert call_tool("measure_forgetting", *options).stdout == done.stdout  # with what is there
+
+
+@pytest.mark.parametrize(("kind", "ridge"), [("none", 1.0), ("delta", 1.0), ("root", 0.3), ("rows", 0.1)])
+def test_guesses_of_the_tasks_inputs_give_the_dense_formula(kind: str, ridge: float) -> None:
+    draw, (m, n, r, k) = np.random.default_rng(vary(0)), (15, 20, 4, 5)
+    L, A, V = draw.normal(size=(m, r)), draw.normal(size=(r, n)), np.linalg.qr(draw.normal(size=(n, k)))[0]
+    values, rest = np.array([9.0, 4, 2, 1, 0.5]), (n - 16.5) / (n - k)
+    C = (V * (values - rest)) @ V.T + rest * np.eye(n)
+    _, S, Vh = np.linalg.svd(L @ A)
+    own = (Vh[:r].T * {"none": 0 * S, "delta": S**2, "root": S, "rows": 0 * S + 1}[kind][:r]) @ Vh[:r]
+    own = own * (n / (np.trace(own) or 1)) + ridge * np.eye(n)
+    tensors = (torch.from_numpy(t) for t in (L, A, V, values))
+    X, gamma, Y, energies = compare_maps.Module(None, *tensors, rest, {}).directions(kind, ridge)
+    for weight in (0.1, 3.0):
+        expected = A @ own @ np.linalg.inv(own + weight * C)
+        np.testing.assert_allclose((X / (1 + weight * gamma)) @ Y, expected, atol=1e-9)
+        delta = L @ expected
+        left = (energies / (1 + weight * gamma) ** 2).sum()
+        np.testing.assert_allclose(left, np.sum((delta @ C) * delta), rtol=1e-9)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")
+def test_formulas_for_a_map_are_measured_at_equal_learning(tmp_path: Path) -> None:
+    train_small.make_base(tmp_path, argparse.Namespace(**compare_fits.TINY, kind="llama"))
+    ids = train_small.streams(AutoTokenizer.from_pretrained(tmp_path / "base"))["task"][0]
+    train_small.make_adapter(tmp_path / "base", tmp_path / "high", "high", ids, 40, 0)
+    streamer.map_inputs(tmp_path / "base", tmp_path / "map", general=tmp_path / "general.txt", sequences=16, length=64)
+    texts = {"task": "task-test", "general": "general-test", "third": "task"}
+    files = [word for text, name in texts.items() for word in (f"--{text}", tmp_path / f"{name}.txt")]
+    options = (
+        tmp_path / "base",
+        tmp_path / "high",
+        "--map",
+        tmp_path / "map",
+        *files,
+        "--length",
+        64,
+        "--alone",
+        2,
+        32,
+    )
+    done = call_tool("compare_maps", tmp_path / "out", *options, "--methods", "map;ΔᵀΔ + I, one μ;shrink")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out" / "high.json").read_text())
+    for points in found["points"].values():
+        kept = [sum(point["task"]) / sum(found["adapter"]["task"]) for point in points]
+        np.testing.assert_allclose(kept, compare_maps.KEEP, atol=2 * compare_maps.CLOSE)
+        one, two = (sum(point["general"]) / sum(found["adapter"]["general"]) for point in points)
+        assert 0 < two < one < 1
+    assert len(found["alone"]) == 14
+    assert min(found["alone"].values()) > 0
+    assert "| map | 1.00 ± 0.00 | 1.00" in done.stdout
+    assert "| (ΔᵀΔ)^½ + 0.3 I | – |" in done.stdout
+    assert call_tool("compare_maps", tmp_path / "out").stdout == done.stdout
