@@ -22,7 +22,6 @@ from tool_calls import call_tool
 from transformers import AutoTokenizer
 
 import streamer
-from streamer.linalg.torch_state import threads
 
 SMALL = ("--hidden", 192, "--layers", 2, "--json")
 
