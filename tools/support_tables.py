@@ -38,7 +38,7 @@ EXPERTS = Support("a fully fine-tuned mixture with stacks of experts, of a class
 
 def support_table() -> str:
     """The table in Markdown."""
-    refused = ", ".join(dict.fromkeys(rule.kind for rule in RULES if rule.kind != RESIDUAL))
+    refused = ", ".join(dict.fromkeys(rule.kind for rule in RULES if rule.kind != RESIDUAL and rule.method == "LORA"))
     methods = ", ".join(method.title for method in METHODS.values())
     flag = "with `--base-is-residual`"
     rows = [

@@ -88,7 +88,7 @@ def test_the_package_keeps_its_budget_of_lines() -> None:
 def test_every_data_file_is_packaged() -> None:
     patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["streamer"]
     paths = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
-    assert paths == {path for pattern in patterns for path in PACKAGE.glob(pattern)}
+    assert paths == {path for pattern in patterns for path in PACKAGE.glob(pattern) if path.is_file()}
 
 
 def test_functions_take_eight_parameters_at_most() -> None:
