@@ -49,9 +49,10 @@ class Bound(NamedTuple):
     holds: Callable[[Any], bool]
 
 
-def whole(least: int, most: float = math.inf, words: str = "a whole number from {}") -> Bound:
+def whole(least: int, most: float = math.inf, words: str = "a whole number") -> Bound:
     """Bound whole numbers."""
-    return Bound(words.format(least), lambda n: type(n) is int and least <= n <= most)
+    end = "" if most == math.inf else f" to {most}"
+    return Bound(f"{words} from {least}{end}", lambda n: type(n) is int and least <= n <= most)
 
 
 def _is_list(value: object) -> bool:
@@ -316,7 +317,7 @@ class Threads(Options, group="computing"):
 
     threads: int | None = option("CPU threads", metavar="N", shown="OMP_NUM_THREADS, or one per core available to this process, "
         "CORES here",
-        bound=whole(1, MOST_THREADS, f"a number from {{}} to {MOST_THREADS}"), rare=True)
+        bound=whole(1, MOST_THREADS, "a number"), rare=True)
 
 
 class Judged(Options, group="detection"):
@@ -351,7 +352,7 @@ class WorkerOptions(Options, group="workers (docs/workers.md)"):
     """Workers of a command; Python's functions take an executor."""
 
     workers: int | None = option("compute in N processes that share the cores and --max-memory", metavar="N", shown="in this process",
-        bound=whole(1, words="a number from {}"), rare=True)
+        bound=whole(1, words="a number"), rare=True)
     executor: str | None = option("compute on the workers of a cluster: dask:HOST:PORT, dask:FILE.json (its scheduler file), ray:auto or "
         "ray:HOST:PORT; --threads and --max-memory apply to each task", metavar="ENGINE:ADDRESS", rare=True)
 

@@ -78,8 +78,8 @@ class TensorFile:
         if hasattr(self, "source"):  # not if opening failed
             self.source.close()
 
-    def __del__(self) -> None:
-        if not sys.is_finalizing():  # modules are gone then, and files are closed
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not is_finalizing():  # modules are gone then, `sys` too, and files are closed
             self.close()
 
     def __reduce__(self) -> tuple[object, ...]:

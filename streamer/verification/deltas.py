@@ -558,6 +558,19 @@ def by_intruders(method: str, lam: float, delta: Delta, triplets: Triplets,
     return combined(delta, 1.0, left, right), 2 * abs(lam - 1) * float(angles @ sizes)
 
 
+def by_method(record: Mapping[str, Any], row: Mapping[str, Any], W0: Matrix, delta: Delta) -> tuple[Delta, float]:
+    """Compute Δ' of a record's row by the record's method, and the norm by which it may differ; see `by_intruders`."""
+    method, lam, intruders = record["method"], record["lambda"], row["intruders"]
+    if method == "shrink":
+        return combined(delta, lam), 0.0
+    if method not in ("paper", "project"):
+        raise NotRecomputed(f"verify has no formula for method {method!r}")
+    if not intruders or lam == 1:
+        return delta, 0.0
+    W = whole(W0.shape, lambda i, j: W0.rows(i, j) + delta.rows(i, j)[0])
+    return by_intruders(method, lam, delta, leading_triplets(W, record["detection"]["top_k"]), intruders)
+
+
 Formula = Callable[[str, Delta], Delta]
 """Computes Δ' of the matrix of this name."""
 

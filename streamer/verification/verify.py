@@ -139,19 +139,13 @@ class Check:
 
     def matrix(self, row: dict[str, Any]) -> float:
         """Recompute the matrix of one row of the record, and return the largest error in units of what is permitted."""
-        tensor, method, lam = row["tensor"], self.record["method"], self.record["lambda"]
+        tensor = row["tensor"]
         W0, delta = self.adapter.delta(row, self._source(tensor))
-        mitigated, spread = delta, 0.0
-        if self._formula is not None:
-            mitigated = self._formula(tensor, delta)
-        elif method == "shrink":
-            mitigated = deltas.combined(delta, lam)
-        elif method not in ("paper", "project"):
-            raise NotRecomputed(f"verify has no formula for method {method!r}")
-        elif row["intruders"] and lam != 1:
-            W = deltas.whole(W0.shape, lambda i, j: W0.rows(i, j) + delta.rows(i, j)[0])
-            triplets = deltas.leading_triplets(W, self.record["detection"]["top_k"])
-            mitigated, spread = deltas.by_intruders(method, lam, delta, triplets, row["intruders"])
+        mitigated, spread = (
+            deltas.by_method(self.record, row, W0, delta)
+            if self._formula is None
+            else (self._formula(tensor, delta), 0.0)
+        )
         written = f"base_model.model.{row['module']}.weight" if isinstance(self.files, AdapterFiles) else tensor
         if not isinstance(self.files, AdapterFiles) or written in self.files.stored:
             return self._compare(tensor, written, W0, mitigated, spread)
