@@ -339,12 +339,14 @@ def as_much(points: dict[float, Row], kept: float) -> dict[str, float] | None:
     factors, grid = sorted(points), np.linspace(0, 1, 2001)
     curves = {}
     for key in points[factors[0]]:
-        values = np.nan_to_num([points[factor][key][0] for factor in factors])
-        curves[key] = PchipInterpolator([0, *factors], [0, *values])(grid)
+        values = np.array([points[factor][key][0] for factor in factors])
+        if np.isfinite(values).all():
+            curves[key] = PchipInterpolator([0, *factors], [0, *values])(grid)
     enough = np.flatnonzero(curves["loss"] >= kept - 1e-9)
     if not len(enough):
         return None
-    return {"factor": float(grid[enough[0]]), **{key: float(curve[enough[0]]) for key, curve in curves.items()}}
+    figures = {key: float(curves[key][enough[0]]) if key in curves else math.nan for key in points[factors[0]]}
+    return {"factor": float(grid[enough[0]]), **figures}
 
 
 def stage(words: str, made: Path, make: Callable[[], Any]) -> None:
