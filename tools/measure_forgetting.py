@@ -345,8 +345,8 @@ def as_much(points: dict[float, Row], kept: float) -> dict[str, float] | None:
     enough = np.flatnonzero(curves["loss"] >= kept - 1e-9)
     if not len(enough):
         return None
-    figures = {key: float(curves[key][enough[0]]) if key in curves else math.nan for key in points[factors[0]]}
-    return {"factor": float(grid[enough[0]]), **figures}
+    row = {key: float(curves[key][enough[0]]) if key in curves else math.nan for key in points[factors[0]]}
+    return {"factor": float(grid[enough[0]]), **row}
 
 
 def stage(words: str, made: Path, make: Callable[[], Any]) -> None:
