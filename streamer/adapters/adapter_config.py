@@ -32,6 +32,9 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 LORA_NAME = "pytorch_lora_weights.safetensors"  # of a diffusers pipeline
 
+MAX_REPEATS = 4
+"""Most open-ended repeats in one pattern: each may multiply the time by the name's length."""
+
 LoraBLayout = Literal["rank_major", "grouped_by_expert"]
 """Order of lora_B's columns for stacked experts: rank by rank, as PEFT stores them, or expert by expert, as Unsloth did."""
 
@@ -147,9 +150,12 @@ def first_match(patterns: Iterable[str], module: str) -> str | None:
     Raises
     ------
     ValueError
-        If a pattern is not a regular expression.
+        If a pattern is not a regular expression, or might never finish: it repeats a group after a repeat or branch, or has many repeats.
+        Configs are downloaded and not trusted.
     """
     for pattern in patterns:
+        if re.search(r"[*+?|}].*\)[*+{]", pattern) or sum(map(pattern.count, ("*", "+", ",}"))) > MAX_REPEATS:
+            raise ValueError(f"pattern {quoted(pattern)} may never finish matching; write it without repeated groups")
         try:
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return pattern
