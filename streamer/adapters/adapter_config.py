@@ -103,7 +103,8 @@ class AdapterConfig:
             raise FormatError(f"{self.path}: {pattern_key}: {e}") from None
         value = self.values.get(key, default) if found is None else patterns[found]
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise FormatError(f"{self.path}: {key} of module {module!r}: expected a number, found {value!r}")
+            whose = f" of module {module!r}" if module else ""
+            raise FormatError(f"{self.path}: {key}{whose}: expected a number, found {value!r}")
         return float(value)
 
     def lora_scaling(self, module: str, rank: int) -> float:
@@ -349,11 +350,11 @@ RULES = (
     *(Rule(key, kind, _NOT_KNOWN) for key, kind in KINDS.items()),
     Rule("save_projection", "VeRA", "its projections are not in the file, and only the library that trained it can generate them again",
          lambda v: v is False, "VERA"),
-    Rule("eps", "OFT", "expected eps to be a number", lambda v: v is not None and _no_number(v), "OFT"),
+    Rule("eps", "OFT", "expected eps to be a number", _no_number, "OFT"),
     Rule("num_cayley_neumann_terms", "OFT", f"expected num_cayley_neumann_terms from 1 to {MOST_TERMS}",
-         lambda v: v is not None and (_no_number(v) or not 1 <= v <= MOST_TERMS), "OFT"),
+         lambda v: _no_number(v) or not 1 <= v <= MOST_TERMS, "OFT"),
     Rule("boft_n_butterfly_factor", "BOFT", "only a boft_n_butterfly_factor of 1 can be checked against PEFT on a CPU",
-         lambda v: v not in (None, 1), "BOFT"),
+         lambda v: v != 1, "BOFT"),
     *(Rule("fan_in_fan_out", kind, "PEFT does not merge this method into a layer that stores (in, out)", bool, kind)
       for kind in ("OFT", "BOFT")),
 )  # fmt: skip
@@ -376,7 +377,7 @@ _EVERY_METHOD = NEUTRAL | {
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
 }  # fmt: skip
 
-# The scaling is read; the tensor shapes show use_effective_conv2d; the other keys concern training and initial values.
+# The scaling is read; the tensors show use_effective_conv2d, whose cores are refused; the other keys concern training and initial values.
 _LYCORIS = _EVERY_METHOD | {"alpha", "rank_dropout", "module_dropout", "init_weights", "use_effective_conv2d"}
 
 KNOWN_KEYS = {
@@ -428,7 +429,11 @@ def refusals(config: AdapterConfig) -> list[str]:
     if not isinstance(kind, str) or kind not in KNOWN_KEYS:
         return [f"{kind} adapter: {_NOT_KNOWN}; {INSTEAD}"]
     rules = [r for r in RULES if r.method == kind and not (r.kind == RESIDUAL and config.stated.base_is_residual)]
-    reasons = [f"{rule.kind}: {rule.reason}" for rule in rules if rule.applies(config.get(rule.key))]
+    reasons = [
+        f"{rule.kind}: {rule.reason}"
+        for rule in rules
+        if rule.key in config.values and rule.applies(config.get(rule.key))
+    ]
     if reasons := [*dict.fromkeys(reasons)]:
         reasons[-1] += f"; {INSTEAD}"
     reasons += layout_refusals(config) if kind == "LORA" else []

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
 from streamer.cli.terminal import Result
-from streamer.errors import MissingPackageError, OutputExistsError
+from streamer.errors import MissingPackageError, OutputExistsError, StorageError
 from streamer.tables import Screen, table
 from streamer.units import counted
 
@@ -41,36 +41,44 @@ class DemoRecord(TypedDict):
 
 
 def run_demo(output: str | None, run: Callable[[list[str]], Result]) -> DemoRecord:
-    """Run the commands in a copy of the data: the output, or a temporary directory.
+    """Run the commands in a copy of the data, and keep it if there is an output.
 
     Parameters
     ----------
     run
         Runs a command.
     """
-    with contextlib.ExitStack() as stack:
-        if output is None:
-            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="streamer-demo-")), "demo")
-        elif os.path.lexists(directory := Path(output)):
-            raise OutputExistsError(f"{output}: exists; name a directory that does not", output)
-        shutil.copytree(DATA, directory, copy_function=shutil.copyfile)  # writable
-        stack.enter_context(contextlib.chdir(directory))
-        steps: list[DemoStep] = []
+    target = None if output is None else Path(output).absolute()
+    if target is not None:
+        if os.path.lexists(target):
+            raise OutputExistsError(f"{output}: exists; name a directory that does not", target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+    steps: list[DemoStep] = []
 
-        def step(line: str) -> None:
-            record, _ = run(line.split())
-            steps.append({"command": f"streamer {line}", "record": record})
+    def step(line: str) -> None:
+        record, _ = run(line.split())
+        steps.append({"command": f"streamer {line}", "record": record})
 
-        for line in FIRST:
-            step(line)
-        missing, written = None, "repaired"
+    # The output gets its name at the end: a run that is interrupted leaves nothing.
+    with tempfile.TemporaryDirectory(prefix=".streamer-demo-", dir=target and target.parent) as temporary:
+        directory = Path(temporary, "demo")
         try:
-            step(REPAIR)
-        except MissingPackageError as e:
-            missing, written = str(e), "shrunk"
-            step(SHRINK)
-        for line in LAST:
-            step(line.format(written))
+            shutil.copytree(DATA, directory, copy_function=shutil.copyfile)  # writable
+        except shutil.Error as e:
+            raise StorageError(f"{output or temporary}: cannot copy the demo's files: {e.args[0][0][2]}") from e
+        with contextlib.chdir(directory):
+            for line in FIRST:
+                step(line)
+            missing, written = None, "repaired"
+            try:
+                step(REPAIR)
+            except MissingPackageError as e:
+                missing, written = str(e), "shrunk"
+                step(SHRINK)
+            for line in LAST:
+                step(line.format(written))
+        if target is not None:
+            os.rename(directory, target)
     return {"schema": "streamer.demo/2", "steps": steps, "missing": missing, "directory": output}
 
 

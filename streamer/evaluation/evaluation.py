@@ -834,9 +834,10 @@ def reasons(evaluation: Evaluation, suggestion: Suggestion) -> list[str]:
         lines.append(f"{declined.name}, which diverges least, {_traded(cell(trade.regained), cell(trade.given_up))}; {rule}")
     if suggestion.reason == "forgets least" and variant is not None:
         v = evaluation.variants.index(variant)
+        within = ", a fit within two standard errors" if any(one.keep is not None for one in evaluation.variants) else ""
         lines.append(
-            f"of the variants that keep {100 * suggestion.keep:g}% of what was learned, {variant.name} has the least divergence from the "
-            f"base, {percent(general.share('kl', v))} of the adapter's; it {_trade(Trade.of(evaluation, v))}"
+            f"of the variants that keep {100 * suggestion.keep:g}% of what was learned{within}, {variant.name} has the least divergence "
+            f"from the base, {percent(general.share('kl', v))} of the adapter's; it {_trade(Trade.of(evaluation, v))}"
         )
         if variant.method == Shrink.name:
             lines.append("it is a shrink of the whole adapter")

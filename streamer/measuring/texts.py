@@ -297,12 +297,16 @@ def _read_line(where: str, raw: bytes, tokenizer: Tokenizer, length: int) -> Tok
     # A token with characters of both sides, such as a space that ends the prompt and the next word, belongs to the answer.
     marks = [any(end > first and begin < last for first, last in spans) for begin, end in offsets]
     ids, marks = [*start, *ids], [*(False for _ in start), *marks]
+    first = next((i for i, counts in enumerate(marks) if counts and i), 0)
     if (
-        first := next((i for i, counts in enumerate(marks) if counts and i), 0)
-    ) >= length:  # the prompt loses its beginning
-        del ids[len(start) : first - length // 2], marks[len(start) : first - length // 2]
+        first >= length
+    ):  # the prompt loses its beginning, but no start token, so that up to half of the sequence is answer
+        begin = len(tokenizer.start) if tuple(ids[: len(tokenizer.start)]) == tokenizer.start else 0
+        end = begin + min(first - max(begin, length // 2), len(ids) - length)
+        del ids[begin:end], marks[begin:end]
     if not any(marks[1:length]):
-        raise unexpected(where, "tokens to predict", f"none that counts among its first {min(len(ids), length)}")
+        hint = f"; it has {len(ids)}: raise --length" if len(ids) > length else ""
+        raise unexpected(where, "tokens to predict", f"none that counts among its first {min(len(ids), length)}{hint}")
     return np.array(ids[:length], np.int64), np.array(marks[:length], bool)
 
 
@@ -427,8 +431,8 @@ def read_text(
         Running text in UTF-8. A sequence begins at a word and has `length` tokens, including the tokens that the tokenizer puts before a
         text, which do not count. Sequences do not overlap; the rest at the end is dropped.
     ``.jsonl``
-        One JSON object per line, which becomes one sequence, truncated to `length` tokens; a longer prompt loses its beginning, so that
-        half of the tokens are its end. With ``text``, all tokens count; with ``prompt`` and ``completion``, the completion's tokens; with
+        One JSON object per line, which becomes one sequence, truncated to `length` tokens; a prompt that alone is longer loses its
+        beginning. With ``text``, all tokens count; with ``prompt`` and ``completion``, the completion's tokens; with
         ``messages``, the tokens of the assistant's answers. Other keys are ignored.
     ``.npy``
         Token ids: (n,), a stream that is cut into sequences of `length`, or (n, t), one sequence per row, truncated to `length`.

@@ -470,7 +470,7 @@ def check_coefficients(plan: Plan, coefficients: FactorSet) -> None:
             why = f"do not say which {what} they were fitted to; fit them to this one"
             raise MismatchError(f"{name}: coefficients {why}")
         if facts[what] != here:
-            other, do = difference(facts[what], here), "fit them to this one with `streamer repair`"
+            other, do = difference(facts[what], here), f"give the {what} that `streamer repair` fitted them to"
             raise MismatchError(f"{name}: coefficients of another {what} ({other}); {do}")
     check_counts(plan, coefficients)
 

@@ -457,9 +457,30 @@ def check_announced(adapter: DeltaSource, names: Collection[str], renames: Renam
             f"{adapter.file.path}: lacks tensors that {CONFIG_NAME} announces: {listed(missing, separator='; ')}; save it again"
         )
     count = {"all": sum(t.endswith(".bias") for t in tensors), "lora_only": len(biased)}.get(str(stated.get("bias")), 0)
-    brought = sum(c.parameter == "bias" for c in adapter.carried)
-    bias = f"the adapter's bias is {stated.get('bias')!r}, but its file has {brought} of {count} biases"
-    return (f"{bias}: the base's values are kept",) if brought < count else ()
+    brought, notes = sum(c.parameter == "bias" for c in adapter.carried), _untargeted(adapter, renames)
+    if brought < count:
+        bias = f"the adapter's bias is {stated.get('bias')!r}, but its file has {brought} of {count} biases"
+        notes.append(f"{bias}: the base's values are kept")
+    return tuple(notes)
+
+
+def _untargeted(adapter: DeltaSource, renames: Renames) -> list[str]:
+    """Note modules with factors that the config does not target."""
+    config = adapter.config
+    named, excluded = {*config.strings("target_modules")}, tuple(f".{m}" for m in config.strings("exclude_modules"))
+    if not named or config.get("target_parameters") or config.get("ensure_weight_tying"):
+        return []
+    now = renames.at_run_time([f"{name}.weight" for name in adapter.modules])
+    paths = {name: {name, now.get(f"{name}.weight", name).removesuffix(".weight")} for name in adapter.modules}
+    stated = config.get("layers_to_transform")
+    layers = {str(layer) for layer in (stated if isinstance(stated, list) else [stated]) if layer is not None}
+    found = [
+        name for name, names in paths.items()
+        if not any(f".{n}".endswith(f".{target}") for n in names for target in named) or f".{name}".endswith(excluded)
+        or (layers and layers.isdisjoint(name.split(".")) and names.isdisjoint(named))
+    ]  # fmt: skip
+    return [f"PEFT ignores the factors of {listed(map(repr, found))}, which target_modules, exclude_modules or layers_to_transform leave "
+            "out; streamer applies them: correct the config, or remove the factors"] if found else []  # fmt: skip
 
 
 def _missing_of_head(entry: str, saved: set[str], config: ModelConfig, task: object) -> list[str]:

@@ -420,6 +420,10 @@ def list_hub(name: HubName) -> HubListing:
     for sibling in info.siblings or ():
         if (path := str(sibling.rfilename)).startswith(start):
             url, shown = hub.hf_hub_url(name.repo, path, revision=commit), f"{name.repo}@{commit[:12]}/{path}"
+            if sibling.size is None and path.endswith(".safetensors"):
+                raise errors.UnsupportedError(
+                    f"{shown}: the hub does not state its size; download it, and name the directory"
+                )
             files[path.removeprefix(start)] = RemoteFile(url, shown, sibling.size or 0, commit, token=True)
     if name.file and name.file not in files:
         raise errors.MissingInputError(f"{name.shown}: has no such file; check its name", name.shown)

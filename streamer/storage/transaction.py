@@ -418,6 +418,8 @@ def check_output_path(path: Path, inputs: Sequence[Path], output: Path | None = 
             (parent / part).is_dir() for part in ("blobs", "refs", "snapshots")
         ):
             raise OutputError(f"{path}: lies inside a hub cache, which is never written to; choose another output")
+    if nowhere := next((p for p in path.parents if p.is_symlink() and not p.exists()), None):
+        raise OutputError(f"{path}: {nowhere} is a link that leads nowhere; choose another output")
     there = _existing(real.parent if is_placeholder(real) else real)
     if not there.is_dir():
         what = "is" if os.path.realpath(path) == str(there) else f"{there} is"
@@ -682,7 +684,8 @@ def own_partials(plan: OutputPlan) -> set[Path]:
     """Find the partial files that killed runs, of this plan or an earlier one, left in the output's directories."""
     planned = next(Journal.peek(plan.path / JOURNAL_NAME), {}).get(NAMES, [])
     old = [file.file for file in own_files(plan.path / RECORD_NAME, plan.path / JOURNAL_NAME)]
-    names = (RECORD_NAME, *plan.conflicting_names, *(name for name, _ in plan.files), *planned, *old)
+    names = [RECORD_NAME, *plan.conflicting_names, *(name for name, _ in plan.files)]
+    names += [name for name in (*planned, *old) if _is_within(plan.path, name)]  # a record may come from elsewhere
     paths = [place / name for place in (plan.path, plan.path / STAGE_NAME) for name in names]
     directories = {path.parent for path in paths if path.parent.is_dir()}
     return {

@@ -466,19 +466,14 @@ def _by_products(formula: Callable[[Matrix, Tensors], Array]) -> Callable[[Matri
 
 
 def _loha(W0: Matrix, t: Tensors) -> Array:
-    """Compute ``(w1_a w1_b) ∘ (w2_a w2_b)``; either product may have a core for the kernel."""
-    sides = ((t[f"hada_w{i}_a"], t[f"hada_w{i}_b"], t.get(f"hada_t{i}")) for i in (1, 2))
-    one, two = (a @ b if t is None else np.einsum("ijkl,ip,jr->prkl", t, a, b).reshape(W0.shape) for a, b, t in sides)
-    return np.asarray(one * two)
+    """Compute ``(w1_a w1_b) ∘ (w2_a w2_b)``."""
+    return np.asarray((t["hada_w1_a"] @ t["hada_w1_b"]) * (t["hada_w2_a"] @ t["hada_w2_b"]))
 
 
 def _lokr(W0: Matrix, t: Tensors) -> Array:
-    """Compute ``w1 ⊗ w2``; either may itself be a product, w2 with a core for the kernel."""
+    """Compute ``w1 ⊗ w2``; either may itself be a product."""
     w1 = t["lokr_w1"] if "lokr_w1" in t else t["lokr_w1_a"] @ t["lokr_w1_b"]
-    if "lokr_t2" in t:
-        w2: Array = np.einsum("ijkl,ip,jr->prkl", t["lokr_t2"], t["lokr_w2_a"], t["lokr_w2_b"])
-    else:
-        w2 = t["lokr_w2"] if "lokr_w2" in t else t["lokr_w2_a"] @ t["lokr_w2_b"]
+    w2 = t["lokr_w2"] if "lokr_w2" in t else t["lokr_w2_a"] @ t["lokr_w2_b"]
     return np.asarray(np.kron(w1[:, :, None, None] if w2.ndim == 4 else w1, w2))
 
 

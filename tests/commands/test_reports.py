@@ -4,6 +4,8 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import helpers
@@ -250,3 +252,12 @@ def test_refusals(files: Path, inputs: Inputs, tmp_path: Path) -> None:
         assert (done.code, done.out) == (code, ""), done
         assert words in done.err, done.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_findings_that_live_until_the_process_ends_say_nothing(
+    said: tuple[Path, Path, Path, dict[str, Outcome]],
+) -> None:
+    """Under a global name, they outlive the modules that close their file."""
+    code = f"import streamer; findings = streamer.load_findings({str(said[2])!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import kinds_cases
 import peft
@@ -161,6 +162,22 @@ def test_missing_biases_are_warned_of(bias: str, tmp_path: Path, monkeypatch: py
         words = f"the adapter's bias is '{bias}', but its file has {left % count} of {count} biases: the base's values are kept"
         assert note == words
         assert note in plan.warnings
+
+
+@pytest.mark.parametrize(
+    "edit", [{"target_modules": ["q_proj"]}, {"exclude_modules": ["v_proj"]}, {"layers_to_transform": [1]}]
+)
+def test_factors_that_the_config_does_not_target(
+    edit: dict[str, list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make(Kind(llama(), lora("q_proj", "v_proj", layers_to_transform=[0])), tmp_path, monkeypatch)
+    assert make_plan(made.base, made.adapter).announced == ()
+    config = made.adapter / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **edit}))
+    (note,) = make_plan(made.base, made.adapter).announced
+    assert note.startswith("PEFT ignores the factors of ")
+    assert "'model.layers.0.self_attn.v_proj', which" in note
+    assert (".q_proj" in note) == ("layers_to_transform" in edit)
 
 
 # Of a layer for multi-token prediction, which the class does not load.

@@ -345,8 +345,11 @@ def test_a_prompt_longer_than_a_sequence_loses_its_beginning(tmp_path: Path) -> 
     line = {"prompt": "the quick brown fox jumps over a lazy", "completion": " dog jumps over"}
     found = read(lines(tmp_path / "t.jsonl", line, line), length=6)
     start, *ids = tokenizer(line["prompt"] + line["completion"])["input_ids"]
-    assert found.ids[0].tolist() == [start, *ids[5:10]]
-    assert found.counted[0].tolist() == [False, False, False, False, True, True]
+    assert found.ids[0].tolist() == [start, *ids[6:]]
+    assert found.counted[0].tolist() == [False, False, False, True, True, True]
+    line["completion"] += " a lazy dog and more"  # as much of a longer answer as of its prompt
+    found = read(lines(tmp_path / "t.jsonl", line, line), length=6)
+    assert (found.ids[0].tolist(), found.counted[0].tolist()[2:]) == ([start, *ids[6:]], [False, True, True, True])
 
 
 MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "dog"}]

@@ -108,6 +108,11 @@ def test_alpha_must_be_stated(tmp_path: Path) -> None:
         ({"peft_type": ["LORA"]}, "adapter: its change of the weights is not known here"),
         ({"peft_type": "BOFT", "boft_n_butterfly_factor": 2}, "BOFT: only a boft_n_butterfly_factor of 1"),
         ({"peft_type": "OFT", "fan_in_fan_out": True}, "OFT: PEFT does not merge"),
+        (
+            {"peft_type": "OFT", "num_cayley_neumann_terms": None},
+            "OFT: expected num_cayley_neumann_terms from 1 to 1000",
+        ),
+        ({"peft_type": "OFT", "eps": None}, "OFT: expected eps to be a number"),
         ({"peft_type": "LOKR", "use_tomorrow": True}, "unknown key 'use_tomorrow' (True)"),
         ({"peft_type": "ADALORA", "use_rslora": True}, "unknown key 'use_rslora' (True)"),
         (

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -38,14 +36,6 @@ def test_round_trip(made: tuple[Path, Path, Path, Findings]) -> None:
             assert arrays[key].dtype == value.dtype
             assert torch.equal(arrays[key], value)
         assert (a.detection.intruders, a.detection.degenerate) == (b.detection.intruders, b.detection.degenerate)
-
-
-def test_findings_that_live_until_the_process_ends_say_nothing(made: tuple[Path, Path, Path, Findings]) -> None:
-    """Under a global name, they outlive the modules that close their file."""
-    _, _, path, _ = made
-    code = f"import streamer; findings = streamer.load_findings({str(path)!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_no_paths_and_no_times(made: tuple[Path, Path, Path, Findings], tmp_path: Path) -> None:
