@@ -467,7 +467,7 @@ def check_coefficients(plan: Plan, coefficients: FactorSet) -> None:
     name, facts = coefficients.name, coefficients.facts
     for what, here in (("base", {**plan.base_identity}), ("adapter", {**plan.adapter_identity})):
         if not isinstance(facts.get(what), dict):
-            why = f"do not say which {what} they were fitted to; fit them to this one"
+            why = f"do not say which {what} they were fitted to; make them with `streamer repair`"
             raise MismatchError(f"{name}: coefficients {why}")
         if facts[what] != here:
             other, do = difference(facts[what], here), f"give the {what} that `streamer repair` fitted them to"

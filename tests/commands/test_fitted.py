@@ -96,7 +96,7 @@ def test_refusals(inputs: tuple[Path, Path, Path], tmp_path: Path, command: str)
         (3, [adapter / "adapter_model.safetensors"], "found another safetensors file; make coefficients with `streamer repair`"),
         (3, [files / "none.safetensors"], "none.safetensors: no such file"),
         (3, [of_other], f"streamer: {of_other}: coefficients of another base ("),
-        (3, [of_tuned], f"streamer: {of_tuned}: coefficients of another adapter (weights_sha256 differ); fit them to"),
+        (3, [of_tuned], f"streamer: {of_tuned}: coefficients of another adapter (weights_sha256 differ); give the"),
         (3, [helpers.tampered(file, files / "base", FIT.key, another_base), *keep], "of another base (the content of model-00001-of-"),
         (3, [helpers.tampered(file, files / "no", FIT.key, nothing), *keep], "do not say which base they were fitted to"),
         (2, [file], f"streamer: --keep: expected one of 0.95, 0.9, the 2 sets of coefficients in {file}; choose one"),
