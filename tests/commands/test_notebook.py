@@ -44,7 +44,7 @@ def test_the_notebook_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.Monk
     assert not namespace["home"].exists()
     kinds = [type(value) for value in shown]
     assert kinds == [
-        str, streamer.Findings, str, str, tuple, pandas.DataFrame,
+        str, streamer.Findings, str, tuple, pandas.DataFrame,
     ]  # fmt: skip
     measured = shown[-1]
     moved = measured["moved from the base"]

@@ -65,7 +65,7 @@ def test_a_sample_is_spread_over_kinds_and_the_same_each_time(job: Job) -> None:
 ])  # fmt: skip
 def test_every_method_lambda_and_dtype(tmp_path: Path, method: Any, lam: float, dtype: torch.dtype) -> None:
     base, adapter = helpers.three_shards(tmp_path, dtype)
-    made = {"mitigation_lambda": lam, "method": method, **({"scale": "first"} if lam and method != "shrink" else {})}
+    made = {"mitigation_lambda": lam, "method": method, **({"select": "first"} if lam and method != "shrink" else {})}
     for write in (streamer.merge_with_reduced_intruder_dimensions, streamer.reduce_intruder_dimension):
         write(base, adapter, tmp_path / write.__name__, **made)  # type: ignore[operator]
         assert lines(tmp_path / write.__name__, base, adapter, sample="all") == []
