@@ -238,7 +238,7 @@ ADAPTERS = (
 FINDINGS = "findings from `streamer detect`"
 RANK_OR_SHARE = "A share such as 0.95 uses the smallest rank that keeps this share of each delta's energy"
 SEVERAL = "for several adapters, a directory that gets one"
-BUILT_IN = "a built-in text of prose, chat and code"
+BUILT_IN_TITLE = "a built-in text of prose, chat and code"
 BESIDE = "of the recorded name, beside OUTPUT"
 MEMORY = "memory limit, such as 600M or 4G, not counting memory-mapped files and the GPU driver"
 COUNTED = (
@@ -482,7 +482,7 @@ class MappingOptions(Writing, Reading, OfBase):
 
     output: str | Path | None = written("map file to write (.safetensors)", "FILE")
     base: str | Path = argument("model directory, hub name or address", nargs="+")
-    general: str | Path | None = option("general text to run through BASE: .txt, .jsonl or .npy", metavar="TEXT", shown=BUILT_IN)
+    general: str | Path | None = option("general text to run through BASE: .txt, .jsonl or .npy", metavar="TEXT", shown=BUILT_IN_TITLE)
     vectors: int = option("leading vectors to store for each input", 16, metavar="N", bound=whole(1), rare=True)
 
 
@@ -492,7 +492,7 @@ class RepairOptions(Writing, Texts, OfAdapter):
     adapter: str | Path = argument(ONE_ADAPTER)
     output: str | Path = written("directory to write: an adapter, or with --merge a model", "DIR")
     general: str | Path | None = option("general text, for measuring forgetting: .txt, .jsonl or .npy", metavar="TEXT",
-        shown=f"{BUILT_IN}; your own text works better")
+        shown=f"{BUILT_IN_TITLE}; your own text works better")
     executor: Executor | None = keyword("workers that run the held-out sequences, as for `detect_intruder_dimensions`; this process fits")
     keep: float = option("least share of the learning to keep", 0.9, metavar="SHARE", bound=SHARE)
     weights: Sequence[float] = option("weights of the general text to fit and measure, rising", (0.5, 8.0), "--mu", metavar="M,M",

@@ -167,6 +167,11 @@ BUILT_IN = Path(__file__).parents[1] / "measuring" / "built-in.jsonl"
 """General text for want of a given one: prose, chat and code in a hundred documents; ``built-in.md`` states their sources."""
 
 
+def general_text(path: str | Path | None) -> Path:
+    """Return the user's text, or the built-in one for None alone: an empty name is a mistake, such as an unset variable in a shell."""
+    return BUILT_IN if path is None else Path(path)
+
+
 class MapRequest(Request, MappingOptions):
     """A requested map; without a general text, of the built-in one."""
 
@@ -193,8 +198,7 @@ class MapRequest(Request, MappingOptions):
 
     def _prepared(self, monitor: Monitor, peek: bool = False) -> PreparedMap:
         base = self.located(monitor, peek).path(self.base)
-        text = BUILT_IN if self.general is None else Path(self.general)
-        return prepare_map(base, text, self.options, self.memory, self.make_run(monitor))
+        return prepare_map(base, general_text(self.general), self.options, self.memory, self.make_run(monitor))
 
 
 @explained(MappingOptions)
@@ -408,7 +412,7 @@ class RepairRequest(Request, RepairOptions):
 
     def _prepared(self, monitor: Monitor, workers: Workers | None, peek: bool = False) -> PreparedFit:
         base, adapter, _, run = self.opened(self.adapter, None, monitor, workers, peek)
-        texts = {GENERAL: Path(self.general or BUILT_IN), TASK: Path(self.task)}
+        texts = {GENERAL: general_text(self.general), TASK: Path(self.task)}
         return prepare_fit(base, adapter, texts, self.options, self.memory, run)
 
 

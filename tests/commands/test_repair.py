@@ -172,6 +172,15 @@ def test_what_is_refused_in_a_line(server: Server, home: Path, fitted: Path) -> 
     assert (done.code, done.err) == (2, f"streamer: {words}\n")
 
 
+def test_an_empty_name_is_not_the_built_in_text(home: Path, tmp_path: Path) -> None:
+    """The command line refuses every empty argument; the library must not take this one for None."""
+    words = "expected the name of a text to end in .txt, .jsonl, .npy, found ''"
+    with pytest.raises(streamer.StreamerError, match=words):
+        streamer.repair_adapter(home / "base", home / "adapter", tmp_path / "r", task=home / "task.npy", general="")
+    with pytest.raises(streamer.StreamerError, match=words):
+        streamer.map_inputs(home / "base", general="")
+
+
 def adapted(home: Path, path: Path, **options: Any) -> Path:
     """Another kind of adapter on the base."""
     return make_adapter(transformers.LlamaForCausalLM, home / "base", path, **options)
