@@ -231,7 +231,7 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
                 block = [parts.pop(0)]
                 while parts and sum(group.rows for part in (*block, parts[0]) for group in part.groups) <= BLOCK:
                     block.append(parts.pop(0))
-                sums = measured(model, texts, block, progress, limits)[REQUESTS]
+                sums = measured(model, block, progress, limits)[REQUESTS]
                 found = [
                     (self._key(variant, *asked[i]), sums.loss[v, s], int(sums.right[v, s] == sums.tokens[s]))
                     for v, variant in enumerate(variants)

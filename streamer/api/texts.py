@@ -15,25 +15,18 @@ from streamer.api.records import DryRun, dry_run
 from streamer.api.requests import Request, read_coefficients, read_map, take
 from streamer.errors import OutputExistsError, UsageError
 from streamer.evaluation.evaluate import PreparedEvaluation, prepare
-from streamer.evaluation.evaluation import Evaluation, EvaluationOptions, ReliableRecord, traded
+from streamer.evaluation.evaluation import Evaluation, EvaluationOptions, ReliableRecord, check_dtype, traded
 from streamer.events import Event, Monitor
-from streamer.fitting.fit import FitOptions, PreparedFit, prepare_fit, refuse_dense
-from streamer.fitting.mapping import MapOptions, PreparedMap, prepare_map
+from streamer.fitting.fit import PreparedFit, prepare_fit, refuse_dense
+from streamer.fitting.mapping import PreparedMap, prepare_map
 from streamer.forecast import forecast_texts
 from streamer.json_types import State
 from streamer.measuring.runs import Prepared
 from streamer.measuring.statistics import Estimate
 from streamer.measuring.texts import GENERAL, TASK
-from streamer.methods import Paper, RegMean, Shrink
+from streamer.methods import Paper, RegMean, Shrink, share_name
 from streamer.methods.files import MAP, Coefficients, InputMap
-from streamer.options import (
-    ONE_BASE,
-    EvaluateOptions,
-    MappingOptions,
-    RepairOptions,
-    VariantOptions,
-    argument,
-)
+from streamer.options import ONE_BASE, EvaluateOptions, MappingOptions, RepairOptions, VariantOptions, argument
 from streamer.output.job import Written
 from streamer.plan.plan import make_plan
 from streamer.storage.transaction import RECORD_NAME
@@ -181,12 +174,7 @@ class MapRequest(Request, MappingOptions):
         super().__post_init__()
         if MAP.is_at(Path(self.base)):
             raise UsageError(f"{self.base}: is a map; name the base to map")
-        _ = self.options
-
-    @cached_property
-    def options(self) -> MapOptions:
-        """Make the options of the map."""
-        return take(MapOptions, vars(self))
+        check_dtype(self.dtype)
 
     def run(self, monitor: Monitor) -> InputMap:
         """Make the map."""
@@ -198,7 +186,7 @@ class MapRequest(Request, MappingOptions):
 
     def _prepared(self, monitor: Monitor, peek: bool = False) -> PreparedMap:
         base = self.located(monitor, peek).path(self.base)
-        return prepare_map(base, general_text(self.general), self.options, self.memory, self.make_run(monitor))
+        return prepare_map(base, general_text(self.general), self, self.memory, self.make_run(monitor))
 
 
 @explained(MappingOptions)
@@ -311,7 +299,9 @@ class RepairRequest(Request, RepairOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.options
+        if share_name(self.keep) == "1":
+            raise UsageError(f"keep: {self.keep!r} is the unchanged adapter, which needs no fit; give a smaller share")
+        check_dtype(self.dtype)
         if self.dequantize and not self.merge:
             raise UsageError(
                 "dequantize: applies only to a model, which `merge=True` writes, found dequantize alone; pass both, or neither"
@@ -326,11 +316,6 @@ class RepairRequest(Request, RepairOptions):
     def factors(self) -> Path:
         """Return the path of the fit, beside the output."""
         return self.directory.with_name(f"{self.directory.name}.fit.safetensors")
-
-    @cached_property
-    def options(self) -> FitOptions:
-        """Make the options of the fit."""
-        return take(FitOptions, vars(self), weights=tuple(self.weights))
 
     def run(self, monitor: Monitor, workers: Workers | None = None) -> Repaired:
         """Convert the adapter if requested, fit, choose, and write."""
@@ -413,7 +398,7 @@ class RepairRequest(Request, RepairOptions):
     def _prepared(self, monitor: Monitor, workers: Workers | None, peek: bool = False) -> PreparedFit:
         base, adapter, _, run = self.opened(self.adapter, None, monitor, workers, peek)
         texts = {GENERAL: general_text(self.general), TASK: Path(self.task)}
-        return prepare_fit(base, adapter, texts, self.options, self.memory, run)
+        return prepare_fit(base, adapter, texts, self, self.memory, run)
 
 
 def _choice(fit: Coefficients) -> tuple[Literal["repair", "shrink", "adapter"], str, dict[str, Any]]:
@@ -431,8 +416,9 @@ def _choice(fit: Coefficients) -> tuple[Literal["repair", "shrink", "adapter"], 
     held_out = [fit.facts["texts"][text]["held"]["sequences"] for text in (GENERAL, TASK)]
     if not _is_worth_it(fitted, min(held_out)):
         trade = fitted["trade"]
+        figures = (f"{trade[key]:.4f} ± {trade[f'{key}_se']:.4f}" for key in ("regained", "given_up"))
         return "adapter", (
-            f"the adapter as it is: {trade['name']} {traded(trade)}; a written variant regains over {trade['worth']:g} of what it gives "
+            f"the adapter as it is: {trade['name']} {traded(*figures)}; a written variant regains over {trade['worth']:g} of what it gives "
             "up, by two standard errors"
         ), UNCHANGED  # fmt: skip
     if shrink is None:

@@ -23,37 +23,10 @@ from streamer.detection.options import DetectionOptions, Run
 from streamer.errors import UsageError
 from streamer.evaluation.evaluation import Evaluation, EvaluationOptions, ask_swapped, load_evaluation, placed
 from streamer.events import Event
-from streamer.measuring.runs import (
-    ADAPTER_ROW,
-    ROWS,
-    EvaluatedVariant,
-    Prepared,
-    Progress,
-    Records,
-    Work,
-    computing,
-    differences,
-    joined_facts,
-    measured,
-    model_facts,
-    of_others,
-    padding_changes,
-    riders,
-    sweep_cost,
-    with_digest,
-    writable,
-)
+from streamer.measuring import runs
+from streamer.measuring.runs import ADAPTER_ROW, EvaluatedVariant, Prepared, Progress, Records, Work
 from streamer.measuring.statistics import ARRAYS, MEASURES, SequenceSums, telling
-from streamer.measuring.texts import (
-    GENERAL,
-    TASK,
-    Texts,
-    TextSequences,
-    chooses_keys,
-    read_texts,
-    refuse_new_tokens,
-    sample_digest,
-)
+from streamer.measuring.texts import GENERAL, TASK, Texts, TextSequences, chooses_keys, read_texts, sample_digest
 from streamer.methods import UNCHANGED, RegMean, Shrink
 from streamer.output.write import OutputOptions, check_coefficients, check_map, open_jobs
 from streamer.storage.atomic_file import write_atomic
@@ -176,8 +149,8 @@ class PreparedEvaluation(Prepared[Evaluation]):
         o = self.options
         findings = self.findings if any(variant.scales_intruders for variant in o.variants) else None
         tree = {
-            **model_facts(self.model, base=self.plan.sources[0], adapter=self.plan.sources[1]),
-            **writable(self.plan),
+            **runs.model_facts(self.model, base=self.plan.sources[0], adapter=self.plan.sources[1]),
+            **runs.writable(self.plan),
             "detection": None if findings is None else findings.options.as_dict(),
             "scale": o.select,
             "projected": o.projected,
@@ -191,7 +164,7 @@ class PreparedEvaluation(Prepared[Evaluation]):
             tree["coefficients"] = [one.record() for one in o.coefficients.sets]
         if o.map is not None:
             tree["map"] = o.map.record()
-        return with_digest(tree)
+        return runs.with_digest(tree)
 
     def run_facts(self, path: Path) -> tuple[dict[str, Any], str]:
         """Return the facts with the variants' methods and the budget, and digests of findings and of an earlier evaluation.
@@ -200,13 +173,8 @@ class PreparedEvaluation(Prepared[Evaluation]):
         """
         earlier = hashlib.sha256(path.read_bytes()).hexdigest() if is_taken(path) and path.is_file() else ""
         variants = [[v.name, v.mitigation and v.mitigation.as_dict()] for v in self.options.variants]
-        facts = with_digest(self.facts, variants=variants, max_memory=self.max_memory)
+        facts = runs.with_digest(self.facts, variants=variants, max_memory=self.max_memory)
         return facts, f"{'' if self.findings is None else self.findings.digest()} {earlier}".strip()
-
-    def check_budget(self) -> None:
-        """Refuse a budget that is too small for any sweep."""
-        for work in self.sweeps():
-            self.limits_of(work)
 
     def is_whole(self, path: Path) -> bool:
         """Test whether an evaluation lacks nothing."""
@@ -219,8 +187,8 @@ class PreparedEvaluation(Prepared[Evaluation]):
     def _load(self, path: Path) -> Evaluation:
         """Load an evaluation; refuse it if its variants cannot be compared with this run's variants."""
         known = load_evaluation(path)
-        if differing := differences(self.facts, known.facts):
-            raise of_others(path, self.one, differing)
+        if differing := runs.differences(self.facts, known.facts):
+            raise runs.of_others(path, self.one, differing)
         return known
 
     def sweeps(self, known: Evaluation | None = None) -> list[Work]:
@@ -264,9 +232,9 @@ class PreparedEvaluation(Prepared[Evaluation]):
         known, facts, keep = self.known(output), self.facts, self.options.keep
         if known is not None:
             self.run.monitor.emit(Event("note", f"{output}: adds to the {len(known.variants)} variants in it"))
-            facts = joined_facts(facts, known.facts)
+            facts = runs.joined_facts(facts, known.facts)
         progress = Progress(self.run, self.model.size, "evaluate")
-        with computing(records.threads, self.run):
+        with runs.computing(records.threads, self.run):
             one_length = self.one_length or self._padding_changes(records)
             base, *rest = without_scaling(self.wanted, facts)
             done = () if known is None else known.variants
@@ -286,8 +254,8 @@ class PreparedEvaluation(Prepared[Evaluation]):
         """Check the logits, and test whether padding changes them."""
         recorded = records.find("one_length")
         if recorded is None:
-            held_out = riders(self.texts, 1, self.model.size, ROWS, self.one_length)
-            changed = padding_changes(self.model, [part.text for part in held_out], self.run.monitor.checkpoint)
+            held_out = runs.riders(self.texts, 1, self.model.size, runs.ROWS, self.one_length)
+            changed = runs.padding_changes(self.model, [part.text for part in held_out], self.run.monitor.checkpoint)
             recorded = {"one_length": np.array([float(changed)])}
             records.add("one_length", recorded)
         return bool(recorded["one_length"][0])
@@ -321,10 +289,10 @@ class PreparedEvaluation(Prepared[Evaluation]):
             measures = {name: SequenceSums(**arrays) for name, arrays in recorded.items()}
             if measures.keys() != block.keys():
                 limits = self.limits_of(self.work(block, len(variants)))
-                held_out = riders(block, len(variants), model.size, limits.rows, one_length)
-                rest = [sweep_cost(model.size, self.work(*sweep).riding) for sweep in sweeps[number:]]
+                held_out = runs.riders(block, len(variants), model.size, limits.rows, one_length)
+                rest = [runs.sweep_cost(model.size, self.work(*sweep).riding) for sweep in sweeps[number:]]
                 progress.expect(sum(rest), len(rest) * (len(model.layers) + 1))
-                measures = measured(model, block, held_out, progress, limits, states=records.states(key))
+                measures = runs.measured(model, held_out, progress, limits, states=records.states(key))
                 for name, s in measures.items():
                     arrays = {kind: getattr(s, kind) for kind in ("tokens", *ARRAYS)}
                     records.add(f"{key} {name}", arrays)
@@ -375,7 +343,6 @@ def open_model(base_path: str | Path, adapter: Path, findings: Findings | None, 
     (job,) = open_jobs(base_path, One(adapter), [findings], UNCHANGED, detection, OutputOptions(merges=True), run)
     plan = job.plan
     run.monitor.warn((*plan.warnings, *job.warnings))
-    refuse_new_tokens(plan)
     for variant in options.variants:
         if isinstance(variant.mitigation, RegMean):
             check_coefficients(plan, variant.mitigation.coefficients)

@@ -32,23 +32,9 @@ from streamer.detection.options import DetectionOptions, OptionsRecord
 from streamer.errors import FormatError, UnknownNameError, UsageError
 from streamer.json_types import Count, Difference, KeptShare, Keywords, Mean, Selection, Sha256, State, Version, check
 from streamer.linalg.torch_state import has_fast_bfloat16
+from streamer.measuring import statistics
 from streamer.measuring.runs import ADAPTER_ROW, BASE_ROW, Configs, EvaluatedVariant, Facts, Sums, input_options
-from streamer.measuring.statistics import (
-    MEASURES,
-    MOST_LOSS,
-    BinsRecord,
-    Effect,
-    Estimate,
-    Floats,
-    SequenceSums,
-    defined,
-    flat,
-    from_record,
-    keys_of,
-    record,
-    telling,
-    to_record,
-)
+from streamer.measuring.statistics import MEASURES, BinsRecord, Effect, Estimate, Floats, SequenceSums, record
 from streamer.measuring.texts import GENERAL, TASK
 from streamer.methods import METHODS, MethodName, NullSpace, RegMean, Shrink, takes_findings
 from streamer.methods.files import Coefficients, CoefficientsRecord, InputMap, MapRecord
@@ -325,7 +311,7 @@ class TextFigures(TypedDict):
     """Figures of a variant on one text."""
     loss: Annotated[Mean, "Mean negative log likelihood over the tokens that count, in nats.", lambda s, v: s.mean("loss", v)]
     perplexity: Annotated[float | None, "exp(loss); null if it exceeds the range of a double.",
-        lambda s, v: math.exp(loss) if (loss := s.mean("loss", v).value) < MOST_LOSS else None]
+        lambda s, v: math.exp(loss) if (loss := s.mean("loss", v).value) < statistics.MOST_LOSS else None]
     perplexity_ratio: Annotated[Difference | None, "Perplexity as a multiple of the base's; null if its error exceeds a double's range.",
         lambda s, v: s.perplexity_ratio(v)]
     kl: Annotated[Mean, "Mean divergence KL(base || variant) of the next-token distribution, in nats.", lambda s, v: s.mean("kl", v)]
@@ -345,8 +331,8 @@ class TextFigures(TypedDict):
     sequences: Annotated[Count, "Sequences that it ran on.", lambda s, v: len(s.tokens)]
     sums: Annotated[_SumsRecord, "Sums over the counted tokens of each sequence, from which all figures but quantiles follow.",
         lambda s, v: {
-            name: [defined(x) for x in getattr(s, name)[v]] for name in MEASURES}]
-    kl_bins: Annotated[BinsRecord, "Counts of tokens by divergence.", lambda s, v: to_record(s.kl_bins[v])]
+            name: [statistics.defined(x) for x in getattr(s, name)[v]] for name in MEASURES}]
+    kl_bins: Annotated[BinsRecord, "Counts of tokens by divergence.", lambda s, v: statistics.to_record(s.kl_bins[v])]
 
 class OtherFigures(TextFigures):
     """Figures of a variant on another text."""
@@ -382,7 +368,7 @@ VariantRecord = TypedDict("VariantRecord", {
     "general": Annotated[TextFigures, "On the general text.", lambda e, v: record(TextFigures, e.general, v)],
     "task": Annotated[TextFigures, "On the task's text.", lambda e, v: record(TextFigures, e.task, v)],
     "others": NotRequired[Annotated[list[OtherFigures], "On the other texts, in the order of `texts.others`.",
-        lambda e, v: [{"name": name, **record(TextFigures, sums, v), **flat("share", sums.share("loss", v))}
+        lambda e, v: [{"name": name, **record(TextFigures, sums, v), **statistics.flat("share", sums.share("loss", v))}
                       for name, sums in e.others.items()] or None]],
     "kept": Annotated[Mean | None, "Share of the learning: (base - variant) / (base - adapter) of the task's losses; null if undefined.",
         lambda e, v: e.task.share("loss", v)],
@@ -575,14 +561,14 @@ class Evaluation:
         best = [v for i, (_, kl, v) in enumerate(points) if all(kl < other for _, other, _ in points[:i])]
         return [self.variants[v].name for v in best]
 
-    def command(self, variant: EvaluatedVariant) -> list[str]:
+    def command(self, variant: EvaluatedVariant, merges: bool = False) -> list[str]:
         """Return the command that makes a variant, with its options; the caller adds inputs, output and files.
 
-        The command is `mitigate` if the variant can be written as an adapter without loss, else `merge`.
+        The command is `mitigate` if the variant can be written as an adapter without loss, and no merge is asked for; else `merge`.
         """
         facts, lam = self.facts, variant.mitigation_lambda
         exact = facts["projected"] or (variant.method in METHODS and METHODS[variant.method].keeps_rank)
-        mitigates = variant.method is not None and exact and facts["factored"]
+        mitigates = variant.method is not None and exact and facts["factored"] and not merges
         words = ["mitigate" if mitigates else "merge"]
         words += [] if variant.keep is None and lam is None else ["--method", str(variant.method)]
         words += ["--lambda", repr(1 if lam is None else lam)] if variant.keep is None else ["--keep", f"{variant.keep!r}"]
@@ -619,7 +605,7 @@ class Evaluation:
         return cast(EvaluationRecord, {
             "schema": SCHEMA,
             "verdict": verdict(self, best),
-            **{key: self.facts[key] for key in keys_of(EvaluationFacts) if key in self.facts},
+            **{key: self.facts[key] for key in statistics.keys_of(EvaluationFacts) if key in self.facts},
             "tokens": {"general": self.general.tokens.tolist(), "task": self.task.tokens.tolist()},
             **({"others": others} if others else {}),
             "keep": self.keep,
@@ -659,7 +645,7 @@ class Evaluation:
             if tree["schema"] != SCHEMA:
                 raise ValueError(f"the schema {tree['schema']!r}")
             variants = tuple(map(_variant, tree["variants"]))
-            keys = keys_of(EvaluationFacts)
+            keys = statistics.keys_of(EvaluationFacts)
             facts = {key: tree[key] for key in keys if key in tree or not keys[key][1]}
             texts = {text: (tree["tokens"][text], [v[text] for v in tree["variants"]]) for text in (GENERAL, TASK)}
             for i, other in enumerate(tree.get("others", ())):
@@ -765,6 +751,8 @@ class Names:
         Options that set how much of the texts is read, each with a space before it.
     others
         Options that name the other texts, in the same form.
+    mitigated
+        Whether the adapter already is the output of `mitigate` or `repair`, so that a merge comes next.
     """
 
     inputs: str = "BASE ADAPTER"
@@ -776,6 +764,7 @@ class Names:
     mapped: str = ""
     reading: str = ""
     others: str = ""
+    mitigated: bool = False
 
 
 VERDICTS: Mapping[Reason, str] = {
@@ -802,16 +791,12 @@ def verdict(evaluation: Evaluation, suggestion: Suggestion) -> str:
     return f"use {variant.name}: it keeps {kept} of what the adapter learned and leaves {left} of its divergence from the base"
 
 
-def traded(trade: Mapping[str, Any]) -> str:
-    """Say what a `TradeRecord` regains and gives up."""
-    return _traded(*(f"{trade[key]:.4f} ± {trade[f'{key}_se']:.4f}" for key in ("regained", "given_up")))
-
-
 def _trade(trade: Trade) -> str:
-    return _traded(cell(trade.regained), cell(trade.given_up))
+    return traded(cell(trade.regained), cell(trade.given_up))
 
 
-def _traded(regained: str, given_up: str) -> str:
+def traded(regained: str, given_up: str) -> str:
+    """Say what a variant regains and gives up."""
     return f"regains {regained} nats of KL per token of general text and gives up {given_up} of loss on the task's"
 
 
@@ -831,7 +816,7 @@ def reasons(evaluation: Evaluation, suggestion: Suggestion) -> list[str]:
     if declined is not None:
         trade = Trade.of(evaluation, evaluation.variants.index(declined))
         rule = f"a suggested variant regains over {WORTH:g} of what it gives up, by two standard errors"
-        lines.append(f"{declined.name}, which diverges least, {_traded(cell(trade.regained), cell(trade.given_up))}; {rule}")
+        lines.append(f"{declined.name}, which diverges least, {_trade(trade)}; {rule}")
     if suggestion.reason == "forgets least" and variant is not None:
         v = evaluation.variants.index(variant)
         within = ", a fit within two standard errors" if any(one.keep is not None for one in evaluation.variants) else ""
@@ -863,7 +848,7 @@ def reasons(evaluation: Evaluation, suggestion: Suggestion) -> list[str]:
         small["top-1 kept"] = gain
     return lines + [
         f"{of} is not shown: the adapter's own change is only {cell(change)}, and a share needs over "
-        f"{2 * telling(change.sequences):.1f} standard errors; more text may help"
+        f"{2 * statistics.telling(change.sequences):.1f} standard errors; more text may help"
         for of, change in small.items()
     ]
 
@@ -884,7 +869,7 @@ def commands(evaluation: Evaluation, suggestion: Suggestion, names: Names | None
         lam = rounded_up(suggestion.shrink.mitigation_lambda)
         return [f"next: {evaluate.format(names.general, names.task, names.output)} --method shrink --lambda {lam:g}"]
     assert variant is not None
-    command, *words = evaluation.command(variant)
+    command, *words = evaluation.command(variant, merges=names.mitigated)
     made = " ".join(["streamer", command, names.inputs, "-o", "OUTPUT", *words])
     if names.findings and takes_findings(variant.method):
         made += f" --findings {names.findings}"
@@ -894,7 +879,7 @@ def commands(evaluation: Evaluation, suggestion: Suggestion, names: Names | None
         made += f" --map {names.mapped or 'MAP'}"
     if reason == "not forgotten" or suggestion.declined is not None:
         return ["use the adapter as it is, or merge it into the base", f"next: {made}"]
-    if any(v.method == RegMean.name for v in evaluation.variants):
+    if names.mitigated or any(v.method == RegMean.name for v in evaluation.variants):
         return [f"next: {made}"]
     keep = f" --keep {suggestion.keep:g}" if suggestion.keep < 1 else ""
     return [
@@ -945,5 +930,5 @@ def _sums(text: str, tokens: list[float], figures: list[Mapping[str, Any]]) -> S
     counted = all(type(count) in (int, float) and 0 < count <= LARGEST_SUM and count % 1 == 0 for count in tokens)
     if not counted or any((np.abs(array) > LARGEST_SUM).any() for array in arrays.values()):
         raise ValueError(f"sums or token counts of {text} are impossible")
-    bins = np.array([from_record(f["kl_bins"]) for f in figures])
+    bins = np.array([statistics.from_record(f["kl_bins"]) for f in figures])
     return SequenceSums(np.array(tokens, np.float64), **arrays, kl_bins=bins)

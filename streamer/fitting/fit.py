@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from math import nan
@@ -25,50 +25,15 @@ from torch import Tensor
 
 from streamer.adapters.modules import MethodModule
 from streamer.detection.options import Run
-from streamer.errors import FormatError, MismatchError, NumericError, UnsupportedError, UsageError
-from streamer.evaluation.evaluation import (
-    Evaluation,
-    ProductDtype,
-    ReliableRecord,
-    against_shrink,
-    ask_swapped,
-    check_dtype,
-)
+from streamer.errors import FormatError, MismatchError, NumericError, UnsupportedError
+from streamer.evaluation.evaluation import Evaluation, ReliableRecord, against_shrink, ask_swapped
 from streamer.json_types import Difference, Mean
 from streamer.linalg.moments import GENERAL_RIDGE, RIDGE, Refit, System, TextInputs, basis, refit, refit_one_hot
 from streamer.linalg.operators import LowRank
-from streamer.measuring.runs import (
-    ADAPTER_ROW,
-    BASE_ROW,
-    EvaluatedVariant,
-    Limits,
-    Part,
-    Prepared,
-    Progress,
-    Records,
-    Work,
-    computing,
-    measured,
-    model_facts,
-    of_few_lengths,
-    padding_changes,
-    parts,
-    riders,
-    sweep_cost,
-    with_digest,
-    writable,
-)
+from streamer.measuring import runs
+from streamer.measuring.runs import ADAPTER_ROW, BASE_ROW, EvaluatedVariant, Part, Prepared, Progress, Records, Work
 from streamer.measuring.statistics import SequenceSums, record, telling
-from streamer.measuring.texts import (
-    GENERAL,
-    TASK,
-    Texts,
-    TextSequences,
-    chooses_keys,
-    read_texts,
-    refuse_new_tokens,
-    sample_digest,
-)
+from streamer.measuring.texts import GENERAL, TASK, Texts, TextSequences, chooses_keys, read_texts, sample_digest
 from streamer.methods import UNCHANGED, RegMean, Shrink, share_name
 from streamer.methods.files import FIT, Coefficients, FactorSet, load_coefficients
 from streamer.options import RepairOptions
@@ -267,22 +232,8 @@ ALGORITHM = 5
 """Version of the algorithm: another version gives another fit of the same inputs. Version 4 has a ridge for general text."""
 
 
-@dataclass(frozen=True)
-class FitOptions:
-    """Options of a fit, all of which affect its result; see `options.RepairOptions`."""
-
-    keep: float = RepairOptions.keep
-    weights: tuple[float, ...] = tuple(RepairOptions.weights)
-    holdout: float = RepairOptions.holdout
-    sequences: int = RepairOptions.sequences
-    length: int = RepairOptions.length
-    seed: int = RepairOptions.seed
-    dtype: ProductDtype = RepairOptions.dtype
-
-    def __post_init__(self) -> None:
-        if share_name(self.keep) == "1":
-            raise UsageError(f"keep: {self.keep!r} is the unchanged adapter, which needs no fit; give a smaller share")
-        check_dtype(self.dtype)
+DECIDING = ("holdout", "sequences", "length", "seed", "dtype")
+"""Options that decide a fit, with `keep` and `weights`."""
 
 
 @dataclass(frozen=True)
@@ -302,7 +253,7 @@ class Division:
     held_out: TextSequences
 
 
-def divide(texts: Texts, paths: Mapping[str, Path], options: FitOptions) -> dict[str, Division]:
+def divide(texts: Texts, paths: Mapping[str, Path], holdout: float, seed: int) -> dict[str, Division]:
     """Divide the sequences of each text by the seed; texts of the same kind with as many sequences are divided in the same way.
 
     In running text, consecutive sequences are held out, wrapping around at the end: neighbours usually come from one document, and a fit on
@@ -329,8 +280,8 @@ def divide(texts: Texts, paths: Mapping[str, Path], options: FitOptions) -> dict
                 f"{paths[name]}: expected {2 * LEAST} different sequences at least, {LEAST} to fit on and {LEAST} to hold out, found "
                 f"{count}; give more"
             )
-        held_out = min(count - LEAST, max(LEAST, round(options.holdout * count)))
-        rng = np.random.default_rng(options.seed)
+        held_out = min(count - LEAST, max(LEAST, round(holdout * count)))
+        rng = np.random.default_rng(seed)
         documents = paths[name].suffix == ".jsonl"
         order = rows[rng.permutation(count) if documents else np.roll(np.arange(count), rng.integers(count))]
         out[name] = Division(text, text.take(sorted(order[held_out:])), text.take(sorted(order[:held_out])))
@@ -358,7 +309,7 @@ class PreparedFit(Prepared[Coefficients]):
         See `evaluation.evaluate.PreparedEvaluation`.
     """
 
-    options: FitOptions
+    options: RepairOptions
     texts: Mapping[str, Division]
     files: Mapping[str, str]
     one_length: bool
@@ -392,7 +343,7 @@ class PreparedFit(Prepared[Coefficients]):
         return (len(self.options.weights) + 3) * 8 * min(tokens, self.widest) ** 2
 
     @cached_property
-    def limits(self) -> Limits:
+    def limits(self) -> runs.Limits:
         """Choose how the sweep fits the budget."""
         return self.limits_of(self.work(self.variants))
 
@@ -413,9 +364,11 @@ class PreparedFit(Prepared[Coefficients]):
             warnings.append("both texts are the same, so the fit is a shrink, Δ / (1 + mu)")
         tokens, name = min((text.fitted.tokens, name) for name, text in self.texts.items())
         if tokens < self.widest:
+            most, enough = self.options.sequences, -(-self.options.sequences * self.widest // tokens)
+            cut = len(self.texts[name].whole.ids) == most
             warnings.append(
                 f"the {name} text has {tokens} tokens to fit on, fewer than the {self.widest} inputs of the widest matrix: the ridge "
-                "decides what it does not show; with more text, the result may forget less"
+                f"decides what it does not show; with {f'--sequences {enough}' if cut else 'more text'}, the result may forget less"
             )
         self.run.monitor.warn(warnings)
 
@@ -430,8 +383,8 @@ class PreparedFit(Prepared[Coefficients]):
         """Describe the fit's inputs and options as JSON; equal `plan` digests mean equal fits."""
         o = self.options
         tree = {
-            **model_facts(self.model, base={**self.plan.base_identity}, adapter={**self.plan.adapter_identity}),
-            **writable(self.plan),
+            **runs.model_facts(self.model, base={**self.plan.base_identity}, adapter={**self.plan.adapter_identity}),
+            **runs.writable(self.plan),
             "weights": list(o.weights),
             "holdout": o.holdout,
             "seed": o.seed,
@@ -443,8 +396,12 @@ class PreparedFit(Prepared[Coefficients]):
             } for name, text in self.texts.items()},
             "unchanged": self.unchanged,
         }  # fmt: skip
-        options = {**asdict(o), "keep": [o.keep]}  # several shares in earlier versions, whose files must stay valid
-        return with_digest(tree, algorithm=ALGORITHM, options=options, max_memory=self.max_memory)
+        options = {name: getattr(o, name) for name in DECIDING}
+        options |= {
+            "weights": list(o.weights),
+            "keep": [o.keep],
+        }  # several shares in earlier versions, whose files must stay valid
+        return runs.with_digest(tree, algorithm=ALGORITHM, options=options, max_memory=self.max_memory)
 
     def sweeps(self, known: Coefficients | None = None) -> list[Work]:
         """List the sweep that fits, and the second one that an interpolation may need."""
@@ -485,7 +442,7 @@ def refuse_dense(plan: Plan, dense: Sequence[Target]) -> None:
         )
 
 
-def prepare_fit(base_path: str | Path, adapter: Path, texts: Mapping[str, Path], options: FitOptions, max_memory: int | None,
+def prepare_fit(base_path: str | Path, adapter: Path, texts: Mapping[str, Path], options: RepairOptions, max_memory: int | None,
                 run: Run) -> PreparedFit:  # fmt: skip
     """Open and check all inputs of a fit, and pass on their warnings.
 
@@ -497,13 +454,12 @@ def prepare_fit(base_path: str | Path, adapter: Path, texts: Mapping[str, Path],
     require_transformers()
     plan = make_plan(base_path, adapter, run.io, run.stated, run.architecture)
     run.monitor.warn(plan.warnings)
-    refuse_new_tokens(plan)
     refuse_dense(plan, [t for t in plan.targets if not t.module.low_rank])
     variants = Variant(BASE, None), Variant(ADAPTER, UNCHANGED)
     model = SweepModel(VariantSet(plan, variants, None, False, options.dtype == "bf16", run.model_device))
     read = read_texts(model, texts, options.sequences, options.length, run.monitor, 2 * LEAST)
     files = {name: sample_digest(path) for name, path in texts.items()}
-    divided, one_length = divide(read, texts, options), chooses_keys(model, read)
+    divided, one_length = divide(read, texts, options.holdout, options.seed), chooses_keys(model, read)
     prepared = PreparedFit(plan, run, max_memory, model, options, divided, files, one_length)
     if names := prepared.unchanged:
         what = (
@@ -677,9 +633,9 @@ class FitRun:
         spool = Spool(self.directory)
         self.progress = Progress(prepared.run, self.model.size, "fit")
         try:
-            with computing(self.records.threads, prepared.run):
+            with runs.computing(self.records.threads, prepared.run):
                 texts = [part.text for part in self._parts(prepared.one_length, 1)]
-                one_length = prepared.one_length or padding_changes(self.model, texts, self.monitor.checkpoint)
+                one_length = prepared.one_length or runs.padding_changes(self.model, texts, self.monitor.checkpoint)
                 points, unseen = self._swept(spool, one_length)
                 of_adapter = adapter_facts(self._sums([]), prepared.texts[TASK].whole.name)
                 self.monitor.warn(doubts(of_adapter))
@@ -697,7 +653,7 @@ class FitRun:
         return Coefficients((FactorSet(keep, factors),), facts)
 
     def _parts(self, one_length: bool, variants: int) -> list[Part]:
-        return riders(self.prepared.held_out, variants, self.model.size, self.prepared.limits.rows, one_length)
+        return runs.riders(self.prepared.held_out, variants, self.model.size, self.prepared.limits.rows, one_length)
 
     def _swept(self, spool: Spool, one_length: bool) -> tuple[list[Point], list[str]]:
         """Fit all candidates in one sweep, in which they, the adapter and shrinks ride; also list matrices that a text never reached."""
@@ -705,10 +661,10 @@ class FitRun:
         weights, as_is = prepared.options.weights, unchanged(plan)
         fitted = list[Group]()
         for stream in range(2 + 2 * len(weights)):  # each text in groups of one length
-            text = of_few_lengths(prepared.texts[(GENERAL, TASK)[stream % 2]].fitted)
+            text = runs.of_few_lengths(prepared.texts[(GENERAL, TASK)[stream % 2]].fitted)
             # The variants of the sweep are the base, the adapter, and the candidates.
             variant = stream if stream < 2 else stream // 2 + 1
-            divided = parts(text, prepared.limits.rows, model.size.short, True)
+            divided = runs.parts(text, prepared.limits.rows, model.size.short, True)
             fitted += [Group(text.take(numbers).padded_ids, variant, stream) for numbers in divided]
         general, task = (sum(g.rows for g in fitted if g.stream == stream) for stream in (GENERAL_STREAM, TASK_STREAM))
         solver = Solver(model, weights, (general, task), spool)
@@ -767,14 +723,14 @@ class FitRun:
         """Run a sweep in which variants, the base first, ride."""
         prepared, model = self.prepared, self.model
         groups = [*fitted, *(group for part in held_out for group in part.groups if not group.results)]
-        cost = sweep_cost(model.size, sum(group.rows for group in groups), len(groups))
+        cost = runs.sweep_cost(model.size, sum(group.rows for group in groups), len(groups))
         self.progress.expect(cost, len(model.layers) + 1)
         model.use(replace(model.job, variants=tuple(variants)))
         # The file stays that of the first sweep, which a run that is killed in the second one needs again.
         states = None if solver is None else self.records.states(json.dumps([variant.name for variant in variants]))
         if states is not None and solver is not None:
             states.factors, states.restore = solver.factors, solver.restore
-        sums = measured(model, prepared.held_out, held_out, self.progress, prepared.limits, fitted, solver, states)
+        sums = runs.measured(model, held_out, self.progress, prepared.limits, fitted, solver, states)
         for row, variant in enumerate(variants):
             self._rows.setdefault(variant.name, {text: of.take([row]) for text, of in sums.items()})
 

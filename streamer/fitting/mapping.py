@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
@@ -17,22 +17,10 @@ from torch import Tensor
 
 from streamer.detection.options import Run
 from streamer.errors import NumericError, UnsupportedError
-from streamer.evaluation.evaluation import ProductDtype, check_dtype
 from streamer.json_types import Count, OutputPath, Sha256, State, TensorName
 from streamer.linalg.moments import MORE, ROWS, leading_vectors
-from streamer.measuring.runs import (
-    Limits,
-    Prepared,
-    Progress,
-    Records,
-    Work,
-    computing,
-    model_facts,
-    of_few_lengths,
-    parts,
-    sweep_cost,
-    with_digest,
-)
+from streamer.measuring import runs
+from streamer.measuring.runs import Limits, Prepared, Progress, Records, Work
 from streamer.measuring.texts import TextSequences, read_text, sample_digest, tokenizer_directory
 from streamer.methods.files import MAP, InputMap, MappedInput, load_map
 from streamer.options import MappingOptions
@@ -77,17 +65,8 @@ class MapFacts(TypedDict):
 # fmt: on
 
 
-@dataclass(frozen=True)
-class MapOptions:
-    """Options of a map, all of which affect it; `options.MappingOptions` explains and bounds them."""
-
-    vectors: int = MappingOptions.vectors
-    sequences: int = MappingOptions.sequences
-    length: int = MappingOptions.length
-    dtype: ProductDtype = MappingOptions.dtype
-
-    def __post_init__(self) -> None:
-        check_dtype(self.dtype)
+DECIDING = ("vectors", "sequences", "length", "dtype")
+"""Options that decide a map."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +79,7 @@ class PreparedMap(Prepared[InputMap]):
         Digest of the text's file; see `sample_digest`.
     """
 
-    options: MapOptions
+    options: MappingOptions
     text: TextSequences
     file: str
 
@@ -112,8 +91,8 @@ class PreparedMap(Prepared[InputMap]):
     @cached_property
     def groups(self) -> list[Group]:
         """Divide the sequences into groups of one length that run together."""
-        text = of_few_lengths(self.text)
-        divided = parts(text, self.limits.rows, self.model.size.short, True)
+        text = runs.of_few_lengths(self.text)
+        divided = runs.parts(text, self.limits.rows, self.model.size.short, True)
         return [Group(text.take(numbers).padded_ids, 0, stream=0) for numbers in divided]
 
     @property
@@ -135,11 +114,12 @@ class PreparedMap(Prepared[InputMap]):
     def facts(self) -> dict[str, Any]:
         """Describe the map's inputs and options as JSON; equal `plan` digests mean equal maps."""
         tree = {
-            **model_facts(self.model, base={**self.plan.base_identity}),
+            **runs.model_facts(self.model, base={**self.plan.base_identity}),
             "texts": [{**self.text.facts(), "sample_sha256": self.file}],
             "vectors": self.options.vectors,
         }
-        return with_digest(tree, options=asdict(self.options), max_memory=self.max_memory)
+        options = {name: getattr(self.options, name) for name in DECIDING}
+        return runs.with_digest(tree, options=options, max_memory=self.max_memory)
 
     def sweeps(self, known: InputMap | None = None) -> list[Work]:
         """List the one sweep."""
@@ -162,7 +142,7 @@ class PreparedMap(Prepared[InputMap]):
         monitor, plan, model = self.run.monitor, self.plan, self.model
         model.directory = None if output is None else output.parent
         watch, progress, steps = BaseWatch(plan), Progress(self.run, model.size, "map"), len(model.layers) + 1
-        cost = sweep_cost(model.size, self.tokens, len(self.groups))
+        cost = runs.sweep_cost(model.size, self.tokens, len(self.groups))
         progress.expect(cost, steps)
         found, seen = list[tuple[list[BaseMatrix], MappedInput]](), list[Tensor]()
         done, repeated = set[str](), set[str]()
@@ -183,7 +163,7 @@ class PreparedMap(Prepared[InputMap]):
             seen = own
             done.update(tensors if own else ())
 
-        with computing(records.threads, self.run):
+        with runs.computing(records.threads, self.run):
             model.limit(self.limits.room, self.limits.spools)
             model.run(self.groups, monitor.checkpoint, keep, watch, lambda name: progress.layer(name, cost // steps))
         monitor.checkpoint()
@@ -214,7 +194,7 @@ class PreparedMap(Prepared[InputMap]):
         return InputMap(entries, {**self.facts, "lacking": lacking})
 
 
-def prepare_map(base: str | Path, text: Path, options: MapOptions, max_memory: int | None, run: Run) -> PreparedMap:
+def prepare_map(base: str | Path, text: Path, options: MappingOptions, max_memory: int | None, run: Run) -> PreparedMap:
     """Open and check a base and a general text, and pass on their warnings."""
     require_transformers()
     plan = make_base_plan(base, run.io, run.architecture)

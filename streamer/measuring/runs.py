@@ -37,30 +37,11 @@ from streamer.measuring.texts import Texts, TextSequences
 from streamer.methods import METHODS, MethodName
 from streamer.methods.files import SealedKind
 from streamer.plan.plan import AdapterBatch, Plan, resident_bytes
-from streamer.storage.transaction import (
-    Journal,
-    ResumableFile,
-    check_file_path,
-    holds,
-    is_placeholder,
-    journal_of,
-    left,
-    not_own,
-    refuse_symlink,
-    refuse_within_output,
-    states_of,
-)
+from streamer.storage import transaction
+from streamer.storage.transaction import Journal, ResumableFile
+from streamer.streaming import sweep
 from streamer.streaming.model import LOGIT_BYTES, LoadedModel, ModelSize, require_transformers
-from streamer.streaming.sweep import (
-    Checkpoint,
-    Group,
-    Solve,
-    States,
-    SweepModel,
-    TargetWatch,
-    changed_by_padding,
-    check_logits,
-)
+from streamer.streaming.sweep import Checkpoint, Group, Solve, States, SweepModel, TargetWatch
 from streamer.streaming.values import BLOCK_BYTES, ROOM, Variant
 from streamer.units import counted, listed
 from streamer.workers import Workers, kept
@@ -161,8 +142,8 @@ Sums = dict[str, SequenceSums]
 """On each text, the sums of variants."""
 
 
-def measured(model: SweepModel, texts: Texts, held_out: Sequence[Part], progress: Progress, limits: Limits,
-             fitted: Sequence[Group] = (), solve: Solve | None = None, states: States | None = None) -> Sums:  # fmt: skip
+def measured(model: SweepModel, held_out: Sequence[Part], progress: Progress, limits: Limits, fitted: Sequence[Group] = (),
+             solve: Solve | None = None, states: States | None = None) -> Sums:  # fmt: skip
     """Run a sweep, and return the sums of its riders on each text, in the order of variants and sequences.
 
     Parameters
@@ -200,7 +181,7 @@ def measured(model: SweepModel, texts: Texts, held_out: Sequence[Part], progress
     model.check_all_used()
     plan.check_unchanged()
     by_text = {}
-    for name in texts:
+    for name in dict.fromkeys(part.name for part in held_out):
         pairs = [(part, total) for part, total in zip(held_out, sums, strict=True) if part.name == name]
         order = np.argsort([i for part, _ in pairs for i in part.numbers])
         kinds = ("tokens", *MEASURES)
@@ -386,10 +367,10 @@ def padding_changes(model: SweepModel, groups: Sequence[TextSequences], checkpoi
         If losses would be meaningless; see `check_logits`.
     """
     model.limit(0, False)  # one group shares nothing with others
-    check_logits(model, groups[0].ids[0], checkpoint)
+    sweep.check_logits(model, groups[0].ids[0], checkpoint)
     padded = longest_padded(groups)
     block = max(64, LOGIT_BYTES // (4 * (1 if padded is None else len(padded[0]))))
-    return padded is not None and changed_by_padding(model, *padded, block, checkpoint)
+    return padded is not None and sweep.changed_by_padding(model, *padded, block, checkpoint)
 
 
 LENGTHS = 8
@@ -452,11 +433,6 @@ OPTIONS = ("projected", "dtype", "holdout", "seed", "vectors")
 
 DETECTION = ("detection", "scale", "findings", "intruders")
 """Keys that matter only to variants that scale intruders; without such variants `detection` is null."""
-
-
-def same_input(one: Facts, other: Facts) -> bool:
-    """Test whether two descriptions identify the same base, or the same adapter, wherever it is stored."""
-    return all(one.get(key) == other.get(key) for key in (*IDENTIFYING, "config_sha256"))
 
 
 def model_facts(model: LoadedModel, **inputs: Facts) -> dict[str, Any]:
@@ -644,10 +620,6 @@ class Prepared(ABC, Generic[Made]):
         """Estimate the bytes that stay in memory between two steps."""
         return resident_bytes(AdapterBatch(self.plan.base, (self.plan,)))
 
-    def check_budget(self) -> None:
-        """Refuse a budget that is too small for the first sweep."""
-        self.limits_of(self.sweeps()[0])
-
     def limits_of(self, work: Work) -> Limits:
         """Choose how a sweep fits the budget."""
         return work.limits(self.model.size, self.resident + self.solving_bytes, self.max_memory)
@@ -679,12 +651,13 @@ class Prepared(ABC, Generic[Made]):
         UsageError
             If the budget is too small.
         """
-        refuse_symlink(path)
-        refuse_symlink(path.parent)
-        check_file_path(path, self.example, journal_of(path).name)
-        refuse_within_output(path)
-        self.check_budget()
-        if path.exists() and not is_placeholder(path):
+        transaction.refuse_symlink(path)
+        transaction.refuse_symlink(path.parent)
+        transaction.check_file_path(path, self.example, transaction.journal_of(path).name)
+        transaction.refuse_within_output(path)
+        for work in self.sweeps():
+            self.limits_of(work)
+        if path.exists() and not transaction.is_placeholder(path):
             with naming_inputs(self.plan, [path], self.run.overwrite):
                 try:
                     if self.is_whole(path) and not self.run.overwrite:
@@ -693,7 +666,7 @@ class Prepared(ABC, Generic[Made]):
                     if not self.run.overwrite:
                         raise
                 except InputError:
-                    raise not_own(path, self.one) from None
+                    raise transaction.not_own(path, self.one) from None
         self.plan.refuse_overwriting([path])
         return "resume" if self._resumable(path).is_begun() else "new"
 
@@ -715,7 +688,7 @@ class Prepared(ABC, Generic[Made]):
 
     def standing(self, path: Path) -> Made:
         """Keep a file that is complete, say so, and return what it holds; see `left`."""
-        left(path, self.run.monitor, f"{path} holds {self.same} already; nothing to do")
+        transaction.left(path, self.run.monitor, f"{path} holds {self.same} already; nothing to do")
         made: Made = self.read(path)
         return made
 
@@ -735,7 +708,7 @@ class Prepared(ABC, Generic[Made]):
 
 def of_others(path: Path, one: str, differing: Sequence[str] = ()) -> OutputExistsError:
     """Make the error for a file that holds a result of other inputs or options, with the differences."""
-    return holds(path, f"{one} of other inputs or options{in_words(differing)}")
+    return transaction.holds(path, f"{one} of other inputs or options{in_words(differing)}")
 
 
 def in_words(differing: Sequence[str]) -> str:
@@ -785,7 +758,9 @@ class Records:
         """Return the file from which a killed sweep resumes; None without a journal."""
         if self._journal is None:
             return None
-        return States(states_of(self._journal.path), f"{hashlib.sha256(self._journal[0]).hexdigest()} {sweep}")
+        return States(
+            transaction.states_of(self._journal.path), f"{hashlib.sha256(self._journal[0]).hexdigest()} {sweep}"
+        )
 
 
 @contextlib.contextmanager

@@ -100,9 +100,6 @@ ARRAYS = (*MEASURES, "kl_bins")
 
 Effect = Literal["forgets", "improves", "not told"]
 
-QUANTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999}
-"""Quantiles of the divergence that are reported, by name."""
-
 MOST_LOSS = 700.0
 """Largest loss whose perplexity fits in a float."""
 

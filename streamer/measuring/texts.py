@@ -415,16 +415,8 @@ LONGEST_WORD = 100
 """Bytes searched for the beginning of a word; in text without spaces, a sequence begins at a character."""
 
 
-def read_text(
-    path: str | Path,
-    tokenizer_directory: Path | None,
-    *,
-    sequences: int = 64,
-    length: int = 512,
-    least: int = 2,
-    vocabulary: int | None = None,
-    positions: int | None = None,
-) -> TextSequences:
+def read_text(path: str | Path, tokenizer_directory: Path | None, *, sequences: int = 64, length: int = 512, least: int = 2,
+              vocabulary: int | None = None, positions: int | None = None) -> TextSequences:  # fmt: skip
     """Read sequences of tokens from a file.
 
     ``.txt``
@@ -607,15 +599,6 @@ def _decode(path: Path, raw: bytes, at: int, whole: bool) -> str:
         if not whole and e.start > len(raw) - 4 and e.reason == "unexpected end of data":
             return raw[: e.start].decode()
         raise unexpected(path, "text in UTF-8", f"another byte at {at + e.start}; convert it") from e
-
-
-def refuse_new_tokens(plan: Plan) -> None:
-    """Refuse an adapter that changes the size of the vocabulary."""
-    if plan.edits.vocabulary is not None:
-        raise UnsupportedError(
-            f"{plan.adapter.path}: changes the vocabulary to {plan.edits.vocabulary} tokens; evaluate and repair need an adapter that "
-            "keeps the base's vocabulary"
-        )
 
 
 def chooses_keys(model: LoadedModel, texts: Texts) -> bool:

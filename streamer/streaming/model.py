@@ -135,12 +135,17 @@ def build_skeleton(plan: Plan, device: torch.device) -> nn.Module:
     InputChangedError
         If an input changed since the plan was made.
     UnsupportedError
-        If the class is not one of transformers', or does not predict the next token of a text.
+        If the class is not one of transformers', or does not predict the next token of a text, or if the adapter changes the vocabulary.
     """
     transformers = require_transformers()
     from transformers.initialization import no_init_weights
 
     directory = plan.base.directory
+    if plan.edits.vocabulary is not None:
+        raise UnsupportedError(
+            f"{plan.adapter.path}: changes the vocabulary to {plan.edits.vocabulary} tokens; evaluate and repair need an adapter that "
+            "keeps the base's vocabulary"
+        )
     if plan.config.pipeline:
         raise UnsupportedError(
             f"{plan.base.path}: is a diffusers pipeline; evaluate, repair and map need a language model"

@@ -268,14 +268,8 @@ class Variant:
         return self.mitigation.coefficients.keep if isinstance(self.mitigation, RegMean) else None
 
 
-def make_variants(
-    methods: Sequence[MethodName],
-    lambdas: Sequence[float],
-    select: Selection,
-    coefficients: Coefficients | None = None,
-    amplify: bool = False,
-    mapped: InputMap | None = None,
-) -> tuple[Variant, ...]:
+def make_variants(methods: Sequence[MethodName], lambdas: Sequence[float], select: Selection, coefficients: Coefficients | None = None,
+                  amplify: bool = False, mapped: InputMap | None = None) -> tuple[Variant, ...]:  # fmt: skip
     """List ``base``, ``adapter``, each method at each λ, and each set of coefficients, in this order.
 
     Listed among other methods, ``regmean`` adds nothing to the coefficients; alone, it leaves out the other methods. If a map is given, the

@@ -18,10 +18,11 @@ from seeds import vary
 
 import streamer
 from streamer.api.requests import Request
+from streamer.api.texts import MapRequest
 from streamer.detection.options import Run
 from streamer.errors import UsageError
 from streamer.events import Monitor
-from streamer.fitting.mapping import MapOptions, prepare_map
+from streamer.fitting.mapping import prepare_map
 from streamer.linalg.moments import Refit, System, TextInputs, basis, leading_vectors, refit
 from streamer.linalg.torch_state import CPU, threads
 from streamer.measuring import runs
@@ -64,7 +65,9 @@ def fitted(plan: Plan, ids: torch.Tensor, device: torch.device) -> Arrays:
 def mapped(plan: Plan, ids: torch.Tensor, device: torch.device) -> Arrays:
     """Eigenvalues of the base's inputs, or frequencies."""
     np.save(text := plan.adapter.path.parent / "g.npy", ids.numpy())
-    prepared = prepare_map(plan.base.path, text, MapOptions(vectors=4), None, Run(CPU, model_device=device))
+    prepared = prepare_map(
+        plan.base.path, text, MapRequest(base=plan.base.path, vectors=4), None, Run(CPU, model_device=device)
+    )
     return {f"{one.key}": one.values.numpy() for one in prepared.result(None).inputs}
 
 

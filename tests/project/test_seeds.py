@@ -20,7 +20,9 @@ def test_every_seed_varies_with_the_run() -> None:
                 r"(.*\.)?(manual_seed|default_rng|RandomState|Random)", ast.unparse(node.func)
             ):
                 seed = node.args[0] if node.args else ast.Constant(None)
-                if not re.match(r"vary\(|FitOptions\.seed", ast.unparse(seed)):  # or what the fit draws is drawn again
+                if not re.match(
+                    r"vary\(|RepairOptions\.seed", ast.unparse(seed)
+                ):  # or what the fit draws is drawn again
                     fixed.append(f"{path.relative_to(TESTS)}:{node.lineno}")
     assert fixed == []
 

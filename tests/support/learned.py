@@ -14,7 +14,7 @@ from seeds import vary
 from transformers import AutoModelForCausalLM
 
 import streamer
-from streamer.fitting.fit import FitOptions
+from streamer.options import RepairOptions
 
 
 def sampled(model: Any, sequences: int, length: int, first: int, count: int) -> np.ndarray:
@@ -68,6 +68,9 @@ def held_apart(home: Path, place: Path) -> dict[str, Path]:
     """Write the sequences that a fit of all of them holds apart."""
     for name in ("general", "task"):
         ids = np.load(home / f"{name}.npy")
-        shift, count = np.random.default_rng(FitOptions.seed).integers(len(ids)), round(FitOptions.holdout * len(ids))
+        shift, count = (
+            np.random.default_rng(RepairOptions.seed).integers(len(ids)),
+            round(RepairOptions.holdout * len(ids)),
+        )
         np.save(place / f"{name}.npy", ids[sorted(np.roll(np.arange(len(ids)), shift)[:count])])
     return {name: place / f"{name}.npy" for name in ("general", "task")}

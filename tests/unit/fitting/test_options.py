@@ -12,12 +12,13 @@ from seeds import vary
 from streamer.api.texts import RepairRequest
 from streamer.errors import FormatError, MismatchError, UsageError
 from streamer.evaluation.evaluation import Evaluation
-from streamer.fitting.fit import SHRINKS, FitOptions, Point, adapter_facts, divide, misses, set_facts
+from streamer.fitting.fit import SHRINKS, Point, adapter_facts, divide, misses, set_facts
 from streamer.measuring.runs import LENGTHS, of_few_lengths
 from streamer.measuring.statistics import BINS, SequenceSums
 from streamer.measuring.texts import TextSequences
+from streamer.options import RepairOptions
 
-PATHS = {"general": Path("g.npy"), "task": Path("t.npy")}
+PATHS, HOLDOUT = {"general": Path("g.npy"), "task": Path("t.npy")}, RepairOptions.holdout
 
 
 def texts(general: int, task: int) -> dict[str, TextSequences]:
@@ -57,7 +58,7 @@ def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> No
     ("count", "holdout", "held_out"), [(4, 0.25, 2), (8, 0.25, 2), (64, 0.25, 16), (5, 0.9, 3), (10, 0.5, 5)]
 )
 def test_every_sequence_is_in_one_part(count: int, holdout: float, held_out: int) -> None:
-    divided = divide(texts(count, 8), PATHS, FitOptions(holdout=holdout))["general"]
+    divided = divide(texts(count, 8), PATHS, holdout, 0)["general"]
     parts = [[int(ids[0]) for ids in part.ids] for part in (divided.fitted, divided.held_out)]
     assert sorted(parts[0] + parts[1]) == list(range(count))
     assert [len(part) for part in parts] == [count - held_out, held_out]
@@ -69,7 +70,7 @@ def test_of_running_text_neighbours_are_held_apart_and_of_documents_any() -> Non
         """How often a sequence that is held apart has a neighbour that is not, around the circle."""
         found = []
         for seed in range(8):
-            divided = divide(texts(32, 32), {"general": Path(path), "task": Path(path)}, FitOptions(seed=seed))["task"]
+            divided = divide(texts(32, 32), {"general": Path(path), "task": Path(path)}, HOLDOUT, seed)["task"]
             held_out = {int(ids[0]) for ids in divided.held_out.ids}
             found.append(sum((i + 1) % 32 not in held_out for i in held_out))
         return found
@@ -83,15 +84,15 @@ def test_a_sequence_that_stands_twice_is_in_one_part(path: str) -> None:
     once = texts(20, 20)
     twice = {name: text.take([*range(20), *range(20)]) for name, text in once.items()}
     for seed in range(4):
-        options, paths = FitOptions(seed=seed), {"general": Path(path), "task": Path(path)}
-        found, wanted = divide(twice, paths, options)["task"], divide(once, paths, options)["task"]
+        paths = {"general": Path(path), "task": Path(path)}
+        found, wanted = (divide(text, paths, HOLDOUT, seed)["task"] for text in (twice, once))
         assert found.whole is twice["task"]
         assert [found.fitted.digest(), found.held_out.digest()] == [wanted.fitted.digest(), wanted.held_out.digest()]
 
 
 def test_the_seed_decides() -> None:
     def held_out(seed: int) -> list[int]:
-        return [int(ids[0]) for ids in divide(texts(16, 16), PATHS, FitOptions(seed=seed))["task"].held_out.ids]
+        return [int(ids[0]) for ids in divide(texts(16, 16), PATHS, HOLDOUT, seed)["task"].held_out.ids]
 
     assert held_out(0) == held_out(0)
     assert len({tuple(held_out(seed)) for seed in range(8)}) > 1
@@ -102,7 +103,7 @@ def test_a_text_too_short_to_hold_sequences_apart() -> None:
         FormatError,
         match=r"t.npy: expected 4 different sequences at least, 2 to fit on and 2 to hold out, found 3; give more",
     ):
-        divide(texts(4, 3), PATHS, FitOptions())
+        divide(texts(4, 3), PATHS, HOLDOUT, 0)
 
 
 @pytest.mark.parametrize("count", [20, 64, 400])
