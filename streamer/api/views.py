@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from streamer.adapters.finetuned import ByName
 from streamer.api.records import several
 from streamer.detection.detect import is_repeated
@@ -12,8 +14,19 @@ from streamer.measuring.runs import input_options
 from streamer.methods import takes_findings
 from streamer.output.job import record_lines
 from streamer.plan.name_matching import natural
+from streamer.storage.files import strict_json
+from streamer.storage.transaction import RECORD_NAME
 
 __all__ = [
-    "ByName", "Evaluation", "Findings", "Names", "commands", "figures", "input_options", "is_repeated", "map_record",
-    "natural", "reasons", "record_lines", "several", "takes_findings", "verdict",
+    "ByName", "Evaluation", "Findings", "Names", "commands", "figures", "input_options", "is_mitigated", "is_repeated",
+    "map_record", "natural", "reasons", "record_lines", "several", "takes_findings", "verdict",
 ]  # fmt: skip
+
+
+def is_mitigated(adapter: str | Path) -> bool:
+    """Test whether an adapter is an output of `mitigate` or `repair`, other than one that was only converted, with λ = 1."""
+    try:
+        record = strict_json((Path(adapter) / RECORD_NAME).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and record.get("lambda") != 1

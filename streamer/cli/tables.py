@@ -397,6 +397,7 @@ def _names(args: argparse.Namespace) -> views.Names:
         ),
         reading="".join(f" --{name} {most}" for name, most in read.items() if most != default[name]),
         others="".join(f" --other {shlex.quote(file)}" for file in args.other),
+        mitigated=views.is_mitigated(args.adapter),
     )
 
 

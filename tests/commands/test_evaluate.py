@@ -114,6 +114,16 @@ def other_coefficients(home: Path, place: Path) -> Path:
     return fitted.coefficients_file(place / "other.safetensors", home / "base", other)
 
 
+def test_a_mitigated_adapter_is_to_be_merged(server: Server, home: Path, tmp_path: Path) -> None:
+    for name, lam in (("mitigated", 0.9), ("converted", 1.0)):
+        options = {"method": "shrink", "mitigation_lambda": lam}
+        streamer.reduce_intruder_dimension(home / "base", home / "adapter", tmp_path / name, **options)
+        line = [home / "base", tmp_path / name, "--general", home / "general.npy", "--task", home / "task.npy"]
+        done = server.run("evaluate", *line, "-o", tmp_path / f"{name}.json")
+        command = "merge" if name == "mitigated" else "repair"
+        assert done.out.splitlines()[-1].startswith(f"next: streamer {command} {home / 'base'} {tmp_path / name} ")
+
+
 def test_a_dry_run_writes_nothing(server: Server, home: Path, tmp_path: Path) -> None:
     tree = check(evaluate(server, home, tmp_path / "e.json", "--dry-run", "--json"), "streamer.dry-run/1")
     assert (tree["state"], tree["command"], tree["matrices"]) == ("new", "evaluate", 8)

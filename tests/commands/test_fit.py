@@ -119,6 +119,7 @@ def test_texts_that_are_short_are_told_of_before_the_first_pass(server: Server, 
     assert done.code == 0
     *held, line = done.err.splitlines()
     assert "text has 4 tokens to fit on, fewer than the 32 inputs of the widest matrix" in line
+    assert line.endswith("; with --sequences 32, the result may forget less")
     assert [line.split(" held-out")[0] for line in held] == [
         f"streamer: warning: the {name} text has 2" for name in ("general", "task")
     ]
