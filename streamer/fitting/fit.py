@@ -68,6 +68,11 @@ class Point:
         """Return the name of its variant."""
         return f"{RegMean.name} mu {self.weight!r}"
 
+    @property
+    def variant(self) -> Variant:
+        """Return the variant that uses the factors."""
+        return Variant(self.name, RegMean(coefficients=FactorSet(1.0, self.factors)))
+
     def towards(self, other: Point, t: float) -> Point:
         """Interpolate Δ' linearly, and the weight by its logarithm unless one is 0."""
         weight = t * other.weight if self.weight == 0 else self.weight ** (1 - t) * other.weight**t
@@ -77,16 +82,6 @@ class Point:
 
 Factors = OnDemand[str, Tensor]
 """Right factors by `Target.tensor`."""
-
-
-def spooled(spool: Spool, places: Mapping[str, Sequence[Spooled]], number: int) -> Factors:
-    """Read the factors with an index from a spool that has several for each matrix."""
-    return Factors(places, lambda tensor: spool.read(places[tensor][number])[0])
-
-
-def replaced(made: Factors, rest: Mapping[str, Tensor]) -> Factors:
-    """Use new factors as they are made, and `rest` for all other matrices."""
-    return Factors(rest, lambda tensor: (made if tensor in made.names else rest)[tensor])
 
 
 def unchanged(plan: Plan) -> Factors:
@@ -324,18 +319,6 @@ class PreparedFit(Prepared[Coefficients]):
         """Return the held-out sequences of each text."""
         return {name: text.held_out for name, text in self.texts.items()}
 
-    def work(self, variants: int) -> Work:
-        """Count the rows of the sweep that fits, with so many variants riding."""
-        fitted = sum(len(ids) for text in self.texts.values() for ids in text.fitted.ids)
-        riding = sum(len(ids) for text in self.held_out.values() for ids in text.ids)
-        longest = max(text.whole.longest for text in self.texts.values())
-        return Work((1 + len(self.options.weights)) * fitted, variants * riding, longest, variants)
-
-    @property
-    def variants(self) -> int:
-        """Return the number of variants that ride while the candidates are fitted."""
-        return 2 + len(self.options.weights) + len(SHRINKS)
-
     @cached_property
     def solving_bytes(self) -> int:
         """Estimate the memory of solving: Gram matrices in float64."""
@@ -345,7 +328,7 @@ class PreparedFit(Prepared[Coefficients]):
     @cached_property
     def limits(self) -> runs.Limits:
         """Choose how the sweep fits the budget."""
-        return self.limits_of(self.work(self.variants))
+        return self.limits_of(self.sweeps()[0])
 
     @cached_property
     def widest(self) -> int:
@@ -405,7 +388,12 @@ class PreparedFit(Prepared[Coefficients]):
 
     def sweeps(self, known: Coefficients | None = None) -> list[Work]:
         """List the sweep that fits, and the second one that an interpolation may need."""
-        return [self.work(self.variants), replace(self.work(2), fitted=0)]
+        fitted = sum(len(ids) for text in self.texts.values() for ids in text.fitted.ids)
+        riding = sum(len(ids) for text in self.held_out.values() for ids in text.ids)
+        longest = max(text.whole.longest for text in self.texts.values())
+        candidates = len(self.options.weights)
+        variants = 2 + candidates + len(SHRINKS)
+        return [Work((1 + candidates) * fitted, variants * riding, longest, variants), Work(0, 2 * riding, longest, 2)]
 
     def written_bytes(self, known: Coefficients | None) -> tuple[int, int]:
         """Estimate the bytes of the file and of the spool."""
@@ -495,7 +483,9 @@ class Solver:
     tokens: tuple[int, int]
     spool: Spool
     places: dict[str, list[Spooled]] = field(default_factory=dict)
-    _seen: tuple[list[Tensor], dict[int, list[Tensor]], list[System]] = field(default_factory=lambda: ([], {}, []))
+    _inputs: list[Tensor] = field(default_factory=list)
+    _streams: dict[int, list[Tensor]] = field(default_factory=dict)
+    _systems: list[System] = field(default_factory=list)
 
     def __call__(self, site: Site, inputs: Mapping[Group, Tensor]) -> None:
         """Fit the factors of all matrices at a site; see `SweepModel.run`."""
@@ -517,13 +507,19 @@ class Solver:
             for target, delta in pairs:
                 self._write(target, [refit_one_hot(delta.R, task, general, mu) for mu in self.weights])
             return
-        streams, systems = self._systems(inputs, site.matrices[0].tensor)
+        self._take(inputs, site.matrices[0].tensor)
+        streams, systems = self._streams, self._systems
         # An expert receives other tokens once its router's inputs have changed, or the same in another order: they have no counterparts.
         expert = not site.order[0] or any(target.module.layer_kind == "expert" for target in site.matrices)
         paired = not expert and all(sum(map(len, x)) == self.tokens[stream % 2] for stream, x in streams.items())
         for target, delta in pairs if systems else ():
             if not delta.is_zero() and (rights := self._refit(target, delta, streams, systems, paired)) is not None:
                 self._write(target, rights)
+
+    def candidate(self, number: int, rest: Mapping[str, Tensor]) -> Factors:
+        """Return a candidate's factors as they are fitted, and `rest` for all other matrices."""
+        places = self.places
+        return Factors(rest, lambda name: self.spool.read(places[name][number])[0] if name in places else rest[name])
 
     def factors(self) -> Mapping[str, Tensor]:
         """Return all factors found so far, by matrix and candidate."""
@@ -546,27 +542,24 @@ class Solver:
                 by_stream.setdefault(group.stream or 0, []).append(x)
         return by_stream
 
-    def _systems(self, inputs: Mapping[Group, Tensor], name: str) -> tuple[dict[int, list[Tensor]], list[System]]:
-        """Return the inputs by stream, and each candidate's system; none if a text did not reach the site.
+    def _take(self, inputs: Mapping[Group, Tensor], name: str) -> None:
+        """Divide the inputs by stream, and make each candidate's system; none if a text did not reach the site.
 
         Matrices that follow each other and share their inputs, such as q, k and v, share the systems.
         """
         tensors = list(inputs.values())
-        if same_inputs(self._seen[0], tensors):
-            return self._seen[1:]
-        self._seen = [], {}, []
-        streams = self._by_stream(inputs)
-        needed = range(2 + 2 * len(self.weights))
+        if same_inputs(self._inputs, tensors):
+            return
+        self._inputs, self._streams, self._systems = [], self._by_stream(inputs), []
+        streams, needed = self._streams, range(2 + 2 * len(self.weights))
         if not all(any(bool(x.any()) for x in streams.get(stream, ())) for stream in needed):
-            return streams, []
+            return
         if not all(math.isfinite(float(torch.linalg.vector_norm(x))) for group in streams.values() for x in group):
             raise NumericError(f"{self.model.job.plan.base.path}: the inputs of {name!r} are NaN or Inf on the texts")
-        systems = [
-            System(streams[2 * k + 3], streams[2 * k + 2], (self.tokens[1], self.tokens[0]), mu)
-            for k, mu in enumerate(self.weights)
-        ]
-        self._seen = tensors, streams, systems
-        return streams, systems
+        general, task = self.tokens
+        for k, mu in enumerate(self.weights):
+            self._systems.append(System(streams[2 * k + 3], streams[2 * k + 2], (task, general), mu))
+        self._inputs = tensors
 
     def _refit(self, target: Target, delta: LowRank, streams: Mapping[int, list[Tensor]], systems: Sequence[System],
                paired: bool) -> list[Tensor] | None:  # fmt: skip
@@ -668,8 +661,8 @@ class FitRun:
             fitted += [Group(text.take(numbers).padded_ids, variant, stream) for numbers in divided]
         general, task = (sum(g.rows for g in fitted if g.stream == stream) for stream in (GENERAL_STREAM, TASK_STREAM))
         solver = Solver(model, weights, (general, task), spool)
-        points = [Point(mu, replaced(spooled(spool, solver.places, k), as_is)) for k, mu in enumerate(weights)]
-        variants = [Variant(BASE, None), Variant(ADAPTER, UNCHANGED), *map(self._variant, points)]
+        points = [Point(mu, solver.candidate(k, as_is)) for k, mu in enumerate(weights)]
+        variants = [Variant(BASE, None), Variant(ADAPTER, UNCHANGED), *(point.variant for point in points)]
         variants += [Variant.of(Shrink(lam)) for lam in SHRINKS]
         held_out = self._parts(one_length, len(variants))
         self._measure(variants, held_out, fitted, solver)
@@ -704,15 +697,12 @@ class FitRun:
             candidates.append(between)
             parts = zip(self._parts(one_length, 2), self._base, strict=True)
             reused = [replace(part, groups=(base, *part.groups[1:])) if base.results else part for part, base in parts]
-            self._measure([Variant(BASE, None), self._variant(between)], reused)
+            self._measure([Variant(BASE, None), between.variant], reused)
 
         def divergence(point: Point) -> float:
             return float(self._sums([point.name]).general.kl[ADAPTER_ROW + 1].sum())
 
         return min([point for point in candidates if self._kept(point) >= keep] or candidates, key=divergence)
-
-    def _variant(self, point: Point) -> Variant:
-        return Variant(point.name, RegMean(coefficients=FactorSet(1.0, point.factors)))
 
     def _kept(self, point: Point) -> float:
         """Return the share of the learning that a point keeps."""

@@ -127,10 +127,10 @@ class PreparedMap(Prepared[InputMap]):
 
     def written_bytes(self, known: InputMap | None) -> tuple[int, int]:
         """Estimate the bytes of the file, as if no matrices shared inputs, and of the temporary one."""
-        own = [t for _, _, own in self.model.modules for t in own.values() if len(t.shape) > 1]
-        entries = ((t.shape[0] if t.stacked else 1, 2 * t.shape[-1] * self.options.vectors + HEADER_BYTES) for t in own)
-        writes = sum(count * nbytes for count, nbytes in entries)
-        return writes, writes
+        matrices = [t for _, _, tensors in self.model.modules for t in tensors.values() if len(t.shape) > 1]
+        vectors = self.options.vectors
+        nbytes = sum((t.shape[0] if t.stacked else 1) * (2 * t.shape[-1] * vectors + HEADER_BYTES) for t in matrices)
+        return nbytes, nbytes
 
     def result(self, output: Path | None) -> InputMap:
         """Make the map in memory, or in a file if an output is given."""
@@ -144,48 +144,50 @@ class PreparedMap(Prepared[InputMap]):
         watch, progress, steps = BaseWatch(plan), Progress(self.run, model.size, "map"), len(model.layers) + 1
         cost = runs.sweep_cost(model.size, self.tokens, len(self.groups))
         progress.expect(cost, steps)
-        found, seen = list[tuple[list[BaseMatrix], MappedInput]](), list[Tensor]()
-        done, repeated = set[str](), set[str]()
+        matrices_of = dict[MappedInput, list[BaseMatrix]]()
+        mapped, repeated, previous = set[str](), set[str](), list[Tensor]()
 
-        def keep(site: Site, inputs: Mapping[Group, Tensor]) -> None:
-            """Keep a site's inputs; matrices that follow each other and share their inputs, such as q, k and v, share an entry."""
-            nonlocal seen
-            own, tensors = [x for x in inputs.values() if len(x)], {matrix.tensor for matrix in site.matrices}
-            if tensors & done:
-                repeated.update(tensors)
-                own = []
-            elif site.size is None and own and same_inputs(seen, own):
-                found[-1][0].extend(site.matrices)
-            elif own and (mapped := _mapped(self, site, own)) is not None:
-                found.append(([*site.matrices], mapped))
+        def collect(site: Site, inputs: Mapping[Group, Tensor]) -> None:
+            """Map a site's inputs; matrices that follow each other and share their inputs, such as q, k and v, share an entry."""
+            nonlocal previous
+            tensors, names = [x for x in inputs.values() if len(x)], {matrix.tensor for matrix in site.matrices}
+            if names & mapped:
+                repeated.update(names)
+                tensors = []
+            elif site.size is None and tensors and same_inputs(previous, tensors):
+                [*matrices_of.values()][-1].extend(site.matrices)
+            elif tensors and (entry := _mapped(self, site, tensors)) is not None:
+                matrices_of[entry] = [*site.matrices]
             else:
-                own = []
-            seen = own
-            done.update(tensors if own else ())
+                tensors = []
+            previous = tensors
+            mapped.update(names if tensors else ())
 
         with runs.computing(records.threads, self.run):
             model.limit(self.limits.room, self.limits.spools)
-            model.run(self.groups, monitor.checkpoint, keep, watch, lambda name: progress.layer(name, cost // steps))
+            model.run(self.groups, monitor.checkpoint, collect, watch, lambda name: progress.layer(name, cost // steps))
         monitor.checkpoint()
         plan.check_unchanged()
         progress.finish()
         tokens, vectors = self.tokens, self.options.vectors
-        widest = max((one.size for _, one in found if one.vectors is not None), default=0)
+        widest = max((entry.size for entry in matrices_of if entry.vectors is not None), default=0)
         if tokens < min(vectors, widest):
             what = f"{counted(tokens, 'token')}, fewer than the {vectors} vectors that are kept of each input; give more text"
             monitor.warn((f"{self.text.name}: has {what}",))
         elif tokens < widest:
             what = f"{tokens} tokens, fewer than the {widest} inputs of the widest matrix: of what it does not show, the map keeps the mean"
             monitor.warn((f"{self.text.name}: has {what}; with more text, adapters may forget less",))
-        kept = [([matrix for matrix in matrices if matrix.tensor not in repeated], one) for matrices, one in found]
-        named = [({name: None for matrix in matrices for name in matrix.names}, one) for matrices, one in kept]
-        entries = tuple(replace(one, names=tuple(names)) for names, one in named if names)
+        once = {entry: [m for m in matrices if m.tensor not in repeated] for entry, matrices in matrices_of.items()}
+        names_of = {
+            entry: dict.fromkeys(name for m in matrices for name in m.names) for entry, matrices in once.items()
+        }
+        entries = tuple(replace(entry, names=tuple(names)) for entry, names in names_of.items() if names)
         if not entries:
             raise UnsupportedError(
                 f"{plan.base.path}: no matrix multiplies inputs that can be collected, so there is nothing to map"
             )
-        names = {name for _, _, tensors in model.modules for tensor in tensors.values() for name in watch.names(tensor)}
-        lacking = sorted(names - {matrix.tensor.removesuffix(LOOKED_UP) for matrices, _ in kept for matrix in matrices})
+        every = {name for _, _, tensors in model.modules for tensor in tensors.values() for name in watch.names(tensor)}
+        lacking = sorted(every - {m.tensor.removesuffix(LOOKED_UP) for matrices in once.values() for m in matrices})
         if lacking:
             monitor.warn((
                 f"the map lacks the inputs of {counted(len(lacking), 'matrix')}, {listed(map(repr, lacking))}: no token of the text "
@@ -227,9 +229,10 @@ def _mapped(prepared: PreparedMap, site: Site, inputs: Sequence[Tensor]) -> Mapp
 
 def map_record(made: InputMap, output: str, state: Any) -> MapFacts:
     """Describe a map as JSON."""
+    facts, names = made.facts, {name for entry in made.inputs for name in entry.names}
     record: MapFacts = {
-        "schema": "streamer.map/1", "version": made.facts["version"], "base": made.facts["base"], "texts": made.facts["texts"],
-        "vectors": made.facts["vectors"], "inputs": len(made.inputs), "matrices": len({n for one in made.inputs for n in one.names}),
+        "schema": "streamer.map/1", "version": facts["version"], "base": facts["base"], "texts": facts["texts"],
+        "vectors": facts["vectors"], "inputs": len(made.inputs), "matrices": len(names),
         "sha256": made.digest, "output": output, "state": state,
     }  # fmt: skip
     if "lacking" in made.facts:

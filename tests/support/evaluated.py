@@ -16,7 +16,7 @@ from torch import Tensor
 
 import streamer
 from streamer.detection.findings import Findings
-from streamer.fitting.fit import Point, Solver, factors_of, replaced, spooled, unchanged
+from streamer.fitting.fit import Point, Solver, factors_of, unchanged
 from streamer.linalg.torch_state import CPU
 from streamer.measuring.runs import part_sums, riders
 from streamer.measuring.statistics import SequenceSums
@@ -221,7 +221,7 @@ def make_sweep(
     tokens = [sum(ids.numel() for ids in text) for text in texts]
     model = SweepModel(VariantSet(plan, (Variant(BASE, None), Variant(ADAPTER, UNCHANGED)), None, device=device))
     solver = Solver(model, weights, (tokens[0], tokens[1]), spool)
-    points = [Point(mu, replaced(spooled(spool, solver.places, k), as_is)) for k, mu in enumerate(weights)]
+    points = [Point(mu, solver.candidate(k, as_is)) for k, mu in enumerate(weights)]
     candidates = [Variant(p.name, RegMean(coefficients=FactorSet(1.0, p.factors))) for p in points]
     model.use(replace(model.job, variants=(*model.job.variants, *candidates, Variant.of(Shrink(0.5)))))
     groups = [
