@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from lm_eval import utils
@@ -31,8 +31,8 @@ from streamer.errors import StreamerError, UnsupportedError, UsageError
 from streamer.evaluation.evaluate import open_model
 from streamer.events import Monitor
 from streamer.linalg.torch_state import full_float32
-from streamer.measuring.runs import ROWS, Progress, Work, measured, padding_changes, riders
-from streamer.measuring.texts import TextSequences, chooses_keys, load_tokenizer, tokenizer_directory
+from streamer.measuring.runs import ROWS, Progress, Work, measured, needs_one_length, riders
+from streamer.measuring.texts import TextSequences, load_tokenizer, tokenizer_directory
 from streamer.options import VariantOptions
 from streamer.plan.plan import AdapterBatch, resident_bytes
 from streamer.streaming.model import require_transformers
@@ -50,6 +50,14 @@ REQUESTS = "requests"
 
 RESULTS = "create table if not exists results (key blob primary key, loss real, greedy integer) without rowid"
 """Statement that makes the table of a cache."""
+
+
+class Question(NamedTuple):
+    """The tokens of a request, and how many of them, at the end, are the continuation."""
+
+    ids: np.ndarray
+    count: int
+
 
 Answer = tuple[float, bool]
 """Log-likelihood of a continuation, and whether all its tokens are the likeliest ones."""
@@ -79,25 +87,28 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
                  **options: Any) -> None:  # fmt: skip
         super().__init__()
         lam, keep = options.pop("lambda", None), options.get("keep")
-        given = {k: v for k, v in options.items() if k not in ("batch_size", "max_batch_size") and v is not None}
-        if given.get("device") == "cuda:0":  # the harness's default, even on a machine without a GPU
-            given["device"] = "auto"
-        if unknown := sorted(given.keys() - KEYWORDS):
+        keywords = {k: v for k, v in options.items() if k not in ("batch_size", "max_batch_size") and v is not None}
+        if keywords.get("device") == "cuda:0":  # the harness's default, even on a machine without a GPU
+            keywords["device"] = "auto"
+        if unknown := sorted(keywords.keys() - KEYWORDS):
             raise UsageError(f"model_args: expected keywords of evaluate_variants, found {unknown[0]!r}")
-        for name in ("methods", "lambdas"):
-            if name in given:
-                listed = given[name] if isinstance(given[name], list | tuple) else str(given[name]).split("+")
-                given[name] = tuple(str(one) if name == "methods" else _number(name, one) for one in listed)
-        lam = None if lam is None else _number("lambda", lam)
-        several = "methods" in given or method not in (BASE, ADAPTER)
-        given = {**({"methods": (method,)} if several else {}), **({} if lam is None else {"lambdas": (lam,)}), **given}
-        request = VariantsRequest(base=base, adapter=adapter, **given)
-        variants = request.options.variants
-        self._variants = variants if several else variants[:2]
+        if "methods" in keywords:
+            keywords["methods"] = tuple(map(str, _several(keywords["methods"])))
+        if "lambdas" in keywords:
+            keywords["lambdas"] = tuple(_number("lambdas", value) for value in _several(keywords["lambdas"]))
+        several = "methods" in keywords or method not in (BASE, ADAPTER)
+        if several:
+            keywords.setdefault("methods", (method,))
+        if lam is not None:
+            lam = _number("lambda", lam)
+            keywords.setdefault("lambdas", (lam,))
+        request = VariantsRequest(base=base, adapter=adapter, **keywords)
+        self._variants = request.variants if several else request.variants[:2]
         self._variant = _chosen(self._variants, method, lam, keep)
         with watched(request) as monitor:
-            base_path, adapter_path, found, self._run = request.opened(adapter, request.findings, monitor)
-            self._model, self._findings = open_model(base_path, adapter_path, found, request.options, self._run)
+            base_path, adapter_path, findings, run = request.opened(adapter, request.findings, monitor)
+            self._model = open_model(base_path, adapter_path, findings, request, request.variants, run)
+        self._run = run
         self._max_memory = request.memory
         plan = self._model.job.plan
         directory = tokenizer_directory(plan)
@@ -155,8 +166,8 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
                 self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, 1)]
             for request in requests
         ]  # fmt: skip
-        found = iter(self._loglikelihood_tokens([(None, *w) for own in windows for w in own], disable_tqdm))
-        totals = [sum(next(found)[0] for _ in own) for own in windows]
+        answers = iter(self._loglikelihood_tokens([(None, *w) for of_text in windows for w in of_text], disable_tqdm))
+        totals = [sum(next(answers)[0] for _ in of_text) for of_text in windows]
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
@@ -165,7 +176,7 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[Answer]:
         """Answer requests, each a text with the tokens of its context and continuation; measure the answers not yet known."""
-        asked = []
+        questions = []
         for text, context, continuation in requests:
             if not context or not 0 < len(continuation) <= self.max_length:
                 raise UsageError(
@@ -173,29 +184,27 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
                     f"found {len(context)} and {len(continuation)}"
                 )
             ids = np.array([*context, *continuation][-self.max_length - 1 :], np.int64)
-            asked.append((ids, len(continuation)))
-        new = {self._key(self._variant, *one): one for one in asked if self._find(*one) is None}
+            questions.append(Question(ids, len(continuation)))
+        new = {self._key(self._variant, question): question for question in questions if self._find(question) is None}
         if new:
             self._measure(list(new.values()), disable_tqdm)
         answers = []
-        for (text, *_tokens), one in zip(requests, asked, strict=True):
-            answer = self._find(*one)
+        for (text, *_tokens), question in zip(requests, questions, strict=True):
+            answer = self._find(question)
             assert answer is not None
             answers.append(answer)
             if text is not None:
                 self.cache_hook.add_partial("loglikelihood", text, answer)
         return answers
 
-    def _find(self, ids: np.ndarray, count: int) -> Answer | None:
-        found = self._results.execute(
-            "select loss, greedy from results where key = ?", (self._key(self._variant, ids, count),)
-        ).fetchone()
-        return None if found is None else (-found[0], bool(found[1]))
+    def _find(self, question: Question) -> Answer | None:
+        key = self._key(self._variant, question)
+        row = self._results.execute("select loss, greedy from results where key = ?", (key,)).fetchone()
+        return None if row is None else (-row[0], bool(row[1]))
 
-    def _key(self, variant: Variant, ids: np.ndarray, count: int) -> bytes:
-        return hashlib.sha256(
-            self._keys[variant.name] + count.to_bytes(8, "little") + ids.astype("<i8").tobytes()
-        ).digest()
+    def _key(self, variant: Variant, question: Question) -> bytes:
+        tokens = question.count.to_bytes(8, "little") + question.ids.astype("<i8").tobytes()
+        return hashlib.sha256(self._keys[variant.name] + tokens).digest()
 
     @cached_property
     def _keys(self) -> dict[str, bytes]:
@@ -203,43 +212,43 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         job = self._model.job
         about = {"transformers": require_transformers().__version__, "config": self._model.config,
                  "stamps": job.plan.detection_stamps(), "projected": job.projected, "bf16": 2 * job.rounds_products}  # fmt: skip
-        intruders = None if self._findings is None else self._findings.decisions_digest()
+        intruders = None if job.findings is None else job.findings.decisions_digest()
         return {
             v.name: bytes.fromhex(job.plan.digest(**about, method=v.mitigation and v.mitigation.as_dict(),
                                                   intruders=intruders if v.scales_intruders else None))
             for v in self._variants
         }  # fmt: skip
 
-    def _measure(self, asked: Sequence[tuple[np.ndarray, int]], disable_tqdm: bool) -> None:
+    def _measure(self, questions: Sequence[Question], disable_tqdm: bool) -> None:
         """Run the sweeps that answer requests, and store the results after each sweep."""
         with _using(self._cache), self._results:
             self._results.execute("delete from results where key is null")  # deletes nothing, but fails if not writable
         other = self._variants[1] if self._variant.name == BASE else self._variant
         variants = self._variants if self._cache is not None else (self._variants[0], other)
-        ids, counted = zip(*((ids, np.arange(len(ids)) >= len(ids) - count) for ids, count in asked), strict=True)
-        text, model, plan = TextSequences(ids, counted, REQUESTS), self._model, self._model.job.plan
+        counted = tuple(np.arange(len(ids)) >= len(ids) - count for ids, count in questions)
+        text = TextSequences(tuple(question.ids for question in questions), counted, REQUESTS)
+        model, plan = self._model, self._model.job.plan
         texts, resident = {REQUESTS: text}, resident_bytes(AdapterBatch(plan.base, (plan,)))
         progress = Progress(replace(self._run, monitor=Monitor()), model.size, "evaluate")
         work = Work(0, max(BLOCK, len(variants) * max(ROWS, text.longest)), text.longest)
         limits = work.limits(model.size, resident, self._max_memory)
-        model.use(replace(model.job, variants=variants, findings=self._findings))
-        with full_float32(), tqdm(total=len(asked), desc="Scored requests", disable=disable_tqdm) as bar:
-            parts = riders(texts, len(variants), model.size, limits.rows, chooses_keys(model, texts))
-            if padding_changes(model, [part.text for part in parts], lambda: None):
-                parts = riders(texts, len(variants), model.size, limits.rows, one_length=True)
+        model.use(replace(model.job, variants=variants))
+        with full_float32(), tqdm(total=len(questions), desc="Scored requests", disable=disable_tqdm) as bar:
+            one_length = needs_one_length(model, texts, limits.rows, lambda: None)
+            parts = riders(texts, len(variants), model.size, limits.rows, one_length)
             while parts:
                 block = [parts.pop(0)]
                 while parts and sum(group.rows for part in (*block, parts[0]) for group in part.groups) <= BLOCK:
                     block.append(parts.pop(0))
                 sums = measured(model, block, progress, limits)[REQUESTS]
-                found = [
-                    (self._key(variant, *asked[i]), sums.loss[v, s], int(sums.right[v, s] == sums.tokens[s]))
+                rows = [
+                    (self._key(variant, questions[i]), sums.loss[v, s], int(sums.right[v, s] == sums.tokens[s]))
                     for v, variant in enumerate(variants)
                     for s, i in enumerate(sorted(i for part in block for i in part.numbers))
                 ]
                 with self._results:
-                    self._results.executemany("insert or replace into results values (?, ?, ?)", found)
-                bar.update(len(found) // len(variants))
+                    self._results.executemany("insert or replace into results values (?, ?, ?)", rows)
+                bar.update(len(rows) // len(variants))
 
 
 @contextlib.contextmanager
@@ -253,6 +262,11 @@ def _using(cache: str | None) -> Iterator[None]:
         ) from None
 
 
+def _several(value: object) -> Sequence[object]:
+    """Split values joined by ``+``; a list stays."""
+    return value if isinstance(value, list | tuple) else str(value).split("+")
+
+
 def _number(name: str, value: object) -> float:
     """Read a number from the model's arguments."""
     try:
@@ -263,18 +277,18 @@ def _number(name: str, value: object) -> float:
 
 def _chosen(variants: Sequence[Variant], method: str, lam: float | None, keep: float | None) -> Variant:
     """Find the requested variant among the measured ones."""
-    found = [
+    fitting = [
         v
         for v in variants
         if method in (v.name, v.method)
         and (lam is None or v.mitigation_lambda == lam)
         and (keep is None or v.keep is None or v.keep == keep)
     ]
-    if len(found) != 1:
+    if len(fitting) != 1:
         names = ", ".join(v.name for v in variants)
-        asked = json.dumps({"method": method, "lambda": lam, "keep": keep})
-        raise UsageError(f"model_args: expected method, lambda and keep of one variant of {names}; found {asked}")
-    return found[0]
+        stated = json.dumps({"method": method, "lambda": lam, "keep": keep})
+        raise UsageError(f"model_args: expected method, lambda and keep of one variant of {names}; found {stated}")
+    return fitting[0]
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from streamer.api.records import DryRun, dry_run
 from streamer.api.requests import Request, read_coefficients, read_map, take
 from streamer.errors import OutputExistsError, UsageError
 from streamer.evaluation.evaluate import PreparedEvaluation, prepare
-from streamer.evaluation.evaluation import Evaluation, EvaluationOptions, ReliableRecord, check_dtype, traded
+from streamer.evaluation.evaluation import Evaluation, ReliableRecord, check_dtype, traded
 from streamer.events import Event, Monitor
 from streamer.fitting.fit import PreparedFit, prepare_fit, refuse_dense
 from streamer.fitting.mapping import PreparedMap, prepare_map
@@ -30,6 +30,7 @@ from streamer.options import ONE_BASE, EvaluateOptions, MappingOptions, RepairOp
 from streamer.output.job import Written
 from streamer.plan.plan import make_plan
 from streamer.storage.transaction import RECORD_NAME
+from streamer.streaming.values import Variant, make_variants
 from streamer.tables import Column
 from streamer.units import quoted
 from streamer.workers import Workers
@@ -41,16 +42,20 @@ if TYPE_CHECKING:
 class VariantsRequest(Request, VariantOptions):
     """Variants that are requested to be measured."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.variants
+        check_dtype(self.dtype)
+
     @cached_property
-    def options(self) -> EvaluationOptions:
-        """Make the options of the variants, and read the files that they name."""
+    def variants(self) -> tuple[Variant, ...]:
+        """List the base, the unchanged adapter and all variants, and read the files that they use."""
         methods = self.methods
         if methods is None:  # few by default: intruders are scaled if they are known
             methods = (Shrink.name,) if self.findings is None else (Paper.name, Shrink.name)
-        fitted = None if self.coefficients is None else read_coefficients(self.coefficients)
+        fit = None if self.coefficients is None else read_coefficients(self.coefficients)
         mapped = None if self.map is None else read_map(self.map)
-        several = {"methods": tuple(methods), "lambdas": tuple(self.lambdas)}
-        return take(EvaluationOptions, vars(self), coefficients=fitted, map=mapped, **several)
+        return make_variants(tuple(methods), tuple(self.lambdas), self.select, fit, self.amplify, mapped)
 
 
 def _forecast(command: str, prepared: Prepared[Any], output: Path | None) -> DryRun:
@@ -68,7 +73,7 @@ class EvaluateRequest(VariantsRequest, EvaluateOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.options, self.texts
+        _ = self.texts
 
     @cached_property
     def texts(self) -> dict[str, Path]:
@@ -93,7 +98,7 @@ class EvaluateRequest(VariantsRequest, EvaluateOptions):
 
     def _prepared(self, monitor: Monitor, workers: Workers | None, peek: bool = False) -> PreparedEvaluation:
         base, adapter, findings, run = self.opened(self.adapter, self.findings, monitor, workers, peek)
-        return prepare(base, adapter, self.texts, findings, self.options, self.memory, run)
+        return prepare(base, adapter, self.texts, findings, self, self.variants, self.memory, run)
 
 
 @explained(EvaluateOptions)

@@ -15,19 +15,18 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from streamer.adapters.finetuned import One
 from streamer.detection.findings import Findings
 from streamer.detection.options import DetectionOptions, Run
 from streamer.errors import UsageError
-from streamer.evaluation.evaluation import Evaluation, EvaluationOptions, ask_swapped, load_evaluation, placed
+from streamer.evaluation.evaluation import Evaluation, ask_swapped, load_evaluation, placed
 from streamer.events import Event
 from streamer.measuring import runs
 from streamer.measuring.runs import ADAPTER_ROW, EvaluatedVariant, Prepared, Progress, Records, Work
 from streamer.measuring.statistics import ARRAYS, MEASURES, SequenceSums, telling
-from streamer.measuring.texts import GENERAL, TASK, Texts, TextSequences, chooses_keys, read_texts, sample_digest
-from streamer.methods import UNCHANGED, RegMean, Shrink
+from streamer.measuring.texts import GENERAL, TASK, Texts, TextSequences, read_texts, sample_digest
+from streamer.methods import UNCHANGED, NullSpace, RegMean, Shrink
+from streamer.options import EvaluateOptions, VariantOptions
 from streamer.output.write import OutputOptions, check_coefficients, check_map, open_jobs
 from streamer.storage.atomic_file import write_atomic
 from streamer.storage.files import locked
@@ -80,11 +79,6 @@ def _place(known: Evaluation, keep: float) -> float | None:
     return placed(known, keep)
 
 
-def without_scaling(variants: Sequence[Variant], facts: Mapping[str, Any]) -> list[Variant]:
-    """Leave out the variants that scale intruders, if there are known to be none: they equal the unchanged adapter."""
-    return [variant for variant in variants if not (facts.get("intruders") == 0 and variant.scales_intruders)]
-
-
 VALUE_BYTES, VARIANT_BYTES = 26, 8000
 """Largest JSON size in bytes of a sequence's sum, and of a variant's other figures, most of which count its divergences."""
 
@@ -95,20 +89,17 @@ class PreparedEvaluation(Prepared[Evaluation]):
 
     Attributes
     ----------
-    findings
-        Findings whose intruders are scaled; None if none were given.
+    variants
+        The base, the unchanged adapter, and all variants that are requested.
     texts
         ``general``, ``task``, and others by file name.
-    one_length
-        Whether only sequences of equal length run together, because padding would change the model's logits.
     """
 
-    options: EvaluationOptions
-    findings: Findings | None
+    options: EvaluateOptions
+    variants: tuple[Variant, ...]
     texts: Texts
-    one_length: bool
 
-    one = "an evaluation"
+    noun = "an evaluation"
     read = staticmethod(load_evaluation)
     same = "this very evaluation"
     example = "evaluation.json"
@@ -129,41 +120,40 @@ class PreparedEvaluation(Prepared[Evaluation]):
 
     def expected(self, known: Evaluation | None) -> list[tuple[dict[str, TextSequences], int]]:
         """List the sweeps of a run that does not stop early, with their numbers of variants; empty if nothing is missing."""
-        done = () if known is None else known.variants
-        wanted = self.wanted if known is None else without_scaling(self.wanted, known.facts)
-        new = 1 + sum(EvaluatedVariant.of(v) not in done for v in wanted[1:])
-        sweeps = [(block, new) for block in self.blocks()] if new > 1 else []
-        keep = self.options.keep
+        missing, keep = self.missing(known), self.options.keep
+        sweeps = [(block, 1 + len(missing)) for block in self.blocks()] if missing else []
         again = known is not None and known.keep != keep and _place(known, keep) is not None
-        placing = keep < 1 and Shrink.name in self.options.methods and (bool(sweeps) or again)
+        placing = keep < 1 and Shrink.name in [v.method for v in self.variants] and (bool(sweeps) or again)
         return sweeps + [(block, 2) for block in self.blocks() if placing]
 
-    @property
-    def wanted(self) -> list[Variant]:
-        """List the requested variants, without any that equal the unchanged adapter according to given findings."""
-        return without_scaling(self.options.variants, self.facts)
+    def missing(self, known: Evaluation | None) -> list[Variant]:
+        """List the requested variants that an earlier run has not measured, without those that have no intruders to scale."""
+        measured, facts = ((), {}) if known is None else (known.variants, known.facts)
+        scaling = 0 not in (self.facts.get("intruders"), facts.get("intruders"))
+        variants = (v for v in self.variants[1:] if scaling or not v.scales_intruders)
+        return [variant for variant in variants if EvaluatedVariant.of(variant) not in measured]
 
     @cached_property
     def facts(self) -> dict[str, Any]:
         """Return the inputs and options as JSON: `EvaluationFacts`."""
-        o = self.options
-        findings = self.findings if any(variant.scales_intruders for variant in o.variants) else None
+        findings = self.model.job.findings if any(variant.scales_intruders for variant in self.variants) else None
+        methods = [variant.mitigation for variant in self.variants]
         tree = {
             **runs.model_facts(self.model, base=self.plan.sources[0], adapter=self.plan.sources[1]),
             **runs.writable(self.plan),
             "detection": None if findings is None else findings.options.as_dict(),
-            "scale": o.select,
-            "projected": o.projected,
+            "scale": self.options.select,
+            "projected": self.options.projected,
             "texts": {GENERAL: self.texts[GENERAL].facts(), TASK: self.texts[TASK].facts()},
         }  # fmt: skip
         if others := [text.facts() for name, text in self.texts.items() if name not in (GENERAL, TASK)]:
             tree["texts"]["others"] = others
         if findings is not None:
             tree |= {"findings": findings.decisions_digest(), "intruders": findings.intruders}
-        if o.coefficients is not None:
-            tree["coefficients"] = [one.record() for one in o.coefficients.sets]
-        if o.map is not None:
-            tree["map"] = o.map.record()
+        if coefficients := [method.coefficients.record() for method in methods if isinstance(method, RegMean)]:
+            tree["coefficients"] = coefficients
+        if maps := [method.map.record() for method in methods if isinstance(method, NullSpace)]:
+            tree["map"] = maps[0]
         return runs.with_digest(tree)
 
     def run_facts(self, path: Path) -> tuple[dict[str, Any], str]:
@@ -172,9 +162,10 @@ class PreparedEvaluation(Prepared[Evaluation]):
         The journal does not contain what earlier runs measured, so it must belong to this version of their file.
         """
         earlier = hashlib.sha256(path.read_bytes()).hexdigest() if is_taken(path) and path.is_file() else ""
-        variants = [[v.name, v.mitigation and v.mitigation.as_dict()] for v in self.options.variants]
+        variants = [[v.name, v.mitigation and v.mitigation.as_dict()] for v in self.variants]
         facts = runs.with_digest(self.facts, variants=variants, max_memory=self.max_memory)
-        return facts, f"{'' if self.findings is None else self.findings.digest()} {earlier}".strip()
+        findings = self.model.job.findings
+        return facts, f"{'' if findings is None else findings.digest()} {earlier}".strip()
 
     def is_whole(self, path: Path) -> bool:
         """Test whether an evaluation lacks nothing."""
@@ -188,7 +179,7 @@ class PreparedEvaluation(Prepared[Evaluation]):
         """Load an evaluation; refuse it if its variants cannot be compared with this run's variants."""
         known = load_evaluation(path)
         if differing := runs.differences(self.facts, known.facts):
-            raise runs.of_others(path, self.one, differing)
+            raise runs.of_others(path, self.noun, differing)
         return known
 
     def sweeps(self, known: Evaluation | None = None) -> list[Work]:
@@ -197,7 +188,7 @@ class PreparedEvaluation(Prepared[Evaluation]):
 
     def written_bytes(self, known: Evaluation | None) -> tuple[int, int]:
         """Estimate the bytes of the whole file, and of the journal."""
-        variants = len(self.options.variants) + 1 + (0 if known is None else len(known.variants))
+        variants = len(self.variants) + 1 + (0 if known is None else len(known.variants))
         sequences = sum(len(text.ids) for text in self.texts.values())
         writes = VARIANT_BYTES * (variants + 2) + VALUE_BYTES * (len(MEASURES) * variants + 1) * sequences
         writes += len(json.dumps(self.facts, indent=1))
@@ -234,31 +225,17 @@ class PreparedEvaluation(Prepared[Evaluation]):
             self.run.monitor.emit(Event("note", f"{output}: adds to the {len(known.variants)} variants in it"))
             facts = runs.joined_facts(facts, known.facts)
         progress = Progress(self.run, self.model.size, "evaluate")
-        with runs.computing(records.threads, self.run):
-            one_length = self.one_length or self._padding_changes(records)
-            base, *rest = without_scaling(self.wanted, facts)
-            done = () if known is None else known.variants
-            missing, evaluation = [v for v in rest if EvaluatedVariant.of(v) not in done], known
-
-            measure = partial(self._measured, facts=facts, one_length=one_length, records=records, progress=progress)
-            if missing:
-                evaluation = measure(known, (base, *missing))
-            assert evaluation is not None
-            again = bool(missing) or (known is not None and known.keep != keep)
-            if again and (lam := _place(evaluation, keep)) is not None:
-                evaluation = measure(replace(evaluation, facts=facts), (base, Variant.of(Shrink(lam))))
-            progress.finish()
+        one_length = runs.needs_one_length(self.model, self.texts, runs.ROWS, self.run.monitor.checkpoint)
+        base, missing, evaluation = self.variants[0], self.missing(known), known
+        measure = partial(self._measured, facts=facts, one_length=one_length, records=records, progress=progress)
+        if missing:
+            evaluation = measure(known, (base, *missing))
+        assert evaluation is not None
+        again = bool(missing) or (known is not None and known.keep != keep)
+        if again and (lam := _place(evaluation, keep)) is not None:
+            evaluation = measure(replace(evaluation, facts=facts), (base, Variant.of(Shrink(lam))))
+        progress.finish()
         return replace(evaluation, facts=facts, keep=keep)
-
-    def _padding_changes(self, records: Records) -> bool:
-        """Check the logits, and test whether padding changes them."""
-        recorded = records.find("one_length")
-        if recorded is None:
-            held_out = runs.riders(self.texts, 1, self.model.size, runs.ROWS, self.one_length)
-            changed = runs.padding_changes(self.model, [part.text for part in held_out], self.run.monitor.checkpoint)
-            recorded = {"one_length": np.array([float(changed)])}
-            records.add("one_length", recorded)
-        return bool(recorded["one_length"][0])
 
     def _measured(self, known: Evaluation | None, variants: Sequence[Variant], facts: Mapping[str, Any], one_length: bool,
                   records: Records, progress: Progress) -> Evaluation:  # fmt: skip
@@ -268,7 +245,7 @@ class PreparedEvaluation(Prepared[Evaluation]):
         """
         model, keep, sums = self.model, self.options.keep, dict[str, SequenceSums]()
         lengths = None if known is None else {name: len(s.tokens) for name, s in known.sums.items()}
-        model.use(replace(model.job, variants=tuple(variants), findings=self.findings))
+        model.use(replace(model.job, variants=tuple(variants)))
         names, blocks = json.dumps([variant.name for variant in variants]), self.blocks()
         sweeps = self.expected(known) or [(block, len(variants)) for block in blocks]
 
@@ -302,8 +279,8 @@ class PreparedEvaluation(Prepared[Evaluation]):
         return joined(known)
 
 
-def prepare(base_path: str | Path, adapter: Path, texts: Mapping[str, Path], findings: Findings | None, options: EvaluationOptions,
-            max_memory: int | None, run: Run) -> PreparedEvaluation:  # fmt: skip
+def prepare(base_path: str | Path, adapter: Path, texts: Mapping[str, Path], findings: Findings | None, options: EvaluateOptions,
+            variants: tuple[Variant, ...], max_memory: int | None, run: Run) -> PreparedEvaluation:  # fmt: skip
     """Open and check an evaluation's inputs, and pass their warnings to the monitor.
 
     Parameters
@@ -311,9 +288,10 @@ def prepare(base_path: str | Path, adapter: Path, texts: Mapping[str, Path], fin
     texts
         Paths of the ``general`` and the ``task`` text, and of others by file name.
     """
-    model, findings = open_model(base_path, adapter, findings, options, run)
+    model = open_model(base_path, adapter, findings, options, variants, run)
     plan, read = model.job.plan, read_texts(model, texts, options.sequences, options.length, run.monitor)
-    stated = {} if options.coefficients is None else options.coefficients.facts.get("texts")
+    fits = (v.mitigation.coefficients for v in variants if isinstance(v.mitigation, RegMean))
+    stated = next((fit.facts.get("texts") for fit in fits), None)
     facts = [text for text in stated.values() if isinstance(text, dict)] if isinstance(stated, dict) else []
     sequences, files = {text.get("sha256") for text in facts}, {text.get("sample_sha256") for text in facts}
     for name, text in read.items() if facts else ():
@@ -323,12 +301,11 @@ def prepare(base_path: str | Path, adapter: Path, texts: Mapping[str, Path], fin
                  "evaluate on other text",)
             )  # fmt: skip
     ordered = {name: spread(text) for name, text in read.items()}
-    one_length = chooses_keys(model, read)
-    return PreparedEvaluation(plan, run, max_memory, model, options, findings, ordered, one_length).beside_workers()
+    return PreparedEvaluation(plan, run, max_memory, model, options, variants, ordered).beside_workers()
 
 
-def open_model(base_path: str | Path, adapter: Path, findings: Findings | None, options: EvaluationOptions,
-               run: Run) -> tuple[SweepModel, Findings | None]:  # fmt: skip
+def open_model(base_path: str | Path, adapter: Path, findings: Findings | None, options: VariantOptions,
+               variants: tuple[Variant, ...], run: Run) -> SweepModel:  # fmt: skip
     """Open and check the model of all variants, and the findings if given; pass warnings to the monitor.
 
     Raises
@@ -337,16 +314,17 @@ def open_model(base_path: str | Path, adapter: Path, findings: Findings | None, 
         If a variant scales intruders, and no findings are given.
     """
     require_transformers()
-    if findings is None and (scaling := [v.name for v in options.variants if v.scales_intruders]):
+    if findings is None and (scaling := [v.name for v in variants if v.scales_intruders]):
         raise UsageError(f"findings: {scaling[0]} needs them, found none; run `streamer detect`, and pass its file")
     detection = DetectionOptions() if findings is None else findings.options
     (job,) = open_jobs(base_path, One(adapter), [findings], UNCHANGED, detection, OutputOptions(merges=True), run)
     plan = job.plan
     run.monitor.warn((*plan.warnings, *job.warnings))
-    for variant in options.variants:
-        if isinstance(variant.mitigation, RegMean):
-            check_coefficients(plan, variant.mitigation.coefficients)
-    if options.map is not None:
-        run.monitor.warn(check_map(plan, options.map))
+    methods = [variant.mitigation for variant in variants]
+    for method in methods:
+        if isinstance(method, RegMean):
+            check_coefficients(plan, method.coefficients)
+    if maps := [method.map for method in methods if isinstance(method, NullSpace)]:
+        run.monitor.warn(check_map(plan, maps[0]))
     rounds, device = options.dtype == "bf16", run.model_device
-    return SweepModel(VariantSet(plan, options.variants, job.findings, options.projected, rounds, device)), job.findings
+    return SweepModel(VariantSet(plan, variants, job.findings, options.projected, rounds, device))

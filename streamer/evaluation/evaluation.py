@@ -37,11 +37,10 @@ from streamer.measuring.runs import ADAPTER_ROW, BASE_ROW, Configs, EvaluatedVar
 from streamer.measuring.statistics import MEASURES, BinsRecord, Effect, Estimate, Floats, SequenceSums, record
 from streamer.measuring.texts import GENERAL, TASK
 from streamer.methods import METHODS, MethodName, NullSpace, RegMean, Shrink, takes_findings
-from streamer.methods.files import Coefficients, CoefficientsRecord, InputMap, MapRecord
+from streamer.methods.files import CoefficientsRecord, MapRecord
 from streamer.options import SHARE, EvaluateOptions
 from streamer.plan.side_files import AdapterSource, BaseSource
 from streamer.storage.files import open_regular, strict_json
-from streamer.streaming.values import Variant, make_variants
 from streamer.tables import Column, table
 from streamer.units import listed, quoted
 
@@ -240,33 +239,7 @@ def ask_swapped(task: SequenceSums) -> str:
 
 
 ProductDtype = Literal["float32", "bf16"]
-"""Dtype to which base weights, and the inputs and results of their products, are rounded."""
-
-
-@dataclass(frozen=True)
-class EvaluationOptions:
-    """Options of an evaluation; see `options.EvaluateOptions`, and for `dtype` also `has_fast_bfloat16`."""
-
-    methods: tuple[MethodName, ...] = (Shrink.name,)
-    lambdas: tuple[float, ...] = tuple(EvaluateOptions.lambdas)
-    select: Selection = EvaluateOptions.select
-    sequences: int = EvaluateOptions.sequences
-    length: int = EvaluateOptions.length
-    keep: float = EvaluateOptions.keep
-    projected: bool = EvaluateOptions.projected
-    dtype: ProductDtype = EvaluateOptions.dtype
-    coefficients: Coefficients | None = None
-    amplify: bool = False
-    map: InputMap | None = None
-
-    def __post_init__(self) -> None:
-        _ = self.variants
-        check_dtype(self.dtype)
-
-    @property
-    def variants(self) -> tuple[Variant, ...]:
-        """List the variants: ``base``, ``adapter``, each method at each λ, then each set of coefficients."""
-        return make_variants(self.methods, self.lambdas, self.select, self.coefficients, self.amplify, self.map)
+"""Dtype to which base weights, and the inputs and results of their products, are rounded; see `has_fast_bfloat16`."""
 
 
 def check_dtype(dtype: str) -> None:
@@ -651,9 +624,9 @@ class Evaluation:
             for i, other in enumerate(tree.get("others", ())):
                 texts[other["name"]] = other["tokens"], [v["others"][i] for v in tree["variants"]]
             sums = {text: _sums(text, *figures) for text, figures in texts.items()}
-            made = cls.of(variants, sums, facts, tree.get("keep", tree["suggestion"]["keep"]))
-            made.to_json()  # fails for sums that no run has, such as negative squares
-            return made
+            evaluation = cls.of(variants, sums, facts, tree.get("keep", tree["suggestion"]["keep"]))
+            evaluation.to_json()  # fails for sums that no run has, such as negative squares
+            return evaluation
         except (ArithmeticError, AttributeError, ValueError, LookupError, TypeError) as e:
             raise FormatError(f"expected an evaluation ({SCHEMA}), found: {quoted(str(e))}; evaluate again") from e
 
@@ -819,7 +792,7 @@ def reasons(evaluation: Evaluation, suggestion: Suggestion) -> list[str]:
         lines.append(f"{declined.name}, which diverges least, {_trade(trade)}; {rule}")
     if suggestion.reason == "forgets least" and variant is not None:
         v = evaluation.variants.index(variant)
-        within = ", a fit within two standard errors" if any(one.keep is not None for one in evaluation.variants) else ""
+        within = ", a fit within two standard errors" if any(v.keep is not None for v in evaluation.variants) else ""
         lines.append(
             f"of the variants that keep {100 * suggestion.keep:g}% of what was learned{within}, {variant.name} has the least divergence "
             f"from the base, {percent(general.share('kl', v))} of the adapter's; it {_trade(Trade.of(evaluation, v))}"
@@ -843,13 +816,13 @@ def reasons(evaluation: Evaluation, suggestion: Suggestion) -> list[str]:
         lines.append(f"no intruder was found (epsilon {epsilon:g}): paper and project change nothing, and were not run")
     changes = {"kept": task.change, "loss left": general.change}
     changes |= {f"{name} left or kept": sums.change for name, sums in evaluation.others.items()}
-    small = {of: change for of, change in changes.items() if not change.divides}
+    small = {name: change for name, change in changes.items() if not change.divides}
     if math.isfinite((gain := task.mean("right", 1, 0)).value) and not evaluation.reliable()["top1_kept"]:
         small["top-1 kept"] = gain
     return lines + [
-        f"{of} is not shown: the adapter's own change is only {cell(change)}, and a share needs over "
+        f"{name} is not shown: the adapter's own change is only {cell(change)}, and a share needs over "
         f"{2 * statistics.telling(change.sequences):.1f} standard errors; more text may help"
-        for of, change in small.items()
+        for name, change in small.items()
     ]
 
 

@@ -9,6 +9,7 @@ less, their factors are interpolated, and the result rides in a second sweep, be
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from functools import cached_property
 from itertools import pairwise
 from math import nan
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ from streamer.linalg.operators import LowRank
 from streamer.measuring import runs
 from streamer.measuring.runs import ADAPTER_ROW, BASE_ROW, EvaluatedVariant, Part, Prepared, Progress, Records, Work
 from streamer.measuring.statistics import SequenceSums, record, telling
-from streamer.measuring.texts import GENERAL, TASK, Texts, TextSequences, chooses_keys, read_texts, sample_digest
+from streamer.measuring.texts import GENERAL, TASK, Texts, TextSequences, read_texts, sample_digest
 from streamer.methods import UNCHANGED, RegMean, Shrink, share_name
 from streamer.methods.files import FIT, Coefficients, FactorSet, load_coefficients
 from streamer.options import RepairOptions
@@ -300,16 +301,13 @@ class PreparedFit(Prepared[Coefficients]):
         ``general`` and ``task``, each in two parts.
     files
         Digests of the texts' files; see `sample_digest`.
-    one_length
-        See `evaluation.evaluate.PreparedEvaluation`.
     """
 
     options: RepairOptions
     texts: Mapping[str, Division]
     files: Mapping[str, str]
-    one_length: bool
 
-    kind, one = FIT, FIT.what
+    kind, noun = FIT, FIT.what
     read = staticmethod(load_coefficients)
     same = "this very fit"
     example = "coefficients.safetensors"
@@ -409,8 +407,8 @@ class PreparedFit(Prepared[Coefficients]):
 
     def computed(self, records: Records, output: Path | None) -> Coefficients:
         """Fit the factors."""
-        made = FitRun(self, records, None if output is None else output.parent).result()
-        return replace(made, source=output)
+        fit = FitRun(self, records, None if output is None else output.parent).result()
+        return replace(fit, source=output)
 
 
 def refuse_dense(plan: Plan, dense: Sequence[Target]) -> None:
@@ -447,8 +445,8 @@ def prepare_fit(base_path: str | Path, adapter: Path, texts: Mapping[str, Path],
     model = SweepModel(VariantSet(plan, variants, None, False, options.dtype == "bf16", run.model_device))
     read = read_texts(model, texts, options.sequences, options.length, run.monitor, 2 * LEAST)
     files = {name: sample_digest(path) for name, path in texts.items()}
-    divided, one_length = divide(read, texts, options.holdout, options.seed), chooses_keys(model, read)
-    prepared = PreparedFit(plan, run, max_memory, model, options, divided, files, one_length)
+    divided = divide(read, texts, options.holdout, options.seed)
+    prepared = PreparedFit(plan, run, max_memory, model, options, divided, files)
     if names := prepared.unchanged:
         what = (
             f"{counted(len(names), 'tensor')} by other means than deltas, {listed(names)}; the fit keeps these changes"
@@ -457,8 +455,24 @@ def prepare_fit(base_path: str | Path, adapter: Path, texts: Mapping[str, Path],
     return prepared.beside_workers()
 
 
-GENERAL_STREAM, TASK_STREAM = 0, 1
-"""Streams of the texts through the base, and through base + adapter; those of candidate k are the same numbers + 2 (k + 1)."""
+class Stream(NamedTuple):
+    """One text through one model: general text through the base, task text through base + adapter, or either through a candidate."""
+
+    text: str
+    candidate: int | None = None
+
+    @property
+    def variant(self) -> int:
+        """Return the number of the variant that runs; the candidates come after the base and the adapter."""
+        if self.candidate is None:
+            return BASE_ROW if self.text == GENERAL else ADAPTER_ROW
+        return ADAPTER_ROW + 1 + self.candidate
+
+
+def streams_of(candidates: int) -> list[Stream]:
+    """List the streams of a fit with so many candidates."""
+    return [Stream(text, candidate) for candidate in (None, *range(candidates)) for text in (GENERAL, TASK)]
+
 
 MARGIN = 0.005
 """An interpolation aims above the share by this much."""
@@ -473,18 +487,18 @@ class Solver:
     model
         The model, whose sweep calls this object at each site.
     tokens
-        Tokens of the general and of the task's text.
+        Number of tokens of each text.
     places
         For each matrix, the places of the candidates' right factors in the spool.
     """
 
     model: SweepModel
     weights: Sequence[float]
-    tokens: tuple[int, int]
+    tokens: Mapping[str, int]
     spool: Spool
     places: dict[str, list[Spooled]] = field(default_factory=dict)
     _inputs: list[Tensor] = field(default_factory=list)
-    _streams: dict[int, list[Tensor]] = field(default_factory=dict)
+    _streams: dict[Stream, list[Tensor]] = field(default_factory=dict)
     _systems: list[System] = field(default_factory=list)
 
     def __call__(self, site: Site, inputs: Mapping[Group, Tensor]) -> None:
@@ -501,19 +515,18 @@ class Solver:
         if site.size is not None:
             streams = self._by_stream(inputs)
             task, general = (
-                torch.bincount(torch.cat(streams[stream]), minlength=site.size).double() / self.tokens[stream]
-                for stream in (TASK_STREAM, GENERAL_STREAM)
+                torch.bincount(torch.cat(streams[Stream(text)]), minlength=site.size).double() / self.tokens[text]
+                for text in (TASK, GENERAL)
             )
             for target, delta in pairs:
                 self._write(target, [refit_one_hot(delta.R, task, general, mu) for mu in self.weights])
             return
         self._take(inputs, site.matrices[0].tensor)
-        streams, systems = self._streams, self._systems
         # An expert receives other tokens once its router's inputs have changed, or the same in another order: they have no counterparts.
         expert = not site.order[0] or any(target.module.layer_kind == "expert" for target in site.matrices)
-        paired = not expert and all(sum(map(len, x)) == self.tokens[stream % 2] for stream, x in streams.items())
-        for target, delta in pairs if systems else ():
-            if not delta.is_zero() and (rights := self._refit(target, delta, streams, systems, paired)) is not None:
+        paired = not expert and all(sum(map(len, x)) == self.tokens[stream.text] for stream, x in self._streams.items())
+        for target, delta in pairs if self._systems else ():
+            if not delta.is_zero() and (rights := self._refit(target, delta, paired)) is not None:
                 self._write(target, rights)
 
     def candidate(self, number: int, rest: Mapping[str, Tensor]) -> Factors:
@@ -534,12 +547,12 @@ class Solver:
     def _write(self, target: Target, rights: Sequence[Tensor]) -> None:
         self.places[target.tensor] = [self.spool.write([right.to(torch.float32)]) for right in rights]
 
-    def _by_stream(self, inputs: Mapping[Group, Tensor]) -> dict[int, list[Tensor]]:
+    def _by_stream(self, inputs: Mapping[Group, Tensor]) -> dict[Stream, list[Tensor]]:
         """Collect the inputs of each stream's groups, in their order."""
-        by_stream: dict[int, list[Tensor]] = {}
+        by_stream: dict[Any, list[Tensor]] = {}
         for group, x in inputs.items():
             if len(x):  # an expert may receive none
-                by_stream.setdefault(group.stream or 0, []).append(x)
+                by_stream.setdefault(group.stream, []).append(x)
         return by_stream
 
     def _take(self, inputs: Mapping[Group, Tensor], name: str) -> None:
@@ -551,29 +564,36 @@ class Solver:
         if same_inputs(self._inputs, tensors):
             return
         self._inputs, self._streams, self._systems = [], self._by_stream(inputs), []
-        streams, needed = self._streams, range(2 + 2 * len(self.weights))
-        if not all(any(bool(x.any()) for x in streams.get(stream, ())) for stream in needed):
+        streams = self._streams
+        if not all(any(bool(x.any()) for x in streams.get(stream, ())) for stream in streams_of(len(self.weights))):
             return
         if not all(math.isfinite(float(torch.linalg.vector_norm(x))) for group in streams.values() for x in group):
             raise NumericError(f"{self.model.job.plan.base.path}: the inputs of {name!r} are NaN or Inf on the texts")
-        general, task = self.tokens
+        tokens = self.tokens[TASK], self.tokens[GENERAL]
         for k, mu in enumerate(self.weights):
-            self._systems.append(System(streams[2 * k + 3], streams[2 * k + 2], (task, general), mu))
+            self._systems.append(System(streams[Stream(TASK, k)], streams[Stream(GENERAL, k)], tokens, mu))
         self._inputs = tensors
 
-    def _refit(self, target: Target, delta: LowRank, streams: Mapping[int, list[Tensor]], systems: Sequence[System],
-               paired: bool) -> list[Tensor] | None:  # fmt: skip
+    def _refit(self, target: Target, delta: LowRank, paired: bool) -> list[Tensor] | None:
+        """Fit each candidate's right factor to the inputs; None if a system has no solution.
+
+        Parameters
+        ----------
+        paired
+            Whether the inputs of a candidate are those of the same tokens in the unchanged models.
+        """
         (Q, T), R = basis(delta.L), delta.R
         device = self.model.job.device
         P = self._through(target, Q.to(device)) if paired else torch.empty(0)
         refitted = Refit(R, T, (R.double() @ T.T).to(device), P)
         rights = []
-        for k, (mu, system) in enumerate(zip(self.weights, systems, strict=True)):
-            texts = []
-            for text in (GENERAL_STREAM, TASK_STREAM):
-                current = streams[2 * (k + 1) + text]
-                texts.append(TextInputs(streams[text] if paired else current, current, self.tokens[text]))
-            right = refit(refitted, texts[TASK_STREAM], texts[GENERAL_STREAM], mu, system)
+        for k, (mu, system) in enumerate(zip(self.weights, self._systems, strict=True)):
+            texts = {}
+            for text in (GENERAL, TASK):
+                current = self._streams[Stream(text, k)]
+                reference = self._streams[Stream(text)] if paired else current
+                texts[text] = TextInputs(reference, current, self.tokens[text])
+            right = refit(refitted, texts[TASK], texts[GENERAL], mu, system)
             if right is None:
                 return None
             rights.append(right)
@@ -612,6 +632,7 @@ class FitRun:
         self.prepared, self.records, self.monitor, self.directory = prepared, records, prepared.run.monitor, directory
         self.model = prepared.model
         self.model.directory = directory
+        self.progress = Progress(prepared.run, self.model.size, "fit")
         self._rows: dict[str, Mapping[str, SequenceSums]] = {}
         self._base: list[Group] = []
 
@@ -623,48 +644,42 @@ class FitRun:
         prepared.warn()
         if prepared.max_memory is not None:
             limit_freed_memory()
-        spool = Spool(self.directory)
-        self.progress = Progress(prepared.run, self.model.size, "fit")
-        try:
-            with runs.computing(self.records.threads, prepared.run):
-                texts = [part.text for part in self._parts(prepared.one_length, 1)]
-                one_length = prepared.one_length or runs.padding_changes(self.model, texts, self.monitor.checkpoint)
-                points, unseen = self._swept(spool, one_length)
-                of_adapter = adapter_facts(self._sums([]), prepared.texts[TASK].whole.name)
-                self.monitor.warn(doubts(of_adapter))
-                keep, chosen = prepared.options.keep, self._chosen(points, one_length)
-                self.progress.finish()
-                sums = self._sums([*(Shrink(lam).label for lam in SHRINKS), chosen.name])
-                facts = {
-                    **prepared.facts, "ridge": RIDGE, "general_ridge": GENERAL_RIDGE, "unseen": unseen, **of_adapter,
-                    "sets": [set_facts(sums, keep, chosen)],
-                }  # fmt: skip
-                self.monitor.warn(misses(facts))
-                factors = {target.tensor: chosen.factors[target.tensor].clone() for target in plan.targets}
-        finally:
-            spool.close()
+        texts, rows = prepared.held_out, prepared.limits.rows
+        self.one_length = runs.needs_one_length(self.model, texts, rows, self.monitor.checkpoint)
+        with contextlib.closing(Spool(self.directory)) as spool:
+            points, unseen = self._swept(spool)
+            of_adapter = adapter_facts(self._sums([]), prepared.texts[TASK].whole.name)
+            self.monitor.warn(doubts(of_adapter))
+            keep, chosen = prepared.options.keep, self._chosen(points)
+            self.progress.finish()
+            sums = self._sums([*(Shrink(lam).label for lam in SHRINKS), chosen.name])
+            facts = {
+                **prepared.facts, "ridge": RIDGE, "general_ridge": GENERAL_RIDGE, "unseen": unseen, **of_adapter,
+                "sets": [set_facts(sums, keep, chosen)],
+            }  # fmt: skip
+            self.monitor.warn(misses(facts))
+            factors = {target.tensor: chosen.factors[target.tensor].clone() for target in plan.targets}
         return Coefficients((FactorSet(keep, factors),), facts)
 
-    def _parts(self, one_length: bool, variants: int) -> list[Part]:
-        return runs.riders(self.prepared.held_out, variants, self.model.size, self.prepared.limits.rows, one_length)
+    def _parts(self, variants: int) -> list[Part]:
+        rows = self.prepared.limits.rows
+        return runs.riders(self.prepared.held_out, variants, self.model.size, rows, self.one_length)
 
-    def _swept(self, spool: Spool, one_length: bool) -> tuple[list[Point], list[str]]:
+    def _swept(self, spool: Spool) -> tuple[list[Point], list[str]]:
         """Fit all candidates in one sweep, in which they, the adapter and shrinks ride; also list matrices that a text never reached."""
         prepared, plan, model = self.prepared, self.prepared.plan, self.model
         weights, as_is = prepared.options.weights, unchanged(plan)
         fitted = list[Group]()
-        for stream in range(2 + 2 * len(weights)):  # each text in groups of one length
-            text = runs.of_few_lengths(prepared.texts[(GENERAL, TASK)[stream % 2]].fitted)
-            # The variants of the sweep are the base, the adapter, and the candidates.
-            variant = stream if stream < 2 else stream // 2 + 1
+        for stream in streams_of(len(weights)):  # each text in groups of one length
+            text = runs.of_few_lengths(prepared.texts[stream.text].fitted)
             divided = runs.parts(text, prepared.limits.rows, model.size.short, True)
-            fitted += [Group(text.take(numbers).padded_ids, variant, stream) for numbers in divided]
-        general, task = (sum(g.rows for g in fitted if g.stream == stream) for stream in (GENERAL_STREAM, TASK_STREAM))
-        solver = Solver(model, weights, (general, task), spool)
+            fitted += [Group(text.take(numbers).padded_ids, stream.variant, stream) for numbers in divided]
+        tokens = {text: sum(group.rows for group in fitted if group.stream == Stream(text)) for text in (GENERAL, TASK)}
+        solver = Solver(model, weights, tokens, spool)
         points = [Point(mu, solver.candidate(k, as_is)) for k, mu in enumerate(weights)]
         variants = [Variant(BASE, None), Variant(ADAPTER, UNCHANGED), *(point.variant for point in points)]
         variants += [Variant.of(Shrink(lam)) for lam in SHRINKS]
-        held_out = self._parts(one_length, len(variants))
+        held_out = self._parts(len(variants))
         self._measure(variants, held_out, fitted, solver)
         # A second sweep needs only the logits of the base's results, unless workers have these.
         self._base = [part.groups[0] for part in held_out]
@@ -679,7 +694,7 @@ class FitRun:
                                f"their deltas stay: {listed(map(repr, unseen))}",))  # fmt: skip
         return [Point(0.0, as_is), *points], unseen
 
-    def _chosen(self, points: Sequence[Point], one_length: bool) -> Point:
+    def _chosen(self, points: Sequence[Point]) -> Point:
         """Choose the candidate that diverges least among those that keep the share, or one between two candidates.
 
         Parameters
@@ -695,7 +710,7 @@ class FitRun:
             above, wanted, below = (_lost(kept) for kept in (self._kept(a), keep + MARGIN, self._kept(b)))
             between = a.towards(b, max(0.0, (wanted - above) / (below - above)))
             candidates.append(between)
-            parts = zip(self._parts(one_length, 2), self._base, strict=True)
+            parts = zip(self._parts(2), self._base, strict=True)
             reused = [replace(part, groups=(base, *part.groups[1:])) if base.results else part for part, base in parts]
             self._measure([Variant(BASE, None), between.variant], reused)
 
@@ -722,7 +737,7 @@ class FitRun:
             states.factors, states.restore = solver.factors, solver.restore
         sums = runs.measured(model, held_out, self.progress, prepared.limits, fitted, solver, states)
         for row, variant in enumerate(variants):
-            self._rows.setdefault(variant.name, {text: of.take([row]) for text, of in sums.items()})
+            self._rows.setdefault(variant.name, {text: text_sums.take([row]) for text, text_sums in sums.items()})
 
     def _sums(self, names: Sequence[str]) -> Evaluation:
         """Return the sums on both texts for the base, the unchanged adapter, and measured variants."""

@@ -83,7 +83,7 @@ class PreparedMap(Prepared[InputMap]):
     text: TextSequences
     file: str
 
-    kind, one = MAP, MAP.what
+    kind, noun = MAP, MAP.what
     read = staticmethod(load_map)
     same = "this very map"
     example = "base.map.safetensors"
@@ -93,7 +93,7 @@ class PreparedMap(Prepared[InputMap]):
         """Divide the sequences into groups of one length that run together."""
         text = runs.of_few_lengths(self.text)
         divided = runs.parts(text, self.limits.rows, self.model.size.short, True)
-        return [Group(text.take(numbers).padded_ids, 0, stream=0) for numbers in divided]
+        return [Group(text.take(numbers).padded_ids, 0, stream=BASE) for numbers in divided]
 
     @property
     def tokens(self) -> int:
@@ -163,9 +163,8 @@ class PreparedMap(Prepared[InputMap]):
             previous = tensors
             mapped.update(names if tensors else ())
 
-        with runs.computing(records.threads, self.run):
-            model.limit(self.limits.room, self.limits.spools)
-            model.run(self.groups, monitor.checkpoint, collect, watch, lambda name: progress.layer(name, cost // steps))
+        model.limit(self.limits.room, self.limits.spools)
+        model.run(self.groups, monitor.checkpoint, collect, watch, lambda name: progress.layer(name, cost // steps))
         monitor.checkpoint()
         plan.check_unchanged()
         progress.finish()

@@ -7,7 +7,6 @@ A row is one token of one variant.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
@@ -358,8 +357,8 @@ def longest_padded(groups: Iterable[TextSequences]) -> tuple[NDArray[np.int64], 
     return longest
 
 
-def padding_changes(model: SweepModel, groups: Sequence[TextSequences], checkpoint: Checkpoint) -> bool:
-    """Check the logits of a model, and test whether padding changes them for sequences that will run together.
+def needs_one_length(model: SweepModel, texts: Texts, rows: int, checkpoint: Checkpoint) -> bool:
+    """Check the logits of a model, and test whether only sequences of one length may run together: padding would change the logits.
 
     Raises
     ------
@@ -367,8 +366,11 @@ def padding_changes(model: SweepModel, groups: Sequence[TextSequences], checkpoi
         If losses would be meaningless; see `check_logits`.
     """
     model.limit(0, False)  # one group shares nothing with others
+    groups = [part.text for part in riders(texts, 1, model.size, rows, False)]
     sweep.check_logits(model, groups[0].ids[0], checkpoint)
-    padded = longest_padded(groups)
+    keys, padded = model.size.keys, longest_padded(groups)
+    if keys is not None and any(text.longest > keys for text in texts.values()):
+        return True  # attention selects some of the keys, and the number of all keys decides ties
     block = max(64, LOGIT_BYTES // (4 * (1 if padded is None else len(padded[0]))))
     return padded is not None and sweep.changed_by_padding(model, *padded, block, checkpoint)
 
@@ -521,8 +523,8 @@ def with_digest(facts: Facts, **others: Any) -> dict[str, Any]:
     """Add the digest of all facts except streamer's version, and of other things that decide a result."""
     tree = {key: value for key, value in facts.items() if key not in ("version", "plan")}
     others |= {"products": 2} if tree.get("dtype") == "bf16" else {}  # version 1 rounded no results
-    told = json.dumps(tree | others, sort_keys=True)
-    return {**facts, "plan": hashlib.sha256(told.encode()).hexdigest()}
+    text = json.dumps(tree | others, sort_keys=True)
+    return {**facts, "plan": hashlib.sha256(text.encode()).hexdigest()}
 
 
 State = Literal["new", "resume", "done"]
@@ -546,7 +548,7 @@ class Prepared(ABC, Generic[Made]):
         Model that runs, and supplies sizes.
     kind
         Kind of the file, if it is a sealed one.
-    one, same, example
+    noun, same, example
         Words for messages: such a file, such as ``a map``; this result, such as ``this very map``; and a possible name of its file.
     """
 
@@ -556,7 +558,7 @@ class Prepared(ABC, Generic[Made]):
     model: SweepModel
 
     kind: ClassVar[SealedKind]
-    one: ClassVar[str]
+    noun: ClassVar[str]
     same: ClassVar[str]
     example: ClassVar[str]
 
@@ -600,7 +602,7 @@ class Prepared(ABC, Generic[Made]):
             raise
         if recorded.get("plan") != self.facts["plan"]:
             known = {"plan", "configs"} <= recorded.keys()
-            raise of_others(path, self.one, differences(self.facts, recorded) if known else ())
+            raise of_others(path, self.noun, differences(self.facts, recorded) if known else ())
         return True
 
     def warn(self) -> None:
@@ -666,7 +668,7 @@ class Prepared(ABC, Generic[Made]):
                     if not self.run.overwrite:
                         raise
                 except InputError:
-                    raise transaction.not_own(path, self.one) from None
+                    raise transaction.not_own(path, self.noun) from None
         self.plan.refuse_overwriting([path])
         return "resume" if self._resumable(path).is_begun() else "new"
 
@@ -676,15 +678,23 @@ class Prepared(ABC, Generic[Made]):
         The file is locked while a journal beside it receives records; if the run fails, the journal stays, unless the inputs are at fault.
         """
         if output is None:
-            return self.computed(Records(), None)
+            return self._made(Records(), None)
         if self.inspect(output) == "done":
             return self.standing(output)
         with self._resumable(output).begun((InputError, NumericError)) as (journal, resumed):
-            made = self.computed(Records(journal), output)
+            made = self._made(Records(journal), output)
             self.plan.check_unchanged()
             self.save(made, output)
         self.run.monitor.told(output, "resumed" if resumed else "written")
         return made
+
+    def _made(self, records: Records, output: Path | None) -> Made:
+        """Compute in full float32, with the number of threads with which the run began; emit a note if torch now has another number."""
+        if (count := records.threads) != torch.get_num_threads():
+            words = f"goes on with {counted(count, 'thread')}, as it began; --no-resume starts over"
+            self.run.monitor.emit(Event("note", words))
+        with threads(count), full_float32(), kept(self.run.workers):
+            return self.computed(records, output)
 
     def standing(self, path: Path) -> Made:
         """Keep a file that is complete, say so, and return what it holds; see `left`."""
@@ -761,13 +771,3 @@ class Records:
         return States(
             transaction.states_of(self._journal.path), f"{hashlib.sha256(self._journal[0]).hexdigest()} {sweep}"
         )
-
-
-@contextlib.contextmanager
-def computing(count: int, run: Run) -> Iterator[None]:
-    """Compute in full float32, with the number of threads with which the run began; emit a note if torch now has another number."""
-    if count != torch.get_num_threads():
-        words = f"goes on with {counted(count, 'thread')}, as it began; --no-resume starts over"
-        run.monitor.emit(Event("note", words))
-    with threads(count), full_float32(), kept(run.workers):
-        yield

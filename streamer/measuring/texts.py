@@ -78,8 +78,8 @@ class Tokenizer:
         ids, offsets
             Each token's id, and the range of characters (begin, end) that it represents.
         """
-        found = self.loaded(text, verbose=False, **ENCODING)
-        return found["input_ids"], found["offset_mapping"]
+        encoding = self.loaded(text, verbose=False, **ENCODING)
+        return encoding["input_ids"], encoding["offset_mapping"]
 
     def render(self, messages: Sequence[Any], with_prompt: bool) -> str:
         """Write messages by the chat template, at the time `TEMPLATE_TIME`; a faulty template or message may raise any exception."""
@@ -98,11 +98,11 @@ class Tokenizer:
 
 def tokenizer_directory(plan: Plan) -> Path | None:
     """Choose the directory of the tokenizer and chat template: the adapter's if a merge would use them, else the base's."""
-    own = plan.adapter.path
+    adapter = plan.adapter.path
     if plan.adapter.describes_model:
-        return own if any((own / name).is_file() for name in VOCABULARIES) else plan.base.directory
+        return adapter if any((adapter / name).is_file() for name in VOCABULARIES) else plan.base.directory
     chosen = with_tokenizer([], plan.adapter, plan.base.directory, plan.config, plan.edits.vocabulary)[1]
-    return own if chosen == "adapter" else plan.base.directory
+    return adapter if chosen == "adapter" else plan.base.directory
 
 
 def load_tokenizer(text: Path, directory: Path | None) -> Tokenizer:
@@ -185,9 +185,9 @@ class TextSequences:
         """
         ids = np.zeros((len(self.ids), length), np.int64)
         counted = np.zeros((len(self.ids), length), np.bool_)
-        for row, (own, counts) in enumerate(zip(self.ids, self.counted, strict=True)):
-            ids[row, : len(own)] = own
-            counted[row, : len(own) - 1] = counts[1:]
+        for row, (tokens, counts) in enumerate(zip(self.ids, self.counted, strict=True)):
+            ids[row, : len(tokens)] = tokens
+            counted[row, : len(tokens) - 1] = counts[1:]
         return ids, counted
 
     @property
@@ -279,9 +279,9 @@ def _read_line(where: str, raw: bytes, tokenizer: Tokenizer, length: int) -> Tok
         )
     start = tokenizer.start
     if "messages" in kind:
-        if given := [key for key in PROMPT_KEYS if tree.get(key)]:
+        if prompt_keys := [key for key in PROMPT_KEYS if tree.get(key)]:
             raise FormatError(
-                f"{where}: has {listed(map(quoted, given))}, which the chat template is not given; give 'prompt' and 'completion'"
+                f"{where}: has {listed(map(quoted, prompt_keys))}, which the chat template is not given; give 'prompt' and 'completion'"
             )
         text, spans = _conversation(where, tree["messages"], tokenizer)
         start = ()  # the template writes the start tokens itself
@@ -467,8 +467,8 @@ def read_text(path: str | Path, tokenizer_directory: Path | None, *, sequences: 
         else:
             tokenizer = load_tokenizer(path, tokenizer_directory)
             if path.suffix == ".txt":
-                own = np.arange(length) >= len(tokenizer.start)
-                taken = [(ids, own.copy()) for ids in _cut_text(path, tokenizer, sequences, length, least)]
+                counted = np.arange(length) >= len(tokenizer.start)
+                taken = [(ids, counted.copy()) for ids in _cut_text(path, tokenizer, sequences, length, least)]
             else:
                 taken = list(read_json_lines(path, tokenizer, sequences, length))
     for _, counted in taken:
@@ -545,18 +545,18 @@ def _cut_text(path: Path, tokenizer: Tokenizer, sequences: int, length: int, lea
             f"--length: expected more than the {len(tokenizer.start)} tokens that the tokenizer puts before a text, found {length}"
         )
     fd, status = open_regular(path, "text")
-    wanted, end, found = length - len(tokenizer.start), 0, 0
+    wanted, end, count = length - len(tokenizer.start), 0, 0
     with open(fd, "rb"):
         for i in range(sequences):
             even = i * status.st_size // sequences
             at = _next_word(fd, even) if even > end else end
             ids, size = _tokenize_from(path, fd, at, tokenizer, wanted)
             if len(ids) < wanted:
-                if found < least:
-                    _check_stream(path, found * length + len(ids), length, least)
+                if count < least:
+                    _check_stream(path, count * length + len(ids), length, least)
                 return
             yield np.array([*tokenizer.start, *ids], np.int64)
-            end, found = at + size, found + 1
+            end, count = at + size, count + 1
 
 
 def _next_word(fd: int, at: int) -> int:
@@ -599,12 +599,6 @@ def _decode(path: Path, raw: bytes, at: int, whole: bool) -> str:
         if not whole and e.start > len(raw) - 4 and e.reason == "unexpected end of data":
             return raw[: e.start].decode()
         raise unexpected(path, "text in UTF-8", f"another byte at {at + e.start}; convert it") from e
-
-
-def chooses_keys(model: LoadedModel, texts: Texts) -> bool:
-    """Test whether, according to the model's config, attention selects only some of the keys in a sequence of these texts."""
-    keys = model.size.keys
-    return keys is not None and any(text.longest > keys for text in texts.values())
 
 
 def read_texts(

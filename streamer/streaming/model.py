@@ -330,13 +330,15 @@ class LoadedModel:
         quantization = self.job.plan.config.quantization  # perhaps of another file
         tree = {**({"quantization_config": quantization} if quantization else {}), **json.loads(text)}
         # Readers of records refuse NaN and lone surrogates, which a config may hold.
-        told = json.dumps(tree, ensure_ascii=False).encode(errors="replace")
-        return cast(dict[str, Any], json.loads(told, parse_constant=str, object_pairs_hook=lambda pairs: {
+        readable = json.dumps(tree, ensure_ascii=False).encode(errors="replace")
+        return cast(dict[str, Any], json.loads(readable, parse_constant=str, object_pairs_hook=lambda pairs: {
             key: value for key, value in pairs if key not in UNREAD}))  # fmt: skip
 
     def _size(self, config: Any, inner: Sequence[RunTimeTensor], tensors: Collection[RunTimeTensor]) -> ModelSize:
         chosen = getattr(config, "num_experts_per_tok", None) or 1
-        run_all = {t.name for _, m, own in self.modules for t in own.values() if type(m).__name__ in RUN_ALL_EXPERTS}
+        run_all = {
+            t.name for _, m, params in self.modules for t in params.values() if type(m).__name__ in RUN_ALL_EXPERTS
+        }
 
         def used(t: RunTimeTensor) -> int:
             """Count the matrices of a tensor that a token passes."""

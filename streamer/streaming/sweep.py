@@ -23,11 +23,11 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -152,7 +152,7 @@ class Group:
     variant
         The variant's number.
     stream
-        Number of the stream of a fit; None for a rider.
+        Name of the stream of a fit; None for a rider.
     results
         Results of the models below the head, by module, once they are known.
     out
@@ -163,7 +163,7 @@ class Group:
 
     ids: Tensor
     variant: int
-    stream: int | None = None
+    stream: Hashable | None = None
     results: dict[nn.Module, Any] = field(default_factory=dict)
     out: Any = None
     skips: int = 0
@@ -291,8 +291,8 @@ class States:
 
     def save(self, model: SweepModel, groups: Sequence[Group], layer: int) -> None:
         """Save the states with which groups enter a layer, if it is time to, and if results of layers are all that they depend on."""
-        plain = all(isinstance(leaf, Tensor) or leaf is None for group in groups for leaf in group.leaves)
-        if time.monotonic() - self._saved < SECONDS or not (plain and model.resumable):
+        plain = model.resumable and all(group.is_plain for group in groups)
+        if time.monotonic() - self._saved < SECONDS or not plain:
             return
         values = model.values
         tree = {"sweep": self.sweep, "layer": layer, "applied": sorted(values.applied), "read": sorted(values.read),
@@ -617,7 +617,7 @@ class SweepModel(LoadedModel):
         assert run.workers is not None
         within = [{*module.modules()} for module in layer_modules(self._model).values()]
         others = set[nn.Module]().union(*within) - set[nn.Module]().union(*within[layer : layer + 1])
-        used = (t for _, module, own in self.modules if module not in others for t in own.values())
+        used = (t for _, module, params in self.modules if module not in others for t in params.values())
         job = Carried(self.job.only({target.tensor for t in used for target, _ in t.targets(self.job.plan)}))
         inputs = Inputs.of(AdapterBatch(self.job.plan.base, (self.job.plan,)), run)
 
@@ -625,18 +625,18 @@ class SweepModel(LoadedModel):
             with group.at_hand(self.spool):
                 return packed((group.ids, group.variant, group.out))
 
-        def task(own: Sequence[Group], end: End | None) -> Task[Ridden]:
+        def task(groups: Sequence[Group], end: End | None) -> Task[Ridden]:
             name, room = f"layer {layer}" if end is None else "logits", self.values.kept.room
-            step = partial(ride, job=job, layer=layer, riders=tuple(map(sent, own)), end=end, room=room)
+            step = partial(ride, job=job, layer=layer, riders=tuple(map(sent, groups)), end=end, room=room)
             return Task(inputs, torch.get_num_threads(), name, step)
 
         pairs = [*zip(riders, ends or [None] * len(riders), strict=True)]
         tasks = OnDemand(range(len(pairs)), lambda number: task(*pairs[number]))
         with contextlib.closing(run.workers.run(tasks, run.monitor, _nothing, AT_ONCE)) as results:
-            for number, (found, applied, read) in results:
-                self.values.applied |= applied
-                self.values.read |= read
-                yield number, found
+            for number, ridden in results:
+                self.values.applied |= ridden.applied
+                self.values.read |= ridden.read
+                yield number, ridden.result
 
     def _end(self, runs: Mapping[Group, Any]) -> None:
         """Unwind groups that were stopped on the way."""
@@ -732,8 +732,13 @@ AT_ONCE = 32
 _computing = threading.Lock()
 """Lock that lets a process run one task at a time, because torch's settings for matrix products apply to all threads."""
 
-Ridden = tuple[Any, set[str], set[str]]
-"""What `ride` computes, and what `Values` notes of the weights."""
+
+class Ridden(NamedTuple):
+    """What `ride` computes, and what `Values` notes of the weights."""
+
+    result: Any
+    applied: set[str]
+    read: set[str]
 
 
 def ride(batch: AdapterBatch, monitor: Monitor, job: Carried[dict[str, Any]], layer: int, riders: Sequence[bytes], end: End | None,
@@ -766,10 +771,10 @@ def ride(batch: AdapterBatch, monitor: Monitor, job: Carried[dict[str, Any]], la
         groups = [Group(ids, v, out=out, skips=layer) for ids, v, out in map(pickle.loads, riders)]
         steps = iter((False, True))
         model.run(groups, monitor.checkpoint, after=(lambda _: next(steps)) if end is None else _nothing)
-        found = None if end is None else end(model, groups)
+        result = None if end is None else end(model, groups)
         if end is None and model.resumable and groups[0].is_plain:
-            found = packed(groups[0].out)
-        return found, model.values.applied, model.values.read
+            result = packed(groups[0].out)
+        return Ridden(result, model.values.applied, model.values.read)
 
 
 class _Reader(Reader):
@@ -1016,8 +1021,8 @@ def changed_by_padding(model: SweepModel, ids: Ids, shorter: int, block: int, ch
         If the logits depend on which tokens follow.
     """
 
-    def differ(one: Ids, other: Ids) -> bool:
-        parts = [[Group(torch.from_numpy(tokens)[None], 0)] for tokens in (one, other)]
+    def differ(*sequences: Ids) -> bool:
+        parts = [[Group(torch.from_numpy(tokens)[None], 0)] for tokens in sequences]
         model.run([group for (group,) in parts], checkpoint)
         off, largest, a = 0.0, 1.0, torch.empty(0)
         for _, _, number, z in model.logits(parts, block, checkpoint):

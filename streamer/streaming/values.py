@@ -512,11 +512,11 @@ class VariantSet:
 
     def only(self, tensors: Collection[str]) -> dict[str, Any]:
         """Return all but the plan, with what files hold of these matrices alone; it can be pickled."""
-        variants = [replace(one, mitigation=one.mitigation and one.mitigation.only(tensors)) for one in self.variants]
-        found = self.findings
-        found = found and replace(found, matrices=tuple(m for m in found.matrices if m.tensor in tensors))
-        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "plan"}
-        return {**rest, "variants": tuple(variants), "findings": found}
+        variants = [replace(v, mitigation=v.mitigation and v.mitigation.only(tensors)) for v in self.variants]
+        findings = self.findings
+        findings = findings and replace(findings, matrices=tuple(m for m in findings.matrices if m.tensor in tensors))
+        others = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "plan"}
+        return {**others, "variants": tuple(variants), "findings": findings}
 
 
 ROOM = 384 << 20

@@ -4,7 +4,6 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ from paths import TOOLS
 
 import streamer
 from streamer.cli.parser import COMMANDS
-from streamer.evaluation.evaluation import EvaluationOptions
 
 # Options --------------------------------------------------------------------------------------------------------------
 
@@ -123,12 +121,6 @@ def test_help_is_short_and_says_where_all_of_it_is(command: str) -> None:
 def test_a_removed_keyword_names_what_to_use() -> None:
     with pytest.raises(TypeError, match=rf"^map_inputs\(\): executor was removed: {MAP}$"):
         streamer.map_inputs("b", "o", executor=None)  # type: ignore[call-arg]  # removed
-
-
-def test_defaults_are_those_of_the_library() -> None:
-    parsed = vars(subparsers()["evaluate"].parse_args(["b", "a", "-o", "x", "--general", "g", "--task", "t"]))
-    for field in fields(EvaluationOptions):
-        assert field.name == "methods" or parsed.get(field.name, field.default) == field.default, field.name
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])

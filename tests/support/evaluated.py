@@ -16,13 +16,12 @@ from torch import Tensor
 
 import streamer
 from streamer.detection.findings import Findings
-from streamer.fitting.fit import Point, Solver, factors_of, unchanged
+from streamer.fitting.fit import Point, Solver, factors_of, streams_of, unchanged
 from streamer.linalg.torch_state import CPU
 from streamer.measuring.runs import part_sums, riders
 from streamer.measuring.statistics import SequenceSums
-from streamer.measuring.texts import TextSequences
-from streamer.methods import UNCHANGED, RegMean, Shrink
-from streamer.methods.files import FactorSet
+from streamer.measuring.texts import GENERAL, TASK, TextSequences
+from streamer.methods import UNCHANGED, Shrink
 from streamer.plan.plan import Plan, make_plan
 from streamer.plan.targets import Target
 from streamer.streaming.sweep import Group, Spool, SweepModel, TargetWatch
@@ -217,18 +216,14 @@ def make_sweep(
 ) -> Sweep:
     """Prepare a fit; the variants are the base, the adapter, the candidates, and a shrink."""
     plan, spool = make_plan(base, adapter), Spool()
-    as_is, texts = unchanged(plan), [halves(general), halves(task)]
-    tokens = [sum(ids.numel() for ids in text) for text in texts]
+    as_is, texts = unchanged(plan), {GENERAL: halves(general), TASK: halves(task)}
+    tokens = {name: sum(ids.numel() for ids in text) for name, text in texts.items()}
     model = SweepModel(VariantSet(plan, (Variant(BASE, None), Variant(ADAPTER, UNCHANGED)), None, device=device))
-    solver = Solver(model, weights, (tokens[0], tokens[1]), spool)
+    solver = Solver(model, weights, tokens, spool)
     points = [Point(mu, solver.candidate(k, as_is)) for k, mu in enumerate(weights)]
-    candidates = [Variant(p.name, RegMean(coefficients=FactorSet(1.0, p.factors))) for p in points]
+    candidates = [point.variant for point in points]
     model.use(replace(model.job, variants=(*model.job.variants, *candidates, Variant.of(Shrink(0.5)))))
-    groups = [
-        Group(ids, stream if stream < 2 else stream // 2 + 1, stream)
-        for stream in range(2 + 2 * len(weights))
-        for ids in texts[stream % 2]
-    ]
+    groups = [Group(ids, stream.variant, stream) for stream in streams_of(len(weights)) for ids in texts[stream.text]]
     return Sweep(plan, model, solver, groups)
 
 

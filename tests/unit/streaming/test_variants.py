@@ -6,7 +6,6 @@ import pytest
 
 from streamer.api.texts import EvaluateRequest
 from streamer.errors import UsageError
-from streamer.evaluation.evaluation import EvaluationOptions
 from streamer.methods.files import Coefficients, FactorSet
 from streamer.streaming.values import make_variants
 
@@ -36,12 +35,8 @@ def test_each_set_of_coefficients_is_a_variant() -> None:
     assert [v.keep for v in variants[:3]] == [None, None, None]
     alone = make_variants(("regmean",), (0.5,), "all", coefficients)
     assert [v.name for v in alone] == ["base", "adapter", "regmean 0.95", "regmean 0.9"]
-    assert [v.mitigation_lambda for v in EvaluationOptions(("shrink",), (2, -0.5), amplify=True).variants[2:]] == [
-        2,
-        -0.5,
-    ]
-    options = EvaluationOptions(coefficients=coefficients)
-    assert [one.record()["keep"] for one in options.coefficients.sets] == [0.95, 0.9]
+    amplified = make_variants(("shrink",), (2, -0.5), "all", amplify=True)
+    assert [v.mitigation_lambda for v in amplified[2:]] == [2, -0.5]
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
