@@ -684,7 +684,7 @@ class FitRun:
         # A second sweep needs only the logits of the base's results, unless workers have these.
         self._base = [part.groups[0] for part in held_out]
         unseen = sorted({target.tensor for target in plan.targets} - solver.places.keys())
-        if unused := sorted(model.whole - solver.places.keys()):
+        if unused := sorted(model.otherwise_used - solver.places.keys()):
             raise UnsupportedError(
                 f"{plan.base.path}: the weights of {len(unused)} matrices are not used by a matrix product or look-up (a "
                 f"convolution, for example; first: {unused[0]!r}), so their inputs cannot be collected; use `mitigate --method shrink`"

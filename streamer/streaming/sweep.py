@@ -296,7 +296,8 @@ class States:
             return
         values = model.values
         tree = {"sweep": self.sweep, "layer": layer, "applied": sorted(values.applied), "read": sorted(values.read),
-                "whole": sorted(model.whole), "outs": [isinstance(group.out, Tensor) or len(group.out) for group in groups]}  # fmt: skip
+                "whole": sorted(model.otherwise_used),
+                "outs": [isinstance(group.out, Tensor) or len(group.out) for group in groups]}  # fmt: skip
 
         def read(group: Group, leaf: Tensor) -> Tensor:
             with group.at_hand(model.spool):
@@ -322,7 +323,7 @@ class States:
             group.out, group.skips = leaves[0] if outs is True else tuple(leaves), tree["layer"]
         model.values.applied.update(tree["applied"])
         model.values.read.update(tree["read"])
-        model.whole.update(tree["whole"])
+        model.otherwise_used.update(tree["whole"])
         self.restore(arrays)
         self.resumed(tree["layer"])
         return int(tree["layer"])
@@ -455,7 +456,7 @@ class SweepModel(LoadedModel):
         Directory of the spool; None for the system's.
     resumable
         Whether layers receive tensors and plain values alone, so that a later run can enter any of them.
-    whole
+    otherwise_used
         Names of watched matrices that a group of a fit used in another way than a product or a look-up.
     at
         In a worker: the digest of the variants and the layer of the last task.
@@ -469,7 +470,7 @@ class SweepModel(LoadedModel):
         self.block: tuple[int, int] | None = None
         self.spool: Spool | None = None
         self.directory: Path | None = None
-        self.whole: set[str] = set()
+        self.otherwise_used: set[str] = set()
         self.resumable = True
         self.at: tuple[str, int] | None = None
         self._watch: Watch | None = None
@@ -821,7 +822,7 @@ class _Reader(Reader):
         """Read all values, including deltas."""
         self.model._checkpoint()
         if self.watch is not None:
-            self.model.whole.update(self.watch.names(self.tensor))
+            self.model.otherwise_used.update(self.watch.names(self.tensor))
         i, j = self._rows()
         if self.values.row_access(self.tensor) and not self.values.changes(self.sources[0].slices[0], self.variant):
             rows = [rows for *_, rows in self.values.blocks(self.sources[0], self.variant, i, j)]
@@ -943,7 +944,7 @@ class _Expert(Reader):
         """Read all values, including deltas."""
         stack = self.stack
         if stack.watch is not None:
-            stack.model.whole.update(stack.watch.names(stack.tensor))
+            stack.model.otherwise_used.update(stack.watch.names(stack.tensor))
         return stack.values.matrix(stack.sources[self.index], stack.variant)
 
     def product(self, x: Tensor, transposed: bool) -> Tensor:
