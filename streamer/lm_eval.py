@@ -53,10 +53,10 @@ RESULTS = "create table if not exists results (key blob primary key, loss real, 
 
 
 class Question(NamedTuple):
-    """The tokens of a request, and how many of them, at the end, are the continuation."""
+    """The tokens of a request, and how many of them, at the end, are scored: the continuation."""
 
     ids: np.ndarray
-    count: int
+    scored: int
 
 
 Answer = tuple[float, bool]
@@ -203,7 +203,7 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         return None if row is None else (-row[0], bool(row[1]))
 
     def _key(self, variant: Variant, question: Question) -> bytes:
-        tokens = question.count.to_bytes(8, "little") + question.ids.astype("<i8").tobytes()
+        tokens = question.scored.to_bytes(8, "little") + question.ids.astype("<i8").tobytes()
         return hashlib.sha256(self._keys[variant.name] + tokens).digest()
 
     @cached_property
@@ -225,11 +225,11 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
             self._results.execute("delete from results where key is null")  # deletes nothing, but fails if not writable
         other = self._variants[1] if self._variant.name == BASE else self._variant
         variants = self._variants if self._cache is not None else (self._variants[0], other)
-        counted = tuple(np.arange(len(ids)) >= len(ids) - count for ids, count in questions)
+        counted = tuple(np.arange(len(ids)) >= len(ids) - scored for ids, scored in questions)
         text = TextSequences(tuple(question.ids for question in questions), counted, REQUESTS)
         model, plan = self._model, self._model.job.plan
         texts, resident = {REQUESTS: text}, resident_bytes(AdapterBatch(plan.base, (plan,)))
-        progress = Progress(replace(self._run, monitor=Monitor()), model.size, "evaluate")
+        progress = Progress(replace(self._run, monitor=Monitor()), "evaluate")
         work = Work(0, max(BLOCK, len(variants) * max(ROWS, text.longest)), text.longest)
         limits = work.limits(model.size, resident, self._max_memory)
         model.use(replace(model.job, variants=variants))

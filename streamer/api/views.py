@@ -14,8 +14,7 @@ from streamer.measuring.runs import input_options
 from streamer.methods import takes_findings
 from streamer.output.job import record_lines
 from streamer.plan.name_matching import natural
-from streamer.storage.files import strict_json
-from streamer.storage.transaction import RECORD_NAME
+from streamer.storage.transaction import RECORD_NAME, record_at
 
 __all__ = [
     "ByName", "Evaluation", "Findings", "Names", "commands", "figures", "input_options", "is_mitigated", "is_repeated",
@@ -25,8 +24,5 @@ __all__ = [
 
 def is_mitigated(adapter: str | Path) -> bool:
     """Test whether an adapter is an output of `mitigate` or `repair`, other than one that was only converted, with λ = 1."""
-    try:
-        record = strict_json((Path(adapter) / RECORD_NAME).read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(record, dict) and record.get("lambda") != 1
+    record = record_at(Path(adapter) / RECORD_NAME)
+    return record is not None and record.get("lambda") != 1

@@ -128,8 +128,9 @@ class PreparedEvaluation(Prepared[Evaluation]):
 
     def missing(self, known: Evaluation | None) -> list[Variant]:
         """List the requested variants that an earlier run has not measured, without those that have no intruders to scale."""
-        measured, facts = ((), {}) if known is None else (known.variants, known.facts)
-        scaling = 0 not in (self.facts.get("intruders"), facts.get("intruders"))
+        measured = () if known is None else known.variants
+        recorded: Mapping[str, Any] = {} if known is None else known.facts
+        scaling = 0 not in (self.facts.get("intruders"), recorded.get("intruders"))
         variants = (v for v in self.variants[1:] if scaling or not v.scales_intruders)
         return [variant for variant in variants if EvaluatedVariant.of(variant) not in measured]
 
@@ -224,7 +225,7 @@ class PreparedEvaluation(Prepared[Evaluation]):
         if known is not None:
             self.run.monitor.emit(Event("note", f"{output}: adds to the {len(known.variants)} variants in it"))
             facts = runs.joined_facts(facts, known.facts)
-        progress = Progress(self.run, self.model.size, "evaluate")
+        progress = Progress(self.run, "evaluate")
         one_length = runs.needs_one_length(self.model, self.texts, runs.ROWS, self.run.monitor.checkpoint)
         base, missing, evaluation = self.variants[0], self.missing(known), known
         measure = partial(self._measured, facts=facts, one_length=one_length, records=records, progress=progress)

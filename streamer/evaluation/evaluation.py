@@ -737,7 +737,7 @@ class Names:
     mapped: str = ""
     reading: str = ""
     others: str = ""
-    mitigated: bool = False
+    mitigated: bool = field(default=False, kw_only=True)
 
 
 VERDICTS: Mapping[Reason, str] = {

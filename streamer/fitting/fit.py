@@ -632,7 +632,7 @@ class FitRun:
         self.prepared, self.records, self.monitor, self.directory = prepared, records, prepared.run.monitor, directory
         self.model = prepared.model
         self.model.directory = directory
-        self.progress = Progress(prepared.run, self.model.size, "fit")
+        self.progress = Progress(prepared.run, "fit")
         self._rows: dict[str, Mapping[str, SequenceSums]] = {}
         self._base: list[Group] = []
 
@@ -732,9 +732,8 @@ class FitRun:
         self.progress.expect(cost, len(model.layers) + 1)
         model.use(replace(model.job, variants=tuple(variants)))
         # The file stays that of the first sweep, which a run that is killed in the second one needs again.
-        states = None if solver is None else self.records.states(json.dumps([variant.name for variant in variants]))
-        if states is not None and solver is not None:
-            states.factors, states.restore = solver.factors, solver.restore
+        names = json.dumps([variant.name for variant in variants])
+        states = None if solver is None else self.records.states(names, solver.factors, solver.restore)
         sums = runs.measured(model, held_out, self.progress, prepared.limits, fitted, solver, states)
         for row, variant in enumerate(variants):
             self._rows.setdefault(variant.name, {text: text_sums.take([row]) for text, text_sums in sums.items()})

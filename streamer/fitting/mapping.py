@@ -141,7 +141,7 @@ class PreparedMap(Prepared[InputMap]):
         """Sweep the text through the base, and keep the leading vectors of each input."""
         monitor, plan, model = self.run.monitor, self.plan, self.model
         model.directory = None if output is None else output.parent
-        watch, progress, steps = BaseWatch(plan), Progress(self.run, model.size, "map"), len(model.layers) + 1
+        watch, progress, steps = BaseWatch(plan), Progress(self.run, "map"), len(model.layers) + 1
         cost = runs.sweep_cost(model.size, self.tokens, len(self.groups))
         progress.expect(cost, steps)
         matrices_of = dict[MappedInput, list[BaseMatrix]]()

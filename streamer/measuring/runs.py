@@ -113,8 +113,8 @@ class Progress:
         Stage of the events: ``evaluate``, ``fit`` or ``map``.
     """
 
-    def __init__(self, run: Run, size: ModelSize, stage: Literal["evaluate", "fit", "map"]) -> None:
-        self.run, self.monitor, self.size, self._stage = run, run.monitor, size, stage
+    def __init__(self, run: Run, stage: Literal["evaluate", "fit", "map"]) -> None:
+        self.run, self.monitor, self._stage = run, run.monitor, stage
         self._done = self._total = self._items = self._of = 0
 
     def expect(self, cost: int, layers: int) -> None:
@@ -161,7 +161,7 @@ def measured(model: SweepModel, held_out: Sequence[Part], progress: Progress, li
     """
     groups = [*fitted, *(group for part in held_out for group in part.groups if not group.results)]
     plan, checkpoint = model.job.plan, progress.monitor.checkpoint
-    layer_cost = sweep_cost(progress.size, sum(group.rows for group in groups), len(groups)) // (len(model.layers) + 1)
+    layer_cost = sweep_cost(model.size, sum(group.rows for group in groups), len(groups)) // (len(model.layers) + 1)
     if states is not None:
         states.resumed = lambda layers: progress.monitor.resuming(layers, len(model.layers), "layer")
     model.limit(limits.room, limits.spools)
@@ -653,7 +653,6 @@ class Prepared(ABC, Generic[Made]):
         UsageError
             If the budget is too small.
         """
-        transaction.refuse_symlink(path)
         transaction.refuse_symlink(path.parent)
         transaction.check_file_path(path, self.example, transaction.journal_of(path).name)
         transaction.refuse_within_output(path)
@@ -764,10 +763,15 @@ class Records:
             self._at[name] = len(self._journal)
             self._journal.append(pack(name, arrays))
 
-    def states(self, sweep: str) -> States | None:
-        """Return the file from which a killed sweep resumes; None without a journal."""
+    def states(self, sweep: str, *fit: Any) -> States | None:
+        """Return the file from which a killed sweep resumes; None without a journal.
+
+        Parameters
+        ----------
+        fit
+            What saves and restores the factors of a fit; see `States`.
+        """
         if self._journal is None:
             return None
-        return States(
-            transaction.states_of(self._journal.path), f"{hashlib.sha256(self._journal[0]).hexdigest()} {sweep}"
-        )
+        run = hashlib.sha256(self._journal[0]).hexdigest()
+        return States(transaction.states_of(self._journal.path), f"{run} {sweep}", *fit)

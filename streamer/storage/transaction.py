@@ -485,7 +485,7 @@ def own_files(record: Path, journal: Path) -> list[OldFile]:
     A journal's head names the files from before its run; until that run has finished, they may still exist.
     """
     head, *finished = [*Journal.peek(journal)] or [{}]
-    lists = ((_record(record) or {}).get("files"), head.get(OLD), finished)
+    lists = ((record_at(record) or {}).get("files"), head.get(OLD), finished)
     return list(dict.fromkeys(file for entries in lists for file in as_files(entries)))
 
 
@@ -550,7 +550,8 @@ def _is_within(directory: Path, name: str) -> bool:
     return not (plain.is_absolute() or ".." in plain.parts or "\0" in name or any(map(os.path.islink, paths)))
 
 
-def _record(path: Path) -> dict[str, Any] | None:
+def record_at(path: Path) -> dict[str, Any] | None:
+    """Read the record of an output; None if there is none."""
     try:
         tree = files.strict_json(path.read_bytes()) if path.is_file() else None
     except (OSError, ValueError):
@@ -569,7 +570,7 @@ def refuse_within_output(path: Path) -> None:
     """Refuse a new file or directory inside a complete output, whose record lists everything that belongs there."""
     real = Path(os.path.realpath(path))
     for parent in (real, *real.parents):
-        if _record(parent / RECORD_NAME) is not None:
+        if record_at(parent / RECORD_NAME) is not None:
             raise OutputError(
                 f"{path}: lies inside the output {parent}, which is complete: its {RECORD_NAME} lists its files; choose another path"
             )
@@ -698,7 +699,7 @@ def own_partials(plan: OutputPlan) -> set[Path]:
 def _recorded_state(plan: OutputPlan, overwrite: bool, resume: bool) -> Literal["new", "resume", "done"]:
     """Determine the state from journal and record."""
     path = plan.path
-    record = _record(path / RECORD_NAME)
+    record = record_at(path / RECORD_NAME)
     if is_taken(path / RECORD_NAME) and record is None:
         raise _foreign(path / RECORD_NAME)
     head = next(Journal.peek(path / JOURNAL_NAME), None)
