@@ -29,10 +29,10 @@ from streamer.methods.files import MAP, Coefficients, InputMap
 from streamer.options import ONE_BASE, EvaluateOptions, MappingOptions, RepairOptions, VariantOptions, argument
 from streamer.output.job import Written
 from streamer.plan.plan import make_plan
-from streamer.storage.transaction import RECORD_NAME
+from streamer.storage.transaction import RECORD_NAME, check_output_path
 from streamer.streaming.values import Variant, make_variants
 from streamer.tables import Column
-from streamer.units import quoted
+from streamer.units import listed, quoted
 from streamer.workers import Workers
 
 if TYPE_CHECKING:
@@ -370,13 +370,14 @@ class RepairRequest(Request, RepairOptions):
         self._refuse_standing()
 
     def _refuse_standing(self) -> None:
-        """Refuse an output that no repair made."""
-        output = self.directory
-        stands = output.exists() and not (output.is_dir() and not any(output.iterdir()))
-        if stands and not self.overwrite and not self.factors.exists():
+        """Refuse a file, and a directory that no repair made."""
+        check_output_path(self.directory, ())
+        names = sorted(path.name for path in self.directory.glob("*"))
+        if names and not self.overwrite and not self.factors.exists():
             raise OutputExistsError(
-                f"{output}: exists, and {self.factors}, its fit, does not; choose another output, or pass --overwrite",
-                output,
+                f"{self.directory}: holds {listed(names)}, and {self.factors}, the fit of a repair, does not exist; choose another "
+                "directory, or pass --overwrite, which leaves foreign files there",
+                self.directory,
             )
 
     def forecast(self, monitor: Monitor, workers: Workers | None = None) -> DryRun:

@@ -151,7 +151,7 @@ def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMI
     if record["command"] == "mitigate":
         about = "lost in projection: share of the mitigated delta that the adapter's rank cannot hold"
         columns.append(Column("lost", [f"{100 * m['dropped']:.2f}%" for m in chosen], about, priority=4))
-    lines = views.record_lines(record, stood(where, record["state"]))
+    lines = [*views.record_lines(record, stood(where, record["state"])), *record.get("measured", ())]
     return screen.join(table(columns, screen) if chosen else "", [_cut(cut, len(matrices), "largest change")], lines)
 
 

@@ -40,19 +40,9 @@ from streamer.events import Monitor
 from streamer.methods import METHODS, takes_findings
 from streamer.output.job import record_lines, verify_line
 from streamer.plan.name_matching import natural
+from streamer.storage import transaction
 from streamer.storage.atomic_file import remove_partials, write_atomic
 from streamer.storage.files import locked, make_directory, storage_errors
-from streamer.storage.transaction import (
-    check_file_path,
-    check_space,
-    holds,
-    is_taken,
-    lock_of,
-    not_own,
-    refuse_symlink,
-    refuse_within_output,
-    touch,
-)
 from streamer.units import counted, listed
 from streamer.verification.verify import RECORD_NAME, read_record
 
@@ -408,21 +398,18 @@ def write_files(subject: Subject, output: str | Path, overwrite: bool = False) -
         If something exists there that must not be replaced, or nothing can be written there.
     """
     path = Path(output)
-    check_file_path(path, "report.html", path.name, "page")
-    refuse_symlink(path.parent)
-    refuse_within_output(path)
+    transaction.check_file_path(path, "report.html", path.name, "page")
+    transaction.refuse_symlink(path.parent)
+    transaction.refuse_within_output(path)
     if path.suffix.lower() not in PAGES:
-        raise UsageError(
-            f"{path}: expected a page, whose name ends in .html; figures for a paper were removed: print the page, or save "
-            "pictures of it"
-        )
+        raise UsageError(f"{path}: expected a name that ends in .html, such as {path}.html")
     data = make_page(subject)
     if _is_present(path, data, overwrite):
-        touch([path], Monitor())
+        transaction.touch([path], Monitor())
         return WrittenPage("present", len(data))
-    check_space(path, len(data))
+    transaction.check_space(path, len(data))
     make_directory(path.parent)
-    with locked(lock_of(path), path):
+    with locked(transaction.lock_of(path), path):
         remove_partials(path.parent, {path.name})
         _is_present(path, data, overwrite)  # another run may have written it meanwhile
         write_atomic(path, data)
@@ -431,8 +418,8 @@ def write_files(subject: Subject, output: str | Path, overwrite: bool = False) -
 
 def _is_present(path: Path, data: bytes, overwrite: bool) -> bool:
     """Test whether a file already has these bytes; refuse a file that must not be replaced."""
-    refuse_symlink(path)
-    if not is_taken(path):
+    transaction.refuse_symlink(path)
+    if not transaction.is_taken(path):
         return False
     if not path.is_file():
         raise OutputError(f"{path}: is not a regular file; choose another output")
@@ -441,7 +428,7 @@ def _is_present(path: Path, data: bytes, overwrite: bool) -> bool:
     if old == data:
         return True
     if not old.startswith(SIGN.encode()):
-        raise not_own(path, "a report")
+        raise transaction.not_own(path, "a report")
     if not overwrite:
-        raise holds(path, "another report")
+        raise transaction.holds(path, "another report")
     return False

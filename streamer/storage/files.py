@@ -14,6 +14,7 @@ import functools
 import json
 import math
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -219,7 +220,10 @@ def storage_errors(path: Path, action: str) -> Iterator[None]:
 
 def absent(path: Path, what: str) -> errors.MissingInputError:
     """Make the error for a missing input directory; `what` names the expected input."""
-    hint = "a hub name has the form OWNER/NAME, and an address is a string, not a Path"
+    collapsed = re.match(r"[a-z][a-z0-9+.-]+:/", str(path))
+    hint = (
+        "an address has two slashes, of which a Path keeps one" if collapsed else "a hub name has the form OWNER/NAME"
+    )
     return errors.MissingInputError(f"{path}: no such directory; check the path of the {what}; {hint}", path)
 
 

@@ -380,7 +380,7 @@ def check_file_path(path: Path, example: str, longest: str, what: str = "file") 
 def not_own(path: Path, what: str) -> OutputExistsError:
     """Make the error for an output of a kind that this command does not replace."""
     return OutputExistsError(
-        f"{path}: exists and is not {what}, which is all that is replaced; choose another output", path
+        f"{path}: exists and is not {what}, and no other file is replaced; choose another name, or move it away", path
     )
 
 
@@ -423,7 +423,7 @@ def check_output_path(path: Path, inputs: Sequence[Path], output: Path | None = 
     there = _existing(real.parent if is_placeholder(real) else real)
     if not there.is_dir():
         what = "is" if os.path.realpath(path) == str(there) else f"{there} is"
-        raise OutputError(f"{path}: {what} not a directory; choose another output")
+        raise OutputError(f"{path}: {what} a file, not a directory; choose another output, or move the file away")
     if not os.access(there, os.W_OK | os.X_OK):
         raise OutputError(f"{path}: {there} is not writable; choose another output")
 
@@ -647,8 +647,6 @@ def inspect_output(plan: OutputPlan, overwrite: bool = False, resume: bool = Tru
     check_output_path(path, plan.inputs)
     for name in names:
         check_name(path / name, atomic_file.partial_name((path / name).name))
-    if is_taken(path) and not path.is_dir():
-        raise OutputExistsError(f"{path}: exists and is not a directory; choose another output", path)
     for name in (*names, RECORD_NAME, JOURNAL_NAME, LOCK_NAME, *(f"{STAGE_NAME}/{name}" for name in names)):
         if any(p.is_symlink() for p in ((path / name), *(path / name).parents) if path in p.parents):
             raise OutputError(f"{path / name}: is a symlink, and writing never follows one; remove it")

@@ -182,7 +182,7 @@ def test_a_line_for_each_thing_that_is_wrong(server: Server, home: Path, tmp_pat
     (tmp_path / "n.fit.safetensors").write_text("notes")
     done = run(server, home, tmp_path / "n")
     assert (done.code, done.out) == (4, "")
-    assert "exists and is not coefficients, which is all that is replaced" in done.err
+    assert "exists and is not coefficients, and no other file is replaced" in done.err
     done = server.run(
         "repair", home / "base", home / "adapter", "--general", home / "general.npy", "-o", tmp_path / "c"
     )

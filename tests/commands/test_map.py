@@ -120,7 +120,7 @@ def wrong(home: Path, place: Path) -> Iterator[tuple[list[object], int, str]]:
         3,
         "expected model.safetensors, found README.md, adapter_config.json, adapter_model.safetensors; name",
     )
-    yield [base, *general, "-o", base / "model.safetensors"], 4, "is not a map, which is all that is replaced"
+    yield [base, *general, "-o", base / "model.safetensors"], 4, "is not a map, and no other file is replaced"
     yield [base, base, *out], 2, "BASE: expected one; to map several texts, join them in one file, found ["
     yield [place / "map.safetensors", *out], 2, "is a map; name the base to map"
     yield [base, *general, *out, "--max-memory", f"{process_mib() + 20}M"], 2, "is not enough for a sweep of 192 tokens"
@@ -134,7 +134,7 @@ def test_a_line_for_each_thing_that_is_wrong(server: Server, home: Path, tmp_pat
     assert not (tmp_path / "m.safetensors").exists()
     (tmp_path / "c.txt").write_text("notes")
     done = run(server, home, tmp_path / "c.txt")
-    assert (done.code, "exists and is not a map, which is all that is replaced" in done.err) == (4, True)
+    assert (done.code, "exists and is not a map, and no other file is replaced" in done.err) == (4, True)
     run(server, home, tmp_path / "m.safetensors")
     done = run(server, home, tmp_path / "m.safetensors", "--vectors", 3)
     assert (done.code, "holds a map of other inputs or options" in done.err) == (4, True)

@@ -118,7 +118,9 @@ def test_the_repair_is_never_what_is_not_better(server: Server, home: Path, tmp_
     assert all(line in card for line in record["measured"])
     assert record["measured"][0] == tree["why"]
     page = tmp_path / "page.html"
-    assert server.run("report", out, "-o", page).code == 0
+    report = server.run("report", out, "-o", page)
+    assert report.code == 0
+    assert report.out.rstrip().split("\n\n")[-2].splitlines()[-4:] == record["measured"]
     assert html.escape(tree["why"][1:]) in page.read_text()
     peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(home / "base"), out)
     again = check(
@@ -199,7 +201,14 @@ def test_what_cannot_be_written_is_refused_before_the_fit(server: Server, home: 
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     done = server.run("repair", *inputs, *texts(home), "-o", tmp_path / "full")
-    assert (done.code, "its fit, does not; choose another output, or pass --overwrite" in done.err) == (4, True)
+    assert (done.code, "full: holds mine.txt, and " in done.err, "does not exist; choose another" in done.err) == (
+        4,
+        True,
+        True,
+    )
+    for options in ([], ["--overwrite"]):
+        done = server.run("repair", *inputs, *texts(home), "-o", tmp_path / "full" / "mine.txt", *options)
+        assert (done.code, "mine.txt: is a file, not a directory; choose another output" in done.err) == (4, True)
     done = server.run("repair", *inputs, *texts(home), "-o", tmp_path / "q", "--dequantize")
     assert (done.code, "applies only to a model, which `--merge` writes" in done.err) == (2, True)
     assert not [p for p in tmp_path.iterdir() if "fit" in p.name]

@@ -244,7 +244,7 @@ def test_refusals(files: Path, inputs: Inputs, tmp_path: Path) -> None:
     for line, code, words in [
         (("report", f, e), 2, f"unexpected argument '{e}'"),
         (("report", files), 3, f"{files}: expected a findings file, found a directory"),
-        (("report", f, "-o", tmp_path / "figures"), 2, "expected a page, whose name ends in .html; figures for a paper were removed"),
+        (("report", f, "-o", tmp_path / "figures"), 2, f"expected a name that ends in .html, such as {tmp_path}/figures.html"),
         (("report", tmp_path / "no.json"), 3, "no such file"),
         (("report", inputs[0]), 3, "expected a findings file, found a directory"),
     ]:  # fmt: skip

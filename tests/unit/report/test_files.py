@@ -41,7 +41,7 @@ def test_what_is_no_report_is_never_replaced(findings: Findings, tmp_path: Path,
     path = tmp_path / "r.html"
     path.write_bytes(content)
     for overwrite in (False, True):
-        with pytest.raises(OutputExistsError, match="exists and is not a report, which is all that is replaced"):
+        with pytest.raises(OutputExistsError, match="exists and is not a report, and no other file is replaced"):
             write_files(findings, path, overwrite)
     assert path.read_bytes() == content
     path.write_bytes(b"")  # made beforehand, as mktemp does
@@ -55,7 +55,7 @@ def test_paths_that_are_refused(findings: Findings, tmp_path: Path) -> None:
     cases: list[tuple[str, type[Exception], str]] = [
         ("d.html", OutputError, "is a directory; name a page in it"),
         ("link.html", OutputError, "is a symlink"),
-        ("figures", UsageError, "expected a page, whose name ends in .html; figures for a paper were removed"),
+        ("figures", UsageError, "expected a name that ends in .html, such as"),
         ("file/r.html", OutputError, "not a directory"),
         (f"{'x' * 250}.html", OutputError, "too long"),
     ]

@@ -185,8 +185,10 @@ def test_plain_names(name: str) -> None:
 def test_nothing_that_could_be_a_model(tmp_path: Path) -> None:
     assert (
         refusal(errors.MissingInputError, tmp_path / "x")
-        == f"{tmp_path}/x: no such directory; check the path of the base model; a hub name has the form OWNER/NAME, and an address is a "
-        "string, not a Path"
+        == f"{tmp_path}/x: no such directory; check the path of the base model; a hub name has the form OWNER/NAME"
+    )
+    assert "an address has two slashes, of which a Path keeps one" in refusal(
+        errors.MissingInputError, Path("s3://models/x")
     )
     assert f"expected {SINGLE_NAME}, found nothing; name a" in refusal(errors.MissingInputError, tmp_path)
     (tmp_path / "pytorch_model.bin").touch()

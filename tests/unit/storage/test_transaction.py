@@ -158,8 +158,8 @@ def test_copies_take_the_umasks_mode(case: Case) -> None:
     ("hub/models--x--y", "lies inside a hub cache, which is never written to; choose another output"),
     ("hub/datasets--x/new", "lies inside a hub cache, which is never written to; choose another output"),
     ("cache/0f/out", "lies inside a hub cache, which is never written to; choose another output"),
-    ("file", "is not a directory; choose another output"),
-    ("file/out", "{out.parent} is not a directory; choose another output"),
+    ("file", "is a file, not a directory; choose another output, or move the file away"),
+    ("file/out", "{out.parent} is a file, not a directory; choose another output, or move the file away"),
 ])  # fmt: skip
 def test_places_where_nothing_is_written(case: Case, tmp_path: Path, place: str, words: str) -> None:
     (tmp_path / "link").symlink_to("base")
