@@ -31,15 +31,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from streamer.adapters import adapter_config as rules
-from streamer.adapters.adapter_config import (
-    CONFIG_NAME,
-    LORA_NAME,
-    NOTHING_STATED,
-    WEIGHTS_NAME,
-    AdapterConfig,
-    Stated,
-    Wrapped,
-)
+from streamer.adapters.adapter_config import AdapterConfig, Stated
 from streamer.adapters.modules import METHODS, LoraModule, MethodModule, Module, PeftMethod
 from streamer.errors import FormatError, InputError, MismatchError, UnsupportedError
 from streamer.storage.atomic_file import views
@@ -222,7 +214,7 @@ class DeltaSource(ABC):
     files: tuple[TensorFile, ...]
     modules: Mapping[str, Module]
     carried: tuple[Carried, ...] = ()
-    wrapped: tuple[Wrapped, ...] = ()
+    wrapped: tuple[rules.Wrapped, ...] = ()
 
     describes_model: ClassVar[bool]
 
@@ -278,7 +270,7 @@ class NoAdapter(DeltaSource):
     @classmethod
     def at(cls, base: Path) -> NoAdapter:
         """Make one for a base; messages name the base."""
-        return cls(base, AdapterConfig({}, base / CONFIG_NAME), (), {})
+        return cls(base, AdapterConfig({}, base / rules.CONFIG_NAME), (), {})
 
     def identity(self) -> AdapterIdentity:
         """Return an identity without modules: nothing is changed."""
@@ -341,7 +333,7 @@ def is_below(module: str, entry: str) -> bool:
     return any(path.endswith(entry) for path in accumulate(module.split("."), "{}.{}".format))
 
 
-def open_adapter(path: str | Path, io: IOMode = "mmap", stated: Stated = NOTHING_STATED) -> PeftAdapter:
+def open_adapter(path: str | Path, io: IOMode = "mmap", stated: Stated = rules.NOTHING_STATED) -> PeftAdapter:
     """Open an adapter, of a pipeline by its tensor names, else PEFT's directory, and account for every tensor in it.
 
     Parameters
@@ -370,16 +362,18 @@ def open_adapter(path: str | Path, io: IOMode = "mmap", stated: Stated = NOTHING
                     modules = _modules(opened, whose, stated)
                     return PipelineAdapter(path, AdapterConfig({}, file, stated), (opened,), modules)
             opened.close()
-    if path.exists() and not ((path / CONFIG_NAME).exists() and (path / WEIGHTS_NAME).exists()):
+    if path.exists() and not ((path / rules.CONFIG_NAME).exists() and (path / rules.WEIGHTS_NAME).exists()):
         rules.refuse_other_formats(path)
     if path.is_file():
-        expected = f"the directory with {CONFIG_NAME}, or a pipeline's LoRA with names such as unet.… or lora_unet_…"
+        expected = (
+            f"the directory with {rules.CONFIG_NAME}, or a pipeline's LoRA with names such as unet.… or lora_unet_…"
+        )
         raise InputError(f"{path}: expected {expected}; found another file")
     if not path.is_dir():
         raise absent(path, "adapter")
     config = rules.read_adapter_config(path, stated)
     rules.refuse_kinds(config)
-    return sorted_adapter(path, config, TensorFile(path / WEIGHTS_NAME, io))
+    return sorted_adapter(path, config, TensorFile(path / rules.WEIGHTS_NAME, io))
 
 
 def sorted_adapter(path: Path, config: AdapterConfig, file: TensorFile) -> PeftAdapter:
@@ -553,10 +547,10 @@ def _weights_file(path: Path) -> Path | None:
     """Find the only file that may hold a pipeline's adapter: diffusers' name, or the only safetensors file, unless PEFT's files exist."""
     if path.is_file():
         return path if path.suffix == ".safetensors" else None
-    if not path.is_dir() or (path / CONFIG_NAME).exists() or (path / WEIGHTS_NAME).exists():
+    if not path.is_dir() or (path / rules.CONFIG_NAME).exists() or (path / rules.WEIGHTS_NAME).exists():
         return None
-    if (path / LORA_NAME).exists():
-        return path / LORA_NAME
+    if (path / rules.LORA_NAME).exists():
+        return path / rules.LORA_NAME
     found = list(path.glob("*.safetensors"))
     return found[0] if len(found) == 1 else None
 
@@ -611,8 +605,8 @@ def _configs(
         if lacking := [name for name in found if name.partition(".")[0] not in in_metadata]:
             raise FormatError(f"{file.path}: the metadata has no LoRA config of {lacking[0]!r}; save the adapter again")
         return {name: in_metadata[name.partition(".")[0]] for name in found}
-    beside = file.path.with_name(CONFIG_NAME)
-    own = file.path.name == WEIGHTS_NAME or not file.path.with_name(WEIGHTS_NAME).exists()
+    beside = file.path.with_name(rules.CONFIG_NAME)
+    own = file.path.name == rules.WEIGHTS_NAME or not file.path.with_name(rules.WEIGHTS_NAME).exists()
     if not alphas and own and beside.is_file():
         stated_there = read_json_object(beside)
         patterns = any(stated_there.get(key) for key in ("alpha_pattern", "rank_pattern", "use_rslora"))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, Unpack, overload
 
 from torch import Tensor
 
+from streamer import forecast
 from streamer.adapters.finetuned import ByName, One, Several, each
 from streamer.api.calls import call, explained, watched
 from streamer.api.records import DryRun, SeveralRecord, dry_run, dry_runs
@@ -18,29 +19,11 @@ from streamer.detection.detect import detect_in_memory, detect_to_files, plan_fi
 from streamer.detection.findings import Findings
 from streamer.detection.options import DetectionOptions, Run
 from streamer.events import Monitor, OutputState
-from streamer.forecast import (
-    forecast_detection,
-    forecast_output,
-    measure_rates,
-    on_workers,
-    shared_by_detections,
-    shared_by_merges,
-    together,
-)
 from streamer.methods import Method
 from streamer.options import Adapters, DetectOptions, IterateOptions, MergeOptions, MitigateOptions, SeveralAdapters
+from streamer.output import write
 from streamer.output.job import Writer, Written
 from streamer.output.model_writer import merged_tensors
-from streamer.output.write import (
-    OutputOptions,
-    inspect_jobs,
-    load_given,
-    open_jobs,
-    prepare_outputs,
-    resident_of,
-    run_jobs,
-    shared_memory,
-)
 from streamer.plan.plan import AdapterBatch, make_batch, resident_bytes
 from streamer.workers import Workers
 
@@ -74,18 +57,18 @@ class DetectRequest(Request, DetectOptions):
         assert self.file is not None
         resident = resident_bytes(batch)
         states = [writer.state for writer in plan_findings(batch, paths, options, run, resident)]
-        rates = None if {*states} == {"done"} else measure_rates(batch.base, monitor)
-        forecasts, found, todo = [], [], []
+        pending = tuple(plan for plan, state in zip(batch.plans, states, strict=True) if state != "done")
+        rates = forecast.measure_rates(batch.base, monitor) if pending else None
+        forecasts, runs = [], []
         for plan, path, state in zip(batch.plans, paths, states, strict=True):
-            forecast = None
+            needs = None
             if state != "done":
-                todo.append(plan)
-                forecast = forecast_detection(plan, options, run.device, resident, rates)
-                forecast = on_workers(forecast, workers, resident)
-            forecasts.append(forecast)
-            found.append(dry_run("detect", path, state, len(plan.targets), 1, None, forecast))
-        in_common = shared_by_detections(AdapterBatch(batch.base, tuple(todo)))
-        return dry_runs(adapters, self.file, found, together(forecasts, in_common))
+                needs = forecast.forecast_detection(plan, options, run.device, resident, rates)
+                needs = forecast.on_workers(needs, workers, resident)
+            forecasts.append(needs)
+            runs.append(dry_run("detect", path, state, len(plan.targets), 1, None, needs))
+        shared_bytes = forecast.shared_by_detections(AdapterBatch(batch.base, pending))
+        return dry_runs(adapters, self.file, runs, forecast.together(forecasts, shared_bytes))
 
     def _opened(
         self, monitor: Monitor, workers: Workers | None, peek: bool = False
@@ -167,9 +150,9 @@ class OutputRequest(Request, MitigateOptions, MergeOptions):
         return chosen_method(self)
 
     @property
-    def form(self) -> OutputOptions:
+    def form(self) -> write.OutputOptions:
         """Return the options of the output's form."""
-        return take(OutputOptions, vars(self), merges=self.command == "merge")
+        return take(write.OutputOptions, vars(self), merges=self.command == "merge")
 
     def open(self, monitor: Monitor) -> None:
         """Open the inputs and plan the outputs; this refuses outputs that cannot be written."""
@@ -178,35 +161,35 @@ class OutputRequest(Request, MitigateOptions, MergeOptions):
     def run(self, monitor: Monitor, workers: Workers | None = None) -> Written | ByName[Written]:
         """Write the output of each adapter and return its record."""
         adapters, writers, run = self._opened(monitor, workers)
-        return adapters.collected(run_jobs(writers, run))
+        return adapters.collected(write.run_jobs(writers, run))
 
     def forecast(self, monitor: Monitor, workers: Workers | None = None) -> DryRun | SeveralRecord:
         """Check everything and forecast a run, without writing anything."""
         adapters, writers, run = self._opened(monitor, workers, peek=True)
-        states, resident = inspect_jobs(writers, run), resident_of(writers)
-        rates = measure_rates(writers[0].job.plan.base, monitor) if set(states) != {"done"} else None
-        forecasts, found, todo = [], [], []
+        states, resident = write.inspect_jobs(writers, run), write.resident_of(writers)
+        pending = [writer for writer, state in zip(writers, states, strict=True) if state != "done"]
+        rates = forecast.measure_rates(writers[0].job.plan.base, monitor) if pending else None
+        forecasts, runs = [], []
         for writer, state in zip(writers, states, strict=True):
-            forecast, out = None, writer.output
+            needs, out, matrices = None, writer.output, len(writer.job.plan.targets)
             if state != "done":
-                todo.append(writer)
-                forecast = on_workers(forecast_output(writer, resident, rates), workers, resident)
-            forecasts.append(forecast)
-            matrices = len(writer.job.plan.targets)
-            found.append(dry_run(self.command, out.path, state, matrices, len(out.files), out.total_bytes, forecast))
-        return dry_runs(adapters, Path(self.output), found, together(forecasts, shared_by_merges(todo)))
+                needs = forecast.on_workers(forecast.forecast_output(writer, resident, rates), workers, resident)
+            forecasts.append(needs)
+            runs.append(dry_run(self.command, out.path, state, matrices, len(out.files), out.total_bytes, needs))
+        shared_bytes = forecast.shared_by_merges(pending)
+        return dry_runs(adapters, Path(self.output), runs, forecast.together(forecasts, shared_bytes))
 
     def _opened(
         self, monitor: Monitor, workers: Workers | None = None, peek: bool = False
     ) -> tuple[One | Several, list[Writer], Run]:
         base, adapters = found_inputs(self.located(monitor, peek), self.base, self.adapter)
-        run, given = self.make_run(monitor, workers), load_given(self.findings, adapters)
+        run, given = self.make_run(monitor, workers), write.load_given(self.findings, adapters)
         detection, form = detection_options(self, self.memory, given[0]), self.form
         output = Path(self.output)
-        writers = prepare_outputs(base, adapters, output, given, self.chosen, detection, form, run)
+        writers = write.prepare_outputs(base, adapters, output, given, self.chosen, detection, form, run)
         if workers is not None and workers.processes is not None and detection.max_memory is not None:
-            limited = replace(detection, max_memory=shared_memory(writers, workers))
-            writers = prepare_outputs(base, adapters, output, given, self.chosen, limited, form, run)
+            limited = replace(detection, max_memory=write.shared_memory(writers, workers))
+            writers = write.prepare_outputs(base, adapters, output, given, self.chosen, limited, form, run)
         return adapters, writers, run
 
 
@@ -338,8 +321,8 @@ def iter_merged(
         run = request.make_run(monitor)
     remote = request.located(monitor)
     base, only = remote.path(base), One(Path(remote.path(adapter)))
-    given = load_given(request.findings, only)
+    given = write.load_given(request.findings, only)
     detection, form = detection_options(request, request.memory, given[0]), request.form
-    (job,) = open_jobs(base, only, given, request.chosen, detection, form, run)
+    (job,) = write.open_jobs(base, only, given, request.chosen, detection, form, run)
     monitor.warn(job.plan.warnings)
     return merged_tensors(job, monitor)

@@ -16,32 +16,10 @@ from torch import Tensor
 
 from streamer import __version__
 from streamer.errors import FormatError, MismatchError, UsageError
-from streamer.storage.atomic_file import (
-    Buffer,
-    BufferRing,
-    Piece,
-    Shard,
-    ShardPlan,
-    gather,
-    index_bytes,
-    partial_name,
-    plan_shard,
-    remove_partials,
-    write_shard,
-)
+from streamer.storage import atomic_file, transaction
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, open_checkpoint, shard_names
 from streamer.storage.files import locked, make_directory
 from streamer.storage.header import TensorInfo, layout, tensor_nbytes
-from streamer.storage.transaction import (
-    OutputPlan,
-    check_name,
-    check_output_path,
-    check_replaced,
-    inspect_output,
-    lock_of,
-    locked_outputs,
-    refuse_within_output,
-)
 from streamer.weights.base import SPELLINGS, as_bytes, as_tensor, in_memory
 
 PIECE_BYTES = 4 << 20
@@ -53,7 +31,7 @@ Given = Iterator[tuple[str, Any]]
 def write_safetensors(
     path: str | Path,
     entries: Iterable[tuple[str, object, Sequence[int]]],
-    tensors: Iterable[tuple[str, Tensor | np.ndarray[Any, Any] | Buffer]],
+    tensors: Iterable[tuple[str, Tensor | np.ndarray[Any, Any] | atomic_file.Buffer]],
     *,
     metadata: Mapping[str, str] | None = None,
     max_shard_bytes: int = 5_000_000_000,
@@ -87,7 +65,7 @@ def write_safetensors(
         `UsageError` for an invalid argument, or an invalid or repeated entry; `MismatchError` for a tensor that is missing, is one too
         many, or differs from its entry; `OutputExistsError` for an output that is not replaced; `StorageError` if the disk refuses.
     """
-    path, given, ring = Path(path), map(_pair, tensors), BufferRing(PIECE_BYTES)
+    path, given, ring = Path(path), map(_pair, tensors), atomic_file.BufferRing(PIECE_BYTES)
     texts: Any = {} if metadata is None else metadata
     if not isinstance(texts, Mapping) or not all(isinstance(text, str) for item in texts.items() for text in item):
         raise UsageError(f"metadata: expected strings by name, found {texts}")
@@ -95,31 +73,31 @@ def write_safetensors(
         raise UsageError(f"max_shard_bytes: expected 1 or more, found {max_shard_bytes}")
     if path.suffix == ".safetensors":
         (plan,) = _planned(entries, texts, math.inf)
-        check_output_path(path.parent, (), path)
-        refuse_within_output(path)
-        check_name(path, partial_name(path.name))
+        transaction.check_output_path(path.parent, (), path)
+        transaction.refuse_within_output(path)
+        transaction.check_name(path, atomic_file.partial_name(path.name))
         make_directory(path.parent)
-        with locked(lock_of(path), path):
-            check_replaced(path, overwrite, Path.is_file, "a file")
-            remove_partials(path.parent, {path.name})
-            write_shard(path.parent, replace(plan, name=path.name), _shard(plan, given, ring, is_last=True))
+        with locked(transaction.lock_of(path), path):
+            transaction.check_replaced(path, overwrite, Path.is_file, "a file")
+            atomic_file.remove_partials(path.parent, {path.name})
+            atomic_file.write_shard(path.parent, replace(plan, name=path.name), _shard(plan, given, ring, is_last=True))
         return
     plans = _planned(entries, texts, max_shard_bytes)
     files, other = {plan.name: plan.nbytes for plan in plans}, INDEX_NAME
-    index = index_bytes(
+    index = atomic_file.index_bytes(
         {"weight_map": {info.name: plan.name for plan in plans for info in plan.header.tensors}},
         sum(plan.header.data_bytes for plan in plans),
     )
     if len(plans) > 1:
         files[INDEX_NAME], other = len(index), SINGLE_NAME
     # One digest for all: no run is ever taken up, as nothing is known of the tensors to come.
-    output = OutputPlan(path, tuple(files.items()), "tensors", {}, (), (other,), version=__version__)
-    inspect_output(output, overwrite, resume=False)
-    with locked_outputs([output], overwrite, resume=False) as (begun,), contextlib.ExitStack() as undo:
-        undo.callback(remove_partials, path, {SINGLE_NAME})
+    output = transaction.OutputPlan(path, tuple(files.items()), "tensors", {}, (), (other,), version=__version__)
+    transaction.inspect_output(output, overwrite, resume=False)
+    with transaction.locked_outputs([output], overwrite, resume=False) as (begun,), contextlib.ExitStack() as undo:
+        undo.callback(atomic_file.remove_partials, path, {SINGLE_NAME})
         # All partial files have one name, so that a run with another number of shards also finds and removes them.
         written = [
-            write_shard(
+            atomic_file.write_shard(
                 path, replace(plan, name=SINGLE_NAME), _shard(plan, given, ring, plan is plans[-1]), renames=False
             )
             for plan in plans
@@ -160,14 +138,14 @@ def _read(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     for file in checkpoint.files.values():
         with file.read_through(by_several=False):
             for info in file.header.tensors:
-                data = gather(file.chunks(info), info.nbytes)
+                data = atomic_file.gather(file.chunks(info), info.nbytes)
                 file.check_unchanged()
                 yield info.name, as_tensor(data, *in_memory(info))
 
 
 def _planned(
     entries: Iterable[tuple[str, object, Sequence[int]]], metadata: Mapping[str, str], limit: float
-) -> list[ShardPlan]:
+) -> list[atomic_file.ShardPlan]:
     """Plan the files of a directory, which hold up to `limit` bytes of tensors each."""
     checked = [*map(_checked, entries)]
     try:
@@ -180,7 +158,7 @@ def _planned(
             groups.append([])
         groups[-1].append(info)
     return [
-        plan_shard(name, [(i.name, i.dtype, i.shape) for i in group], dict(metadata))
+        atomic_file.plan_shard(name, [(i.name, i.dtype, i.shape) for i in group], dict(metadata))
         for name, group in zip(shard_names(len(groups)), groups, strict=True)
     ]
 
@@ -213,14 +191,14 @@ def _pair(item: Any) -> tuple[str, Any]:
     return item[0], item[1]
 
 
-def _shard(plan: ShardPlan, given: Given, ring: BufferRing, is_last: bool) -> Shard:
+def _shard(plan: atomic_file.ShardPlan, given: Given, ring: atomic_file.BufferRing, is_last: bool) -> atomic_file.Shard:
     for info in plan.header.tensors:
         yield info, _pieces(info, given, ring)
     if is_last and (more := next(given, None)) is not None:
         raise MismatchError(f"tensor {more[0]!r}: has no entry; give each tensor an entry, in the same order")
 
 
-def _pieces(info: TensorInfo, given: Given, ring: BufferRing) -> Iterator[Piece]:
+def _pieces(info: TensorInfo, given: Given, ring: atomic_file.BufferRing) -> Iterator[atomic_file.Piece]:
     """Take the next tensor, check it, and copy it piece by piece: its owner may change it while the last pieces are being written."""
     name, tensor = next(given, ("no more tensors", None))
     if name != info.name:

@@ -36,19 +36,9 @@ from streamer.linalg.operators import Dense, Matrix, RowBlocks, all_finite
 from streamer.linalg.torch_state import CPU, thread_count, threads
 from streamer.plan.plan import AdapterBatch, MemoryEstimate, Plan, check_budget, factor_bytes, resident_bytes
 from streamer.plan.targets import Target
+from streamer.storage import transaction
 from streamer.storage.atomic_file import Buffer, partials_of, write_sealed
 from streamer.storage.header import Header, TensorInfo, layout, parse_header
-from streamer.storage.transaction import (
-    ResumableFile,
-    allocated_bytes,
-    check_file_path,
-    check_space,
-    holds,
-    is_taken,
-    journal_of,
-    left,
-    not_own,
-)
 from streamer.units import counted
 from streamer.weights.base import Weight, as_bytes
 from streamer.workers import Inputs, Task, Workers
@@ -357,7 +347,7 @@ class FindingsWriter:
     path: Path
     head: Findings
     finished: Findings | None
-    file: ResumableFile
+    file: transaction.ResumableFile
     resumed: bool = False
     threads: int = 0
 
@@ -499,7 +489,7 @@ def detect_to_files(batch: AdapterBatch, paths: Sequence[Path], options: Detecti
     todo = [writer for writer in writers if writer.finished is None]
     for writer in writers:
         if writer.finished is not None:
-            left(writer.path, monitor)
+            transaction.left(writer.path, monitor)
     with contextlib.ExitStack() as stack:
         for writer in todo:
             stack.enter_context(writer.begun())
@@ -545,16 +535,16 @@ def plan_findings(batch: AdapterBatch, paths: Sequence[Path], options: Detection
         # The last bits depend on the number of threads; without any matrix, a resumed run chooses it.
         start = {"plan": made_from, "version": __version__, "stamps": plan.detection_stamps(),
                  "threads": torch.get_num_threads()}  # fmt: skip
-        file = ResumableFile(path, start, run.resume, run.overwrite, records=1)
+        file = transaction.ResumableFile(path, start, run.resume, run.overwrite, records=1)
         writers.append(FindingsWriter(plan, path, head, finished, file))
         if finished is None:
             plan.refuse_overwriting([path])
             # Files of an interrupted run: usable ones are reused, and the others are removed first.
-            journal = journal_of(path)
+            journal = transaction.journal_of(path)
             partials = partials_of(path.parent, {path.name, journal.name}) if path.parent.is_dir() else ()
-            needed += 2 * findings_bytes(plan, options) - sum(map(allocated_bytes, (journal, *partials)))
+            needed += 2 * findings_bytes(plan, options) - sum(map(transaction.allocated_bytes, (journal, *partials)))
     if todo := [writer.path for writer in writers if writer.finished is None]:
-        check_space(todo[0].parent if len(todo) > 1 else todo[0], needed, at_most=True)
+        transaction.check_space(todo[0].parent if len(todo) > 1 else todo[0], needed, at_most=True)
     return writers
 
 
@@ -566,22 +556,22 @@ def _finished(plan: Plan, path: Path, made_from: str, overwrite: bool) -> Findin
     OutputError
         If another file exists at the path, or it cannot be written.
     """
-    check_file_path(path, FILE_NAME, journal_of(path).name)
+    transaction.check_file_path(path, FILE_NAME, transaction.journal_of(path).name)
     if path.suffix != ".safetensors":
         raise UsageError(f"{path}: expected a name that ends in .safetensors, such as {path}.safetensors")
     for source in plan.inputs:
         if source.resolve() in (path.resolve(), *path.resolve().parents):
             raise OutputError(f"{path}: lies inside the input {source}; choose an output outside it")
-    if not is_taken(path):
+    if not transaction.is_taken(path):
         return None
     if not findings_module.is_findings_file(path):
-        raise not_own(path, "findings")
+        raise transaction.not_own(path, "findings")
     if overwrite:
         return None
     try:
         findings = load_findings(path)
     except FormatError as e:
-        raise holds(path, "findings that cannot be read") from e
+        raise transaction.holds(path, "findings that cannot be read") from e
     if findings.made_from() != made_from:
-        raise holds(path, "findings of other inputs or options")
+        raise transaction.holds(path, "findings of other inputs or options")
     return findings
