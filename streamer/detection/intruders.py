@@ -20,7 +20,7 @@ from streamer.detection.options import RANKS, DetectionOptions, PerDirection
 from streamer.detection.solvers import SOLVERS, chosen_solver
 from streamer.errors import NumericError
 from streamer.json_types import Amount, Count, Keywords, Selection, Share
-from streamer.linalg.operators import Delta, Matrix, all_finite
+from streamer.linalg.operators import Delta, LowRank, Matrix, all_finite
 from streamer.linalg.svd import DEGENERATE
 from streamer.linalg.torch_state import CPU, full_float32
 
@@ -175,7 +175,9 @@ def decide(W0: Matrix, delta: Delta, options: DetectionOptions, rank: int | None
     U, S, Vh = triplets.U[:, index].cpu(), triplets.S[index].cpu(), triplets.Vh[index].cpu()
     delta = delta.to(W0.like.dtype, CPU)
     share = delta.projected_norm(U) / norm if norm > 0 and len(chosen) else 0.0
-    dropped = delta.removal_error(U, S, Vh, rank) if len(chosen) else 0.0
+    dropped = 0.0
+    if len(chosen) and isinstance(delta, LowRank):
+        dropped = delta.precise().plus_triplets(U, S, Vh, -1).truncated(rank or delta.rank)[1]
     certified = bool(on_one_side.all()) and len(degenerate) == 0
     detection = Detection(
         singular_values=tuple(triplets.S.double().tolist()), similarity=tuple(result.similarity.tolist()),

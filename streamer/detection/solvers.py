@@ -78,8 +78,8 @@ def working_bytes(shape: tuple[int, int], k: int, rank: int | None, itemsize: in
         bases = (m + n + max(m, n)) * columns * itemsize  # including the copy of a basis that grows
         return bases + BOUNDS_BYTES + 8 * columns**2 * 8 + proof + factors
 
-    whole = matrix + certified(True)
-    ways = {Way.DENSE: max(dense, whole), Way.WHOLE: whole}
+    whole_bytes = matrix + certified(True)
+    ways = {Way.DENSE: max(dense, whole_bytes), Way.WHOLE: whole_bytes}
     return ways if rank is None else ways | {Way.BLOCKS: 3 * min(matrix, BLOCK_BYTES) + certified(False)}
 
 

@@ -91,13 +91,13 @@ def _energies(delta: Delta, spectrum: Spectrum) -> tuple[Tensor, float]:
     if isinstance(delta, LowRank):
         core, right = torch.linalg.qr(delta.L.double())[1], delta.R.double()
         known = core @ (right.T if V is None else right.T @ V)
-        whole = torch.linalg.matrix_norm(core @ right.T)
+        norm = torch.linalg.matrix_norm(core @ right.T)
     else:
         assert isinstance(delta, Dense)
         known = delta.dense() if V is None else delta.matmat(V.to(delta.like)).double()
-        whole = torch.tensor(delta.norm())
+        norm = torch.tensor(delta.norm())
     squares = torch.linalg.vector_norm(known, dim=0, dtype=torch.float64) ** 2
-    return squares * spectrum.values, spectrum.rest * max(0.0, float(whole**2 - squares.sum()))
+    return squares * spectrum.values, spectrum.rest * max(0.0, float(norm**2 - squares.sum()))
 
 
 def _gains(spectrum: Spectrum, weight: float) -> tuple[Tensor, float]:
@@ -111,14 +111,14 @@ def _weight(spectrum: Spectrum, energies: Tensor, rest: float, share: float) -> 
     """Find the ν at which `share` of the energy remains; infinity for share 0."""
     if share == 0:
         return math.inf
-    whole = float(energies.sum()) + rest
+    total = float(energies.sum()) + rest
     middle = -math.log(max(float(spectrum.values.max()), spectrum.rest))
     low, high = middle - RANGE, middle + RANGE
     for _ in range(HALVINGS):
         weight = (low + high) / 2
         gains, of_rest = _gains(spectrum, math.exp(weight))
         left = float((energies * gains**2).sum()) + rest * of_rest**2
-        low, high = (weight, high) if left > share * whole else (low, weight)
+        low, high = (weight, high) if left > share * total else (low, weight)
     return math.exp(low)
 
 
@@ -216,9 +216,9 @@ class System:
     ) -> None:
         n, traces = task[0].shape[1], list[float]()
         self.parts: list[tuple[Tensor, float]] = []
-        for own, scale in ((task, tokens[0] ** -0.5), (general, (weight / tokens[1]) ** 0.5)):
-            self.parts += [(rows, scale) for x in own for rows in torch.split(x, ROWS)]
-            norms = (float(torch.linalg.vector_norm(x, dtype=torch.float64)) for x in own)
+        for inputs, scale in ((task, tokens[0] ** -0.5), (general, (weight / tokens[1]) ** 0.5)):
+            self.parts += [(rows, scale) for x in inputs for rows in torch.split(x, ROWS)]
+            norms = (float(torch.linalg.vector_norm(x, dtype=torch.float64)) for x in inputs)
             traces.append(sum((scale * norm) ** 2 for norm in norms))
         self.s = RIDGE * traces[0] / n
         self.shift = self.s + GENERAL_RIDGE * traces[1] / n
@@ -319,20 +319,20 @@ class TextInputs:
 
     def cross(self, P: Tensor, D: Tensor | None = None) -> Tensor | float:
         """Compute ``E[x' ((x − x')ᵀP + xᵀD)]`` (n, k); 0 if x is x' and D is None."""
-        found: Tensor | float = 0.0
+        total: Tensor | float = 0.0
         for x, y in zip(self.before, self.now, strict=True):
             terms = ([] if D is None else [x @ D.float()]) + ([] if x is y else [(x - y) @ P.float()])
             if terms:
-                found = found + (y.T @ sum(terms)).double() / self.tokens
-        return found
+                total = total + (y.T @ sum(terms)).double() / self.tokens
+        return total
 
 
 def refit(delta: Refit, task: TextInputs, general: TextInputs, weight: float, system: System) -> Tensor | None:
     """Compute R' (n, r) in float64; None if the system cannot be solved."""
-    found = system.solve(task.cross(delta.P, delta.D) + system.s * delta.D + weight * general.cross(delta.P))
-    if found is None:
+    solution = system.solve(task.cross(delta.P, delta.D) + system.s * delta.D + weight * general.cross(delta.P))
+    if solution is None:
         return None
-    change: Tensor = (found - delta.D).to(delta.T.device) @ torch.linalg.pinv(delta.T).T
+    change: Tensor = (solution - delta.D).to(delta.T.device) @ torch.linalg.pinv(delta.T).T
     return delta.R.double() + change
 
 

@@ -127,10 +127,6 @@ class LowRank:
         U, S, Vh = (t.to(self.L) for t in (U, S, Vh))
         return self + LowRank(factor * U * S, Vh.T)
 
-    def removal_error(self, U: Tensor, S: Tensor, Vh: Tensor, rank: int | None) -> float:
-        """Compute the relative norm lost when ``L Rᵀ − U diag(S) Vh`` is truncated to `rank` (default r)."""
-        return self.precise().plus_triplets(U, S, Vh, -1).truncated(rank or self.rank)[1]
-
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
         """Decompose ``L Rᵀ = U diag(S) Vh`` in float64: U (m, p), S (p,), Vh (p, n), p = min(r, m, n).
 
@@ -178,8 +174,8 @@ def _has_fast_onednn() -> bool:
 
     They are used only from torch 2.9 on; older versions were not measured.
     """
-    asked = hasattr(torch.backends, "fp32_precision") and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return asked and torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    has_setting = hasattr(torch.backends, "fp32_precision") and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return has_setting and torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @functools.cache
@@ -333,10 +329,6 @@ class Dense:
         matrix = self.dense()
         U, S, Vh = (t.to(matrix) for t in (U, S, Vh))
         return Dense(torch.addmm(matrix, U * S, Vh, alpha=factor))
-
-    def removal_error(self, U: Tensor, S: Tensor, Vh: Tensor, rank: int | None) -> float:
-        """Return 0: a dense delta is not truncated to a rank, so nothing is lost."""
-        return 0.0
 
     def nearest(self, rank: int, leading: Leading) -> LowRank:
         """Find the nearest matrix of that rank in float64, from the triplets that `leading` finds."""

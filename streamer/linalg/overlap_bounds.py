@@ -104,7 +104,7 @@ def christoffel_bound(sigma: Tensor, ritz: RitzBasis, w: Tensor, phi: float) -> 
     once = CHRISTOFFEL_BYTES // (8 * (4 * p + 2 * b * b + 2 * k * b + (p * max(b, k) if b > NARROW else 0)))
     tau = window(ritz, phi)
     tables = (_products(g, g), _products(w, g)) if 0 < b <= NARROW else None
-    parts = [_christoffel(some, ritz.S, g, w, phi, tau, tables) for some in torch.split(sigma, max(1, once))]
+    parts = [_christoffel(part, ritz.S, g, w, phi, tau, tables) for part in torch.split(sigma, max(1, once))]
     return torch.cat(parts) if parts else w.new_zeros((0, k))
 
 
@@ -341,7 +341,10 @@ class OverlapProcess:
         coefficients = torch.zeros((gk.P.shape[1], k), dtype=torch.float64)
         coefficients[: gk.start_coefficients.shape[0]] = gk.start_coefficients[:, :k]
         w = ritz.Y.T @ coefficients
-        return ritz, w, self._left_overlaps(ritz) if self.tall else w.abs()
+        if not self.tall:
+            return ritz, w, w.abs()
+        overlap, p = ritz.X.T @ (gk.Q.T @ self._U).double().cpu(), len(ritz.S)
+        return ritz, w, torch.nn.functional.pad(overlap, (0, 0, 0, max(0, p - len(overlap))))[:p].abs()
 
     @property
     def _phi(self) -> float:
@@ -361,11 +364,6 @@ class OverlapProcess:
             self.cutoff = 0.0
         else:
             self.hopeless = True
-
-    def _left_overlaps(self, ritz: RitzBasis) -> Tensor:
-        overlap = ritz.X.T @ (self.process.Q.T @ self._U).double().cpu()
-        p = len(ritz.S)
-        return torch.nn.functional.pad(overlap, (0, 0, 0, max(0, p - len(overlap))))[:p].abs()
 
     def _low(self, ritz: RitzBasis, overlap: Tensor, phi: float) -> Tensor:
         S = ritz.S
@@ -426,8 +424,8 @@ def singular_values_exceed(rows: Iterable[Tensor], shape: tuple[int, int], floor
     m, n = shape
     gram: Tensor | None = None
     done, tried = 0, False
-    for some in rows:
-        for block in map(Tensor.double, torch.split(some, 1024)):
+    for piece in rows:
+        for block in map(Tensor.double, torch.split(piece, 1024)):
             if gram is None:
                 gram = block.new_zeros((n, n))
                 gram.diagonal().sub_(floor**2)

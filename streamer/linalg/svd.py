@@ -308,8 +308,8 @@ def krylov_triplets(
         ritz = process.ritz()
         good = process.exhausted or _converged(ritz, k, (m, n), ANGLES[process.steps > 16], torch.finfo(like.dtype).eps)
         if good or ended:
-            found = _leading(process, ritz, k, W, generator)
-            return KrylovTriplets(found, good and min(process.B.shape) >= k, process.steps, process.products + 2 * k)
+            triplets = _leading(process, ritz, k, W, generator)
+            return KrylovTriplets(triplets, good and min(process.B.shape) >= k, process.steps, process.products + 2 * k)
         if full:
             process.restart(max(k + width, max_basis // 3))
 
@@ -336,13 +336,13 @@ def _converged(ritz: RitzBasis, k: int, shape: tuple[int, int], angle: float, ep
 def _leading(process: GolubKahan, ritz: RitzBasis, k: int, W: Operator, generator: torch.Generator) -> Triplets:
     """Form the k leading Ritz triplets; fill up missing ones with σ = 0, arbitrary orthonormal vectors and gap 0."""
     missing = max(0, k - min(process.B.shape))
-    found = k - missing
-    left, right = process.Q @ ritz.X[:, :found].to(process.Q), process.P @ ritz.Y[:, :found].to(process.P)
+    count = k - missing
+    left, right = process.Q @ ritz.X[:, :count].to(process.Q), process.P @ ritz.Y[:, :count].to(process.P)
     left, right = (_completed(basis, missing, generator) for basis in (left, right))
     U, V = (left, right) if process.op is W else (right, left)
     pad = (0, missing)
-    S = torch.nn.functional.pad(ritz.S[:found], pad).to(U)
-    gaps = torch.nn.functional.pad(_gaps(ritz, found, W.shape), pad)
+    S = torch.nn.functional.pad(ritz.S[:count], pad).to(U)
+    gaps = torch.nn.functional.pad(_gaps(ritz, count, W.shape), pad)
     return Triplets(U, S, V.T.contiguous(), residuals(W, U, S, V.T), gaps)
 
 
@@ -350,10 +350,10 @@ def _completed(basis: Tensor, missing: int, generator: torch.Generator) -> Tenso
     """Append `missing` orthonormal columns to a basis."""
     if not missing:
         return basis
-    more = torch.randn(len(basis), missing, generator=generator, dtype=torch.float32).to(basis)
+    columns = torch.randn(len(basis), missing, generator=generator, dtype=torch.float32).to(basis)
     for _ in range(2):
-        more = torch.linalg.qr(more - basis @ (basis.T @ more)).Q
-    return torch.cat([basis, more], 1)
+        columns = torch.linalg.qr(columns - basis @ (basis.T @ columns)).Q
+    return torch.cat([basis, columns], 1)
 
 
 def residuals(W: Operator, U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
