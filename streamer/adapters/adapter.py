@@ -1,14 +1,12 @@
-"""Open an adapter, PEFT's directory or a pipeline's one file, and assign every tensor a role, or refuse it.
+"""Open an adapter, PEFT's directory or a pipeline's one file with diffusers' or kohya's names; assign every tensor a role, or refuse it.
 
-A new kind of tensor is a new entry of `ROLES`; the first match wins.
+A new kind of tensor in PEFT's form is a new entry of `ROLES`; the first match wins.
 
 ``base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight`` → factor A of ``model.layers.0.self_attn.q_proj``;
 ``base_model.model.score.modules_to_save.default.weight``, also without ``default`` → ``weight`` of ``score``, saved whole;
 ``base_model.model.lm_head.base_layer.weight`` → ``weight`` of ``lm_head``, saved whole, with a delta added to it.
 
-Open an adapter, PEFT's directory or a pipeline's one file with diffusers' or kohya's names; assign every tensor, or refuse it.
-
-The latter are one safetensors file without a config beside it. diffusers names a module by its component and its path in it, with the
+A pipeline's adapter is one safetensors file without a config. diffusers names a module by its component and its path in it, with the
 factors ``lora_A`` and ``lora_B``; kohya joins both with underscores and calls the factors ``lora_down`` and ``lora_up``:
 ``unet.down_blocks.0.attentions.0.proj_in`` is ``lora_unet_down_blocks_0_attentions_0_proj_in``. Which tensor of the base a name means is
 decided in `plan.name_matching`.
@@ -28,7 +26,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from streamer.adapters import adapter_config as rules
 from streamer.adapters.adapter_config import AdapterConfig, Stated
@@ -36,7 +34,7 @@ from streamer.adapters.modules import METHODS, LoraModule, MethodModule, Module,
 from streamer.errors import FormatError, InputError, MismatchError, UnsupportedError
 from streamer.storage.atomic_file import views
 from streamer.storage.checkpoint import IOMode, TensorFile, read_json_object
-from streamer.storage.files import AdapterIdentity, StatedIdentity, absent, strict_json
+from streamer.storage.files import AdapterIdentity, StatedIdentity, absent, lacks, strict_json
 from streamer.storage.header import TensorInfo
 from streamer.units import listed
 from streamer.weights.base import FLOATS, StoredTensor, equal, float_dtype
@@ -134,22 +132,25 @@ class Carried:
         return f"{self.module}.{self.parameter}" if self.module else self.parameter
 
 
-def carried_tensor(
-    role: str, match: re.Match[str], source: str, modules: Mapping[str, Module], file: Path, config: AdapterConfig
-) -> Carried:
+class TensorRole(NamedTuple):
+    """A tensor's name in the file, the role that the name gives it, and the match of the role's pattern."""
+
+    source: str
+    role: str
+    match: re.Match[str]
+
+
+def carried_tensor(tensor: TensorRole, modules: Mapping[str, Module], file: Path, config: AdapterConfig) -> Carried:
     """Find the module and parameter that a tensor other than a factor changes.
 
     Parameters
     ----------
-    role, match
-        Role and match of the rule for its name.
-    source
-        Its name in the file.
     modules
         Modules that have factors.
     file
         Path of the weights, for messages.
     """
+    source, role, match = tensor
     groups = match.groupdict()
     module = groups.get("module") or source
     if role == "lora_bias":
@@ -371,7 +372,13 @@ def open_adapter(path: str | Path, io: IOMode = "mmap", stated: Stated = rules.N
         raise InputError(f"{path}: expected {expected}; found another file")
     if not path.is_dir():
         raise absent(path, "adapter")
-    config = rules.read_adapter_config(path, stated)
+    for name in (rules.CONFIG_NAME, rules.WEIGHTS_NAME):
+        if not (path / name).exists():
+            advice = (
+                "name an adapter in PEFT's form, in the order BASE ADAPTER; save one with a pickle again as safetensors"
+            )
+            raise lacks(path, name, advice)
+    config = AdapterConfig(read_json_object(path / rules.CONFIG_NAME), path / rules.CONFIG_NAME, stated)
     rules.refuse_kinds(config)
     return sorted_adapter(path, config, TensorFile(path / rules.WEIGHTS_NAME, io))
 
@@ -385,15 +392,15 @@ def sorted_adapter(path: Path, config: AdapterConfig, file: TensorFile) -> PeftA
         The adapter's tensors, under the names that PEFT saves.
     """
     method = METHODS.get(str(config.peft_type))
-    factors_of, rest = _sort(file, method)
+    factors_of, others = _sort(file, method)
 
     def is_matrix(parameter: str, a: str) -> bool:
         return file.header.by_name[a].shape[:1] == (config.number("rank_pattern", "r", parameter),)
 
     wrapped, wrong = ([], []) if method else rules.find_wrapped(factors_of, config, is_matrix)
     if wrong:
-        what = listed(wrong, separator="; ")
-        raise FormatError(f"{file.path}: {what}; config and weights belong to different adapters")
+        problems = listed(wrong, separator="; ")
+        raise FormatError(f"{file.path}: {problems}; config and weights belong to different adapters")
     inner = {name for w in wrapped for name in w.layers}
     modules: dict[str, Module] = {}
     for name, tensors in ((name, tensors) for name, tensors in factors_of.items() if name not in inner):
@@ -408,37 +415,35 @@ def sorted_adapter(path: Path, config: AdapterConfig, file: TensorFile) -> PeftA
             modules[name] = MethodModule(name, method, config, dict(tensors), shapes, rank, scaling)
     if not modules and not wrapped:
         rules.refuse_other_formats(file.path)
-        what = "lora_A and lora_B" if method is None else method.title
-        raise InputError(f"{file.path}: expected {what} tensors, found none; is this the adapter?")
+        expected = "lora_A and lora_B" if method is None else method.title
+        raise InputError(f"{file.path}: expected {expected} tensors, found none; is this the adapter?")
     stored = {info.name: StoredTensor(file, info) for info in file.header.tensors}
-    kept: dict[tuple[str, str], Carried] = {}
-    for role, match, source in rest:
-        c = carried_tensor(role, match, source, modules, file.path, config)
-        other = kept.get((c.role, c.name), c)
+    effects: dict[tuple[str, str], Carried] = {}
+    for tensor in others:
+        effect = carried_tensor(tensor, modules, file.path, config)
+        other = effects.get((effect.role, effect.name), effect)
         # Copies that PEFT writes beside a saved module: tensors ending in ``bias``, and those below a resized embedding. PEFT looks for
         # ``score.bias``, not ``score.modules_to_save.bias``.
-        if other is not c and not equal(stored[other.source], stored[c.source]):
-            both = f"tensors {other.source!r} and {c.source!r} both change {c.name!r}"
-            raise FormatError(f"{file.path}: {both}; save one adapter at a time")
-        kept[c.role, c.name] = min(other, c, key=lambda one: len(one.source))
+        if other is not effect and not equal(stored[other.source], stored[effect.source]):
+            sources = f"tensors {other.source!r} and {effect.source!r}"
+            raise FormatError(f"{file.path}: {sources} both change {effect.name!r}; save one adapter at a time")
+        effects[effect.role, effect.name] = min(other, effect, key=lambda carried: len(carried.source))
     # PEFT saves the trained tokens of a tied head, too, but states the rows of one of the two.
-    stating = [c for c in kept.values() if c.role == "tokens" and c.indices]
-    for key, c in kept.items():
-        if c.role == "tokens" and not c.indices:
-            twin = next((one for one in stating if equal(stored[one.source], stored[c.source])), None)
+    stating = [effect for effect in effects.values() if effect.role == "tokens" and effect.indices]
+    for key, effect in effects.items():
+        if effect.role == "tokens" and not effect.indices:
+            twin = next((other for other in stating if equal(stored[other.source], stored[effect.source])), None)
             if twin is None:
-                raise no_indices(config, c.module, None)
-            kept[key] = replace(c, indices=twin.indices)
-    return PeftAdapter(path, config, (file,), modules, tuple(kept.values()), tuple(wrapped))
+                raise no_indices(config, effect.module, None)
+            effects[key] = replace(effect, indices=twin.indices)
+    return PeftAdapter(path, config, (file,), modules, tuple(effects.values()), tuple(wrapped))
 
 
-def _sort(
-    file: TensorFile, method: PeftMethod | None
-) -> tuple[dict[str, dict[str, str]], list[tuple[str, re.Match[str], str]]]:
-    """Sort every tensor by role: module → role → tensor, and (role, match, tensor) for carried tensors."""
+def _sort(file: TensorFile, method: PeftMethod | None) -> tuple[dict[str, dict[str, str]], list[TensorRole]]:
+    """Sort every tensor by role: module → factor → tensor, and the tensors other than factors."""
     factors_of: dict[str, dict[str, str]] = {}
     shared: dict[str, str] = {}
-    rest: list[tuple[str, re.Match[str], str]] = []
+    others: list[TensorRole] = []
     refused: list[str] = []
     of_method = method and re.compile(rf"^(?P<module>.+)\.(?P<factor>{method.roles})(?:\.[^.]+)?(?:\.weight)?$")
     names = {normalize(name) for name in file.header.by_name}
@@ -458,7 +463,7 @@ def _sort(
                 refused.append(info.name)
                 continue
             if role not in FACTORS:
-                rest.append((role, match, info.name))
+                others.append(TensorRole(info.name, role, match))
                 continue
             factor = "magnitude" if role == "magnitude" else match["factor"]
         factors = factors_of.setdefault(match["module"], {})
@@ -472,7 +477,7 @@ def _sort(
         raise UnsupportedError(f"{file.path}: refused: {what}; {rules.INSTEAD}")
     if method is None:
         _check_pairs(file, factors_of)
-    return {name: {**factors, **shared} for name, factors in factors_of.items()}, rest
+    return {name: {**factors, **shared} for name, factors in factors_of.items()}, others
 
 
 def _check_pairs(file: TensorFile, factors_of: Mapping[str, Mapping[str, str]]) -> None:
@@ -488,9 +493,9 @@ def lora_module(name: str, factors: Mapping[str, TensorInfo], where: Path, confi
     roles, dimensions = {classify(normalize(info.name))[0] for info in (a, b)}, len(a.shape)
     layer_kind = "embedding" if roles == {"embedding"} else "convolution" if dimensions > 2 else "linear"
     most = 2 if layer_kind == "embedding" else 5
-    alike = len(roles) == 1 and len(b.shape) == dimensions and 2 <= dimensions <= most
-    alike &= b.shape[1:2] == a.shape[:1] and math.prod(b.shape[2:]) == 1 and 0 not in (*a.shape, *b.shape)
-    if not alike or (magnitude is not None and math.prod(magnitude.shape) != b.shape[0]):
+    is_product = len(roles) == 1 and len(b.shape) == dimensions and 2 <= dimensions <= most
+    is_product &= b.shape[1:2] == a.shape[:1] and math.prod(b.shape[2:]) == 1 and 0 not in (*a.shape, *b.shape)
+    if not is_product or (magnitude is not None and math.prod(magnitude.shape) != b.shape[0]):
         shapes = f"lora_B {list(b.shape)} and lora_A {list(a.shape)}"
         shapes += f" with magnitudes {list(magnitude.shape)}" if magnitude else ""
         what = "do not multiply to the delta of a layer (of one group, if it is a convolution)"
@@ -501,9 +506,9 @@ def lora_module(name: str, factors: Mapping[str, TensorInfo], where: Path, confi
     scaling = config.lora_scaling(f"{name}.weight" if "weight" in named else name, rank)
     shape = (b.shape[0], math.prod(a.shape[1:]))
     if (magnitude is not None) != bool(config.get("use_dora")):
-        found = "has magnitudes" if magnitude else "has none"
+        state = "has magnitudes" if magnitude else "has none"
         raise MismatchError(
-            f"{config.path}: module {name!r}: use_dora is {config.get('use_dora')!r}, but the module {found}; use the config that was "
+            f"{config.path}: module {name!r}: use_dora is {config.get('use_dora')!r}, but the module {state}; use the config that was "
             f"saved with these weights, or, if the config is wrong, set use_dora to {str(magnitude is not None).lower()}"
         )
     lengths = magnitude.name if magnitude else ""
@@ -551,29 +556,29 @@ def _weights_file(path: Path) -> Path | None:
         return None
     if (path / rules.LORA_NAME).exists():
         return path / rules.LORA_NAME
-    found = list(path.glob("*.safetensors"))
-    return found[0] if len(found) == 1 else None
+    weights = list(path.glob("*.safetensors"))
+    return weights[0] if len(weights) == 1 else None
 
 
 def _modules(file: TensorFile, whose: str, stated: Stated) -> dict[str, Module]:
     """Assign every tensor to a module, and refuse the others by name."""
-    found: dict[str, dict[str, str]] = {}
-    others = []
+    tensors_of: dict[str, dict[str, str]] = {}
+    refused = []
     for info in file.header.tensors:
         match = re.match(NAMINGS[whose][0], info.name)
         if match and not _TEXT_DORA.match(info.name):
-            found.setdefault(match["module"], {})[FACTOR.get(match["factor"], "alpha")] = info.name
+            tensors_of.setdefault(match["module"], {})[FACTOR.get(match["factor"], "alpha")] = info.name
         else:
-            others.append(info.name)
-    if others:
+            refused.append(info.name)
+    if refused:
         raise UnsupportedError(
-            f"{file.path}: refused: {listed(map(repr, others), 1)} not supported in {whose} form, only the factors of LoRA on unet, "
+            f"{file.path}: refused: {listed(map(repr, refused), 1)} not supported in {whose} form, only the factors of LoRA on unet, "
             "transformer, text_encoder and text_encoder_2 (DoRA: in diffusers' form, of the first two)"
         )
-    _check_pairs(file, found)
-    configs = _configs(file, whose, found, stated)
+    _check_pairs(file, tensors_of)
+    configs = _configs(file, whose, tensors_of, stated)
     modules: dict[str, Module] = {}
-    for name, tensors in found.items():
+    for name, tensors in tensors_of.items():
         factors = {role: file.header.by_name[tensor] for role, tensor in tensors.items() if role != "alpha"}
         for info in factors.values():
             float_dtype(info, str(file.path))
@@ -587,7 +592,7 @@ def _modules(file: TensorFile, whose: str, stated: Stated) -> dict[str, Module]:
 
 
 def _configs(
-    file: TensorFile, whose: str, found: Mapping[str, Mapping[str, str]], stated: Stated
+    file: TensorFile, whose: str, tensors_of: Mapping[str, Mapping[str, str]], stated: Stated
 ) -> dict[str, AdapterConfig | None]:
     """Find the config of each module; None where nothing states a scaling, which is then 1.
 
@@ -597,30 +602,31 @@ def _configs(
         If alphas and metadata contradict each other, or only some modules have an alpha.
     """
     in_metadata = _metadata(file, stated)
-    alphas = {name: tensors["alpha"] for name, tensors in found.items() if "alpha" in tensors}
+    alphas = {name: tensors["alpha"] for name, tensors in tensors_of.items() if "alpha" in tensors}
     if in_metadata is not None:
         if alphas or whose == "kohya's":
-            both = "has both alphas and a LoRA config in its metadata, so its scaling is ambiguous"
-            raise MismatchError(f"{file.path}: {both}; save it again")
-        if lacking := [name for name in found if name.partition(".")[0] not in in_metadata]:
-            raise FormatError(f"{file.path}: the metadata has no LoRA config of {lacking[0]!r}; save the adapter again")
-        return {name: in_metadata[name.partition(".")[0]] for name in found}
-    beside = file.path.with_name(rules.CONFIG_NAME)
-    own = file.path.name == rules.WEIGHTS_NAME or not file.path.with_name(rules.WEIGHTS_NAME).exists()
-    if not alphas and own and beside.is_file():
-        stated_there = read_json_object(beside)
-        patterns = any(stated_there.get(key) for key in ("alpha_pattern", "rank_pattern", "use_rslora"))
-        if stated_there.get("lora_alpha") != stated_there.get("r") or patterns:
-            raise UnsupportedError(
-                f"{file.path}: states no scaling, and diffusers ignores {beside.name} beside it and uses 1; multiply lora_B by that and "
-                f"move {beside.name} away, or write a LoRA config into the file's metadata"
+            raise MismatchError(
+                f"{file.path}: has both alphas and a LoRA config in its metadata, so its scaling is ambiguous; save it again"
             )
-    if alphas and len(alphas) < len(found):
+        if lacking := [name for name in tensors_of if name.partition(".")[0] not in in_metadata]:
+            raise FormatError(f"{file.path}: the metadata has no LoRA config of {lacking[0]!r}; save the adapter again")
+        return {name: in_metadata[name.partition(".")[0]] for name in tensors_of}
+    peft_config = file.path.with_name(rules.CONFIG_NAME)
+    is_its_own = file.path.name == rules.WEIGHTS_NAME or not file.path.with_name(rules.WEIGHTS_NAME).exists()
+    if not alphas and is_its_own and peft_config.is_file():
+        values = read_json_object(peft_config)
+        patterns = any(map(values.get, ("alpha_pattern", "rank_pattern", "use_rslora")))
+        if patterns or values.get("lora_alpha") != values.get("r"):
+            raise UnsupportedError(
+                f"{file.path}: states no scaling, and diffusers ignores {peft_config.name} beside it and uses 1; multiply lora_B by that "
+                f"and move {peft_config.name} away, or write a LoRA config into the file's metadata"
+            )
+    if alphas and (unscaled := [name for name in tensors_of if name not in alphas]):
         raise FormatError(
-            f"{file.path}: {len(alphas)} of its {len(found)} modules have an alpha, and {next(n for n in found if n not in alphas)!r} has "
-            "none: programs assume different values for it; write an alpha for every module"
+            f"{file.path}: {len(alphas)} of its {len(tensors_of)} modules have an alpha, and {unscaled[0]!r} has none: programs "
+            "assume different values for it; write an alpha for every module"
         )
-    configs: dict[str, AdapterConfig | None] = dict.fromkeys(found)
+    configs: dict[str, AdapterConfig | None] = dict.fromkeys(tensors_of)
     for name, tensor in alphas.items():
         alpha = StoredTensor(file, file.header.by_name[tensor])
         dtype, shape = alpha.info.dtype, alpha.info.shape
@@ -641,9 +647,9 @@ def _metadata(file: TensorFile, stated: Stated) -> dict[str, AdapterConfig] | No
             component, _, name = key.partition(".")
             values.setdefault(component, {})[name] = value
     except (ValueError, AttributeError) as e:
-        what = f"{METADATA_KEY} of its metadata: expected a JSON object: {e}"
-        raise FormatError(f"{file.path}: {what}; save it again") from None
-    configs = {component: AdapterConfig(own, file.path, stated) for component, own in values.items()}
+        problem = f"{METADATA_KEY} of its metadata: expected a JSON object: {e}"
+        raise FormatError(f"{file.path}: {problem}; save it again") from None
+    configs = {component: AdapterConfig(config, file.path, stated) for component, config in values.items()}
     for config in configs.values():
         rules.refuse_kinds(config)
     return configs

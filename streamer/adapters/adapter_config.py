@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from streamer.errors import FormatError, MismatchError, MissingInputError, UnsupportedError
-from streamer.storage.checkpoint import TensorFile, read_json_object
-from streamer.storage.files import lacks
+from streamer.storage.checkpoint import TensorFile
 from streamer.units import listed, quoted
 
 CONFIG_NAME = "adapter_config.json"
@@ -98,10 +97,10 @@ class AdapterConfig:
         if not isinstance(patterns, dict):
             raise FormatError(f"{self.path}: {pattern_key}: expected an object, found {type(patterns).__name__}")
         try:
-            found = first_match(patterns, module)
+            pattern = first_match(patterns, module)
         except ValueError as e:
             raise FormatError(f"{self.path}: {pattern_key}: {e}") from None
-        value = self.values.get(key, default) if found is None else patterns[found]
+        value = self.values.get(key, default) if pattern is None else patterns[pattern]
         if isinstance(value, bool) or not isinstance(value, int | float):
             whose = f" of module {module!r}" if module else ""
             raise FormatError(f"{self.path}: {key}{whose}: expected a number, found {value!r}")
@@ -165,21 +164,6 @@ def first_match(patterns: Iterable[str], module: str) -> str | None:
     return None
 
 
-def read_adapter_config(path: Path, stated: Stated) -> AdapterConfig:
-    """Read the config from an adapter's directory.
-
-    Raises
-    ------
-    InputError
-        If the directory holds no adapter, or its weights are not safetensors.
-    """
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (path / name).exists():
-            pickles = "save one with a pickle again as safetensors"
-            raise lacks(path, name, f"name an adapter in PEFT's form, in the order BASE ADAPTER; {pickles}")
-    return AdapterConfig(read_json_object(path / CONFIG_NAME), path / CONFIG_NAME, stated)
-
-
 LAYOUT_KEY, LAYOUT_DETAILS = "lora_B_layout", "unsloth_fused_expert_lora"
 
 INNER = ".base_layer"
@@ -225,7 +209,7 @@ def find_wrapped(
     is_matrix
         Tests whether a parameter's lora_A has as many rows as the rank; the parameter is then a plain matrix, not a stack.
     """
-    found, wrong = [], []
+    wrapped, wrong = [], []
     for name, factors in pairs.items():
         if name.endswith(INNER):
             continue
@@ -242,17 +226,17 @@ def find_wrapped(
         if len(parameters) != len(layers):
             named = f"{len(parameters)} of its parameters ({listed(sorted(parameters))})"
             wrong.append(f"module {name!r}: target_parameters names {named}, but there are factors for {len(layers)}")
-        found.append(Wrapped(name, tuple(sorted(parameters)), tuple((f["A"], f["B"]) for f in reversed(layers))))
-    known = {name for w in found for name in w.layers}
-    strays = [name for name in pairs if name.endswith(INNER) and name not in known]
+        wrapped.append(Wrapped(name, tuple(sorted(parameters)), tuple((f["A"], f["B"]) for f in reversed(layers))))
+    layer_names = {name for w in wrapped for name in w.layers}
+    strays = [name for name in pairs if name.endswith(INNER) and name not in layer_names]
     wrong += [f"module {name!r}: target_parameters names none of its parameters" for name in strays]
-    return found, wrong
+    return wrapped, wrong
 
 
 def targeted_parameters(config: AdapterConfig, module: str) -> set[str]:
     """List a module's parameters that a config names, by their own names; PEFT's rule."""
     named = {target: target.rpartition(".")[2] for target in config.strings("target_parameters")}
-    return {own for target, own in named.items() if f".{module}.{own}".endswith(f".{target}")}
+    return {parameter for target, parameter in named.items() if f".{module}.{parameter}".endswith(f".{target}")}
 
 
 def layout_refusals(config: AdapterConfig) -> list[str]:

@@ -112,8 +112,8 @@ def _lokr(p: MethodInputs, W0: Tensor) -> Delta:
 
 
 def _adalora_fits(s: Shapes, shape: tuple[int, int]) -> bool:
-    one = math.prod(s.get("ranknum", ())) == 1
-    return one and _product(s["lora_B"], s["lora_A"]) == shape and math.prod(s["lora_E"]) == s["lora_A"][0]
+    is_number = math.prod(s.get("ranknum", ())) == 1
+    return is_number and _product(s["lora_B"], s["lora_A"]) == shape and math.prod(s["lora_E"]) == s["lora_A"][0]
 
 
 def _adalora(p: MethodInputs, W0: Tensor) -> Delta:
@@ -145,10 +145,10 @@ def _block_size(elements: int) -> int:
 
 def _oft_fits(s: Shapes, shape: tuple[int, int]) -> bool:
     """Accept blocks along the input, or for an embedding along the output; a shared block counts for all."""
-    (role, (blocks, elements)), *rest = s.items()
+    (role, (blocks, elements)), *others = s.items()
     size, length = _block_size(elements), shape[0] if role == "oft_embedding_R" else shape[1]
-    whole = size * (size - 1) // 2 == elements and not rest
-    return whole and (blocks * size == length or (blocks == 1 and length % size == 0))
+    is_triangle = size * (size - 1) // 2 == elements and not others
+    return is_triangle and (blocks * size == length or (blocks == 1 and length % size == 0))
 
 
 def _cayley(Q: Tensor, terms: int | None = None) -> Tensor:
@@ -324,8 +324,8 @@ class LoraModule:
         if self.expert is None:
             return (), ()
         e, experts = self.expert
-        own = slice(e * self.rank, (e + 1) * self.rank)
-        return (own,), (slice(None), own if self.grouped else slice(e, None, experts))
+        part = slice(e * self.rank, (e + 1) * self.rank)
+        return (part,), (slice(None), part if self.grouped else slice(e, None, experts))
 
     def regrouped(self, b: Tensor) -> Tensor:
         """Reorder the columns of a lora_B of all experts from expert by expert to PEFT's order, rank by rank."""
