@@ -191,12 +191,12 @@ class LiveModel:
 
         A tensor that PEFT creates for saving belongs to no module.
         """
-        every = dict(entries(self.model, "", base_only=False))
-        by_id = {id(live.tensor): live for live in every.values()}
+        tensors = dict(entries(self.model, "", base_only=False))
+        by_id = {id(live.tensor): live for live in tensors.values()}
         adapter_name = adapter_name or self.adapter_name
         try:
             with quiet_peft():
-                state = {name: live.tensor for name, live in every.items()}
+                state = {name: live.tensor for name, live in tensors.items()}
                 saved = require_peft().get_peft_model_state_dict(self.model, state, adapter_name, save_embedding_layers=False)  # fmt: skip
         except KeyError as e:
             raise UnsupportedError(
@@ -399,8 +399,8 @@ class LivePlan:
         renames = renames_for(read_model_config(self.files.path))
         by_run_time = {now: name for name, now in renames.at_run_time(self.files.weight_map).items()}
         prefix = f"{getattr(self.live.base, 'base_model_prefix', '')}."
-        ways = {name: (name, name.removeprefix(prefix), prefix + name) for name in self.tensors}
-        known = {name: [by_run_time[way] for way in ways[name] if way in by_run_time] for name in ways}
+        spellings = {name: (name, name.removeprefix(prefix), prefix + name) for name in self.tensors}
+        known = {name: [by_run_time[way] for way in ways if way in by_run_time] for name, ways in spellings.items()}
         names = {name: matches[0] for name, matches in known.items() if matches}
         return names if len({*names.values()}) == len(names) else {}
 
@@ -511,24 +511,24 @@ def detect_intruder_dimensions(peft_model: nn.Module, adapter_name: str = "defau
     settings = LiveOptions(top_k=top_k, threshold_epsilon=threshold_epsilon, **options)
     detection = detection_options(settings)
     with watched(settings) as monitor:
-        live = plan_live(peft_model, adapter_name, settings.ignore_keys)
-        monitor.warn(live.plan.warnings)
-        return named_as_files(live, detect_live(live, detection, choose_device(settings.device), monitor))
+        live_plan = plan_live(peft_model, adapter_name, settings.ignore_keys)
+        monitor.warn(live_plan.plan.warnings)
+        return named_as_files(live_plan, detect_live(live_plan, detection, choose_device(settings.device), monitor))
 
 
-def detect_live(live: LivePlan, options: DetectionOptions, device: torch.device, monitor: Monitor) -> Findings:
+def detect_live(live_plan: LivePlan, options: DetectionOptions, device: torch.device, monitor: Monitor) -> Findings:
     """Detect in one matrix after another; the findings use the names in memory."""
-    (findings,) = detect_in_memory(AdapterBatch(live.plan.base, (live.plan,)), options, Run(device, monitor=monitor))
-    return findings
+    batch = AdapterBatch(live_plan.plan.base, (live_plan.plan,))
+    return detect_in_memory(batch, options, Run(device, monitor=monitor))[0]
 
 
-def named_as_files(live: LivePlan, findings: Findings) -> Findings:
+def named_as_files(live_plan: LivePlan, findings: Findings) -> Findings:
     """Rename findings on a live model to the names in the base's files."""
-    return replace(findings, matrices=tuple(replace(m, tensor=live.name_in_files(m.tensor)) for m in findings))
+    return replace(findings, matrices=tuple(replace(m, tensor=live_plan.name_in_files(m.tensor)) for m in findings))
 
 
-def live_job(live: LivePlan, method: Method, settings: LiveMitigation, monitor: Monitor) -> tuple[Job, Findings | None]:
-    """Run detection, or use the given findings, if the method needs them; give findings, factors and maps the names in memory.
+def live_job(live_plan: LivePlan, method: Method, settings: LiveMitigation, monitor: Monitor) -> Job:
+    """Make the job, with findings if the method needs them: the given ones or new ones; findings, factors and maps get names in memory.
 
     Raises
     ------
@@ -536,40 +536,35 @@ def live_job(live: LivePlan, method: Method, settings: LiveMitigation, monitor: 
         If a map is given, but it is unknown from which files the base was loaded.
     MismatchError
         If findings, factors or a map belong to another base or adapter, or findings were made with different options.
-
-    Returns
-    -------
-    Job, Findings or None
-        The findings use the names in memory; None if the method needs none.
     """
-    plan, findings = live.plan, settings.findings
+    plan, findings = live_plan.plan, settings.findings
     detection, device = detection_options(settings), choose_device(settings.device)
     monitor.warn(plan.warnings)
-    usable, named = None, isinstance(method, RegMean | NullSpace)
-    names = {live.name_in_files(target.tensor): target.tensor for target in plan.targets if named}
+    usable, has_file = None, isinstance(method, RegMean | NullSpace)
+    names = {live_plan.name_in_files(target.tensor): target.tensor for target in plan.targets if has_file}
     if isinstance(method, RegMean):
         matrices = {names.get(name, name): R for name, R in method.coefficients.matrices.items()}
         method = replace(method, coefficients=replace(method.coefficients, matrices=matrices))
         check_counts(plan, method.coefficients)
     if isinstance(method, NullSpace):
         inputs = method.map
-        if live.files is None:
+        if live_plan.files is None:
             raise UnsupportedError(
                 f"{inputs.name}: is a map of a base's files, but the model's files are unknown; load the model from their directory"
             )
         mapped_base = {key: value for key, value in inputs.facts["base"].items() if key != "architecture"}
-        refuse_other_base(inputs, mapped_base, {**live.files.identity()})
+        refuse_other_base(inputs, mapped_base, {**live_plan.files.identity()})
         renamed = (replace(entry, names=tuple(names[n] for n in entry.names if n in names)) for entry in inputs.inputs)
         inputs = replace(inputs, inputs=tuple(entry for entry in renamed if entry.names))
         monitor.warn(lacking_inputs(plan, inputs))
         method = replace(method, map=inputs)
     if method.needs_detection and findings is None:
-        usable = detect_live(live, detection, device, monitor)
+        usable = detect_live(live_plan, detection, device, monitor)
     elif method.needs_detection and findings is not None:
         loaded = findings if isinstance(findings, Findings) else load_findings(findings)
         usable = matched_findings(plan, loaded, loaded.name)
         usable.check_matches(plan.base_identity, plan.adapter_identity, detection_options(settings, None, loaded))
-    return Job(plan, method, detection, device, usable), usable
+    return Job(plan, method, detection, device, usable)
 
 
 @explained(LiveMitigation)
@@ -611,39 +606,39 @@ def merge_and_unload_with_reduced_intruder_dimensions(peft_model: nn.Module, ada
     settings = LiveMitigation(top_k=top_k, threshold_epsilon=threshold_epsilon, mitigation_lambda=mitigation_lambda, **options)  # fmt: skip
     method = chosen_method(settings)
     with watched(settings) as monitor:
-        live = plan_live(peft_model, adapter_name, settings.ignore_keys)
-        outputs = _changed(live)
-        job, _ = live_job(live, method, settings, monitor)
+        live_plan = plan_live(peft_model, adapter_name, settings.ignore_keys)
+        outputs = _changed(live_plan)
+        job = live_job(live_plan, method, settings, monitor)
         # Compute everything once before the first change, so that wrong coefficients or an overflow are refused here.
         for output in outputs:
             monitor.checkpoint()
             _values(job, output)
         # Activate before any weight changes, because it may fail: a model loaded in inference mode allows no gradients.
         with quiet_peft():
-            live.live.activate(adapter_name)
+            live_plan.live.activate(adapter_name)
         total, done = sum(tensor_nbytes(output.dtype, output.shape) for output in outputs), 0
         for items, output in enumerate(outputs):
             monitor.emit(Event("write", output.name, done, total, items, len(outputs)))
-            values, (module, key, tensor) = _values(job, output), live.tensors[output.name]
-            if output.name in live.plan.base.weight_map:
+            values, (module, key, tensor) = _values(job, output), live_plan.tensors[output.name]
+            if output.name in live_plan.plan.base.weight_map:
                 tensor.detach().copy_(values)
             else:  # the parameter still belongs to another module
                 module.register_parameter(key, nn.Parameter(values.to(tensor), tensor.requires_grad))
             done += tensor_nbytes(output.dtype, output.shape)
         monitor.emit(Event("write", "", total, total, len(outputs), len(outputs)))
-        for *path, key in live.plan.edits.untied:  # head and embedding are separate now
-            setattr(functools.reduce(getattr, path, live.live.base.config), key, False)
+        for *path, key in live_plan.plan.edits.untied:  # head and embedding are separate now
+            setattr(functools.reduce(getattr, path, live_plan.live.base.config), key, False)
         with quiet_peft():
-            return unloaded(live.live)
+            return unloaded(live_plan.live)
 
 
-def _changed(live: LivePlan) -> list[OutputTensor]:
+def _changed(live_plan: LivePlan) -> list[OutputTensor]:
     """List the tensors of the base that the merge changes, starting with those that get a parameter of their own.
 
     Modules that the adapter saves are already in the model; they replace the base's when PEFT is removed. Refuse, before anything changes,
     tensors that cannot be written and adapters with values that are not finite.
     """
-    plan, outputs = live.plan, list[OutputTensor]()
+    plan, outputs = live_plan.plan, list[OutputTensor]()
     for output in (output for outputs in plan_merged(plan).files.values() for output in outputs):
         source, stays = plan.edits.sources.get(output.name), output.name in plan.base.weight_map
         saved = source is not None and source.file is plan.adapter.file
@@ -654,7 +649,7 @@ def _changed(live: LivePlan) -> list[OutputTensor]:
                 f"{plan.adapter.path}: saves {output.name!r} and also changes it, which is not supported in memory; merge its files "
                 "with `streamer merge`"
             )
-        if output.name not in live.tensors:
+        if output.name not in live_plan.tensors:
             raise UnsupportedError(
                 f"{plan.base.path}: {output.name!r} is not a parameter of the model; merge its files with `streamer merge`"
             )
@@ -666,9 +661,9 @@ def _changed(live: LivePlan) -> list[OutputTensor]:
         for name in (tie.name, tie.source)
     }
     ties |= {output.name for output in outputs}
-    shared = {_place(tensor): name for name, tensor in live.tensors.items() if name not in ties}
+    shared = {_place(tensor): name for name, tensor in live_plan.tensors.items() if name not in ties}
     for output in outputs:
-        if output.name in plan.base.weight_map and (other := shared.get(_place(live.tensors[output.name]))):
+        if output.name in plan.base.weight_map and (other := shared.get(_place(live_plan.tensors[output.name]))):
             raise UnsupportedError(
                 f"{plan.base.path}: {output.name!r} and {other!r} are one parameter, but the adapter changes only the former; give "
                 "each module a parameter of its own"
@@ -764,13 +759,13 @@ def reduce_intruder_dimension(peft_model: nn.Module, old_adapter_name: str = "de
         what = "a name without dots that is not an attribute of a torch module"
         raise UsageError(f"new_adapter_name: expected {what}, found {new_adapter_name!r}") from None
     with watched(settings) as monitor:
-        live = plan_live(peft_model, old_adapter_name, settings.ignore_keys)
-        if new_adapter_name in live.live.configs:
+        live_plan = plan_live(peft_model, old_adapter_name, settings.ignore_keys)
+        if new_adapter_name in live_plan.live.configs:
             raise UsageError(f"adapter {new_adapter_name!r}: the model has one of this name; choose another, or delete it")  # fmt: skip
         merge = "merge_and_unload_with_reduced_intruder_dimensions"
         files = "for files `streamer mitigate --to-lora RANK` writes it as a LoRA adapter"
-        refuse_dense(live.plan, f"{merge} merges it into the base, and {files}")
-        job, live_findings = live_job(live, method, settings, monitor)
+        refuse_dense(live_plan.plan, f"{merge} merges it into the base, and {files}")
+        job = live_job(live_plan, method, settings, monitor)
         factors, new = MitigatedFactors(job), dict[str, Tensor | None]()
         metrics: list[MitigatedMatrix] = []
         for name, targets in factors.targets.items():
@@ -779,18 +774,18 @@ def reduce_intruder_dimension(peft_model: nn.Module, old_adapter_name: str = "de
         way = f'method="{Project.name}" or ' if not method.keeps_rank else ""
         remedy = f"{way}{merge} loses nothing"
         monitor.warn(truncation_warnings(metrics, lambda: remedy))
-        _add(live.live, new_adapter_name, {name: values for name, values in new.items() if values is not None})
+        _add(live_plan.live, new_adapter_name, {name: values for name, values in new.items() if values is not None})
         if logging_sink is not None:
-            by_tensor, counts = {} if live_findings is None else live_findings.by_tensor, Counter[str]()
-            layers = dict(live.live.layers())
-            for target in live.plan.targets:
+            by_tensor, counts = {} if job.findings is None else job.findings.by_tensor, Counter[str]()
+            layers = dict(live_plan.live.layers())
+            for target in live_plan.plan.targets:
                 finding = by_tensor.get(target.tensor)
                 counts[layer_of(target, layers)] += len(finding.detection.intruders) if finding else 0
             for path in layers:  # the lines of PEFT's function
                 if path in counts:
                     logging_sink(f"{path}: Intruders: {counts[path]}" if counts[path] else f"{path}: No intruders")
             logging_sink(f"Enabling new adapter {new_adapter_name}")
-        return None if live_findings is None else named_as_files(live, live_findings)
+        return None if job.findings is None else named_as_files(live_plan, job.findings)
 
 
 def _add(live: LiveModel, name: str, new: Mapping[str, Tensor]) -> None:
