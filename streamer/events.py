@@ -82,6 +82,10 @@ class Monitor:
         if self._on_event is not None:
             self._on_event(event)
 
+    def note(self, text: str) -> None:
+        """Pass a note to the caller."""
+        self.emit(Event("note", text))
+
     def warn(self, warnings: Iterable[str]) -> None:
         """Pass warnings to the caller, each once in a run: plans of the same inputs repeat theirs."""
         for warning in warnings:
@@ -99,19 +103,7 @@ class Monitor:
         noun
             Word for one item.
         """
-        self.emit(Event("note", f"resuming: {done} of {of} {plural(noun)} are done"))
-
-    def told(self, output: Path, state: OutputState) -> None:
-        """Record what the run did with a finished output.
-
-        Parameters
-        ----------
-        output
-            Path of the output.
-        state
-            What the run did.
-        """
-        self.outputs[output] = state
+        self.note(f"resuming: {done} of {of} {plural(noun)} are done")
 
     def request_stop(self, signum: int) -> None:
         """Ask the run to stop at its next safe point."""

@@ -77,7 +77,7 @@ def profile(base: str, adapter: str, out: str, findings: str, mitigation_lambda:
     with clock.stage("import"):
         from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-        from streamer.adapters.finetuned import One
+        from streamer.adapters.finetuned import AdapterPaths
         from streamer.detection.detect import choose_device
         from streamer.detection.findings import load_findings
         from streamer.detection.options import Run
@@ -136,7 +136,7 @@ def profile(base: str, adapter: str, out: str, findings: str, mitigation_lambda:
     with clock.stage("plan and identity"):
         found = load_findings(findings)
         mitigation, run = Paper(float(mitigation_lambda)), Run(choose_device("cpu"))
-        form, adapters = OutputOptions(merges=True), One(Path(adapter))
+        form, adapters = OutputOptions(merges=True), AdapterPaths.of_one(Path(adapter))
         writers = prepare_outputs(Path(base), adapters, Path(out), [found], mitigation, found.options, form, run)
     with Blocks():
         outputs.run_jobs(writers, run)

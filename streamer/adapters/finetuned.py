@@ -147,7 +147,6 @@ FILES = (CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin", LORA_NAME)
 """A directory that has any of these files is an adapter, complete or not."""
 
 T = TypeVar("T")
-R = TypeVar("R")
 
 
 class ByName(dict[str, T]):
@@ -155,39 +154,26 @@ class ByName(dict[str, T]):
 
 
 @dataclass(frozen=True)
-class One:
-    """One adapter."""
+class AdapterPaths:
+    """Paths of adapters, by name and in order.
 
-    path: Path
-
-    @property
-    def paths(self) -> list[Path]:
-        """List its path."""
-        return [self.path]
-
-    def directories(self, output: Path) -> list[Path]:
-        """List the directory for its model or adapter."""
-        return [output]
-
-    def findings_files(self, output: Path) -> list[Path]:
-        """List the file for its findings."""
-        return [output]
-
-    def collected(self, results: Sequence[T]) -> T:
-        """Return the only result."""
-        (result,) = results
-        return result
-
-
-@dataclass(frozen=True)
-class Several:
-    """Several adapters, by name and in order; possibly only one."""
+    Attributes
+    ----------
+    single
+        Whether it is one adapter that was named by itself: its output is then the named path, and no directory of outputs.
+    """
 
     by_name: Mapping[str, Path]
+    single: bool = False
+
+    @classmethod
+    def of_one(cls, path: str | Path) -> AdapterPaths:
+        """Make them of one adapter."""
+        return cls({Path(path).name: Path(path)}, single=True)
 
     @property
     def paths(self) -> list[Path]:
-        """List their paths."""
+        """List the paths."""
         return list(self.by_name.values())
 
     def directories(self, output: Path) -> list[Path]:
@@ -196,8 +182,10 @@ class Several:
         Raises
         ------
         OutputError
-            If the output path is a file or a symlink.
+            If the path for several is a file or a symlink.
         """
+        if self.single:
+            return [output]
         refuse_symlink(output)
         if output.exists() and not output.is_dir():
             raise OutputExistsError(
@@ -206,26 +194,19 @@ class Several:
         return [output / name for name in self.by_name]
 
     def findings_files(self, output: Path) -> list[Path]:
-        """List the file for each adapter's findings, all in one directory; see `directories`."""
-        return [path.with_name(f"{path.name}.safetensors") for path in self.directories(output)]
+        """List the file for each adapter's findings, of several all in one directory; see `directories`."""
+        return [output] if self.single else [p.with_name(f"{p.name}.safetensors") for p in self.directories(output)]
 
-    def collected(self, results: Sequence[T]) -> ByName[T]:
-        """Return the results by name."""
-        return ByName(zip(self.by_name, results, strict=True))
+    def collected(self, results: Sequence[T]) -> T | ByName[T]:
+        """Return the only result, or the results by name."""
+        return results[0] if self.single else ByName(zip(self.by_name, results, strict=True))
 
 
-def one_or_several(given: str | Path | Sequence[str | Path]) -> One | Several:
+def one_or_several(adapters: str | Path | Sequence[str | Path]) -> AdapterPaths:
     """Decide by the argument: a list, or a directory of adapters, means several."""
-    if isinstance(given, str | Path) and not holds_adapters(given):
-        return One(Path(given))
-    return Several(named_adapters([given] if isinstance(given, str | Path) else given))
-
-
-def each(results: T | ByName[T], change: Callable[[T], R]) -> R | ByName[R]:
-    """Apply `change` to the result for one adapter, or to each result for several."""
-    if isinstance(results, ByName):
-        return ByName({name: change(result) for name, result in results.items()})
-    return change(results)
+    if not isinstance(adapters, str | Path):
+        return AdapterPaths(named_adapters(adapters))
+    return AdapterPaths(named_adapters([adapters])) if holds_adapters(adapters) else AdapterPaths.of_one(adapters)
 
 
 def holds_adapters(path: str | Path) -> bool:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 
-def shown(given: str) -> str:
+def shown(path: str) -> str:
     """Return an input in printable form: an address without its password or signature."""
     from streamer.remote.inputs import parse_address
 
-    address = parse_address(given)
-    return given if address is None else address.shown
+    address = parse_address(path)
+    return path if address is None else address.shown

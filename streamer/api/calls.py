@@ -237,32 +237,32 @@ def explained(kind: type) -> Callable[[Function], Function]:
 
     def complete(function: Function) -> Function:
         signature = inspect.signature(function)
-        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        more = [
+        parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        keyword_only = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
             for name, (field, _) in options.items()
             if name not in signature.parameters
         ]
-        names = [p.name for p in (*own, *more)]
+        names = [p.name for p in (*parameters, *keyword_only)]
 
         @functools.wraps(function)
-        def checked(*args: Any, **given: Any) -> Any:
-            for name in given.keys() - set(names):
+        def checked(*args: Any, **keywords_given: Any) -> Any:
+            for name in keywords_given.keys() - set(names):
                 flag, command = f"--{name.replace('_', '-')}", function.__name__.partition("_")[0]
                 if advice := REMOVED.get(flag) or REMOVED.get(f"{command} {flag}"):
                     raise TypeError(f"{function.__name__}(): {name} was removed: {advice}")
                 meant = "".join(f"; did you mean {near!r}?" for near in difflib.get_close_matches(name, names, 1))
                 raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}{meant}")
-            return function(*args, **given)
+            return function(*args, **keywords_given)
 
         typed = {name: kind for name, kind in function.__annotations__.items() if name != "options"}
-        checked.__annotations__ = {**typed, **{p.name: _evaluated(p.annotation) for p in more}}
+        checked.__annotations__ = {**typed, **{p.name: _evaluated(p.annotation) for p in keyword_only}}
         if function.__doc__:  # -OO has none
             head, *tail = re.split(r"\n(?=(?:Returns|Yields)\n)", inspect.cleandoc(function.__doc__))
-            said = {name for line in head.splitlines() for name in line.split(", ")}
-            rest = [text(name) for name in names if name not in said]
-            checked.__doc__ = "\n".join([head.rstrip(), *rest, "", *tail])
-        checked.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]  # where inspect.signature looks for it
+            explained_names = {name for line in head.splitlines() for name in line.split(", ")}
+            explanations = [text(name) for name in names if name not in explained_names]
+            checked.__doc__ = "\n".join([head.rstrip(), *explanations, "", *tail])
+        checked.__signature__ = signature.replace(parameters=[*parameters, *keyword_only])  # type: ignore[attr-defined]  # where inspect.signature looks for it
         return cast(Function, checked)
 
     return complete

@@ -1,4 +1,4 @@
-"""Open workers: processes on this machine, or workers of Dask or Ray."""
+"""Choose how many threads compute, and open workers: processes on this machine, or workers of Dask or Ray."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 
-from streamer.api.threads import is_count_chosen
 from streamer.errors import UsageError, WorkerError
-from streamer.events import Event, Monitor
+from streamer.events import Monitor
 from streamer.packages import require_package
 from streamer.storage.files import available_cores
 from streamer.units import counted, listed
@@ -26,6 +25,34 @@ from streamer.workers import Cluster, Workers
 
 WAITED = 30
 """Seconds to wait for an engine's answer."""
+
+COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+"""Environment variables that set the number of threads."""
+
+
+def is_count_chosen() -> bool:
+    """Test whether the environment sets the number of threads."""
+    return any(name in os.environ for name in COUNTS)
+
+
+def set_threads(count: int | None, monitor: Monitor, elsewhere: bool) -> None:
+    """Set torch's number of threads; by default one for each core of this process, unless the environment sets it.
+
+    Parameters
+    ----------
+    count
+        The user's number of threads, or None. More than one for each core would wait for each other (1,000 on two cores take minutes for
+        small matrices), so it is reduced, with a note.
+    elsewhere
+        Whether a cluster computes, whose cores are not known here.
+    """
+    if count is None and is_count_chosen():
+        return
+    cores = available_cores()
+    if count is not None and count > cores and not elsewhere:
+        monitor.note(f"--threads {count}: this process may use {counted(cores, 'core')}, so it starts {cores}")
+        count = cores
+    torch.set_num_threads(count or cores)
 
 
 def open_workers(count: int | None, executor: str | None, threads: int | None, monitor: Monitor) -> Workers | None:
@@ -59,9 +86,7 @@ def _give_threads(count: int | None, default: int, what: str, monitor: Monitor) 
     """Set torch's threads to the number of a task, on which the last bits of findings depend, and emit a note with the number."""
     if count is None and not is_count_chosen():
         torch.set_num_threads(default)
-    monitor.emit(
-        Event("note", f"{what} {counted(torch.get_num_threads(), 'thread')} each; --threads sets another number")
-    )
+    monitor.note(f"{what} {counted(torch.get_num_threads(), 'thread')} each; --threads sets another number")
 
 
 @contextlib.contextmanager
@@ -127,10 +152,10 @@ class DaskExecutor(Cluster):
         if self._client.status != "running":
             raise WorkerError(gone)
         try:
-            there = self._client.sync(self._client.scheduler.ncores, callback_timeout=WAITED)
+            cores = self._client.sync(self._client.scheduler.ncores, callback_timeout=WAITED)
         except (AttributeError, OSError, RuntimeError) as e:  # a disconnected client has no scheduler attribute
             raise WorkerError(gone) from e
-        return "" if there else f"dask:{self._address}: has no workers; the run waits for them"
+        return "" if cores else f"dask:{self._address}: has no workers; the run waits for them"
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack, overload
@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Literal, Unpack, overload
 from torch import Tensor
 
 from streamer import forecast
-from streamer.adapters.finetuned import ByName, One, Several, each
+from streamer.adapters.finetuned import AdapterPaths, ByName
 from streamer.api.calls import call, explained, watched
 from streamer.api.records import DryRun, SeveralRecord, dry_run, dry_runs
 from streamer.api.requests import Request, chosen_method, detection_options, found_inputs, take
 from streamer.detection.detect import detect_in_memory, detect_to_files, plan_findings, shared
 from streamer.detection.findings import Findings
 from streamer.detection.options import DetectionOptions, Run
-from streamer.events import Monitor, OutputState
+from streamer.events import Monitor
 from streamer.methods import Method
 from streamer.options import Adapters, DetectOptions, IterateOptions, MergeOptions, MitigateOptions, SeveralAdapters
 from streamer.output import write
@@ -31,25 +31,15 @@ if TYPE_CHECKING:
     from streamer.api.keywords import DetectKeywords, IterateKeywords, MergeKeywords, ReduceKeywords
 
 
-@dataclass(frozen=True)
-class Detected:
-    """Findings, with their file and what the run did with it; both None if the findings are only in memory."""
-
-    findings: Findings
-    path: Path | None
-    state: OutputState | None
-
-
 class DetectRequest(Request, DetectOptions):
     """A requested detection."""
 
-    def run(self, monitor: Monitor, workers: Workers | None = None) -> Detected | ByName[Detected]:
+    def run(self, monitor: Monitor, workers: Workers | None = None) -> Findings | ByName[Findings]:
         """Run the detection."""
         adapters, batch, paths, options, run = self._opened(monitor, workers)
         if not paths:
-            return adapters.collected([Detected(found, None, None) for found in detect_in_memory(batch, options, run)])
-        found = detect_to_files(batch, paths, options, run, resident_bytes(batch))
-        return adapters.collected([Detected(f, p, monitor.outputs[p]) for f, p in zip(found, paths, strict=True)])
+            return adapters.collected(detect_in_memory(batch, options, run))
+        return adapters.collected(detect_to_files(batch, paths, options, run, resident_bytes(batch)))
 
     def forecast(self, monitor: Monitor, workers: Workers | None = None) -> DryRun | SeveralRecord:
         """Check everything and forecast a run, without writing anything."""
@@ -72,7 +62,7 @@ class DetectRequest(Request, DetectOptions):
 
     def _opened(
         self, monitor: Monitor, workers: Workers | None, peek: bool = False
-    ) -> tuple[One | Several, AdapterBatch, Sequence[Path], DetectionOptions, Run]:
+    ) -> tuple[AdapterPaths, AdapterBatch, Sequence[Path], DetectionOptions, Run]:
         base, adapters = found_inputs(self.located(monitor, peek), self.base, self.adapter)
         run, options = self.make_run(monitor, workers), detection_options(self, self.memory)
         batch = make_batch(base, adapters.paths, run.io, run.stated, run.architecture)
@@ -122,7 +112,7 @@ def detect_intruder_dimensions(
         Its class names the kind of error (see `streamer.errors`). Some classes are also Python's own: `ValueError` for options and inputs,
         `FileNotFoundError` for missing inputs, `FileExistsError` for an output that is not replaced.
     """
-    return each(call(DetectRequest(base=base, adapter=adapter, output=output, **options)), lambda one: one.findings)
+    return call(DetectRequest(base=base, adapter=adapter, output=output, **options))
 
 
 class OutputRequest(Request, MitigateOptions, MergeOptions):
@@ -181,15 +171,15 @@ class OutputRequest(Request, MitigateOptions, MergeOptions):
 
     def _opened(
         self, monitor: Monitor, workers: Workers | None = None, peek: bool = False
-    ) -> tuple[One | Several, list[Writer], Run]:
+    ) -> tuple[AdapterPaths, list[Writer], Run]:
         base, adapters = found_inputs(self.located(monitor, peek), self.base, self.adapter)
-        run, given = self.make_run(monitor, workers), write.load_given(self.findings, adapters)
-        detection, form = detection_options(self, self.memory, given[0]), self.form
+        run, findings = self.make_run(monitor, workers), write.load_given(self.findings, adapters)
+        detection, form = detection_options(self, self.memory, findings[0]), self.form
         output = Path(self.output)
-        writers = write.prepare_outputs(base, adapters, output, given, self.chosen, detection, form, run)
+        writers = write.prepare_outputs(base, adapters, output, findings, self.chosen, detection, form, run)
         if workers is not None and workers.processes is not None and detection.max_memory is not None:
             limited = replace(detection, max_memory=write.shared_memory(writers, workers))
-            writers = write.prepare_outputs(base, adapters, output, given, self.chosen, limited, form, run)
+            writers = write.prepare_outputs(base, adapters, output, findings, self.chosen, limited, form, run)
         return adapters, writers, run
 
 
@@ -320,9 +310,9 @@ def iter_merged(
     with watched(request) as monitor:  # the progress bar closes with the last tensor
         run = request.make_run(monitor)
     remote = request.located(monitor)
-    base, only = remote.path(base), One(Path(remote.path(adapter)))
-    given = write.load_given(request.findings, only)
-    detection, form = detection_options(request, request.memory, given[0]), request.form
-    (job,) = write.open_jobs(base, only, given, request.chosen, detection, form, run)
+    base, adapters = remote.path(base), AdapterPaths.of_one(remote.path(adapter))
+    findings = write.load_given(request.findings, adapters)
+    detection, form = detection_options(request, request.memory, findings[0]), request.form
+    (job,) = write.open_jobs(base, adapters, findings, request.chosen, detection, form, run)
     monitor.warn(job.plan.warnings)
     return merged_tensors(job, monitor)

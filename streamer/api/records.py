@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
 
-from streamer.adapters.finetuned import ByName, One, Several
+from streamer.adapters.finetuned import AdapterPaths, ByName
 from streamer.api.requests import Request
 from streamer.detection.detect import choose_device
 from streamer.detection.findings import FindingsRecord
@@ -23,10 +23,6 @@ from streamer.plan.carried_tensors import CarriedRecord
 from streamer.plan.plan import Plan, make_plan
 from streamer.plan.side_files import AdapterSource, BaseSource
 from streamer.storage.transaction import free_bytes
-
-__all__ = [
-    "ByName", "DryRun", "NameRule", "PlanRecord", "PlannedMatrix", "SeveralRecord", "dry_run", "dry_runs", "several",
-]  # fmt: skip
 
 # fmt: off
 CommandForecast = Annotated[ForecastRecord | None, "What the command needs, from the beginning; null if there is nothing to do or the "
@@ -111,18 +107,18 @@ def dry_run(
 
 
 def dry_runs(
-    adapters: One | Several, output: Path, found: Sequence[DryRun], forecast: Forecast | None
+    adapters: AdapterPaths, output: Path, runs: Sequence[DryRun], forecast: Forecast | None
 ) -> DryRun | SeveralRecord:
     """Join the results of dry runs; for several adapters, by name and with the forecast for all."""
-    if isinstance(adapters, One):
-        return adapters.collected(found)
-    tree = None if forecast is None else asdict(forecast)
-    return several(adapters.collected(found), {"free_bytes": free_bytes(output), "forecast": tree})
+    collected = adapters.collected(runs)
+    if not isinstance(collected, ByName):
+        return collected
+    return several(collected, free_bytes=free_bytes(output), forecast=None if forecast is None else asdict(forecast))
 
 
-def several(by_name: Mapping[str, Mapping[str, Any]], more: Mapping[str, Any] | None = None) -> SeveralRecord:
-    """Join the records of several adapters, with the keys `more` for all of them."""
-    return cast(SeveralRecord, {"schema": "streamer.several/1", "adapters": dict(by_name), **(more or {})})
+def several(by_name: Mapping[str, Mapping[str, Any]], **totals: Any) -> SeveralRecord:
+    """Join the records of several adapters, with keys for all of them."""
+    return cast(SeveralRecord, {"schema": "streamer.several/1", "adapters": dict(by_name), **totals})
 
 
 # fmt: off

@@ -10,7 +10,7 @@ from streamer.detection.findings import Findings
 from streamer.evaluation.evaluation import Evaluation
 from streamer.events import Monitor
 from streamer.options import ReportOptions
-from streamer.report.page import Subject, WrittenPage, check_finite, open_subject, subject_record, write_files
+from streamer.report.page import Subject, WrittenPage, check_finite, open_subject, write_files
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,11 @@ class Report:
 
     def record(self) -> dict[str, Any]:
         """Make the object that `streamer report --json` prints: the subject's, and the page's path and state."""
+        subject: Any = self.subject
+        record = subject.record() if isinstance(subject, Findings) else subject
+        record = subject.to_dict() if isinstance(subject, Evaluation) else record
         page = {} if self.written is None else {"output": str(self.output), "state": self.written.state}
-        return {**subject_record(self.subject), **page}
+        return {**record, **page}
 
 
 class ReportRequest(ReportOptions):

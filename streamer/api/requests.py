@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from streamer.adapters.adapter_config import Stated
-from streamer.adapters.finetuned import One, Several, one_or_several
+from streamer.adapters.finetuned import AdapterPaths, one_or_several
 from streamer.detection.detect import choose_device
 from streamer.detection.findings import Findings
 from streamer.detection.options import DetectionOptions, Run
@@ -69,8 +69,8 @@ class Request(Writing, Computing, OfBase):
     ) -> tuple[Path, Path, Findings | None, Run]:
         """Find base and adapter, load the findings, and resolve the run, for one adapter."""
         base, adapter = map(Path, self.located(monitor, peek).paths(self.base, adapter))
-        (found,) = load_given(findings, One(adapter))
-        return base, adapter, found, self.make_run(monitor, workers)
+        (loaded,) = load_given(findings, AdapterPaths.of_one(adapter))
+        return base, adapter, loaded, self.make_run(monitor, workers)
 
     def make_run(self, monitor: Monitor, workers: Workers | None = None) -> Run:
         """Resolve the devices, and join them with the monitor and the workers.
@@ -92,7 +92,7 @@ def take(kind: type[Made], options: Mapping[str, Any], **changes: Any) -> Made:
     return kind(**{**{name: value for name, value in options.items() if name in names}, **changes})
 
 
-def found_inputs(remote: Remote, base: str | Path, adapter: Adapters) -> tuple[str | Path, One | Several]:
+def found_inputs(remote: Remote, base: str | Path, adapter: Adapters) -> tuple[str | Path, AdapterPaths]:
     """Find base and adapters, and determine whether one adapter or several are given."""
     base = remote.path(base)
     if isinstance(adapter, str | Path):
@@ -105,8 +105,8 @@ def detection_options(
 ) -> DetectionOptions:
     """Make the options of detection; missing ones come from the findings, or are the defaults. The memory always is this run's."""
     default = DetectionOptions() if findings is None else findings.options
-    given = {f.name: getattr(judged, f.name) for f in fields(Judged)}
-    return replace(default, max_memory=max_memory, **{k: v for k, v in given.items() if v is not None})
+    stated = {f.name: getattr(judged, f.name) for f in fields(Judged)}
+    return replace(default, max_memory=max_memory, **{k: v for k, v in stated.items() if v is not None})
 
 
 def chosen_method(options: MethodOptions) -> Method:
@@ -121,12 +121,12 @@ def chosen_method(options: MethodOptions) -> Method:
         raise UsageError(
             f"keep: chooses among coefficients, found {options.keep!r} but no coefficients; give them, or omit keep"
         )
-    given = {f.name: value for f in fields(MethodOptions) if (value := getattr(options, f.name)) != f.default}
+    stated = {f.name: value for f in fields(MethodOptions) if (value := getattr(options, f.name)) != f.default}
     if options.coefficients is not None:
-        given["coefficients"] = read_coefficients(options.coefficients).select(given.pop("keep", None))
+        stated["coefficients"] = read_coefficients(options.coefficients).select(stated.pop("keep", None))
     if options.map is not None:
-        given["map"] = read_map(options.map)
-    return make_method(given.pop("method", None), **given)
+        stated["map"] = read_map(options.map)
+    return make_method(stated.pop("method", None), **stated)
 
 
 def read_coefficients(coefficients: Coefficients | str | Path) -> Coefficients:
@@ -134,6 +134,6 @@ def read_coefficients(coefficients: Coefficients | str | Path) -> Coefficients:
     return coefficients if isinstance(coefficients, Coefficients) else load_coefficients(coefficients)
 
 
-def read_map(given: InputMap | str | Path) -> InputMap:
+def read_map(input_map: InputMap | str | Path) -> InputMap:
     """Return a map of a base's inputs, read from its file if a path is given."""
-    return given if isinstance(given, InputMap) else load_map(given)
+    return input_map if isinstance(input_map, InputMap) else load_map(input_map)

@@ -25,7 +25,7 @@ from streamer.weights.base import SPELLINGS, as_bytes, as_tensor, in_memory
 PIECE_BYTES = 4 << 20
 """Bytes of a tensor that are copied, hashed and written at a time."""
 
-Given = Iterator[tuple[str, Any]]
+Pairs = Iterator[tuple[str, Any]]
 
 
 def write_safetensors(
@@ -65,7 +65,7 @@ def write_safetensors(
         `UsageError` for an invalid argument, or an invalid or repeated entry; `MismatchError` for a tensor that is missing, is one too
         many, or differs from its entry; `OutputExistsError` for an output that is not replaced; `StorageError` if the disk refuses.
     """
-    path, given, ring = Path(path), map(_pair, tensors), atomic_file.BufferRing(PIECE_BYTES)
+    path, pairs, ring = Path(path), map(_pair, tensors), atomic_file.BufferRing(PIECE_BYTES)
     texts: Any = {} if metadata is None else metadata
     if not isinstance(texts, Mapping) or not all(isinstance(text, str) for item in texts.items() for text in item):
         raise UsageError(f"metadata: expected strings by name, found {texts}")
@@ -80,7 +80,7 @@ def write_safetensors(
         with locked(transaction.lock_of(path), path):
             transaction.check_replaced(path, overwrite, Path.is_file, "a file")
             atomic_file.remove_partials(path.parent, {path.name})
-            atomic_file.write_shard(path.parent, replace(plan, name=path.name), _shard(plan, given, ring, is_last=True))
+            atomic_file.write_shard(path.parent, replace(plan, name=path.name), _shard(plan, pairs, ring, is_last=True))
         return
     plans = _planned(entries, texts, max_shard_bytes)
     files, other = {plan.name: plan.nbytes for plan in plans}, INDEX_NAME
@@ -98,7 +98,7 @@ def write_safetensors(
         # All partial files have one name, so that a run with another number of shards also finds and removes them.
         written = [
             atomic_file.write_shard(
-                path, replace(plan, name=SINGLE_NAME), _shard(plan, given, ring, plan is plans[-1]), renames=False
+                path, replace(plan, name=SINGLE_NAME), _shard(plan, pairs, ring, plan is plans[-1]), renames=False
             )
             for plan in plans
         ]
@@ -149,11 +149,11 @@ def _planned(
     """Plan the files of a directory, which hold up to `limit` bytes of tensors each."""
     checked = [*map(_checked, entries)]
     try:
-        whole, _ = layout(checked, metadata)
+        header, _ = layout(checked, metadata)
     except (FormatError, UnicodeEncodeError) as e:
         raise UsageError(f"entries and metadata: {e}") from None
     groups: list[list[TensorInfo]] = [[]]
-    for info in whole.tensors:
+    for info in header.tensors:
         if groups[-1] and info.end - groups[-1][0].start > limit:
             groups.append([])
         groups[-1].append(info)
@@ -191,16 +191,16 @@ def _pair(item: Any) -> tuple[str, Any]:
     return item[0], item[1]
 
 
-def _shard(plan: atomic_file.ShardPlan, given: Given, ring: atomic_file.BufferRing, is_last: bool) -> atomic_file.Shard:
+def _shard(plan: atomic_file.ShardPlan, pairs: Pairs, ring: atomic_file.BufferRing, is_last: bool) -> atomic_file.Shard:
     for info in plan.header.tensors:
-        yield info, _pieces(info, given, ring)
-    if is_last and (more := next(given, None)) is not None:
-        raise MismatchError(f"tensor {more[0]!r}: has no entry; give each tensor an entry, in the same order")
+        yield info, _pieces(info, pairs, ring)
+    if is_last and (surplus := next(pairs, None)) is not None:
+        raise MismatchError(f"tensor {surplus[0]!r}: has no entry; give each tensor an entry, in the same order")
 
 
-def _pieces(info: TensorInfo, given: Given, ring: atomic_file.BufferRing) -> Iterator[atomic_file.Piece]:
+def _pieces(info: TensorInfo, pairs: Pairs, ring: atomic_file.BufferRing) -> Iterator[atomic_file.Piece]:
     """Take the next tensor, check it, and copy it piece by piece: its owner may change it while the last pieces are being written."""
-    name, tensor = next(given, ("no more tensors", None))
+    name, tensor = next(pairs, ("no more tensors", None))
     if name != info.name:
         raise MismatchError(
             f"tensor {info.name!r}: expected next, found {name!r}; give the tensors of all entries in their order"
@@ -217,11 +217,11 @@ def _data(info: TensorInfo, tensor: Any) -> memoryview:
     """View a tensor as bytes, after a check of its dtype, shape and number of bytes."""
     dtype, shape = in_memory(info)
     wanted = f"{SPELLINGS[dtype]} {[*shape]}"
-    found = f"{_spelling(getattr(tensor, 'dtype', type(tensor)))} {[*getattr(tensor, 'shape', ())]}"
+    description = f"{_spelling(getattr(tensor, 'dtype', type(tensor)))} {[*getattr(tensor, 'shape', ())]}"
     if isinstance(tensor, bytes | bytearray | memoryview):
-        wanted, found = f"{info.nbytes} bytes", f"{memoryview(tensor).nbytes} bytes"
-    if wanted != found:
-        raise MismatchError(f"tensor {info.name!r}: expected {wanted} by its entry, found {found}")
+        wanted, description = f"{info.nbytes} bytes", f"{memoryview(tensor).nbytes} bytes"
+    if wanted != description:
+        raise MismatchError(f"tensor {info.name!r}: expected {wanted} by its entry, found {description}")
     if isinstance(tensor, np.ma.MaskedArray):
         raise MismatchError(f"tensor {info.name!r}: expected plain values in memory, found a masked array; fill it")
     try:

@@ -16,7 +16,7 @@ from streamer.api.requests import Request, read_coefficients, read_map, take
 from streamer.errors import OutputExistsError, UsageError
 from streamer.evaluation.evaluate import PreparedEvaluation, prepare
 from streamer.evaluation.evaluation import Evaluation, ReliableRecord, check_dtype, traded
-from streamer.events import Event, Monitor
+from streamer.events import Monitor
 from streamer.fitting.fit import PreparedFit, prepare_fit, refuse_dense
 from streamer.fitting.mapping import PreparedMap, prepare_map
 from streamer.forecast import forecast_texts
@@ -389,7 +389,7 @@ class RepairRequest(Request, RepairOptions):
             first = cast(DryRun, self._conversion.forecast(monitor))
             if first["state"] == "done":
                 return self._converted.forecast(monitor, workers)
-            monitor.emit(Event("note", f"forecast only of {self._conversion.output}, which the fit needs"))
+            monitor.note(f"forecast only of {self._conversion.output}, which the fit needs")
             return {**first, "command": "repair", "output": str(self.output)}
         self._check(monitor)
         dry = _forecast("repair", self._prepared(monitor, workers, peek=True), self.factors)

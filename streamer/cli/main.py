@@ -20,7 +20,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from streamer.api import shown
-from streamer.api.threads import set_threads, wait_passively
 from streamer.cli.parser import BadUsage, build_parser, named_as_option
 from streamer.cli.terminal import Progress, Result, say, screen, silence, standing, verification_text, write_line
 from streamer.errors import StorageError, StreamerError, UsageError, VerificationError, advice, one_line, printable
@@ -40,13 +39,20 @@ REQUESTS = {
 """Classes of requests in `api`; their modules are imported when the command runs."""
 
 
+SPINNING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+"""Environment variables that set how OpenMP's threads wait; if none is set, idle ones sleep.
+
+Spinning threads occupy cores that other work needs, and then wait for each other; `tools/bench_shared.py` measures this.
+"""
+
+
 def run_command(args: argparse.Namespace, monitor: Monitor) -> Result:
     """Run the command, or forecast it with `--dry-run`."""
     if args.command == "demo":
         from streamer.cli.demo import demo_text, run_demo
 
-        found = run_demo(args.output, lambda line: run_command(build_parser(line[0]).parse_args(line), monitor))
-        return {**found}, demo_text(found, screen(args.all, args.legend))
+        outcome = run_demo(args.output, lambda line: run_command(build_parser(line[0]).parse_args(line), monitor))
+        return {**outcome}, demo_text(outcome, screen(args.all, args.legend))
     module, kind = REQUESTS[args.command].split(".")
     request = requested(getattr(import_module(f"streamer.api.{module}"), kind), args)
     workers = None
@@ -56,24 +62,24 @@ def run_command(args: argparse.Namespace, monitor: Monitor) -> Result:
         workers = open_workers(args.workers, args.executor, args.threads, monitor)
     on = () if workers is None else (workers,)
     dry = getattr(args, "dry_run", False)
-    found = request.forecast(monitor, *on) if dry else request.run(monitor, *on)
+    outcome = request.forecast(monitor, *on) if dry else request.run(monitor, *on)
     if args.command == "verify":  # needs no torch, which tables import
-        return {**found}, verification_text(found)
+        return {**outcome}, verification_text(outcome)
     from streamer.cli.tables import result
 
-    return result(found, args, monitor)
+    return result(outcome, args, monitor)
 
 
 def requested(kind: Any, args: argparse.Namespace) -> Any:
     """Make a request, or other options, from the command line; a base or adapter alone in its list is given without the list."""
-    given = {}
+    values = {}
     for field in fields(kind):
         option = field.metadata.get("option")
         if field.name in args and not (option and option.where == "keyword"):
             value = getattr(args, field.name)
             alone = field.name in ("base", "adapter") and isinstance(value, list) and len(value) == 1
-            given[field.name] = value[0] if alone else value
-    return kind(**given)
+            values[field.name] = value[0] if alone else value
+    return kind(**values)
 
 
 @contextlib.contextmanager
@@ -113,7 +119,7 @@ ERROR_SCHEMA: Final = "streamer.error/1"
 
 
 def error_entry(
-    kind: str, exit_code: int, message: str, path: str | None = None, given: Collection[str] = ()
+    kind: str, exit_code: int, message: str, path: str | None = None, paths: Collection[str] = ()
 ) -> ErrorEntry:
     """Describe one error.
 
@@ -125,12 +131,12 @@ def error_entry(
         The line printed to stderr, without the program's name.
     path
         The file or directory at fault; by default the path that the message begins with, if any.
-    given
+    paths
         Paths given to the command; a message may begin with one even if it does not exist.
     """
     # A message begins with the location of the error, which may also be an option.
     head, colon, _ = message.partition(": ")
-    if path is None and colon and (head in given or os.sep in head or os.path.lexists(head)):
+    if path is None and colon and (head in paths or os.sep in head or os.path.lexists(head)):
         path = head
     return {"kind": kind, "exit_code": exit_code, "message": message, "path": path}
 
@@ -186,16 +192,17 @@ def run(argv: list[str] | None = None) -> int:
     out = sys.stdout
     if isinstance(out, io.TextIOWrapper) and (out.errors == "strict" or "utf" not in out.encoding.lower()):
         out.reconfigure(errors="backslashreplace")  # as stderr's
-    wait_passively()
-    given = sys.argv[1:] if argv is None else argv
+    if not any(name in os.environ for name in SPINNING):  # before torch is imported
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    arguments = sys.argv[1:] if argv is None else argv
     try:
-        if any(arg == "" or re.fullmatch("--?[a-z-]+=", arg) for arg in given):
+        if any(arg == "" or re.fullmatch("--?[a-z-]+=", arg) for arg in arguments):
             raise BadUsage("an argument is empty; is a variable of the shell unset? Pass '.' for the current directory")
-        args = build_parser(*given[:1]).parse_args(given)
+        args = build_parser(*arguments[:1]).parse_args(arguments)
     except BadUsage as e:  # report in the format that the readable arguments ask for
-        progress = JsonEvents() if "--json-events" in given else Progress("none")
+        progress = JsonEvents() if "--json-events" in arguments else Progress("none")
         error = error_entry("UsageError", UsageError.exit_code, one_line(e.message))
-        _tell([error], _errors(error), "--json" in given, progress)
+        _tell([error], _errors(error), "--json" in arguments, progress)
         progress.close()
         raise
     dry = " --dry-run" if getattr(args, "dry_run", False) else ""
@@ -203,8 +210,8 @@ def run(argv: list[str] | None = None) -> int:
     try:
         _run(args, progress)
     except VerificationError as e:
-        found = e.verification["differences"] or [{"message": str(e), "file": args.output}]
-        errors = [error_entry("VerificationError", e.exit_code, one_line(one["message"]), one["file"]) for one in found]
+        differences = e.verification["differences"] or [{"message": str(e), "file": args.output}]
+        errors = [error_entry("VerificationError", e.exit_code, one_line(d["message"]), d["file"]) for d in differences]
         _tell(errors, e.verification, args.json, progress)
         return e.exit_code
     except Exception as e:  # with --json, an error of any kind is printed as JSON too
@@ -235,6 +242,8 @@ def _run(args: argparse.Namespace, progress: Progress | JsonEvents) -> None:
         try:
             _ = requested(Threads, args), requested(WorkerOptions, args)  # checks them
             if args.command != "verify":
+                from streamer.api.executors import set_threads
+
                 set_threads(getattr(args, "threads", None), monitor, getattr(args, "executor", None) is not None)
             else:  # hashing needs no torch, and numpy's idle threads spin: one thread is faster if other processes run
                 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -256,14 +265,14 @@ def _paths(args: argparse.Namespace) -> list[str]:
     return paths
 
 
-def _described(e: Exception, given: Sequence[str]) -> ErrorEntry | None:
+def _described(e: Exception, paths: Sequence[str]) -> ErrorEntry | None:
     """Describe an expected error of a command that was given these paths; return None for an unexpected one."""
     kind = type(e).__name__
     if isinstance(e, StreamerError):
         message = str(e)
-        if isinstance(e, UsageError) and message.partition(": ")[0] not in given:  # a path may be named like an option
+        if isinstance(e, UsageError) and message.partition(": ")[0] not in paths:  # a path may be named like an option
             message = named_as_option(message)
-        return error_entry(kind, e.exit_code, message, getattr(e, "filename", None), given)
+        return error_entry(kind, e.exit_code, message, getattr(e, "filename", None), paths)
     if isinstance(e, OSError):
         code = UsageError.exit_code if e.errno == errno.ENAMETOOLONG else StorageError.exit_code
         where = None if e.filename is None else os.fsdecode(e.filename)

@@ -46,17 +46,18 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse, but first refuse unknown options: argparse would report a missing argument for a misspelt option."""
-        own = args or () if self._subparsers is None else takewhile(lambda arg: arg.startswith("-"), args or ())
-        for arg in takewhile(lambda arg: arg != "--", own):
+        words = args or () if self._subparsers is None else takewhile(lambda arg: arg.startswith("-"), args or ())
+        for arg in takewhile(lambda arg: arg != "--", words):
             name = arg.partition("=")[0]
             if name.startswith("--") and " " not in name and name not in self._option_string_actions:
                 if advice := REMOVED.get(name) or REMOVED.get(f"{self.prog.rpartition(' ')[2]} {name}"):
                     raise BadUsage(f"{name} was removed: {advice}")
                 self.error(f"unknown option {quoted(name)}{_closest(name, self._option_string_actions)}")
-        found, rest = super().parse_known_args(args, namespace)
-        if rest and self._subparsers is None:
-            self.error(f"{'unknown option' if rest[0].startswith('-') else 'unexpected argument'} {quoted(rest[0])}")
-        return found, rest
+        arguments, others = super().parse_known_args(args, namespace)
+        if others and self._subparsers is None:
+            kind = "unknown option" if others[0].startswith("-") else "unexpected argument"
+            self.error(f"{kind} {quoted(others[0])}")
+        return arguments, others
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -85,10 +86,10 @@ class _Help(argparse._HelpAction):
         super().__call__(parser, namespace, values, option_string)
 
 
-def _closest(given: str, names: Iterable[str]) -> str:
+def _closest(word: str, names: Iterable[str]) -> str:
     """Suggest the closest name, if one is close."""
     by_letters = {name.strip("-"): name for name in names}
-    close = difflib.get_close_matches(given.strip("-"), by_letters, n=1)
+    close = difflib.get_close_matches(word.strip("-"), by_letters, n=1)
     return f"; did you mean {by_letters[close[0]]}?" if close else ""
 
 

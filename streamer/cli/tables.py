@@ -31,11 +31,11 @@ def forecast_table(forecasts: Mapping[str, Mapping[str, Any] | None], screen: Sc
         if f is None:
             rows.append([command, "refused", "", "", ""])
             continue
-        most = "at most " if command == "detect" else ""
+        bound = "at most " if command == "detect" else ""
         memory = format_size(f["peak_memory_bytes"])
         if f["escalated_memory_bytes"] > f["peak_memory_bytes"]:
             memory += f" to {format_size(f['escalated_memory_bytes'])}"
-        read, written = _read(f), most + format_size(f["write_bytes"])
+        read, written = _read(f), bound + format_size(f["write_bytes"])
         rows.append([command, memory, read, written, _time(f["seconds"])])
     cells = list(zip(*rows, strict=True)) if rows else [()] * 5
     threads = next((f" on {counted(f['threads'], 'thread')}" for f in forecasts.values() if f), "")
@@ -51,13 +51,13 @@ def forecast_table(forecasts: Mapping[str, Mapping[str, Any] | None], screen: Sc
 
 def forecast_text(command: str, forecast: Mapping[str, Any], free: int) -> str:
     """Format one command's forecast in one line."""
-    usual, most, on_device = (forecast[f"{what}_memory_bytes"] for what in ("peak", "escalated", "device"))
-    memory = f", {format_size(most)} if the dense solver, or float64, must decide" if most > usual else ""
+    usual, escalated, on_device = (forecast[f"{what}_memory_bytes"] for what in ("peak", "escalated", "device"))
+    memory = f", {format_size(escalated)} if the dense solver, or float64, must decide" if escalated > usual else ""
     memory = memory or (f", of it {format_size(on_device)} on the GPU" if on_device else "")
     beside = f" and at most {format_size(held)} temporarily" if (held := forecast["temporary_bytes"]) else ""
     pace = f", on {counted(forecast['threads'], 'thread')}, within a factor of 3 if load and disk stay as they are"
     return (
-        f"forecast: memory {format_size(usual)}{memory}; reads {_read(forecast)}, writes {'at most ' if command == 'detect' else ''}"
+        f"forecast: memory {format_size(usual)}{memory}; reads {_read(forecast)}, writes {'at escalated ' if command == 'detect' else ''}"
         f"{format_size(forecast['write_bytes'])}{beside}; "
         f"{format_size(free)} free; time {_time(forecast['seconds'])}{pace if forecast['seconds'] else ''}"
     )
@@ -99,23 +99,24 @@ def findings_table(
     findings: Findings, screen: Screen = NO_LIMIT, written: Path | None = None, state: str = "written"
 ) -> str:
     """Format findings: one line for each matrix, or the ten with the most intruder energy; totals; and the file written."""
-    every = sorted(findings, key=lambda m: views.natural(m.tensor))
-    chosen, cut = _most(every, lambda m: (m.detection.intruder_energy, len(m.detection.intruders)), screen)
-    o = findings.options
-    certified = sum(m.detection.certified for m in findings)
+    matrices = sorted(findings, key=lambda m: views.natural(m.tensor))
+    chosen, cut = _most(matrices, lambda m: (m.detection.intruder_energy, len(m.detection.intruders)), screen)
+    o, undecided = findings.options, [m for m in matrices if not m.detection.certified]
     summary = (
         f"{findings.intruders} intruders in {sum(bool(m.detection.intruders) for m in findings)} of {len(findings)} matrices "
-        f"(top_k={o.top_k}, epsilon={o.threshold_epsilon}); {certified} of {len(findings)} certified"
+        f"(top_k={o.top_k}, epsilon={o.threshold_epsilon}); {len(findings) - len(undecided)} of {len(findings)} certified"
     )
     if turned := sum(bool(m.transposed) for m in findings):
         summary += f"\n{turned} stored as columns x rows (embeddings, Conv1D); decisions still use the output side"
-    if open_ones := [m.tensor for m in every if not m.detection.certified]:
-        open_ones[:3] = shorten(open_ones[:3], (screen.width or 10**6) - 4)
-        summary += f"\nnot certified: {listed(open_ones)}"
+    if undecided:
+        names = [m.tensor for m in undecided]
+        names[:3] = shorten(names[:3], (screen.width or 10**6) - 4)
+        summary += f"\nnot certified: {listed(names)}"
         summary += "; an open direction does not count as an intruder; another --epsilon may settle it"
-        undecided = [m for m in findings if not m.detection.certified]
-        if short := sum(m.detection.solver == "certified" or (m.detection.precision == "float32" and views.is_repeated(m.shape))
-                        for m in undecided):  # fmt: skip
+        tried = [(m.detection, m.shape) for m in undecided]
+        if short := sum(
+            d.solver == "certified" or (d.precision == "float32" and views.is_repeated(shape)) for d, shape in tried
+        ):
             summary += f"\n{short} of these for lack of memory: with a larger --max-memory, a full SVD or float64 may settle them"
     if written is not None:
         summary += f"\n{stood(written, state)}: {format_size(written.stat().st_size)}"
@@ -157,25 +158,33 @@ def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMI
 
 def adapters_table(trees: Mapping[str, Mapping[str, Any]], screen: Screen = NO_LIMIT) -> str:
     """Format results for several adapters, one line for each, from the objects that `--json` prints."""
-    t = [tree["totals"] for tree in trees.values()]
+    totals = [tree["totals"] for tree in trees.values()]
     columns = [Column("adapter", list(trees), left=True, names=True, foot="all together"),
-               _summed("matrices", [x["matrices"] for x in t], "", 1)]  # fmt: skip
+               _summed("matrices", [x["matrices"] for x in totals], "", 1)]  # fmt: skip
     if all("method" in tree for tree in trees.values()):
         columns.append(
-            _summed("mitigated", [x["changed"] for x in t], "matrices whose delta differs from the adapter's", 3)
+            _summed("mitigated", [x["changed"] for x in totals], "matrices whose delta differs from the adapter's", 3)
         )
         if any(views.takes_findings(tree["method"]) for tree in trees.values()):
-            columns.append(_summed("scaled", [x["intruders"] for x in t], "intruders that were scaled", 5))
+            columns.append(_summed("scaled", [x["intruders"] for x in totals], "intruders that were scaled", 5))
         columns += [
-            *_norms(t, priority=2),
-            Column("size", [format_size(x["bytes"]) for x in t], "", 6, foot=format_size(sum(x["bytes"] for x in t))),
+            *_norms(totals, priority=2),
+            Column(
+                "size",
+                [format_size(x["bytes"]) for x in totals],
+                "",
+                6,
+                foot=format_size(sum(x["bytes"] for x in totals)),
+            ),
         ]
     else:
-        some = [sum(bool(m["intruders"]) for m in tree["matrices"]) for tree in trees.values()]
+        with_intruders = [sum(bool(m["intruders"]) for m in tree["matrices"]) for tree in trees.values()]
         columns += [
-            _summed("with any", some, "matrices with intruders", 3),
-            _summed("intruders", [x["intruders"] for x in t], "leading directions that resemble none of the base's", 5),
-            _summed("certified", [x["certified"] for x in t], "matrices in which every decision is proven", 4),
+            _summed("with any", with_intruders, "matrices with intruders", 3),
+            _summed(
+                "intruders", [x["intruders"] for x in totals], "leading directions that resemble none of the base's", 5
+            ),
+            _summed("certified", [x["certified"] for x in totals], "matrices in which every decision is proven", 4),
         ]
     return screen.join(table(columns, screen), ["--all shows each adapter's matrices"])
 
@@ -193,23 +202,23 @@ def _norms(rows: Sequence[Mapping[str, Any]], priority: int) -> list[Column]:
 
 def inspect_table(tree: Mapping[str, Any], screen: Screen = NO_LIMIT) -> str:
     """Format a plan: one line for each matrix, or if there are many, for each group whose names differ only in numbers."""
-    t = tree["totals"]
+    totals = tree["totals"]
     matrices = sorted(tree["matrices"], key=lambda m: views.natural(m["tensor"]))
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     grouped = len(matrices) > MANY and not screen.every
     for m in matrices:
-        alike = m["shape"], m["transposed"], m["dtype"], m["rank"], m["scale"], m["matched"]
-        key = (re.sub(r"(?<=[.\[])\d+(?=[.\]])", "*", m["tensor"]) if grouped else m["tensor"], *map(str, alike))
+        attributes = m["shape"], m["transposed"], m["dtype"], m["rank"], m["scale"], m["matched"]
+        key = (re.sub(r"(?<=[.\[])\d+(?=[.\]])", "*", m["tensor"]) if grouped else m["tensor"], *map(str, attributes))
         groups.setdefault(key, []).append(m)
     rows = list(groups.items())
-    shown, rest = (rows[: 4 * SHOWN], rows[4 * SHOWN :]) if grouped else (rows, [])
-    first = [same[0] for _, same in shown]
+    visible, hidden_rows = (rows[: 4 * SHOWN], rows[4 * SHOWN :]) if grouped else (rows, [])
+    first = [same[0] for _, same in visible]
     transposed = any(m["transposed"] for m in first)
     columns = [
-        Column("base tensor", [key[0] for key, _ in shown], "* stands for any number" if grouped else "", left=True, names=True),
+        Column("base tensor", [key[0] for key, _ in visible], "* stands for any number" if grouped else "", left=True, names=True),
     ]  # fmt: skip
     if grouped:
-        columns.append(Column("matrices", [str(len(same)) for _, same in shown], priority=9))
+        columns.append(Column("matrices", [str(len(same)) for _, same in visible], priority=9))
     else:
         modules = [m["module"] for m in first]
         columns.append(Column("module", modules, "its name in the adapter", priority=1, left=True, names=True))
@@ -223,24 +232,25 @@ def inspect_table(tree: Mapping[str, Any], screen: Screen = NO_LIMIT) -> str:
     if transposed:
         columns.append(Column("stored", ["in x out" if m["transposed"] else "out x in" for m in first],
                               "the order of its sides in the base's file", priority=2))  # fmt: skip
-    carried = ""
-    if tree["carried"]:
-        kept = sorted(tree["carried"], key=lambda c: views.natural(c["tensor"]))
-        some = kept if screen.every or len(kept) <= MANY else kept[:SHOWN]
+    carried, count = "", len(tree["carried"])
+    if count:
+        tensors = sorted(tree["carried"], key=lambda c: views.natural(c["tensor"]))
+        tensors = tensors if screen.every or count <= MANY else tensors[:SHOWN]
         carried = table([
-            Column("carried along", [c["tensor"] for c in some], "tensors that are not factors", left=True, names=True),
-            Column("change", [c["change"] for c in some], priority=2, left=True),
-            Column("by", [c["by"] for c in some], "the adapter's tensor", priority=1, left=True, names=True),
+            Column("carried along", [c["tensor"] for c in tensors], "tensors that are not factors", left=True, names=True),
+            Column("change", [c["change"] for c in tensors], priority=2, left=True),
+            Column("by", [c["by"] for c in tensors], "the adapter's tensor", priority=1, left=True, names=True),
         ], screen)  # fmt: skip
-        carried = screen.join(carried, [_cut(len(kept) - len(some), len(kept))])
+        carried = screen.join(carried, [_cut(count - len(tensors), count)])
     lines = [
-        f"{t['matrices']} matrices of {t['tensors']} tensors; base {format_size(t['base_bytes'])}, "
-        f"adapted {format_size(t['adapted_bytes'])}; "
-        f"largest matrix {t['largest_matrix']} ({format_size(t['largest_matrix_bytes'])})",
+        f"{totals['matrices']} matrices of {totals['tensors']} tensors; base {format_size(totals['base_bytes'])}, "
+        f"adapted {format_size(totals['adapted_bytes'])}; "
+        f"largest matrix {totals['largest_matrix']} ({format_size(totals['largest_matrix_bytes'])})",
         *(f"{n['modules']} matched by {n['rule']}: {n['why']}" for n in tree["names"]),
     ]
-    more = f"{sum(len(same) for _, same in rest)} matrices of {len(rest)} more kinds are not shown" if rest else ""
-    note = f"{more}; --all shows each matrix".removeprefix("; ") if grouped else ""
+    omitted = sum(len(same) for _, same in hidden_rows)
+    note = f"{omitted} matrices of {len(hidden_rows)} more kinds are not shown; " if omitted else ""
+    note = f"{note}--all shows each matrix" if grouped else ""
     refused = [f"{command} is refused: {why}" for command, why in tree["refused"].items()]
     return screen.join(
         table(columns, screen), [note], carried, lines, forecast_table(tree["forecast"], screen), refused
@@ -254,10 +264,10 @@ def _most(items: Sequence[Any], weight: Any, screen: Screen) -> tuple[list[Any],
     return sorted(items, key=weight, reverse=True)[:SHOWN], len(items) - SHOWN
 
 
-def _cut(count: int, of: int, by: str = "") -> str:
+def _cut(count: int, total: int, by: str = "") -> str:
     """State how many rows a table leaves out."""
-    which = f"with the {by}, of {of} matrices" if by else f"first ones of {of}"
-    return f"the {of - count} {which}; --all shows every one" if count else ""
+    which = f"with the {by}, of {total} matrices" if by else f"first ones of {total}"
+    return f"the {total - count} {which}; --all shows every one" if count else ""
 
 
 def evaluation_table(evaluation: Evaluation, names: views.Names, screen: Screen = NO_LIMIT, written: str = "") -> str:
@@ -303,31 +313,23 @@ def repair_table(record: RepairRecord, written: Mapping[str, Any], inputs: tuple
     """
     from streamer.api.texts import repair_columns
 
-    more = "".join(f" {word}" for word in views.input_options(written))
-    adapter = record.get("lora", inputs[1])
-    words = shlex.join([inputs[0], adapter, "--general", "TEXT", "--task", "TEXT", "-o", "FILE"])
-    what = {
-        "repair": f"--coefficients {shlex.quote(record['fit'])}",
-        "shrink": f"--method shrink --lambda {written['lambda']}",
-    }
-    then = [
-        f"next, on text that nothing was trained or fitted on: streamer evaluate {words} {what.get(record['chosen'])}{more}"
-    ]
-    reliable = record["reliable"]
-    told = {"kept": reliable["kept"], "top-1 kept": reliable["top1_kept"], "loss left": reliable["forgetting"]}
+    adapter, output, reliable = record.get("lora", inputs[1]), record["output"], record["reliable"]
+    shown_shares = {"kept": reliable["kept"], "top-1 kept": reliable["top1_kept"], "loss left": reliable["forgetting"]}
     why = "the adapter's change is too small to measure on this text; more text may help"
-    converted = f"converted first: {adapter} is {inputs[1]} as a LoRA adapter, and was repaired in its place"
-    page = (
-        f"a page with these figures: streamer report {shlex.join([record['output'], '-o', record['output'] + '.html'])}"
-    )
     lines = [
         f"writes {record['why']}",
-        *(f"{name} is not shown: {why}" for name, fine in told.items() if not fine),
-        *views.record_lines(written, stood(record["output"], record["state"])),
-        *([converted] if "lora" in record else []),
-        page,
-        *(then if record["chosen"] in what else []),
+        *(f"{share} is not shown: {why}" for share, is_shown in shown_shares.items() if not is_shown),
+        *views.record_lines(written, stood(output, record["state"])),
     ]
+    if "lora" in record:
+        lines.append(f"converted first: {adapter} is {inputs[1]} as a LoRA adapter, and was repaired in its place")
+    lines.append(f"a page with these figures: streamer report {shlex.join([output, '-o', output + '.html'])}")
+    if record["chosen"] != "adapter":
+        texts = "--general", "TEXT", "--task", "TEXT", "-o", "FILE"
+        shrink = "--method", "shrink", "--lambda", str(written["lambda"])
+        variant = ("--coefficients", record["fit"]) if record["chosen"] == "repair" else shrink
+        evaluate = shlex.join(["evaluate", inputs[0], adapter, *texts, *variant, *views.input_options(written)])
+        lines.append(f"next, on text that nothing was trained or fitted on: streamer {evaluate}")
     return screen.join(table(repair_columns(record), screen), lines)
 
 
@@ -357,7 +359,7 @@ def result(outcome: Any, args: argparse.Namespace, monitor: Monitor) -> Result:
         case "inspect":
             return outcome, inspect_table(outcome, on)
         case "detect":
-            return _detected(outcome, args, on)
+            return _detected(outcome, args, on, monitor)
         case "mitigate" | "merge":
             return _each(
                 outcome, lambda record, on: ({**record}, record_table(record, record["output"], on)), output, on
@@ -375,30 +377,27 @@ def result(outcome: Any, args: argparse.Namespace, monitor: Monitor) -> Result:
             return outcome.record, repair_table(outcome.record, outcome.written, inputs, on)
 
 
-def _detected(outcome: Any, args: argparse.Namespace, on: Screen) -> Result:
-    def result(detected: Any, on: Screen) -> Result:
-        record = {**detected.findings.record(), "output": str(detected.path), "state": detected.state}
-        return record, findings_table(detected.findings, on, detected.path, detected.state)
+def _detected(outcome: Any, args: argparse.Namespace, on: Screen, monitor: Monitor) -> Result:
+    def result(findings: Any, on: Screen) -> Result:
+        path = Path(findings.name)
+        state = monitor.outputs[path]
+        return {**findings.record(), "output": str(path), "state": state}, findings_table(findings, on, path, state)
 
     tree, text = _each(outcome, result, args.output, on)
-    name, last = list(outcome.items())[-1] if isinstance(outcome, dict) else (None, outcome)
-    base, adapter = shown(args.base), shown(args.adapter[0]) if name is None else "ADAPTER"
-    return tree, f"{text}\n\n{next_step(last.findings, on, base, adapter)}"
+    several = isinstance(outcome, views.ByName)
+    last, adapter = ([*outcome.values()][-1], "ADAPTER") if several else (outcome, shown(args.adapter[0]))
+    return tree, f"{text}\n\n{next_step(last, on, shown(args.base), adapter)}"
 
 
 def _names(args: argparse.Namespace) -> views.Names:
     """Return the words of the commands to run after an evaluation."""
     files = (args.general, args.task, args.output, args.findings, args.coefficients, args.map)
-    default = {field.name: field.default for field in fields(EvaluateOptions)}
-    read = {name: getattr(args, name) for name in ("sequences", "length")}
-    return replace(
-        views.Names(
-            shlex.join(map(shown, (args.base, args.adapter))), *(shlex.quote(file) if file else "" for file in files)
-        ),
-        reading="".join(f" --{name} {most}" for name, most in read.items() if most != default[name]),
-        others="".join(f" --other {shlex.quote(file)}" for file in args.other),
-        mitigated=views.is_mitigated(args.adapter),
-    )
+    quoted_files = (shlex.quote(file) if file else "" for file in files)
+    limits = [f for f in fields(EvaluateOptions) if f.name in ("sequences", "length")]
+    reading = "".join(f" --{f.name} {getattr(args, f.name)}" for f in limits if getattr(args, f.name) != f.default)
+    others = "".join(f" --other {shlex.quote(file)}" for file in args.other)
+    named = views.Names(shlex.join(map(shown, (args.base, args.adapter))), *quoted_files, reading, others)
+    return replace(named, mitigated=views.is_mitigated(args.adapter))
 
 
 def _each(outcome: Any, result: Callable[[Any, Screen], Result], output: str, on: Screen) -> Result:

@@ -201,15 +201,15 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
 
     def detected(device: torch.device) -> Detection:
         """Detect on a device, and again in float64 if only rounding leaves a direction open and memory allows it."""
-        found, rounded = decisions(device, stored, best_way(plan, target, options, resident), options)
-        again = float64_way(plan, target, options, resident, found.solver) if rounded else None
-        if again is None:
-            return found
+        detection, rounded = decisions(device, stored, best_way(plan, target, options, resident), options)
+        repeat = float64_way(plan, target, options, resident, detection.solver) if rounded else None
+        if repeat is None:
+            return detection
         double = replace(stored, compute=torch.float64)
-        precise, _ = decisions(device, double, again[0], replace(options, solver=found.solver))
+        precise, _ = decisions(device, double, repeat[0], replace(options, solver=detection.solver))
         vectors = {key: getattr(precise, key).to(stored.compute) for key in ("U", "S", "Vh")}
-        return replace(precise, **vectors, escalated=found.escalated, steps=found.steps + precise.steps,
-                       products=found.products + precise.products)  # fmt: skip
+        return replace(precise, **vectors, escalated=detection.escalated, steps=detection.steps + precise.steps,
+                       products=detection.products + precise.products)  # fmt: skip
 
     found: Detection | None = None
     try:
@@ -499,13 +499,13 @@ def detect_to_files(batch: AdapterBatch, paths: Sequence[Path], options: Detecti
             now = torch.get_num_threads()
             for count in sorted({writer.threads for writer in todo} - {now}):
                 text = f"goes on with {counted(count, 'thread')}, as it began; --no-resume starts over with {now}"
-                monitor.emit(Event("note", text))
+                monitor.note(text)
             pending = AdapterBatch(batch.base, tuple(writer.plan for writer in todo))
             for i, finding in detect_all(pending, options, run, resident, todo):
                 todo[i].add(finding)
         monitor.checkpoint()
     for writer in todo:
-        monitor.told(writer.path, "resumed" if writer.resumed else "written")
+        monitor.outputs[writer.path] = "resumed" if writer.resumed else "written"
     made = [writer.findings() for writer in writers]
     monitor.warn(warning for findings in made for warning in findings.warnings)
     return made

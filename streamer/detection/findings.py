@@ -371,9 +371,9 @@ class Findings:
         MismatchError
             Names the one that differs, and how.
         """
-        for what, recorded, here in ("base", {**self.base}, {**base}), ("adapter", {**self.adapter}, {**adapter}):
-            if recorded != here:
-                other = f"made with another {what} ({difference(recorded, here)})"
+        for what, recorded, current in ("base", {**self.base}, {**base}), ("adapter", {**self.adapter}, {**adapter}):
+            if recorded != current:
+                other = f"made with another {what} ({difference(recorded, current)})"
                 raise errors.MismatchError(f"{self.name}: {other}; run detect again on this one")
         for name, value in (asdict(options) if options else {}).items():
             recorded_value = getattr(self.options, name)
@@ -424,8 +424,8 @@ class Findings:
         fits = [re.compile(fnmatch.translate(p)).match for p in dict.fromkeys((pattern, literal))]
         matrices = tuple(m for m in self if any(fit(name) for fit in fits for name in (m.tensor, m.module)))
         if not matrices:
-            there = listed((m.tensor for m in self), 2)
-            raise errors.UnknownNameError(f"findings: no matrix fits {pattern!r}; there are {there}")
+            names = listed((m.tensor for m in self), 2)
+            raise errors.UnknownNameError(f"findings: no matrix fits {pattern!r}; there are {names}")
         return replace(self, matrices=matrices)
 
     @overload
@@ -651,8 +651,8 @@ def fingerprint(plan: Plan, target: Target, tensors: Mapping[str, StoredTensor] 
         assert isinstance(module, MethodModule)
         stated = sorted((k, float(v)) for k, v in module.config.values.items() if isinstance(v, int | float))
         numbers = ((key, torch.tensor(value)) for key, value in stated if key not in _NOT_OF_DELTA)
-        own = ((role, values_of(module.stored(tensors[name]))) for role, name in sorted(module.tensors.items()))
-        values = itertools.chain(own, numbers)
+        parts = ((role, values_of(module.stored(tensors[name]))) for role, name in sorted(module.tensors.items()))
+        values = itertools.chain(parts, numbers)
     for role, part in itertools.chain([("", sample.T if target.transposed else sample)], values):
         digest.update(role.encode())
         digest.update(part.double().contiguous().cpu().numpy().data)
@@ -681,13 +681,13 @@ def matched_findings(plan: Plan, findings: Findings, where: str) -> Findings:
     matrices = []
     for target in plan.targets:
         finding = by_module[target.module.name]
-        here = fingerprint(plan, target)
-        if finding.fingerprint is None or here is None:
+        current = fingerprint(plan, target)
+        if finding.fingerprint is None or current is None:
             raise errors.MismatchError(
                 f"{where}: does not say by which values {finding.tensor!r} was judged (findings on a fine-tuned model do not), so they "
                 "may differ from the values here; run detect again"
             )
-        if finding.fingerprint != here:
+        if finding.fingerprint != current:
             raise errors.MismatchError(
                 f"{where}: {finding.tensor!r} was judged with other values than {plan.base.path} and {plan.adapter.path} have; run "
                 "detect again on these (a model that was loaded in a narrower dtype than its files has other values)"

@@ -15,12 +15,11 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from streamer.adapters.finetuned import One
+from streamer.adapters.finetuned import AdapterPaths
 from streamer.detection.findings import Findings
 from streamer.detection.options import DetectionOptions, Run
 from streamer.errors import UsageError
 from streamer.evaluation.evaluation import Evaluation, ask_swapped, load_evaluation, placed
-from streamer.events import Event
 from streamer.measuring import runs
 from streamer.measuring.runs import ADAPTER_ROW, EvaluatedVariant, Prepared, Progress, Records, Work
 from streamer.measuring.statistics import ARRAYS, MEASURES, SequenceSums, telling
@@ -215,15 +214,15 @@ class PreparedEvaluation(Prepared[Evaluation]):
         remove_leftovers(path)  # from a run that was killed just after it renamed the file
         with locked(lock_of(path), path):
             write_atomic(path, text)
-        monitor.emit(Event("note", f"{path} already contains these measures; only the suggestion is updated"))
-        monitor.told(path, "written")
+        monitor.note(f"{path} already contains these measures; only the suggestion is updated")
+        monitor.outputs[path] = "written"
         return evaluation
 
     def computed(self, records: Records, output: Path | None) -> Evaluation:
         """Measure the missing variants, and then the shrink whose λ keeps the share according to the losses so far."""
         known, facts, keep = self.known(output), self.facts, self.options.keep
         if known is not None:
-            self.run.monitor.emit(Event("note", f"{output}: adds to the {len(known.variants)} variants in it"))
+            self.run.monitor.note(f"{output}: adds to the {len(known.variants)} variants in it")
             facts = runs.joined_facts(facts, known.facts)
         progress = Progress(self.run, "evaluate")
         one_length = runs.needs_one_length(self.model, self.texts, runs.ROWS, self.run.monitor.checkpoint)
@@ -318,7 +317,9 @@ def open_model(base_path: str | Path, adapter: Path, findings: Findings | None, 
     if findings is None and (scaling := [v.name for v in variants if v.scales_intruders]):
         raise UsageError(f"findings: {scaling[0]} needs them, found none; run `streamer detect`, and pass its file")
     detection = DetectionOptions() if findings is None else findings.options
-    (job,) = open_jobs(base_path, One(adapter), [findings], UNCHANGED, detection, OutputOptions(merges=True), run)
+    (job,) = open_jobs(
+        base_path, AdapterPaths.of_one(adapter), [findings], UNCHANGED, detection, OutputOptions(merges=True), run
+    )
     plan = job.plan
     run.monitor.warn((*plan.warnings, *job.warnings))
     methods = [variant.mitigation for variant in variants]

@@ -684,14 +684,14 @@ class Prepared(ABC, Generic[Made]):
             made = self._made(Records(journal), output)
             self.plan.check_unchanged()
             self.save(made, output)
-        self.run.monitor.told(output, "resumed" if resumed else "written")
+        self.run.monitor.outputs[output] = "resumed" if resumed else "written"
         return made
 
     def _made(self, records: Records, output: Path | None) -> Made:
         """Compute in full float32, with the number of threads with which the run began; emit a note if torch now has another number."""
         if (count := records.threads) != torch.get_num_threads():
             words = f"goes on with {counted(count, 'thread')}, as it began; --no-resume starts over"
-            self.run.monitor.emit(Event("note", words))
+            self.run.monitor.note(words)
         with threads(count), full_float32(), kept(self.run.workers):
             return self.computed(records, output)
 

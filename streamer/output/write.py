@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from streamer.adapters.finetuned import One, Several
+from streamer.adapters.finetuned import AdapterPaths
 from streamer.detection.detect import detect_to_files, naming_inputs
 from streamer.detection.findings import Findings, lacking, load_findings, matched_findings
 from streamer.detection.options import DetectionOptions, Run
@@ -107,7 +107,7 @@ def run_jobs(writers: Sequence[Writer], options: Run) -> list[Written]:
     for line in dict.fromkeys(line for writer in writers for line in writer.warnings):
         monitor.emit(Event("warning", line))
     for path, output in ((w.path, w.output) for w, state in zip(writers, states, strict=True) if state == "done"):
-        monitor.emit(Event("note", f"{path} holds this very output already; nothing to do"))
+        monitor.note(f"{path} holds this very output already; nothing to do")
         if (path / transaction.LOCK_NAME).exists():  # of a run that was killed at its end
             with locked(path / transaction.LOCK_NAME):
                 pass
@@ -120,7 +120,7 @@ def run_jobs(writers: Sequence[Writer], options: Run) -> list[Written]:
         names = [w.job.plan.adapter.path.absolute().name if len(todo) > 1 else "" for w in todo]
         runs = [_Run(*parts, progress, monitor) for parts in zip(todo, outs, names, strict=True)]
         for line in dict.fromkeys(line for run in runs for line in (*run.writer.notes, *run.writer.advice)):
-            monitor.emit(Event("note", line))
+            monitor.note(line)
         for run in runs:
             run.look()
         if resumed := [run for run in runs if run.out.resumed]:
@@ -379,7 +379,7 @@ class OutputOptions:
     measured: tuple[str, ...] = ()
 
 
-def prepare_outputs(base_path: str | Path, adapters: One | Several, output: Path, findings: Sequence[Findings | None],
+def prepare_outputs(base_path: str | Path, adapters: AdapterPaths, output: Path, findings: Sequence[Findings | None],
                     method: Method, detection: DetectionOptions, form: OutputOptions, run: Run) -> list[Writer]:  # fmt: skip
     """Plan the output of each adapter, and pass on the warnings of the inputs.
 
@@ -401,7 +401,7 @@ def prepare_outputs(base_path: str | Path, adapters: One | Several, output: Path
     return writers
 
 
-def open_jobs(base_path: str | Path, adapters: One | Several, findings: Sequence[Findings | None], method: Method,
+def open_jobs(base_path: str | Path, adapters: AdapterPaths, findings: Sequence[Findings | None], method: Method,
               detection: DetectionOptions, form: OutputOptions, run: Run) -> list[Job]:  # fmt: skip
     """Open and check all inputs of mitigations.
 
@@ -410,7 +410,7 @@ def open_jobs(base_path: str | Path, adapters: One | Several, findings: Sequence
     findings
         Findings for each adapter, see `load_given`; None if the job detects.
     """
-    if isinstance(method, RegMean) and isinstance(adapters, Several) and len(adapters.paths) > 1:
+    if isinstance(method, RegMean) and len(adapters.paths) > 1:
         name, several = method.coefficients.name, f"{len(adapters.paths)}: {listed(adapters.by_name)}"
         do = "take them one at a time, each with its own"
         raise UsageError(f"{name}: coefficients belong to one adapter, found {several}; {do}")
@@ -427,7 +427,7 @@ def open_jobs(base_path: str | Path, adapters: One | Several, findings: Sequence
     return [Job(p, method, detection, run.device, f, *written) for p, f in zip(batch.plans, fitting, strict=True)]
 
 
-def load_given(findings: FindingsOrPath, adapters: One | Several) -> list[Findings | None]:
+def load_given(findings: FindingsOrPath, adapters: AdapterPaths) -> list[Findings | None]:
     """Load the findings for each adapter; None for each if none are given.
 
     Raises
@@ -437,7 +437,7 @@ def load_given(findings: FindingsOrPath, adapters: One | Several) -> list[Findin
     """
     if findings is None:
         return [None for _ in adapters.paths]
-    if isinstance(adapters, One):
+    if adapters.single:
         if isinstance(findings, Mapping):
             what = f"a dict of {len(findings)}"
             raise UsageError(f"findings: expected findings on one adapter, found {what}; give one of them")

@@ -591,7 +591,7 @@ class Remote:
             if (path := cached_snapshot(address)) is None:
                 raise
             if isinstance(e, Unreachable):
-                self.monitor.emit(Event("note", f"{address.shown}: the hub cannot be reached; its cache is used"))
+                self.monitor.note(f"{address.shown}: the hub cannot be reached; its cache is used")
         else:
             path = self._directory(files) / files.file
         if address.file:

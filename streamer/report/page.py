@@ -144,13 +144,6 @@ def check_finite(findings: Findings, where: object) -> None:
             raise FormatError(f"{where}: a figure of {m.tensor} is NaN or Inf; run detect again")
 
 
-def subject_record(subject: Subject) -> dict[str, Any]:
-    """Return the JSON object of findings, of an evaluation, or of an output."""
-    if isinstance(subject, Findings):
-        return {**subject.record()}
-    return {**(subject.to_dict() if isinstance(subject, Evaluation) else subject)}
-
-
 def title(subject: Subject) -> str:
     """Return a report's title."""
     if isinstance(subject, Findings):
@@ -163,8 +156,8 @@ def title(subject: Subject) -> str:
 def headline(subject: Subject) -> tuple[str, list[tuple[str, str]]]:
     """State the main result in one line, and list the next commands with their purposes."""
     if isinstance(subject, Evaluation):
-        said = printable(verdict(subject, subject.best()))
-        return f"{said[:1].upper()}{said[1:]}{'' if said.endswith('?') else '.'}", []
+        sentence = printable(verdict(subject, subject.best()))
+        return f"{sentence[:1].upper()}{sentence[1:]}{'' if sentence.endswith('?') else '.'}", []
     if not isinstance(subject, Findings):
         check = verify_line("BASE", "ADAPTER", subject)
         first = (record_lines(subject, "")[1], *subject.get("measured", ())[:1])[-1]
@@ -201,7 +194,7 @@ def sentences(subject: Subject) -> list[str]:
     judged = f"leading {100 * k:g}% of the singular directions"
     if isinstance(k, int):
         judged = counted(k, "leading singular direction").removeprefix("1 ")
-    adapter, base = (f"“{_name(sources[what])}”" if what in sources else f"the {what}" for what in ("adapter", "base"))
+    adapter, base = (f"“{_name(sources[role])}”" if role in sources else f"the {role}" for role in ("adapter", "base"))
     return [
         f"In {changed} that {adapter} changes in {base}, detection compared the {judged} of base + adapter with all directions of the "
         f"base. A direction is an intruder if its similarity to every one of them is below {options.threshold_epsilon:g}."
@@ -213,16 +206,16 @@ def certificates(subject: Subject) -> str:
     if isinstance(subject, Evaluation):
         return ""
     if isinstance(subject, Findings):
-        decided = [(m.tensor, m.detection.certified) for m in subject]
+        decisions = [(m.tensor, m.detection.certified) for m in subject]
     else:
-        decided = [(m["tensor"], m["certified"]) for m in subject["matrices"] if m["certified"] is not None]
-    if not decided:
+        decisions = [(m["tensor"], m["certified"]) for m in subject["matrices"] if m["certified"] is not None]
+    if not decisions:
         return ""
-    rest = [printable(tensor) for tensor, certified in decided if not certified]
-    matrices = f"{len(decided) - len(rest)} of {counted(len(decided), 'matrix')}"
+    unproven = [printable(tensor) for tensor, certified in decisions if not certified]
+    matrices = f"{len(decisions) - len(unproven)} of {counted(len(decisions), 'matrix')}"
     return (
         f"Certificates: in {matrices}, every decision is proven equal to the full SVD's"
-        f"{f'; not proven: {listed(rest)}' if rest else ''}."
+        f"{f'; not proven: {listed(unproven)}' if unproven else ''}."
     )
 
 
@@ -304,10 +297,10 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
             {"head": printable(c.head), "about": c.about, "cells": [printable(cell) for cell in c.cells]} for c in figures(evaluation)
         ],
         "variants": [
-            {"name": printable(v["name"]), "lambda": v["lambda"],
-             "series": printable(one.method or one.name.partition(" ")[0]),  # its curve: base and adapter are the ends of all
-             **{key: v[key] for key in drawn}}
-            for v, one in zip(evaluation.shown_variants(), evaluation.variants, strict=True)
+            {"name": printable(record["name"]), "lambda": record["lambda"],
+             "series": printable(variant.method or variant.name.partition(" ")[0]),  # its curve: base and adapter are the ends of all
+             **{key: record[key] for key in drawn}}
+            for record, variant in zip(evaluation.shown_variants(), evaluation.variants, strict=True)
         ],
     }  # fmt: skip
 
@@ -333,8 +326,8 @@ def make_page(subject: Subject) -> bytes:
     )
     script = "\n" + "\n".join(scripts)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    said, next_ = headline(subject)
-    lines = [f'<p class="verdict">{html.escape(said)}</p>', *map(_command, next_)]
+    result, next_commands = headline(subject)
+    lines = [f'<p class="verdict">{html.escape(result)}</p>', *map(_command, next_commands)]
     if isinstance(subject, Findings):
         lines += [f"<p>{html.escape(line)}</p>" for line in subject.warnings]
     if isinstance(subject, Evaluation):

@@ -230,9 +230,9 @@ def left(path: Path, monitor: Monitor, note: str = "") -> None:
     """Keep a file that is complete, but set its time to now, and remove what a run that was killed just after renaming it left."""
     remove_leftovers(path)
     if note:
-        monitor.emit(Event("note", note))
+        monitor.note(note)
     touch([path], monitor)
-    monitor.told(path, "present")
+    monitor.outputs[path] = "present"
 
 
 def touch(paths: Sequence[Path], monitor: Monitor) -> None:

@@ -17,7 +17,7 @@ from learned import make_learned
 from mutate import journal_bytes, mutate_journal, mutate_json, mutate_safetensors, records_of
 
 import streamer
-from streamer.adapters.finetuned import One
+from streamer.adapters.finetuned import AdapterPaths
 from streamer.cli.tables import evaluation_table, findings_table
 from streamer.detection.detect import detect_to_files
 from streamer.detection.findings import load_findings
@@ -46,7 +46,7 @@ def open_job(base: Path, adapter: Path, mitigation: Method, options: DetectionOp
     """Open a merge."""
     form = OutputOptions(merges=True)
     found = None if findings is None else load_findings(findings)
-    (job,) = open_jobs(base, One(adapter), [found], mitigation, options, form, Run(CPU))
+    (job,) = open_jobs(base, AdapterPaths.of_one(adapter), [found], mitigation, options, form, Run(CPU))
     return job
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import helpers
 import pytest
 
-from streamer.adapters.finetuned import One, holds_adapters, named_adapters, one_or_several
+from streamer.adapters.finetuned import AdapterPaths, holds_adapters, named_adapters, one_or_several
 
 
 def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,7 +17,7 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert holds_adapters(tmp_path / "many")
     assert not holds_adapters(tmp_path / "many" / "a")
     assert not holds_adapters(tmp_path / "nothing")
-    assert one_or_several(str(tmp_path / "many" / "a")) == One(tmp_path / "many" / "a")
+    assert one_or_several(str(tmp_path / "many" / "a")) == AdapterPaths.of_one(tmp_path / "many" / "a")
     assert one_or_several(tmp_path / "many") == one_or_several([tmp_path / "many"])
     assert list(named_adapters([tmp_path / "many"])) == ["a", "b"]
     # A training run keeps its checkpoints inside: it is an adapter all the same.
