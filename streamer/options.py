@@ -165,12 +165,12 @@ class Options:
         # To compile the other methods of 40 classes would double the time of `--help`.
         dataclass(init=False, repr=False, eq=False)(cls)
 
-    def __init__(self, **given: Any) -> None:
-        declared = {one.name: one for one in fields(self)}  # type: ignore[arg-type]  # each subclass is a dataclass
-        values = {**{name: one.default for name, one in declared.items()}, **given}
+    def __init__(self, **keywords: Any) -> None:
+        declared = {field.name: field for field in fields(self)}  # type: ignore[arg-type]  # each subclass is a dataclass
+        values = {**{name: field.default for name, field in declared.items()}, **keywords}
         if wrong := [name for name in values if values[name] is MISSING or name not in declared]:
             raise TypeError(f"{type(self).__name__}: missing or unknown: {', '.join(wrong)}")
-        for name, value in given.items():
+        for name, value in keywords.items():
             _check(declared[name], value)
         vars(self).update(values)
         self.__post_init__()
@@ -179,24 +179,24 @@ class Options:
         """Check the values."""
 
 
-def _check(one: Any, value: Any) -> None:
+def _check(option_field: Any, value: Any) -> None:
     """Refuse a value that its field's bound, choices or type exclude."""
-    kind, form = str(one.type), one.metadata.get("option", Option(""))
+    kind, form = str(option_field.type), option_field.metadata.get("option", Option(""))
     bound: Bound | None = form.bound
-    if value is None and kind.endswith("| None") and one.default is not MISSING:
+    if value is None and kind.endswith("| None") and option_field.default is not MISSING:
         return
-    many = kind.startswith(("float |", "Adapters")) and _is_list(value)
+    values = value if kind.startswith(("float |", "Adapters")) and _is_list(value) else (value,)
     if bound is None and form.choices is not None and not kind.startswith("Sequence"):
         bound = Bound(f"one of {', '.join(form.choices)}", tuple(form.choices).__contains__)
     elif bound is None and kind.startswith("Sequence["):
-        like = f", such as {[*one.default]}" if one.default else ""
-        bound = Bound(f"a list{like}", lambda values: isinstance(values, Iterable) and not isinstance(values, str))
+        example = f", such as {[*option_field.default]}" if option_field.default else ""
+        bound = Bound(f"a list{example}", lambda values: isinstance(values, Iterable) and not isinstance(values, str))
     elif bound is None and kind.removesuffix(" | None") in ("str | Path", "Adapters"):
         bound = PATH
-    for each in value if many else (value,):
-        if bound is not None and not bound.holds(each):
-            found = [*each] if isinstance(each, tuple) else each
-            raise UsageError(f"{one.name}: expected {bound.words}, found {quoted(found)}")
+    for item in values:
+        if bound is not None and not bound.holds(item):
+            found = quoted([*item] if isinstance(item, tuple) else item)
+            raise UsageError(f"{option_field.name}: expected {bound.words}, found {found}")
 
 
 def declared(kind: type) -> Iterator[tuple[Any, Option, str]]:
@@ -205,9 +205,9 @@ def declared(kind: type) -> Iterator[tuple[Any, Option, str]]:
     for base in reversed(kind.__mro__):
         for name in vars(base).get("__annotations__", {}):
             groups.setdefault(name, getattr(base, "group", ""))
-    for one in fields(kind):
-        if "option" in one.metadata:
-            yield one, one.metadata["option"], groups[one.name]
+    for option_field in fields(kind):
+        if "option" in option_field.metadata:
+            yield option_field, option_field.metadata["option"], groups[option_field.name]
 
 
 REMOVED_FROM = {
@@ -255,7 +255,7 @@ class Watched(Options):
     on_event: OnEvent | None = keyword("function to call with an `Event` at each step and for each warning; without it and `monitor`, "
         "warnings are `StreamerWarning`", Bound("a function that takes an event", callable))
     monitor: Monitor | None = keyword("a `Monitor` instead of `on_event`, for callers that also need to stop a run at its next safe point",
-        Bound("a Monitor", lambda given: isinstance(given, Monitor)))
+        Bound("a Monitor", lambda monitor: isinstance(monitor, Monitor)))
     progress: bool | None = keyword("True draws tqdm bars; None draws them only in a notebook, and only without `on_event` and `monitor`")
 
 
