@@ -28,14 +28,7 @@ import numpy as np
 
 from streamer.detection.findings import Findings, MatrixFinding, load_findings
 from streamer.errors import FormatError, OutputError, UsageError, printable
-from streamer.evaluation.evaluation import (
-    Evaluation,
-    commands,
-    figures,
-    load_evaluation,
-    reasons,
-    verdict,
-)
+from streamer.evaluation.evaluation import Evaluation, commands, figures, load_evaluation, reasons, verdict
 from streamer.events import Monitor
 from streamer.methods import METHODS, takes_findings
 from streamer.output.job import record_lines, verify_line
