@@ -396,8 +396,8 @@ def _names(args: argparse.Namespace) -> views.Names:
     limits = [f for f in fields(EvaluateOptions) if f.name in ("sequences", "length")]
     reading = "".join(f" --{f.name} {getattr(args, f.name)}" for f in limits if getattr(args, f.name) != f.default)
     others = "".join(f" --other {shlex.quote(file)}" for file in args.other)
-    named = views.Names(shlex.join(map(shown, (args.base, args.adapter))), *quoted_files, reading, others)
-    return replace(named, mitigated=views.is_mitigated(args.adapter))
+    names = views.Names(shlex.join(map(shown, (args.base, args.adapter))), *quoted_files)
+    return replace(names, reading=reading, others=others, mitigated=views.is_mitigated(args.adapter))
 
 
 def _each(outcome: Any, result: Callable[[Any, Screen], Result], output: str, on: Screen) -> Result:

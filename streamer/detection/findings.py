@@ -651,8 +651,8 @@ def fingerprint(plan: Plan, target: Target, tensors: Mapping[str, StoredTensor] 
         assert isinstance(module, MethodModule)
         stated = sorted((k, float(v)) for k, v in module.config.values.items() if isinstance(v, int | float))
         numbers = ((key, torch.tensor(value)) for key, value in stated if key not in _NOT_OF_DELTA)
-        parts = ((role, values_of(module.stored(tensors[name]))) for role, name in sorted(module.tensors.items()))
-        values = itertools.chain(parts, numbers)
+        by_role = ((role, values_of(module.stored(tensors[name]))) for role, name in sorted(module.tensors.items()))
+        values = itertools.chain(by_role, numbers)
     for role, part in itertools.chain([("", sample.T if target.transposed else sample)], values):
         digest.update(role.encode())
         digest.update(part.double().contiguous().cpu().numpy().data)
