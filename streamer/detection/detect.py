@@ -34,7 +34,7 @@ from streamer.events import Event, Monitor, Progress
 from streamer.json_types import check
 from streamer.linalg.operators import Dense, Matrix, RowBlocks, all_finite
 from streamer.linalg.torch_state import CPU, thread_count, threads
-from streamer.plan.plan import AdapterBatch, MemoryEstimate, Plan, check_budget, factor_bytes, resident_bytes
+from streamer.plan.plan import AdapterBatch, MemoryEstimate, Plan, check_budget, factor_bytes, fits, resident_bytes
 from streamer.plan.targets import Target
 from streamer.storage import transaction
 from streamer.storage.atomic_file import Buffer, partials_of, write_sealed
@@ -105,10 +105,8 @@ def kept_bytes(plan: Plan, target: Target, options: DetectionOptions) -> int:
 
 def best_way(plan: Plan, target: Target, options: DetectionOptions, resident: int) -> Way:
     """Choose the first way that fits the allowed memory."""
-    if options.max_memory is None:
-        return Way.DENSE
     ways = detection_bytes(plan, target, options, resident)
-    return next(way for way, size in ways.items() if size <= options.max_memory)
+    return next(way for way, size in ways.items() if fits(size, options.max_memory))
 
 
 def float64_way(plan: Plan, target: Target, options: DetectionOptions, resident: int,
@@ -125,9 +123,8 @@ def float64_way(plan: Plan, target: Target, options: DetectionOptions, resident:
     if is_double or (solver == "dense" and not is_repeated(target.module.shape)):
         return None
     ways = detection_bytes(plan, target, options, resident, torch.float64.itemsize)
-    allowed = options.max_memory
-    fitting = (pair for pair in ways.items() if (pair[0] is Way.DENSE) == (solver == "dense"))
-    return next((pair for pair in fitting if allowed is None or pair[1] <= allowed), None)
+    possible = (pair for pair in ways.items() if (pair[0] is Way.DENSE) == (solver == "dense"))
+    return next((pair for pair in possible if fits(pair[1], options.max_memory)), None)
 
 
 def is_repeated(shape: tuple[int, int]) -> bool:

@@ -35,7 +35,7 @@ from streamer.measuring.statistics import ARRAYS, MEASURES, Floats, SequenceSums
 from streamer.measuring.texts import Texts, TextSequences
 from streamer.methods import METHODS, MethodName
 from streamer.methods.files import SealedKind
-from streamer.plan.plan import AdapterBatch, Plan, resident_bytes
+from streamer.plan.plan import AdapterBatch, Plan, fits, resident_bytes
 from streamer.storage import transaction
 from streamer.storage.transaction import Journal, ResumableFile
 from streamer.streaming import sweep
@@ -328,16 +328,15 @@ class Work:
         UsageError
             If the budget is too small for one sequence; the message names the smallest budget.
         """
-        if max_memory is None:
-            return Limits(max(self.length, ROWS), ROOM, False)
         longest = max(self.length, ROWS)
         fewer = [rows for rows in (longest >> k for k in range(longest.bit_length())) if rows > self.length]
         for least in (Limits(longest, 0, False), *(Limits(rows, 0, True) for rows in [*fewer, self.length])):
-            if (free := max_memory - self.nbytes(size, resident, least)) >= 0:
-                return least._replace(room=min(ROOM, free))
+            needed = self.nbytes(size, resident, least)
+            if fits(needed, max_memory):
+                return least._replace(room=ROOM if max_memory is None else min(ROOM, max_memory - needed))
         raise UsageError(
-            f"max_memory: {max_memory >> 20}M is not enough for a sweep of {self.fitted + self.riding} tokens; it needs "
-            f"{-((free - max_memory) >> 20)}M, and less with a smaller --length or fewer --sequences"
+            f"max_memory: {(max_memory or 0) >> 20}M is not enough for a sweep of {self.fitted + self.riding} tokens; it needs "
+            f"{-(-needed >> 20)}M, and less with a smaller --length or fewer --sequences"
         )
 
 

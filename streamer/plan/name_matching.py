@@ -32,7 +32,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -262,6 +262,34 @@ def _scope(path: str, prefix: str) -> str | None:
     return f"^{head}{re.escape(below)}\\." if below else f"^{head}"
 
 
+@dataclass(frozen=True)
+class TensorSlice:
+    """A part of a base's weight that holds a matrix, or some of its rows.
+
+    Expert 3 of a stack is ``("model.layers.0.mlp.experts.down_proj", 3)``. The upper half of expert 3 of a ``gate_up_proj`` that the base
+    stores in two tensors is ``("model.layers.0.mlp.experts.3.gate_proj.weight", None, (0, 4096))``.
+
+    Attributes
+    ----------
+    weight
+        A weight's name.
+    index
+        Index of the matrix, if the weight is a stack.
+    rows
+        First and last-plus-one row of the matrix that this weight holds, if other weights hold the rest; None for all rows.
+    """
+
+    weight: str
+    index: int | None = None
+    rows: tuple[int, int] | None = None
+
+
+def joined(name: str, slices: Sequence[TensorSlice], weights: WeightView) -> Weight:
+    """Make a matrix of this name from the slices that hold its rows."""
+    parts = [weights[s.weight] if s.index is None else weights[s.weight].slice(s.index) for s in slices]
+    return replace(parts[0], name=name) if len(parts) == 1 else RowConcat.of(name, parts)
+
+
 class Match(NamedTuple):
     """A base tensor that was found for a module, and the rule that found it.
 
@@ -273,11 +301,14 @@ class Match(NamedTuple):
         ``exact``, ``rename`` or ``prefix '…' → '…'``; empty if there is no match.
     why
         Reason for the match, or against it.
+    pieces
+        For a fused matrix of a pipeline, whose name `tensor` is made up: the slices that hold its rows, in order.
     """
 
     tensor: str
     rule: str
     why: str
+    pieces: tuple[TensorSlice, ...] = ()
 
 
 EXACT = "the module's own name"
@@ -423,28 +454,6 @@ def _fits(name: str, strip: str, add: str, stems: Mapping[str, str]) -> bool:
     return not (strip and add) or any(part.isdigit() for part in name[len(strip) :].split("."))
 
 
-@dataclass(frozen=True)
-class TensorSlice:
-    """A part of a base's weight that holds a matrix, or some of its rows.
-
-    Expert 3 of a stack is ``("model.layers.0.mlp.experts.down_proj", 3)``. The upper half of expert 3 of a ``gate_up_proj`` that the base
-    stores in two tensors is ``("model.layers.0.mlp.experts.3.gate_proj.weight", None, (0, 4096))``.
-
-    Attributes
-    ----------
-    weight
-        A weight's name.
-    index
-        Index of the matrix, if the weight is a stack.
-    rows
-        First and last-plus-one row of the matrix that this weight holds, if other weights hold the rest; None for all rows.
-    """
-
-    weight: str
-    index: int | None = None
-    rows: tuple[int, int] | None = None
-
-
 OTHER_NAME = "the module's name in kohya's files, or in another version of transformers"
 
 TEXT = "text_model."
@@ -485,24 +494,9 @@ FLUX = {
 """Layers of Flux's blocks by the original's names → the layers by diffusers' names that hold their rows, in order."""
 
 
-Fused = dict[str, tuple[TensorSlice, ...]]
-"""Slices that hold the rows of each fused matrix of a pipeline, by its made-up name."""
-
-
-def with_fused(weights: WeightView, fused: Fused) -> WeightView:
-    """Add fused matrices to a pipeline's weights."""
-
-    def joined(name: str, whole: WeightView) -> Weight:
-        return RowConcat.of(name, [whole[piece.weight] for piece in fused[name]])
-
-    return weights.extended({name: partial(joined, name) for name in fused})
-
-
 def match_modules(base: Checkpoint, config: ModelConfig, adapter: DeltaSource, weights: WeightView, renames: Renames,
-                  parameters: Iterable[str]) -> tuple[dict[str, Match], Fused]:  # fmt: skip
+                  parameters: Iterable[str]) -> dict[str, Match]:  # fmt: skip
     """Match every module of an adapter to a base's weight; see `match_names`. A module without a weight has an empty match.
-
-    In a pipeline, the tensor of a fused matrix has a made-up name.
 
     Raises
     ------
@@ -526,11 +520,11 @@ def match_modules(base: Checkpoint, config: ModelConfig, adapter: DeltaSource, w
             f"{adapter.path}: is {'' if of_pipeline else 'not '}an adapter of a diffusers pipeline; expected {expected}"
         )
     if not of_pipeline:
-        return match_names(adapter.modules, weights, renames, parameters), {}
+        return match_names(adapter.modules, weights, renames, parameters)
     return _match_pipeline(base, adapter, weights)
 
 
-def _match_pipeline(base: Checkpoint, adapter: DeltaSource, weights: WeightView) -> tuple[dict[str, Match], Fused]:
+def _match_pipeline(base: Checkpoint, adapter: DeltaSource, weights: WeightView) -> dict[str, Match]:
     alphas = [name for name in adapter.tensors if name.endswith(".alpha") and not name.startswith("lora_")]
     if alphas and _class_of(base, "transformer") != FLUX_CLASS:
         raise UnsupportedError(
@@ -540,24 +534,18 @@ def _match_pipeline(base: Checkpoint, adapter: DeltaSource, weights: WeightView)
     known: defaultdict[str, list[tuple[str, ...]]] = defaultdict(list)
     for name, modules in _kohya_names(base, stems):
         known[name].append(tuple(stems[module] for module in modules))
-    names: dict[str, Match] = {}
-    fused: Fused = {}
+    matches: dict[str, Match] = {}
     for module in adapter.modules:
-        found: list[tuple[str, ...]] = [(stems[name],) for name in _spellings(module) if name in stems]
-        found += known[module]
-        names[module] = _match(module, found)
-        if len(found) == 1 and len(found[0]) > 1:
-            rows = pairwise(accumulate((weights[tensor].shape[0] for tensor in found[0]), initial=0))
-            fused[names[module].tensor] = tuple(TensorSlice(t, None, r) for t, r in zip(found[0], rows, strict=True))
-    matched = [m.tensor for m in names.values() if m.tensor]
-    changed = {part.weight for tensor in matched for part in fused.get(tensor, (TensorSlice(tensor),))}
+        candidates: list[tuple[str, ...]] = [(stems[name],) for name in _spellings(module) if name in stems]
+        matches[module] = _match(module, candidates + known[module], weights)
+    changed = {piece.weight for m in matches.values() for piece in m.pieces or (TensorSlice(m.tensor),) if m.tensor}
     coded = {tensor.partition(".")[0] for tensor in changed & weights.quantized_names}
     for component in sorted({tensor.partition(".")[0] for tensor in changed}):
         if component in coded or read_model_config(base.path / component).quantization:
             raise UnsupportedError(
                 f"{base.path / component}: is quantized, which is not supported in pipelines; use the 16-bit component"
             )
-    return names, fused
+    return matches
 
 
 def _spellings(module: str) -> Iterator[str]:
@@ -568,16 +556,21 @@ def _spellings(module: str) -> Iterator[str]:
         yield f"{component}.{rest.removeprefix(TEXT) if rest.startswith(TEXT) else TEXT + rest}"
 
 
-def _match(module: str, found: list[tuple[str, ...]]) -> Match:
-    if not found:
+def _match(module: str, candidates: Sequence[tuple[str, ...]], weights: WeightView) -> Match:
+    """Choose the only candidate; each consists of the tensors that hold the module's rows, in order."""
+    if not candidates:
         return Match("", "", f"has no tensor of a known name in the base ({', '.join(PREFIXES)})")
-    if len(found) > 1:
-        return Match("", "", f"is ambiguous: it could be {found[0][0]!r} or {found[1][0]!r}")
-    first, *others = found[0]
+    if len(candidates) > 1:
+        return Match("", "", f"is ambiguous: it could be {candidates[0][0]!r} or {candidates[1][0]!r}")
+    first, *others = tensors = candidates[0]
     if f"{module}.weight" == first:
         return Match(first, "exact", EXACT)
-    more = [tensor.removesuffix(".weight").rpartition(".")[2] for tensor in others]
-    return Match("+".join([first.removesuffix(".weight"), *more]) if more else first, "pipeline", OTHER_NAME)
+    if not others:
+        return Match(first, "pipeline", OTHER_NAME)
+    last_names = (tensor.removesuffix(".weight").rpartition(".")[2] for tensor in others)
+    rows = pairwise(accumulate((weights[tensor].shape[0] for tensor in tensors), initial=0))
+    pieces = tuple(TensorSlice(tensor, None, span) for tensor, span in zip(tensors, rows, strict=True))
+    return Match("+".join([first.removesuffix(".weight"), *last_names]), "pipeline", OTHER_NAME, pieces)
 
 
 def _class_of(base: Checkpoint, component: str) -> Any:

@@ -10,9 +10,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ from streamer.plan import side_files
 from streamer.plan import tied_embeddings as tied
 from streamer.plan.architectures import Architecture, architecture_for, pattern_of, with_architecture
 from streamer.plan.carried_tensors import TensorEdits, check_announced, match_carried, merged_architecture
-from streamer.plan.name_matching import Renames, TensorSlice, match_modules, renames_for, with_fused
+from streamer.plan.name_matching import Renames, TensorSlice, joined, match_modules, renames_for
 from streamer.plan.targets import Orientation, Target, match_experts, match_targets, refuse_misfits, tensor_roles
 from streamer.storage.checkpoint import Checkpoint, IOMode, open_checkpoint
 from streamer.storage.files import AdapterIdentity, BaseIdentity, Stamp, file_stamp, storage_errors
@@ -223,7 +223,7 @@ def make_batch(base_path: str | Path, adapters: Sequence[str | Path], io: IOMode
 
 
 def match_plan(checkpoint: Checkpoint, weights: WeightView, config: ModelConfig, orientation: Orientation,
-               opened: DeltaSource, renames: Renames) -> Plan:  # fmt: skip
+               adapter: DeltaSource, renames: Renames) -> Plan:  # fmt: skip
     """Match an adapter with a base, in files or in memory; the plan has no side files.
 
     Parameters
@@ -236,70 +236,77 @@ def match_plan(checkpoint: Checkpoint, weights: WeightView, config: ModelConfig,
     InputError
         If they do not belong together or are not supported.
     """
-    architecture = merged_architecture(config, opened)
+    architecture = merged_architecture(config, adapter)
     dropped: dict[str, str] = {}
-    if isinstance(opened, FinetunedModel):
-        stated = opened.model_config if opened.model_config.values else config
+    if isinstance(adapter, FinetunedModel):
+        stated = adapter.model_config if adapter.model_config.values else config
         tuned_class = architecture_for(stated, config.architecture)
-        opened, dropped = tied.without_copies(checkpoint, opened, tuned_class, renames)
+        adapter, dropped = tied.without_copies(checkpoint, adapter, tuned_class, renames)
     # For a fine-tuned model, the output takes the model's own config, which states the ties.
-    ties = () if opened.describes_model else tied.find_ties(checkpoint.weight_map, architecture, renames)
+    ties = () if adapter.describes_model else tied.find_ties(checkpoint.weight_map, architecture, renames)
     aliases = {
         name: StoredTensor(*checkpoint.locate(tie.stored))
         for tie in ties
         for name in tie.others
         if name not in checkpoint.weight_map
     }
-    parameters = opened.parameters
-    names, fused = match_modules(checkpoint, config, opened, weights.replaced(aliases), renames, parameters)
+    parameters = adapter.parameters
+    matches = match_modules(checkpoint, config, adapter, weights.replaced(aliases), renames, parameters)
     if architecture is None and not config.pipeline:
         ask = "; if it is tied to one there, name the model's class with --architecture"
-        names = {n: m if m.tensor or "*" in pattern_of(n) else m._replace(why=m.why + ask) for n, m in names.items()}
-    matched = {name: match.tensor for name, match in names.items() if match.tensor and name in opened.modules}
-    mirrors = tied.mirrored(ties, opened, matched)
-    other = {m.name for m in mirrors.values()}
-    own = {name: match for name, match in names.items() if name in opened.modules and name not in other}
+        matches = {
+            n: m if m.tensor or "*" in pattern_of(n) else m._replace(why=m.why + ask) for n, m in matches.items()
+        }
+    matched = {name: match.tensor for name, match in matches.items() if match.tensor and name in adapter.modules}
+    mirrors = tied.mirrored(ties, adapter, matched)
+    mirror_names = {module.name for module in mirrors.values()}
+    modules = {n: match for n, match in matches.items() if n in adapter.modules and n not in mirror_names}
     # Before carried tensors are matched, whose names are matched in the same way.
-    if opened.carried:
-        unmatched = [f"{name!r} {match.why}" for name, match in own.items() if not match.tensor]
-        refuse_misfits(unmatched, len(own), opened, weights)
+    if adapter.carried:
+        unmatched = [f"{name!r} {match.why}" for name, match in modules.items() if not match.tensor]
+        refuse_misfits(unmatched, len(modules), adapter, weights)
     vocabulary = tied.vocabulary_tensors(checkpoint, config, architecture, ties, renames)
     # If an adapter changes only stacks of experts, only these show the prefix of its names in the base.
-    placed = matched | {p: names[p].tensor for p in parameters if names[p].rule.startswith("prefix")}
-    edits = match_carried(checkpoint, opened, placed, renames, weights, aliases, vocabulary)
+    placed = matched | {p: matches[p].tensor for p in parameters if matches[p].rule.startswith("prefix")}
+    edits = match_carried(checkpoint, adapter, placed, renames, weights, aliases, vocabulary)
     announced: tuple[str, ...] = ()
-    if not opened.describes_model:
-        present = dict.fromkeys([*checkpoint.weight_map, *aliases])
-        biased = [name for name, tensor in matched.items() if f"{tensor.removesuffix('weight')}bias" in weights]
-        announced = check_announced(opened, present, renames, config, architecture, edits, biased)
-    if opened.describes_model:
+    if adapter.describes_model:
         edits = replace(edits, dropped=dropped)
-        found = {*(match.tensor for match in names.values()), *edits.sources, *dropped}
-        if weights.quantized_names:
-            advice = "a fine-tuned model must be compared with the 16-bit base from which it was trained"
-            raise UnsupportedError(f"{checkpoint.path}: is quantized; {advice}")
-        spare = () if architecture is None else architecture.may_be_missing  # loading does not need these
-        missing = [n for n in checkpoint.weight_map if n not in found and not any(re.search(s, n) for s in spare)]
-        if missing:
-            lacks = f"lacks {len(missing)} of the base's {len(checkpoint.weight_map)} tensors, {missing[0]!r} first"
-            advice = f"check that it was trained from {checkpoint.path} and that both have the same class, with or without a head"
-            raise MismatchError(f"{opened.path}: {lacks}; {advice}")
-    elif architecture is None:
-        tied.refuse_unknown_ties(checkpoint, config, opened, edits, matched)
+        present = {*(match.tensor for match in matches.values()), *edits.sources, *dropped}
+        _refuse_incomplete(checkpoint, weights, adapter, architecture, present)
     else:
-        tied.refuse_numbered_ties(ties, checkpoint.path, opened, matched)
-        deltas, once = frozenset(matched.values()), frozenset(matched[name] for name in mirrors)
-        editor = tied.TieEditor(checkpoint, opened, config, architecture, edits, deltas, once)
-        edits = editor.edited(ties)
-    if edits.vocabularies and not opened.describes_model:
-        edits = tied.without_stale_values(checkpoint, architecture, vocabulary, edits)
-    weights = with_fused(weights.replaced({**aliases, **edits.sources}), fused)
-    targets = match_targets(weights, opened, orientation, own, renames)
-    targets = [replace(target, pieces=fused.get(target.tensor, ())) for target in targets]
-    targets += match_experts(weights, opened, config, orientation.architectures, names, renames)
-    targets.sort(key=file_order(weights))
-    weights = weights.extended({t.tensor: t.weight for t in targets if t.pieces})
-    return Plan(checkpoint, weights, opened, tuple(targets), edits, mirrors, config, architecture, announced)
+        names = dict.fromkeys([*checkpoint.weight_map, *aliases])
+        biased = [name for name, tensor in matched.items() if f"{tensor.removesuffix('weight')}bias" in weights]
+        announced = check_announced(adapter, names, renames, config, architecture, edits, biased)
+        if architecture is None:
+            tied.refuse_unknown_ties(checkpoint, config, adapter, edits, matched)
+        else:
+            tied.refuse_numbered_ties(ties, checkpoint.path, adapter, matched)
+            deltas, once = frozenset(matched.values()), frozenset(matched[name] for name in mirrors)
+            edits = tied.TieEditor(checkpoint, adapter, config, architecture, edits, deltas, once).edited(ties)
+        if edits.vocabularies:
+            edits = tied.without_stale_values(checkpoint, architecture, vocabulary, edits)
+    weights = weights.replaced({**aliases, **edits.sources})
+    weights = weights.extended({m.tensor: partial(joined, m.tensor, m.pieces) for m in modules.values() if m.pieces})
+    targets = match_targets(weights, adapter, orientation, modules, renames)
+    experts = match_experts(weights, adapter, config, orientation.architectures, matches, renames)
+    weights = weights.extended({t.tensor: partial(joined, t.tensor, t.pieces) for t in experts})
+    targets = sorted([*targets, *experts], key=file_order(weights))
+    return Plan(checkpoint, weights, adapter, tuple(targets), edits, mirrors, config, architecture, announced)
+
+
+def _refuse_incomplete(checkpoint: Checkpoint, weights: WeightView, tuned: DeltaSource,
+                       architecture: Architecture | None, present: Collection[str]) -> None:  # fmt: skip
+    """Refuse a fine-tuned model that lacks tensors of its base, or whose base is quantized; `present` are the base's names that it has."""
+    if weights.quantized_names:
+        advice = "a fine-tuned model must be compared with the 16-bit base from which it was trained"
+        raise UnsupportedError(f"{checkpoint.path}: is quantized; {advice}")
+    spare = () if architecture is None else architecture.may_be_missing  # loading does not need these
+    missing = [n for n in checkpoint.weight_map if n not in present and not any(re.search(s, n) for s in spare)]
+    if missing:
+        lacks = f"lacks {len(missing)} of the base's {len(checkpoint.weight_map)} tensors, {missing[0]!r} first"
+        advice = f"check that it was trained from {checkpoint.path} and that both have the same class, with or without a head"
+        raise MismatchError(f"{tuned.path}: {lacks}; {advice}")
 
 
 def file_order(weights: WeightView) -> Callable[[Target], tuple[int, int]]:
@@ -405,6 +412,11 @@ class MemoryEstimate:
     nbytes: int
 
 
+def fits(nbytes: int, max_memory: int | None) -> bool:
+    """Test whether a step may use so many bytes: whatever `--max-memory` decides, it decides by this."""
+    return max_memory is None or nbytes <= max_memory
+
+
 def check_budget(needs: Iterable[MemoryEstimate], max_memory: int | None) -> None:
     """Refuse a budget that is too small for some step.
 
@@ -416,7 +428,7 @@ def check_budget(needs: Iterable[MemoryEstimate], max_memory: int | None) -> Non
     if max_memory is None:
         return
     most = max(needs, key=lambda need: need.nbytes)
-    if most.nbytes > max_memory:
+    if not fits(most.nbytes, max_memory):
         step = f"tensor {most.tensor!r} ({'x'.join(map(str, most.shape))})" if most.shape else most.tensor
         enough = f"{-(-most.nbytes >> 20)}M"
         raise UsageError(f"max_memory: {max_memory >> 20}M is not enough for {step}; it needs {enough}")

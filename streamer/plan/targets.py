@@ -33,7 +33,7 @@ from streamer.plan.name_matching import Loaded, Match, Renames, TensorSlice
 from streamer.storage.checkpoint import Checkpoint
 from streamer.storage.header import TensorInfo
 from streamer.units import listed
-from streamer.weights.base import RowConcat, Weight
+from streamer.weights.base import Weight
 from streamer.weights.logical import WeightView
 from streamer.weights.model_config import ModelConfig
 
@@ -67,11 +67,6 @@ class Target:
     def slices(self) -> tuple[TensorSlice, ...]:
         """Return the slices that together hold its rows, in order."""
         return self.pieces or (TensorSlice(self.tensor),)
-
-    def weight(self, weights: WeightView) -> Weight:
-        """Make the matrix from the slices that hold its rows."""
-        pieces = [weights[p.weight] if p.index is None else weights[p.weight].slice(p.index) for p in self.slices]
-        return replace(pieces[0], name=self.tensor) if len(pieces) == 1 else RowConcat.of(self.tensor, pieces)
 
     @property
     def kernel(self) -> tuple[int, ...]:
@@ -222,7 +217,7 @@ def match_targets(
             problems.append(f"{name!r} and {targets[found].module.name!r} both change {found!r}")
         else:
             ((placed, transposed),) = fitting
-            targets[found] = Target(found, placed, transposed, match, shape)
+            targets[found] = Target(found, placed, transposed, match, shape, match.pieces)
     refuse_misfits(problems, len(names), adapter, weights)
     return [targets[name] for name in weights if name in targets]
 

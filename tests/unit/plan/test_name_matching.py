@@ -59,7 +59,7 @@ def test_an_exact_name_wins_over_a_longer_one() -> None:
 
 def test_an_ambiguous_prefix_lists_the_places() -> None:
     found = match_names(prefixed("model."), weights(*prefixed("encoder."), *prefixed("decoder.")))
-    for name, (tensor, rule, why) in found.items():
+    for name, (tensor, rule, why, _) in found.items():
         tail = name.removeprefix("model.")
         assert (tensor, rule) == ("", "")
         assert why == f"is ambiguous: it could be 'decoder.{tail}.weight', 'encoder.{tail}.weight'"
@@ -81,7 +81,7 @@ def test_layers_are_never_exchanged() -> None:
         found = match_names([mine], weights(theirs))
         assert found[mine].tensor == "", (mine, theirs)
     found = match_names(prefixed("model."), weights(*(n.replace("layers.", "layers.1") for n in prefixed("model."))))
-    for name, (tensor, rule, why) in found.items():
+    for name, (tensor, rule, why, _) in found.items():
         assert (
             (tensor, rule) == (f"{name}.weight", "exact")
             if "layers.10." in name or "layers.11." in name
@@ -97,7 +97,7 @@ def test_a_match_keeps_the_path_and_its_numbers(data: st.DataObject) -> None:
     tensors = data.draw(st.lists(path, min_size=1, max_size=6, unique=True))
     found = match_names(modules, weights(*tensors))
     assert list(found).sort() == modules.sort()
-    for name, (tensor, _, why) in found.items():
+    for name, (tensor, _, why, _) in found.items():
         if not tensor:
             assert why
             continue
