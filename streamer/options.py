@@ -11,13 +11,14 @@ import math
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from functools import cached_property
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast, dataclass_transform
 
 from streamer.errors import UsageError
 from streamer.events import Monitor, OnEvent
-from streamer.methods import DEFAULT, METHODS, WITHOUT_FILES, NullSpace
+from streamer.methods import DEFAULT, METHODS, WITHOUT_FILES, Method, NullSpace, make_method, share_name
 from streamer.storage.files import available_cores
 from streamer.units import MOST_THREADS, quoted
 
@@ -376,6 +377,14 @@ class Scaling(Options, group="mitigation"):
     select: Selection = option("scale all intruders among the top k, or only the highest-ranked one of each matrix", "all", "--select",
         "--scale", choices=["all", "first"], rare=True)
 
+    def files(self) -> dict[str, Any]:
+        """Return the coefficients and the map that are given, read from their files if paths are given."""
+        from streamer.methods import files  # it loads torch
+
+        loaders, read = {"coefficients": files.load_coefficients, "map": files.load_map}, files.Coefficients | files.InputMap
+        values = {name: value for name in loaders if (value := getattr(self, name)) is not None}
+        return {name: v if isinstance(v, read) else loaders[name](v) for name, v in values.items()}
+
 
 class MethodOptions(Scaling, group="mitigation"):
     """A mitigation method."""
@@ -386,8 +395,27 @@ class MethodOptions(Scaling, group="mitigation"):
     method: MethodName | None = option("; ".join(f"{name}: {method.about}" for name, method in METHODS.items()) + ". With --coefficients "
         "or --map, the file sets the method", metavar="NAME", choices=[*METHODS], shown=DEFAULT.name, detail="The mitigated delta "
         "is Δ + (λ − 1) U Σ Vᵀ (paper), (I − (1 − λ) U Uᵀ) Δ (project), λ Δ (shrink) or L R'ᵀ with new right factors (regmean).")
-    keep: float | None = option("if --coefficients has several sets: use the one for this share of the learning", metavar="SHARE",
+    keep: float | None = option("share of the learning that the factors in --coefficients keep; others are refused", metavar="SHARE",
         bound=SHARE, rare=True)
+
+    @cached_property
+    def chosen(self) -> Method:
+        """Make the method, and read its coefficients or its map.
+
+        Raises
+        ------
+        UsageError
+            If coefficients are combined with a λ or another method, if they do not keep the share `keep`, or if λ is refused.
+        """
+        given = {f.name: value for f in fields(MethodOptions) if (value := getattr(self, f.name)) != f.default}
+        given |= self.files()
+        if (keep := given.pop("keep", None)) is not None:
+            if (fit := given.get("coefficients")) is None:
+                raise UsageError(f"keep: belongs to coefficients, found {keep!r} but no coefficients; give them, or omit keep")
+            if share_name(keep) != share_name(fit.keep):
+                share = share_name(fit.keep)
+                raise UsageError(f"{fit.name}: holds no coefficients that keep {keep:g}; the share in it is {share}")
+        return make_method(given.pop("method", None), **given)
 
 
 class Mitigation(MethodOptions, Judged, Computing, OfAdapter, group="mitigation"):
@@ -461,7 +489,7 @@ class VariantOptions(Scaling, Products, OfAdapter):
     findings: Findings | str | Path | None = option(f"{FINDINGS}; paper and project need them", metavar="FILE")
     lambdas: Sequence[float] = option("shares to keep, separated by commas", (0.75, 0.5), "--lambda", metavar="L,L")
     methods: Sequence[MethodName] | None = option(f"one or several of {', '.join(WITHOUT_FILES)}, separated by commas (default: shrink, "
-        "and with --findings paper too); to evaluate only the sets in --coefficients, give their method, regmean", None, "--method",
+        "and with --findings paper too); to evaluate only --coefficients, give their method, regmean", None, "--method",
         metavar="M,M")
     keep: float = option("share of the learning that the suggestion must keep", 0.9, metavar="SHARE", bound=SHARE, rare=True)
     projected: bool = option("evaluate deltas projected onto the adapter's rank, as `mitigate` writes them", False, rare=True)

@@ -31,7 +31,7 @@ from streamer.adapters.adapter import DeltaSource, PeftAdapter, normalize, sorte
 from streamer.adapters.adapter_config import AdapterConfig, Stated, refuse_kinds
 from streamer.adapters.modules import MethodModule
 from streamer.api.calls import explained, watched
-from streamer.api.requests import chosen_method, detection_options
+from streamer.api.requests import detection_options
 from streamer.detection.detect import choose_device, detect_in_memory
 from streamer.detection.findings import Findings, load_findings, matched_findings
 from streamer.detection.options import DetectionOptions, Run
@@ -604,7 +604,7 @@ def merge_and_unload_with_reduced_intruder_dimensions(peft_model: nn.Module, ada
         Of the class for the kind of error (see `streamer.errors`).
     """
     settings = LiveMitigation(top_k=top_k, threshold_epsilon=threshold_epsilon, mitigation_lambda=mitigation_lambda, **options)  # fmt: skip
-    method = chosen_method(settings)
+    method = settings.chosen
     with watched(settings) as monitor:
         live_plan = plan_live(peft_model, adapter_name, settings.ignore_keys)
         outputs = _changed(live_plan)
@@ -752,7 +752,7 @@ def reduce_intruder_dimension(peft_model: nn.Module, old_adapter_name: str = "de
         Of the class for the kind of error (see `streamer.errors`).
     """
     settings = LiveMitigation(top_k=top_k, threshold_epsilon=threshold_epsilon, mitigation_lambda=mitigation_lambda, **options)  # fmt: skip
-    method = chosen_method(settings)
+    method = settings.chosen
     try:  # PEFT keeps an adapter's tensors in modules of its name
         nn.ModuleDict().add_module(new_adapter_name, None)
     except (KeyError, TypeError):

@@ -28,7 +28,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +43,7 @@ from streamer.errors import MismatchError
 from streamer.evaluation.evaluation import Evaluation
 from streamer.measuring.statistics import MEASURES as SUMS
 from streamer.measuring.statistics import SequenceSums
+from streamer.methods.files import Coefficients
 
 Point = dict[str, float]
 """What was measured of a variant: see `MEASURES`."""
@@ -127,7 +127,8 @@ def beside(adapter: Path, name: str) -> Path:
     return adapter.parent / "measured" / f"{adapter.name}-{name}"
 
 
-def fitted(adapter: Path, seed: int, keep: Sequence[float], name: str, args: argparse.Namespace, **options: Any) -> Any:
+def fitted(adapter: Path, seed: int, keep: Sequence[float], name: str, args: argparse.Namespace,
+           **options: Any) -> list[Coefficients] | None:  # fmt: skip
     """Fit to an adapter for each share, or read what was fitted before; None if the adapter has learned too little to show on the text."""
     home = adapter.parent
     texts = {text: home / f"{text}.txt" for text in ("general", "task")}
@@ -142,7 +143,7 @@ def fitted(adapter: Path, seed: int, keep: Sequence[float], name: str, args: arg
             print(e, file=sys.stderr)
             return None
         made.append(streamer.load_coefficients(factors_of(out)))
-    return replace(made[0], sets=tuple(one.sets[0] for one in made))
+    return made
 
 
 def factors_of(out: Path) -> Path:
@@ -175,6 +176,11 @@ def evaluated(
     options["keep"] = 1.0  # no shrink is placed, and hardly an evaluation stops early because its suggestion is clear
     path = beside(adapter, f"{name}.evaluation.json")
     return streamer.evaluate_variants(home / "base", of or adapter, path, **texts, **options, **variants)
+
+
+def measured(adapter: Path, name: str, args: argparse.Namespace, fits: Sequence[Coefficients]) -> Evaluation:
+    """Measure fits, adding each to the evaluation of those before it."""
+    return [evaluated(adapter, name, args, methods=("regmean",), coefficients=fit) for fit in fits][-1]
 
 
 def points(made: Evaluation) -> list[Point]:
@@ -229,9 +235,9 @@ def compared(adapter: Path, name: str, seed: int, args: argparse.Namespace) -> d
     for method in LAMBDAS:
         found[method] = curve(adapter, method, findings, args)
     if (fit := fitted(adapter, seed, args.keep, "inputs", args)) is not None:
-        found["inputs"] = points(evaluated(adapter, "inputs", args, methods=("regmean",), coefficients=fit))
+        found["inputs"] = points(measured(adapter, "inputs", args, fit))
         if not args.no_peers:
-            found |= peers(adapter, seed, fit.facts, args)
+            found |= peers(adapter, seed, fit[0].facts, args)
     whole = evaluated(adapter, "shrink", args, methods=("shrink",), lambdas=LAMBDAS["shrink"], findings=findings)
     as_is = {**dict.fromkeys(MEASURES, 1.0), "same": whole.general.mean("agree", 1).value}
     forgotten = {text: sums.mean("loss", 1, 0).value for text, sums in
@@ -258,8 +264,8 @@ def peers(adapter: Path, seed: int, facts: Any, args: argparse.Namespace) -> dic
     home, out = adapter.parent, {}
     ids = train_small.stream(AutoTokenizer.from_pretrained(home / "base"), [(home / "task.txt").read_text()])
     rows = ids[: len(ids) // args.length * args.length].view(-1, args.length)[: peer_repairs.CALIBRATION]
-    for name, made in peer_repairs.by_factors(home / "base", adapter, facts, rows, seed).items():
-        out[name] = points(evaluated(adapter, name, args, methods=("regmean",), coefficients=made))
+    for name, fits in peer_repairs.by_factors(home / "base", adapter, facts, rows, seed).items():
+        out[name] = points(measured(adapter, name, args, fits))
     if home.name == "mixture":  # a LoRA of experts' stacks has no rank that would hold these
         return out
     whole = evaluated(adapter, "shrink", args, methods=("shrink",), lambdas=LAMBDAS["shrink"])
@@ -395,7 +401,7 @@ def worth_of_text(adapter: Path, args: argparse.Namespace) -> dict[str, list[tup
         name = f"sequences-{sequences}"
         if (found := fitted(adapter, 0, (0.9,), name, args, sequences=sequences)) is None:
             continue
-        (point,) = points(evaluated(adapter, name, args, methods=("regmean",), coefficients=found))
+        (point,) = points(measured(adapter, name, args, found))
         if other := interpolated(shrink, point["kept"]):
             line.append((float(sequences * args.length), point["left"] / other))
     return {f"{adapter.parent.name}, {adapter.name.rpartition('-')[0]}": line} if line else {}

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from streamer.linalg.operators import LowRank
-from streamer.methods.files import Coefficients, FactorSet
+from streamer.methods.files import Coefficients
 from streamer.plan.plan import make_plan
 from streamer.plan.targets import Target
 
@@ -123,8 +123,8 @@ def operated(gradients: Tensor, S: Tensor) -> Tensor:
 
 def by_factors(
     base: Path, adapter: Path, facts: Mapping[str, object], rows: Tensor, seed: int
-) -> dict[str, Coefficients]:
-    """Make the repairs that weigh directions, of the facts of a fit to the same adapter; a set's name is a number, not what it keeps."""
+) -> dict[str, list[Coefficients]]:
+    """Make the repairs that weigh directions, of the facts of a fit to the same adapter; what each keeps is a number, not a share."""
     found = directions(base, adapter)
     weights = [operated(g, one.S) for g, one in zip(sensitivities(base, adapter, found, rows), found, strict=True)]
     make: dict[str, Callable[[float], list[Tensor]]] = {
@@ -132,13 +132,11 @@ def by_factors(
         "surgery": lambda by: [c * by for c in weights],
         "random": lambda share: dropped(found, share, seed),
     }
-    out = {}
+    out: dict[str, list[Coefficients]] = {name: [] for name in BY_FACTORS}
     for name in BY_FACTORS:
-        sets = []
         for number, share in enumerate(SHARES[name]):
             made = {one.target.tensor: one.weighed(c).float() for one, c in zip(found, make[name](share), strict=True)}
-            sets.append(FactorSet(1 - number / 100, made))
-        out[name] = Coefficients(tuple(sets), facts)
+            out[name].append(Coefficients(1 - number / 100, made, facts))
     return out
 
 

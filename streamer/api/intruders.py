@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack, overload
 
@@ -14,12 +13,11 @@ from streamer import forecast
 from streamer.adapters.finetuned import AdapterPaths, ByName
 from streamer.api.calls import call, explained, watched
 from streamer.api.records import DryRun, SeveralRecord, dry_run, dry_runs
-from streamer.api.requests import Request, chosen_method, detection_options, found_inputs, take
+from streamer.api.requests import Request, detection_options, found_inputs, take
 from streamer.detection.detect import detect_in_memory, detect_to_files, plan_findings, shared
 from streamer.detection.findings import Findings
 from streamer.detection.options import DetectionOptions, Run
 from streamer.events import Monitor
-from streamer.methods import Method
 from streamer.options import Adapters, DetectOptions, IterateOptions, MergeOptions, MitigateOptions, SeveralAdapters
 from streamer.output import write
 from streamer.output.job import Writer, Written
@@ -134,11 +132,6 @@ class OutputRequest(Request, MitigateOptions, MergeOptions):
         super().__post_init__()
         _ = self.chosen
 
-    @cached_property
-    def chosen(self) -> Method:
-        """Make the method."""
-        return chosen_method(self)
-
     @property
     def form(self) -> write.OutputOptions:
         """Return the options of the output's form."""
@@ -177,8 +170,8 @@ class OutputRequest(Request, MitigateOptions, MergeOptions):
         detection, form = detection_options(self, self.memory, findings[0]), self.form
         output = Path(self.output)
         writers = write.prepare_outputs(base, adapters, output, findings, self.chosen, detection, form, run)
-        if workers is not None and workers.processes is not None and detection.max_memory is not None:
-            limited = replace(detection, max_memory=write.shared_memory(writers, workers))
+        if workers is not None and (share := write.shared_memory(writers, workers)) != detection.max_memory:
+            limited = replace(detection, max_memory=share)
             writers = write.prepare_outputs(base, adapters, output, findings, self.chosen, limited, form, run)
         return adapters, writers, run
 

@@ -15,9 +15,7 @@ from streamer.detection.options import DetectionOptions, Run
 from streamer.errors import UsageError
 from streamer.events import Monitor
 from streamer.linalg.torch_state import CPU
-from streamer.methods import Method, make_method
-from streamer.methods.files import Coefficients, InputMap, load_coefficients, load_map
-from streamer.options import Adapters, Computing, Judged, MethodOptions, OfBase, Writing
+from streamer.options import Adapters, Computing, Judged, OfBase, Writing
 from streamer.output.write import FindingsOrPath, load_given
 from streamer.remote.inputs import Remote
 from streamer.units import parse_size
@@ -107,33 +105,3 @@ def detection_options(
     default = DetectionOptions() if findings is None else findings.options
     stated = {f.name: getattr(judged, f.name) for f in fields(Judged)}
     return replace(default, max_memory=max_memory, **{k: v for k, v in stated.items() if v is not None})
-
-
-def chosen_method(options: MethodOptions) -> Method:
-    """Make the method, and read its coefficients or its map.
-
-    Raises
-    ------
-    UsageError
-        If coefficients are combined with a λ or another method, if a share to keep is given without coefficients, or if λ is refused.
-    """
-    if options.coefficients is None and options.keep is not None:
-        raise UsageError(
-            f"keep: chooses among coefficients, found {options.keep!r} but no coefficients; give them, or omit keep"
-        )
-    stated = {f.name: value for f in fields(MethodOptions) if (value := getattr(options, f.name)) != f.default}
-    if options.coefficients is not None:
-        stated["coefficients"] = read_coefficients(options.coefficients).select(stated.pop("keep", None))
-    if options.map is not None:
-        stated["map"] = read_map(options.map)
-    return make_method(stated.pop("method", None), **stated)
-
-
-def read_coefficients(coefficients: Coefficients | str | Path) -> Coefficients:
-    """Return coefficients, read from their file if a path is given."""
-    return coefficients if isinstance(coefficients, Coefficients) else load_coefficients(coefficients)
-
-
-def read_map(input_map: InputMap | str | Path) -> InputMap:
-    """Return a map of a base's inputs, read from its file if a path is given."""
-    return input_map if isinstance(input_map, InputMap) else load_map(input_map)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, TypedDic
 from streamer.api.calls import call, explained
 from streamer.api.intruders import OutputRequest
 from streamer.api.records import DryRun, dry_run
-from streamer.api.requests import Request, read_coefficients, read_map, take
+from streamer.api.requests import Request, take
 from streamer.errors import OutputExistsError, UsageError
 from streamer.evaluation.evaluate import PreparedEvaluation, prepare
 from streamer.evaluation.evaluation import Evaluation, ReliableRecord, check_dtype, traded
@@ -53,8 +53,8 @@ class VariantsRequest(Request, VariantOptions):
         methods = self.methods
         if methods is None:  # few by default: intruders are scaled if they are known
             methods = (Shrink.name,) if self.findings is None else (Paper.name, Shrink.name)
-        fit = None if self.coefficients is None else read_coefficients(self.coefficients)
-        mapped = None if self.map is None else read_map(self.map)
+        files = self.files()
+        fit, mapped = files.get("coefficients"), files.get("map")
         return make_variants(tuple(methods), tuple(self.lambdas), self.select, fit, self.amplify, mapped)
 
 
@@ -434,7 +434,7 @@ def _choice(fit: Coefficients) -> tuple[Literal["repair", "shrink", "adapter"], 
     if shrink["verdict"] == "better":
         what = "that keeps as much" if shrink["kept"] >= fitted["kept"] else f"that keeps most, {shrink_kept},"
         return "repair", (
-            f"{RegMean(fit.select(None)).label}: it keeps {kept} of what the adapter learned and leaves {left} of its divergence from "
+            f"{RegMean(fit).label}: it keeps {kept} of what the adapter learned and leaves {left} of its divergence from "
             f"the base; the shrink {what} leaves {of_shrink}"
         ), {"coefficients": fit}  # fmt: skip
     lam = round(shrink["lambda"], 4)

@@ -36,7 +36,7 @@ from streamer.measuring.runs import ADAPTER_ROW, BASE_ROW, EvaluatedVariant, Par
 from streamer.measuring.statistics import SequenceSums, record, telling
 from streamer.measuring.texts import GENERAL, TASK, Texts, TextSequences, read_texts, sample_digest
 from streamer.methods import UNCHANGED, RegMean, Shrink, share_name
-from streamer.methods.files import FIT, Coefficients, FactorSet, load_coefficients
+from streamer.methods.files import FIT, Coefficients, load_coefficients
 from streamer.options import RepairOptions
 from streamer.plan.plan import Plan, make_plan
 from streamer.plan.targets import Target
@@ -72,7 +72,7 @@ class Point:
     @property
     def variant(self) -> Variant:
         """Return the variant that uses the factors."""
-        return Variant(self.name, RegMean(coefficients=FactorSet(1.0, self.factors)))
+        return Variant(self.name, RegMean(coefficients=Coefficients(1.0, self.factors)))
 
     def towards(self, other: Point, t: float) -> Point:
         """Interpolate Δ' linearly, and the weight by its logarithm unless one is 0."""
@@ -659,7 +659,7 @@ class FitRun:
             }  # fmt: skip
             self.monitor.warn(misses(facts))
             factors = {target.tensor: chosen.factors[target.tensor].clone() for target in plan.targets}
-        return Coefficients((FactorSet(keep, factors),), facts)
+        return Coefficients(keep, factors, facts)
 
     def _parts(self, variants: int) -> list[Part]:
         rows = self.prepared.limits.rows

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from streamer.detection.intruders import Detection
     from streamer.linalg.operators import Delta
-    from streamer.methods.files import FactorSet, InputMap
+    from streamer.methods.files import Coefficients, InputMap
 
 MethodName = Literal["paper", "project", "shrink", "regmean", "nullspace"]
 """Names of the methods, for type checkers; `METHODS` maps them to classes."""
@@ -76,9 +76,9 @@ class Method(ABC):
         return f"{self.name} {self.mitigation_lambda:g}"
 
     @property
-    def file(self) -> FactorSet | InputMap | None:
+    def file(self) -> Coefficients | InputMap | None:
         """Return the factors or the map that the method uses, if any."""
-        file: FactorSet | InputMap | None = getattr(self, self.needs or "", None)
+        file: Coefficients | InputMap | None = getattr(self, self.needs or "", None)
         return file
 
     def only(self, tensors: Collection[str]) -> Method:
@@ -121,7 +121,7 @@ class Method(ABC):
 
 
 def share_name(keep: float) -> str:
-    """Write a share of the learning with six digits, as in tables, variants and commands; it is unique among the sets of a file.
+    """Write a share of the learning with six digits, as in tables, variants and commands.
 
     >>> share_name(0.9), share_name(1 / 3)
     ('0.9', '0.333333')
@@ -221,7 +221,7 @@ class RegMean(Method):
     It keeps the delta's response to the task's inputs, and removes its response to general inputs; see `linalg.moments`.
     """
 
-    coefficients: FactorSet
+    coefficients: Coefficients
 
     name: ClassVar[MethodName] = "regmean"
     needs = "coefficients"

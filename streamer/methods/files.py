@@ -1,9 +1,9 @@
 """Hold the files of fits and maps: safetensors files of arrays and one JSON object, with a digest of the whole file.
 
 A fit holds new right factors of an adapter's deltas, fitted to the inputs of its modules. ``Δ = L Rᵀ`` with L (m, r) and R (n, r) becomes
-``Δ' = L R'ᵀ``: in a LoRA adapter, ``lora_A`` changes and ``lora_B`` stays. For each `Target.tensor` ``T`` and K sets, the file holds
-``T.right_factor`` (K, n, r), float32. The metadata's ``streamer.coefficients`` is JSON: the schema, the shares that the sets keep, and the
-facts.
+``Δ' = L R'ᵀ``: in a LoRA adapter, ``lora_A`` changes and ``lora_B`` stays. For each `Target.tensor` ``T``, the file holds
+``T.right_factor`` (1, n, r), float32. The metadata's ``streamer.coefficients`` is JSON: the schema, the share that the factors keep, in a
+list, and the facts.
 
 A map holds the inputs of a base's modules on general text: the leading eigenvectors of each input's second moments. Modules with the same
 inputs, such as q, k and v, share an entry. For one-hot inputs (of an embedding), the frequency of each is held. For each input, named after
@@ -17,11 +17,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, TypedDict, TypeVar
+from typing import Annotated, Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -39,8 +39,6 @@ from streamer.storage.header import DIGEST, NO_DIGEST
 from streamer.storage.transaction import check_replaced
 from streamer.units import counted, listed, quoted
 from streamer.weights.base import SPELLINGS, TORCH_DTYPES, as_bytes, as_tensor
-
-Parsed = TypeVar("Parsed")
 
 
 @dataclass(frozen=True)
@@ -90,13 +88,8 @@ class SealedKind:
         shard = plan_shard(path.name, entries, {"format": "pt", self.key: text, DIGEST: NO_DIGEST})
         write_sealed(path.parent, shard, lambda info: [as_bytes(arrays[info.name])])
 
-    def read(self, path: Path, parse: Callable[[dict[str, Any], dict[str, Tensor]], Parsed]) -> Parsed:
-        """Read a file and parse its JSON object and its arrays.
-
-        Parameters
-        ----------
-        parse
-            Makes the result.
+    def read(self, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Read a file: its JSON object without the schema, and its arrays.
 
         Raises
         ------
@@ -112,13 +105,11 @@ class SealedKind:
             raise FormatError(f"{path}: expected {self.what} ({self.schema}), found {other}; {self.again}")
         file.check_digest(self.again)
         tree = strict_json(metadata[self.key].encode())
-        if tree["schema"] != self.schema:
+        if (schema := tree.pop("schema")) != self.schema:
             raise FormatError(
-                f"{path}: is of another version: expected {self.schema}, found {quoted(tree['schema'])}; {self.again}"
+                f"{path}: is of another version: expected {self.schema}, found {quoted(schema)}; {self.again}"
             )
-        return parse(
-            tree, {t.name: as_tensor(file.view(t), TORCH_DTYPES[t.dtype], t.shape) for t in file.header.tensors}
-        )
+        return tree, {t.name: as_tensor(file.view(t), TORCH_DTYPES[t.dtype], t.shape) for t in file.header.tensors}
 
 
 FIT = SealedKind(COEFFICIENTS, "streamer.coefficients/3", "coefficients", "make coefficients with `streamer repair`")
@@ -128,15 +119,15 @@ FACTOR = ".right_factor"
 
 
 class CoefficientsRecord(TypedDict):
-    """The set of a fit that a method uses."""
+    """The fit that a method uses."""
 
-    keep: Annotated[float, "Share of the learning that the set was fitted to keep."]
+    keep: Annotated[float, "Share of the learning that it was fitted to keep."]
     sha256: Annotated[Sha256, "Digest of the values of all matrices (SHA-256, hexadecimal)."]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class FactorSet:
-    """New right factors of all matrices for one share of the learning.
+class Coefficients:
+    """New right factors of all matrices for one share of the learning, and the facts of their fit.
 
     Attributes
     ----------
@@ -145,15 +136,27 @@ class FactorSet:
     matrices
         R' (n, r) of each matrix, float32, by `Target.tensor`.
     facts
-        Inputs and options of the fit; see `Coefficients`, whose `select` sets them.
-    name
-        Name for messages.
+        JSON values: the identities of ``base`` and ``adapter``, which tie the coefficients to these inputs; options, digests of texts,
+        figures. No paths.
+    source
+        File from which they were read, for messages.
     """
 
     keep: float
     matrices: Mapping[str, Tensor]
     facts: Mapping[str, Any] = field(default_factory=dict)
-    name: str = "coefficients"
+    source: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """Return the name for messages: the file, or "coefficients"."""
+        return "coefficients" if self.source is None else str(self.source)
+
+    def __repr__(self) -> str:
+        source = f" from {self.source}" if self.source else ""
+        return (
+            f"<Coefficients: keep {share_name(self.keep)}, factors of {counted(len(self.matrices), 'matrix')}{source}>"
+        )
 
     @cached_property
     def digest(self) -> str:
@@ -181,68 +184,13 @@ class FactorSet:
             )
         return LowRank(delta.L.double(), factor.double())
 
-    def only(self, tensors: Collection[str]) -> FactorSet:
+    def only(self, tensors: Collection[str]) -> Coefficients:
         """Return the factors of these matrices alone."""
         return replace(self, matrices={tensor: self.matrices[tensor] for tensor in tensors})
 
     def record(self) -> CoefficientsRecord:
-        """Identify this set, for the record of an output."""
+        """Identify these coefficients, for the record of an output."""
         return {"keep": self.keep, "sha256": self.digest}
-
-    def __repr__(self) -> str:
-        return f"<FactorSet: keep {share_name(self.keep)}, factors of {counted(len(self.matrices), 'matrix')}>"
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Coefficients:
-    """Sets of factors, one for each share of the learning to keep, and the facts of their fit.
-
-    Attributes
-    ----------
-    sets
-        At least one set. Sets have different shares and the same matrices.
-    facts
-        JSON values: the identities of ``base`` and ``adapter``, which tie the coefficients to these inputs; options, digests of texts,
-        figures. No paths.
-    source
-        File from which they were read, for messages.
-    """
-
-    sets: tuple[FactorSet, ...]
-    facts: Mapping[str, Any]
-    source: Path | None = None
-
-    @property
-    def name(self) -> str:
-        """Return the name for messages: the file, or "coefficients"."""
-        return "coefficients" if self.source is None else str(self.source)
-
-    def __repr__(self) -> str:
-        source = f" from {self.source}" if self.source else ""
-        return "\n ".join([f"<Coefficients: {counted(len(self.sets), 'set')}{source}", *map(repr, self.sets)]) + ">"
-
-    @property
-    def keeps(self) -> list[float]:
-        """List the shares to keep, in the order of the sets."""
-        return [factors.keep for factors in self.sets]
-
-    def select(self, keep: float | None = None) -> FactorSet:
-        """Select the set for a share, or the only set. Shares are compared as `share_name` writes them.
-
-        Raises
-        ------
-        UsageError
-            If no set has that share, or if there are several sets and no share is given.
-        """
-        shares = listed(map(share_name, self.keeps))
-        fitting = [factors for factors in self.sets if keep is None or share_name(factors.keep) == share_name(keep)]
-        if len(fitting) > 1:
-            raise UsageError(
-                f"keep: expected one of {shares}, the {len(fitting)} sets of coefficients in {self.name}; choose one"
-            )
-        if not fitting:
-            raise UsageError(f"{self.name}: holds no coefficients that keep {keep:g}; the shares in it are {shares}")
-        return replace(fitting[0], facts=self.facts, name=self.name)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the coefficients to a safetensors file; make missing directories.
@@ -261,13 +209,9 @@ class Coefficients:
         OutputError, StorageError
             If the file cannot be written there.
         """
-        for factors in self.sets:
-            factors.check()
-        stacked = {
-            name: torch.stack([factors.matrices[name] for factors in self.sets]) for name in self.sets[0].matrices
-        }
-        arrays = {name + FACTOR: factors.float() for name, factors in stacked.items()}
-        FIT.save(Path(path), {**self.facts, "keeps": self.keeps}, arrays, overwrite)
+        self.check()
+        arrays = {name + FACTOR: factor.float()[None] for name, factor in self.matrices.items()}
+        FIT.save(Path(path), {**self.facts, "keeps": [self.keep]}, arrays, overwrite)
 
 
 def load_coefficients(path: str | Path) -> Coefficients:
@@ -276,17 +220,13 @@ def load_coefficients(path: str | Path) -> Coefficients:
     Raises
     ------
     FormatError
-        If the file does not hold factors, is damaged or of an earlier version, or if an array is not finite.
+        If the file does not hold factors for one share, is damaged or of an earlier version.
     """
-    return Coefficients(*FIT.read(Path(path), _factor_sets), Path(path))
-
-
-def _factor_sets(tree: dict[str, Any], arrays: dict[str, Tensor]) -> tuple[tuple[FactorSet, ...], dict[str, Any]]:
-    factors = {name.removesuffix(FACTOR): array.clone() for name, array in arrays.items()}
-    sets = (
-        FactorSet(float(keep), {tensor: f[k] for tensor, f in factors.items()}) for k, keep in enumerate(tree["keeps"])
-    )
-    return tuple(sets), {key: value for key, value in tree.items() if key not in ("schema", "keeps")}
+    tree, arrays = FIT.read(Path(path))
+    if len(shares := tree.pop("keeps")) != 1:
+        raise FormatError(f"{path}: expected factors for one share of the learning, found {len(shares)}; {FIT.again}")
+    matrices = {name.removesuffix(FACTOR): array[0].clone() for name, array in arrays.items()}
+    return Coefficients(float(shares[0]), matrices, tree, Path(path))
 
 
 MAP = SealedKind("streamer.map", "streamer.map/2", "a map", "make a map with `streamer map`")
@@ -447,12 +387,9 @@ def load_map(path: str | Path) -> InputMap:
     FormatError
         If the file does not hold a map, or if its contents are incomplete or invalid.
     """
-    return InputMap(*MAP.read(Path(path), _inputs), Path(path))
-
-
-def _inputs(tree: dict[str, Any], arrays: dict[str, Tensor]) -> tuple[tuple[MappedInput, ...], dict[str, Any]]:
-    inputs = tuple(_input(entry, arrays) for entry in tree["inputs"])
-    return inputs, {key: value for key, value in tree.items() if key not in ("schema", "inputs")}
+    tree, arrays = MAP.read(Path(path))
+    inputs = tuple(_input(entry, arrays) for entry in tree.pop("inputs"))
+    return InputMap(inputs, tree, Path(path))
 
 
 def _input(entry: dict[str, Any], arrays: dict[str, Tensor]) -> MappedInput:

@@ -21,7 +21,7 @@ from streamer.errors import FormatError, MismatchError, UsageError
 from streamer.events import Event, Monitor, OutputState, Progress
 from streamer.linalg.torch_state import threads
 from streamer.methods import Method, NullSpace, RegMean
-from streamer.methods.files import FactorSet, InputMap
+from streamer.methods.files import Coefficients, InputMap
 from streamer.output.adapter_writer import AdapterWriter, LoraWriter, refusal
 from streamer.output.job import CARD_NAME, OWN_FINDINGS, Job, MitigatedMatrix, Record, Writer, Written, WrittenView
 from streamer.output.model_writer import ModelWriter
@@ -453,7 +453,7 @@ def load_given(findings: FindingsOrPath, adapters: AdapterPaths) -> list[Finding
     return [load_findings(Path(findings) / f"{name}.safetensors") for name in adapters.by_name]
 
 
-def check_coefficients(plan: Plan, coefficients: FactorSet) -> None:
+def check_coefficients(plan: Plan, coefficients: Coefficients) -> None:
     """Refuse coefficients that were fitted to another base or adapter, or not to all of its matrices.
 
     Raises
@@ -461,7 +461,7 @@ def check_coefficients(plan: Plan, coefficients: FactorSet) -> None:
     MismatchError
         Names the one that differs, and how.
     UsageError
-        If they are not valid coefficients; see `FactorSet.check`.
+        If they are not valid coefficients; see `Coefficients.check`.
     """
     coefficients.check()
     name, facts = coefficients.name, coefficients.facts
@@ -475,7 +475,7 @@ def check_coefficients(plan: Plan, coefficients: FactorSet) -> None:
     check_counts(plan, coefficients)
 
 
-def check_counts(plan: Plan, coefficients: FactorSet) -> None:
+def check_counts(plan: Plan, coefficients: Coefficients) -> None:
     """Refuse coefficients for other matrices than an adapter's, or of other shapes.
 
     Raises

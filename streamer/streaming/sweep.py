@@ -313,7 +313,7 @@ class States:
     def load(self, model: SweepModel, groups: Sequence[Group]) -> int:
         """Restore the states, and return the number of layers that all groups skip; 0 if there are none of this sweep."""
         try:
-            tree, arrays = STATES.read(self.path, lambda tree, arrays: (tree, arrays))
+            tree, arrays = STATES.read(self.path)
         except (InputError, OSError):
             return 0
         if tree["sweep"] != self.sweep:

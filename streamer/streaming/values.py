@@ -270,10 +270,9 @@ class Variant:
 
 def make_variants(methods: Sequence[MethodName], lambdas: Sequence[float], select: Selection, coefficients: Coefficients | None = None,
                   amplify: bool = False, mapped: InputMap | None = None) -> tuple[Variant, ...]:  # fmt: skip
-    """List ``base``, ``adapter``, each method at each λ, and each set of coefficients, in this order.
+    """List ``base``, ``adapter``, each method at each λ, and last the one with the given coefficients.
 
-    Listed among other methods, ``regmean`` adds nothing to the coefficients; alone, it leaves out the other methods. If a map is given, the
-    method that uses it is evaluated as well.
+    If coefficients or a map are given, the method that uses them is listed, whether named or not.
 
     Raises
     ------
@@ -291,7 +290,9 @@ def make_variants(methods: Sequence[MethodName], lambdas: Sequence[float], selec
     Paper(select=select)  # refuses a bad selection, whatever the methods
     if mapped is not None and NullSpace.name not in methods:
         methods = (*methods, NullSpace.name)
-    files = {"map": mapped, "coefficients": coefficients and coefficients.sets[0]}
+    if coefficients is not None:
+        methods = (*(name for name in methods if name != RegMean.name), RegMean.name)
+    files = {"map": mapped, "coefficients": coefficients}
     stated = {"select": select, "amplify": amplify, **{name: file for name, file in files.items() if file is not None}}
     made: list[Method] = []
     for name in methods:
@@ -300,9 +301,7 @@ def make_variants(methods: Sequence[MethodName], lambdas: Sequence[float], selec
         if "mitigation_lambda" in names:
             made += [make_method(name, mitigation_lambda=lam, **options) for lam in lambdas]
         else:  # refuses an unknown name, and missing coefficients
-            make_method(name, **options)
-    if coefficients is not None:
-        made += [RegMean(coefficients.select(keep)) for keep in coefficients.keeps]
+            made.append(make_method(name, **options))
     return (Variant(BASE, None), Variant(ADAPTER, UNCHANGED), *map(Variant.of, made))
 
 

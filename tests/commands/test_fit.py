@@ -224,7 +224,7 @@ def missed(said: list[str]) -> list[str]:
 
 
 def factors(made: streamer.Coefficients) -> dict[str, torch.Tensor]:
-    return dict(made.sets[0].matrices)
+    return dict(made.matrices)
 
 
 def test_the_share_is_a_floor(large: Path) -> None:

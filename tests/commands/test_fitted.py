@@ -20,10 +20,10 @@ from streamer.methods.files import FIT
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    """A base, its adapter, and factors for two shares."""
+    """A base, its adapter, and factors."""
     home = tmp_path_factory.mktemp("fitted")
     base, adapter = helpers.three_shards(home)
-    return base, adapter, fitted.coefficients_file(home / "c.safetensors", base, adapter, 0.95, 0.9)
+    return base, adapter, fitted.coefficients_file(home / "c.safetensors", base, adapter)
 
 
 # What is written --------------------------------------------------------------------------------------------------------
@@ -36,7 +36,7 @@ def test_an_output_says_how_it_was_made(inputs: tuple[Path, Path, Path], tmp_pat
     line = (command, base, adapter, "-o", out, "--coefficients", file, "--keep", "0.9")
     check(server().run(*line, "--dry-run", "--json"), "streamer.dry-run/1")
     record = check(server().run(*line, "--json"), "streamer.output/2")
-    one = streamer.load_coefficients(file).select(0.9)
+    one = streamer.load_coefficients(file)
     assert (record["method"], record["lambda"], record["detection"]) == ("regmean", None, None)
     assert record["coefficients"] == {"keep": 0.9, "sha256": one.digest}
     assert (record["totals"]["changed"], record["totals"]["intruders"]) == (9, 0)
@@ -47,12 +47,14 @@ def test_an_output_says_how_it_was_made(inputs: tuple[Path, Path, Path], tmp_pat
     assert "--coefficients c.safetensors --keep 0.9" in (out / "README.md").read_text()
     # `--method regmean` says no more than the coefficients do, and a λ of another run stands in the way of nothing.
     assert check(server().run(*line, "--method", "regmean", "--json"), "streamer.output/2")["state"] == "present"
-    done = server().run(*line[:-1], "0.95")
+    other = fitted.coefficients_file(tmp_path / "c.safetensors", base, adapter, 0.95)
+    line = (command, base, adapter, "-o", out, "--coefficients", other)
+    done = server().run(*line)
     assert done.code == 4
     assert "holds another output" in done.err
-    again = check(server().run(*line[:-1], "0.95", "--overwrite", "--json"), "streamer.output/2")
+    again = check(server().run(*line, "--overwrite", "--json"), "streamer.output/2")
     assert again["coefficients"]["keep"] == 0.95
-    text = server().run(*line[:-1], "0.95").out
+    text = server().run(*line).out
     assert "method regmean, to keep 95% of the learning: 9 of 9 matrices mitigated" in text
 
 
@@ -99,8 +101,7 @@ def test_refusals(inputs: tuple[Path, Path, Path], tmp_path: Path, command: str)
         (3, [of_tuned], f"streamer: {of_tuned}: coefficients of another adapter (weights_sha256 differ); give the"),
         (3, [helpers.tampered(file, files / "base", FIT.key, another_base), *keep], "of another base (the content of model-00001-of-"),
         (3, [helpers.tampered(file, files / "no", FIT.key, nothing), *keep], "do not say which base they were fitted to"),
-        (2, [file], f"streamer: --keep: expected one of 0.95, 0.9, the 2 sets of coefficients in {file}; choose one"),
-        (2, [file, "--keep", "0.8"], "holds no coefficients that keep 0.8; the shares in it are 0.95, 0.9"),
+        (2, [file, "--keep", "0.8"], f"streamer: {file}: holds no coefficients that keep 0.8; the share in it is 0.9"),
         (2, [file, *keep, "--lambda", "0.5"], "--lambda: method 'regmean' has no such option; leave it out"),
         (2, [file, *keep, "--lambda", "0.75"], "--lambda: method 'regmean' has no such option; leave it out"),
         (2, [file, *keep, "--method", "project"], "--coefficients: method 'project' has no such option"),
@@ -113,7 +114,9 @@ def test_refusals(inputs: tuple[Path, Path, Path], tmp_path: Path, command: str)
         f"streamer: {file}: expected findings (streamer.findings/1), found coefficients; pass them with --coefficients (coefficients=), "
         "and make findings with `streamer detect`\n"
     )
-    assert "--keep: chooses among coefficients" in refuse(command, base, adapter, home, 2, *keep)
+    assert "--keep: belongs to coefficients, found 0.9 but no coefficients" in refuse(
+        command, base, adapter, home, 2, *keep
+    )
     words = "streamer: method 'regmean' needs coefficients; make them with `streamer repair`\n"
     assert refuse(command, base, adapter, home, 2, "--method", "regmean") == words
 
@@ -121,9 +124,9 @@ def test_refusals(inputs: tuple[Path, Path, Path], tmp_path: Path, command: str)
 def test_factors_that_are_not_finite_are_refused_in_memory_too(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
     base, adapter, file = inputs
     made = streamer.load_coefficients(file)
-    next(iter(made.sets[0].matrices.values()))[0, 0] = float("nan")
+    next(iter(made.matrices.values()))[0, 0] = float("nan")
     with pytest.raises(UsageError, match="is not a matrix of finite numbers; use the factors of a fit"):
-        streamer.reduce_intruder_dimension(base, adapter, tmp_path / "out", coefficients=made, keep=made.keeps[0])
+        streamer.reduce_intruder_dimension(base, adapter, tmp_path / "out", coefficients=made)
     with pytest.raises(UsageError, match="is not a matrix of finite numbers; use the factors of a fit"):
         made.save(tmp_path / "c.safetensors")
     assert list(tmp_path.iterdir()) == []

@@ -4,6 +4,7 @@ import hashlib
 import html
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def test_an_adapter_of_new_right_factors(server: Server, home: Path, fitted: Pat
     before, after = (load_file(path / "adapter_model.safetensors") for path in (home / "adapter", out))
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]) == ("lora_B" in name), name
-    found = streamer.load_coefficients(fitted).select()
+    found = streamer.load_coefficients(fitted)
     for name, tensor in after.items():
         if "lora_A" in name:
             matrix = name.removeprefix("base_model.model.").replace("lora_A.weight", "weight")
@@ -152,7 +153,7 @@ def choose(
     first: Any = found.facts["sets"][0]
     one = {**first, "trade": {**first["trade"], **trade}, "shrink": {**first["shrink"], "lambda": 0.5, **shrink}}
     facts: Any = {**found.facts, "forgotten": forgotten, "sets": [one], **({"texts": texts} if texts else {})}
-    return api_texts._choice(streamer.Coefficients(found.sets, facts))
+    return api_texts._choice(replace(found, facts=facts))
 
 
 @pytest.mark.parametrize(("verdict", "forgotten", "chosen", "method"), [
@@ -335,7 +336,7 @@ def test_a_fit_of_an_earlier_version_has_no_top_1(fitted: Path) -> None:
     old = {key: value for key, value in found.facts.items() if not key.startswith("top1_")}
     old["sets"] = [{key: value for key, value in old["sets"][0].items() if not key.startswith("top1_")}]
     old["sets"][0]["shrink"] = None
-    assert {row["top1_kept"] for row in api_texts._rows(streamer.Coefficients(found.sets, old))} == {None}
+    assert {row["top1_kept"] for row in api_texts._rows(replace(found, facts=old))} == {None}
     assert api_texts._rows(found)[0]["top1_kept"] == 1
 
 

@@ -305,13 +305,14 @@ def test_losses_are_those_of_the_merged_model(kind: str, tmp_path: Path) -> None
     name, targets, options = SOME_KINDS[kind]
     cls, base = make_base(name, tmp_path / "base"), tmp_path / "base"
     adapter, ids = make_adapter(cls, base, tmp_path / "adapter", targets, **options), token_ids(64)
-    coefficients = fitted.random_coefficients(base, adapter, 0.95, 0.9)
-    variants = make_variants(("regmean",), (0.5,), "all", coefficients)
+    coefficients = [fitted.random_coefficients(base, adapter, keep) for keep in (0.95, 0.9)]
+    variants = make_variants(("regmean",), (0.5,), "all", coefficients[0])
+    variants += make_variants(("regmean",), (0.5,), "all", coefficients[1])[2:]
     ours = streamed(base, adapter, variants, None, ids)
     reference, tokens = answer(precisions(cls, base), ids), ours.tokens.sum()
-    for v, keep in ((2, 0.95), (3, 0.9)):
-        merged = tmp_path / f"merged-{keep}"
-        streamer.merge_with_reduced_intruder_dimensions(base, adapter, merged, coefficients=coefficients, keep=keep)
+    for v, factors in enumerate(coefficients, 2):
+        keep, merged = factors.keep, tmp_path / f"merged-{factors.keep}"
+        streamer.merge_with_reduced_intruder_dimensions(base, adapter, merged, coefficients=factors, keep=keep)
         own = answer(precisions(cls, merged), ids)
         assert_sums(ours.loss[v].sum(), ours.kl[v].sum(), own, reference, ids, keep)
     assert min(abs(ours.kl[a].sum() - ours.kl[b].sum()) for a, b in ((1, 2), (2, 3))) / tokens > 1e-4, "variants differ"

@@ -341,14 +341,17 @@ def test_those_of_another_adapter_leave_the_model_as_it_was(
     made: Made, coefficients: Coefficients, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of another rank, or of fewer matrices: refused before any is read."""
-    (one,) = coefficients.sets
-    name, model = list(one.matrices)[-1], loaded(made)
+    matrices = coefficients.matrices
+    name, model = list(matrices)[-1], loaded(made)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    monkeypatch.delattr("streamer.methods.files.FactorSet.mitigated")
-    narrow = {**one.matrices, name: one.matrices[name][:, :1]}
-    fewer = {key: one.matrices[key] for key in one.matrices if key != name}
-    for matrices, words in ((narrow, "do not fit 1 of the adapter's matrices"), (fewer, "fit them to this adapter")):
-        wrong = dataclasses.replace(coefficients, sets=(dataclasses.replace(one, matrices=matrices),))
+    monkeypatch.delattr("streamer.methods.files.Coefficients.mitigated")
+    narrow = {**matrices, name: matrices[name][:, :1]}
+    fewer = {key: matrix for key, matrix in matrices.items() if key != name}
+    for wrong_matrices, words in (
+        (narrow, "do not fit 1 of the adapter's matrices"),
+        (fewer, "fit them to this adapter"),
+    ):
+        wrong = dataclasses.replace(coefficients, matrices=wrong_matrices)
         for act in (live.reduce_intruder_dimension, live.merge_and_unload_with_reduced_intruder_dimensions):
             with pytest.raises(MismatchError, match=words):
                 act(model, coefficients=wrong)

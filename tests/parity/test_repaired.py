@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 import streamer
 from streamer.fitting.fit import unchanged
-from streamer.methods.files import Coefficients, FactorSet
+from streamer.methods.files import Coefficients
 
 
 def check(name: str, targets: list[str] | str, options: dict[str, Any], tmp_path: Path) -> None:
@@ -32,7 +32,7 @@ def check(name: str, targets: list[str] | str, options: dict[str, Any], tmp_path
     sweep, out = fitted(base, adapter, *token_ids(64, 12).split(6), (0.6,)), tmp_path / "repaired"
     plan, rights = sweep.plan, {tensor: own for tensor, (own,) in sweep.rights.items()}
     facts = {"base": {**plan.base_identity}, "adapter": {**plan.adapter_identity}}
-    coefficients = Coefficients((FactorSet(0.9, {**unchanged(plan), **rights}),), facts)
+    coefficients = Coefficients(0.9, {**unchanged(plan), **rights}, facts)
     streamer.reduce_intruder_dimension(base, adapter, out, coefficients=coefficients)
     before, after = (load_file(path / "adapter_model.safetensors") for path in (adapter, out))
     assert before.keys() == after.keys()

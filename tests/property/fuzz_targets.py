@@ -172,8 +172,7 @@ def coefficients(home: Path) -> Target:
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
-        keep = streamer.load_coefficients(path).keeps[0]
-        for _ in streamer.iter_merged(home / "base", home / "adapter", coefficients=path, keep=keep):
+        for _ in streamer.iter_merged(home / "base", home / "adapter", coefficients=path):
             pass
 
     return Target([path.read_bytes()], mutate_safetensors, run)

@@ -7,30 +7,24 @@ import torch
 from seeds import vary
 
 from streamer.linalg.operators import LowRank
-from streamer.methods.files import Coefficients, FactorSet, InputMap, MappedInput
+from streamer.methods.files import Coefficients, InputMap, MappedInput
 from streamer.plan.plan import make_plan
 
 
-def random_coefficients(base: Path, adapter: Path, *keeps: float) -> Coefficients:
-    """Make factors for each share."""
-    plan = make_plan(base, adapter)
-    sets = []
-    for k, keep in enumerate(keeps or (0.9,)):
-        matrices = {}
-        for target in plan.targets:
-            delta, generator = plan.delta(target), torch.Generator().manual_seed(vary(f"{target.tensor} {k}"))
-            assert isinstance(delta, LowRank)
-            matrices[target.tensor] = (
-                (0.2 - 0.1 * k) * delta.R.float() * (1 + 0.1 * torch.randn(delta.R.shape, generator=generator))
-            )
-        sets.append(FactorSet(keep, matrices))
+def random_coefficients(base: Path, adapter: Path, keep: float = 0.9) -> Coefficients:
+    """Make factors for a share."""
+    plan, matrices = make_plan(base, adapter), {}
+    for target in plan.targets:
+        delta, generator = plan.delta(target), torch.Generator().manual_seed(vary(f"{target.tensor} {keep}"))
+        assert isinstance(delta, LowRank)
+        matrices[target.tensor] = 0.2 * delta.R.float() * (1 + 0.1 * torch.randn(delta.R.shape, generator=generator))
     facts = {"base": {**plan.base_identity}, "adapter": {**plan.adapter_identity}}
-    return Coefficients(tuple(sets), facts)
+    return Coefficients(keep, matrices, facts)
 
 
-def coefficients_file(path: Path, base: Path, adapter: Path, *keeps: float) -> Path:
+def coefficients_file(path: Path, base: Path, adapter: Path, keep: float = 0.9) -> Path:
     """Write such factors."""
-    random_coefficients(base, adapter, *keeps).save(path)
+    random_coefficients(base, adapter, keep).save(path)
     return path
 
 

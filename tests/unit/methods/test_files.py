@@ -14,7 +14,7 @@ from fitted import random_map
 from seeds import vary
 
 from streamer.errors import FormatError
-from streamer.methods.files import Coefficients, FactorSet, load_coefficients, load_map
+from streamer.methods.files import Coefficients, load_coefficients, load_map
 
 FACTS = {"base": {"files": []}, "adapter": {"modules": 2}, "sets": [{"keep": 0.9, "shrink": {"lambda": 0.67}}]}
 
@@ -26,7 +26,7 @@ def file(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Callable
         random_map(*helpers.three_shards(tmp_path / "inputs")).save(path)
         return path, load_map
     factors = {name: torch.randn(40, 4) for name in ("a.weight", "b.weight")}
-    Coefficients((FactorSet(0.9, factors),), FACTS).save(path)
+    Coefficients(0.9, factors, FACTS).save(path)
     return path, load_coefficients
 
 

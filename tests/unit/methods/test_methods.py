@@ -21,7 +21,7 @@ from streamer.methods import (
     options_of,
     takes_findings,
 )
-from streamer.methods.files import FactorSet, InputMap
+from streamer.methods.files import Coefficients, InputMap
 from streamer.verification.verify import NEEDS
 
 PACKAGE = Path(streamer.__file__).parent
@@ -67,7 +67,7 @@ def test_a_map_chooses_its_method_and_no_other_takes_it() -> None:
 
 def test_a_method_refuses_the_options_that_it_lacks() -> None:
     """One line for all, from the fields of the methods; each takes its own."""
-    given = {"mitigation_lambda": 0.5, "select": "first", "amplify": True, "coefficients": FactorSet(0.9, {}),
+    given = {"mitigation_lambda": 0.5, "select": "first", "amplify": True, "coefficients": Coefficients(0.9, {}),
              "map": InputMap((), {"vectors": 16})}  # fmt: skip
     taken = {
         "paper": {"mitigation_lambda", "select", "amplify"},

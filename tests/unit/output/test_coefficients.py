@@ -11,31 +11,27 @@ from safetensors.numpy import load_file
 from streamer.errors import FormatError, MismatchError, UsageError
 from streamer.linalg.operators import Dense, LowRank
 from streamer.methods import RegMean
-from streamer.methods.files import FIT, Coefficients, FactorSet, load_coefficients
+from streamer.methods.files import FIT, Coefficients, load_coefficients
+from streamer.options import MethodOptions
 
 FACTS = {"base": {"files": []}, "adapter": {"modules": 2}, "grain": "inputs"}
 
 
-def made(*keeps: float) -> Coefficients:
+def made(keep: float) -> Coefficients:
     matrices = {"a.weight": torch.tensor([[3.0, 2.0], [1.0, 0.5]]), "b.weight": torch.tensor([[1.5]])}
-    sets = [FactorSet(keep, {name: keep * factor for name, factor in matrices.items()}) for keep in keeps]
-    return Coefficients(tuple(sets), FACTS)
+    return Coefficients(keep, {name: keep * factor for name, factor in matrices.items()}, FACTS)
 
 
-def test_they_print_in_a_few_lines(tmp_path: Path) -> None:
-    assert repr(made(0.9, 0.5)) == (
-        "<Coefficients: 2 sets\n <FactorSet: keep 0.9, factors of 2 matrices>\n <FactorSet: keep 0.5, factors of 2 matrices>>"
-    )
-    made(0.9).save(tmp_path / "c.safetensors")
-    assert repr(load_coefficients(tmp_path / "c.safetensors")).startswith(
-        f"<Coefficients: 1 set from {tmp_path}/c.safe"
-    )
+def test_they_print_in_a_line(tmp_path: Path) -> None:
+    assert repr(made(0.9)) == "<Coefficients: keep 0.9, factors of 2 matrices>"
+    made(0.9).save(path := tmp_path / "c.safetensors")
+    assert repr(load_coefficients(path)) == f"<Coefficients: keep 0.9, factors of 2 matrices from {path}>"
 
 
 def test_mitigate_takes_them_by_the_name_of_the_matrix() -> None:
     delta = problem(30, 20)[1]
     R = torch.randn(delta.R.shape)
-    one = FactorSet(0.9, {"x": R})
+    one = Coefficients(0.9, {"x": R})
     options = RegMean(coefficients=one)
     after = options.mitigated(delta, None, "x")
     assert isinstance(after, LowRank)
@@ -50,33 +46,35 @@ def test_mitigate_takes_them_by_the_name_of_the_matrix() -> None:
             options.mitigated(other, None, "x")
 
 
-def test_a_set_is_selected_by_what_it_keeps() -> None:
-    assert made(0.9).select().keep == 0.9
-    assert made(0.95, 0.9).select(0.9).keep == 0.9
-    assert made(1 / 3, 2 / 3).select(float("0.333333")).keep == 1 / 3, "as tables and commands have it"
+def test_the_share_is_compared_as_tables_and_commands_write_it(tmp_path: Path) -> None:
+    options = MethodOptions(coefficients=made(1 / 3), keep=0.333333)
+    assert options.chosen.label == "regmean 0.333333"
+    made(0.9).save(path := tmp_path / "c.safetensors")
+    with pytest.raises(UsageError, match=r"c.safetensors: holds no coefficients that keep 0.8; the share in it is 0.9"):
+        _ = MethodOptions(coefficients=path, keep=0.8).chosen
 
 
 def test_digests_tell_coefficients_apart() -> None:
-    assert made(0.9).select().digest == made(0.9).select().digest
-    assert made(0.9).select().digest != made(0.8).select().digest
+    assert made(0.9).digest == made(0.9).digest
+    assert made(0.9).digest != made(0.8).digest
 
 
 def test_the_file_holds_them_to_the_bit(tmp_path: Path) -> None:
     path = tmp_path / "some" / "where" / "c.safetensors"
-    coefficients = made(0.95, 0.9)
+    coefficients = made(0.95)
     coefficients.save(path)
-    assert load_file(path)["a.weight.right_factor"].shape == (2, 2, 2)
+    assert load_file(path)["a.weight.right_factor"].shape == (1, 2, 2)
     read = load_coefficients(path)
     assert read.facts == FACTS
-    assert read.keeps == [0.95, 0.9]
-    for one, other in zip(read.sets, coefficients.sets, strict=True):
-        assert one.digest == other.digest
-        assert torch.equal(one.matrices["a.weight"], other.matrices["a.weight"])
+    assert read.keep == 0.95
+    assert read.digest == coefficients.digest
+    assert torch.equal(read.matrices["a.weight"], coefficients.matrices["a.weight"])
     again = tmp_path / "again.safetensors"
     read.save(again)
     assert again.read_bytes() == path.read_bytes()
-    with pytest.raises(UsageError, match=r"2 sets of coefficients in .*c.safetensors"):
-        read.select()
+    tampered(path, again, FIT.key, lambda tree, _: tree.update(keeps=[0.95, 0.9]))
+    with pytest.raises(FormatError, match="expected factors for one share of the learning, found 2; make coefficients"):
+        load_coefficients(again)
 
 
 def test_a_file_of_another_version_is_refused(tmp_path: Path) -> None:

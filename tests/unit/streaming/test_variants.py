@@ -6,7 +6,7 @@ import pytest
 
 from streamer.api.texts import EvaluateRequest
 from streamer.errors import UsageError
-from streamer.methods.files import Coefficients, FactorSet
+from streamer.methods.files import Coefficients
 from streamer.streaming.values import make_variants
 
 
@@ -22,11 +22,10 @@ def test_base_and_adapter_come_first() -> None:
     assert paper.select == "first"
 
 
-def test_each_set_of_coefficients_is_a_variant() -> None:
-    sets = [FactorSet(keep, {}) for keep in (0.95, 0.9)]
-    coefficients = Coefficients(tuple(sets), {"base": {"files": []}})
-    variants = make_variants(("shrink",), (0.5,), "all", coefficients)
-    assert [v.name for v in variants] == ["base", "adapter", "shrink 0.5", "regmean 0.95", "regmean 0.9"]
+def test_coefficients_are_a_variant() -> None:
+    coefficients = Coefficients(0.9, {}, {"base": {"files": []}})
+    variants = make_variants(("regmean", "shrink"), (0.5,), "all", coefficients)
+    assert [v.name for v in variants] == ["base", "adapter", "shrink 0.5", "regmean 0.9"]
     last = variants[-1]
     assert (last.method, last.mitigation_lambda, last.keep) == ("regmean", None, 0.9)
     assert last.mitigation is not None
@@ -34,7 +33,7 @@ def test_each_set_of_coefficients_is_a_variant() -> None:
     assert last.mitigation.coefficients.facts == coefficients.facts
     assert [v.keep for v in variants[:3]] == [None, None, None]
     alone = make_variants(("regmean",), (0.5,), "all", coefficients)
-    assert [v.name for v in alone] == ["base", "adapter", "regmean 0.95", "regmean 0.9"]
+    assert [v.name for v in alone] == ["base", "adapter", "regmean 0.9"]
     amplified = make_variants(("shrink",), (2, -0.5), "all", amplify=True)
     assert [v.mitigation_lambda for v in amplified[2:]] == [2, -0.5]
 
@@ -67,7 +66,7 @@ def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> No
 
 
 def test_names_and_scale_are_checked_beside_coefficients() -> None:
-    coefficients = Coefficients((FactorSet(0.9, {}),), {"base": {"files": []}})
+    coefficients = Coefficients(0.9, {}, {"base": {"files": []}})
     with pytest.raises(
         UsageError, match="method: expected one of paper, project, shrink, regmean, nullspace, found 'papr'"
     ):
