@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from streamer.json_types import Selection
     from streamer.methods import MethodName
     from streamer.methods.files import Coefficients, InputMap
-    from streamer.output.write import FindingsOrPath
+    from streamer.output.job import FindingsOrPath
     from streamer.remote.inputs import RemoteMode
     from streamer.storage.checkpoint import IOMode
 

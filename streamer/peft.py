@@ -42,9 +42,10 @@ from streamer.linalg.torch_state import threads
 from streamer.methods import Method, NullSpace, Project, RegMean
 from streamer.options import LiveMitigation, LiveOptions
 from streamer.output.adapter_writer import MitigatedFactors, refuse_dense
-from streamer.output.job import Job, MitigatedMatrix
+from streamer.output.job import Job, check_counts, lacking_inputs, refuse_other_base
 from streamer.output.model_writer import AddBias, Cast, CopyBytes, OutputTensor, plan_merged
-from streamer.output.write import check_counts, lacking_inputs, refuse_other_base, truncation_warnings
+from streamer.output.record import MitigatedMatrix
+from streamer.output.write import truncation_warnings
 from streamer.packages import require_package
 from streamer.plan.architectures import architecture_for
 from streamer.plan.name_matching import Match, Renames, renames_for

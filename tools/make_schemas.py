@@ -26,7 +26,7 @@ from streamer.evaluation.evaluation import EvaluationRecord
 from streamer.fitting.mapping import MapFacts
 from streamer.forecast import Forecast
 from streamer.json_types import Amount, Estimated, Keywords
-from streamer.output.job import Written
+from streamer.output.record import Written
 from streamer.plan.side_files import AdapterSource, BaseSource
 from streamer.verification.verify import Verification
 

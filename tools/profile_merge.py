@@ -83,8 +83,8 @@ def profile(base: str, adapter: str, out: str, findings: str, mitigation_lambda:
         from streamer.detection.options import Run
         from streamer.methods import Paper
         from streamer.output import write as outputs
-        from streamer.output.job import Job
-        from streamer.output.write import OutputOptions, prepare_outputs
+        from streamer.output.job import Job, open_jobs
+        from streamer.output.model_writer import ModelWriter
         from streamer.storage import atomic_file, checkpoint, files
 
     stages = {"addmm_": "addmm", "aminmax": "finite check", "isfinite": "finite check"}
@@ -136,8 +136,8 @@ def profile(base: str, adapter: str, out: str, findings: str, mitigation_lambda:
     with clock.stage("plan and identity"):
         found = load_findings(findings)
         mitigation, run = Paper(float(mitigation_lambda)), Run(choose_device("cpu"))
-        form, adapters = OutputOptions(merges=True), AdapterPaths.of_one(Path(adapter))
-        writers = prepare_outputs(Path(base), adapters, Path(out), [found], mitigation, found.options, form, run)
+        (job,) = open_jobs(Path(base), AdapterPaths.of_one(Path(adapter)), [found], mitigation, found.options, run)
+        writers = [ModelWriter(job, Path(out))]
     with Blocks():
         outputs.run_jobs(writers, run)
     with clock.stage("other"):

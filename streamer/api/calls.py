@@ -28,7 +28,7 @@ Result_co = TypeVar("Result_co", covariant=True)
 
 TYPES = {
     "Sequence": "collections.abc", "Executor": "concurrent.futures", "Path": "pathlib", "Literal": "typing",
-    "LoraBLayout": "streamer.adapters.adapter_config", "FindingsOrPath": "streamer.output.write", "IOMode": "streamer.storage.checkpoint",
+    "LoraBLayout": "streamer.adapters.adapter_config", "FindingsOrPath": "streamer.output.job", "IOMode": "streamer.storage.checkpoint",
     "Findings": "streamer.detection.findings", "ProductDtype": "streamer.evaluation.evaluation", "RemoteMode": "streamer.remote.inputs",
     "Monitor": "streamer.events", "OnEvent": "streamer.events", "Selection": "streamer.json_types", "MethodName": "streamer.methods",
     "Coefficients": "streamer.methods.files", "InputMap": "streamer.methods.files",

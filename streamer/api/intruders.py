@@ -13,15 +13,17 @@ from streamer import forecast
 from streamer.adapters.finetuned import AdapterPaths, ByName
 from streamer.api.calls import call, explained, watched
 from streamer.api.records import DryRun, SeveralRecord, dry_run, dry_runs
-from streamer.api.requests import Request, detection_options, found_inputs, take
+from streamer.api.requests import Request, detection_options, found_inputs
 from streamer.detection.detect import detect_in_memory, detect_to_files, plan_findings, shared
 from streamer.detection.findings import Findings
 from streamer.detection.options import DetectionOptions, Run
 from streamer.events import Monitor
 from streamer.options import Adapters, DetectOptions, IterateOptions, MergeOptions, MitigateOptions, SeveralAdapters
 from streamer.output import write
-from streamer.output.job import Writer, Written
-from streamer.output.model_writer import merged_tensors
+from streamer.output.adapter_writer import AdapterWriter, LoraWriter
+from streamer.output.job import Job, Writer, load_given, open_jobs
+from streamer.output.model_writer import ModelWriter, merged_tensors
+from streamer.output.record import Written
 from streamer.plan.plan import AdapterBatch, make_batch, resident_bytes
 from streamer.workers import Workers
 
@@ -121,7 +123,7 @@ class OutputRequest(Request, MitigateOptions, MergeOptions):
     command
         Whether to write an adapter or a model.
     measured
-        Lines for the model card; see `output.write.OutputOptions`.
+        Measurements for the record and the model card, one line each.
     """
 
     output: str | Path
@@ -131,11 +133,6 @@ class OutputRequest(Request, MitigateOptions, MergeOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         _ = self.chosen
-
-    @property
-    def form(self) -> write.OutputOptions:
-        """Return the options of the output's form."""
-        return take(write.OutputOptions, vars(self), merges=self.command == "merge")
 
     def open(self, monitor: Monitor) -> None:
         """Open the inputs and plan the outputs; this refuses outputs that cannot be written."""
@@ -162,17 +159,31 @@ class OutputRequest(Request, MitigateOptions, MergeOptions):
         shared_bytes = forecast.shared_by_merges(pending)
         return dry_runs(adapters, Path(self.output), runs, forecast.together(forecasts, shared_bytes))
 
+    def jobs(self, base: str | Path, adapters: AdapterPaths, run: Run) -> list[Job]:
+        """Open and check the inputs, and make a job of each adapter."""
+        findings = load_given(self.findings, adapters)
+        detection = detection_options(self, self.memory, findings[0])
+        jobs = open_jobs(base, adapters, findings, self.chosen, detection, run)
+        return [replace(job, dequantize=self.dequantize, card=self.model_card, measured=self.measured) for job in jobs]
+
+    def _writer(self, job: Job, path: Path) -> Writer:
+        """Plan the output of a job."""
+        if self.command == "merge":
+            return ModelWriter(job, path)
+        return AdapterWriter(job, path) if self.to_lora is None else LoraWriter(job, path, self.to_lora)
+
     def _opened(
         self, monitor: Monitor, workers: Workers | None = None, peek: bool = False
     ) -> tuple[AdapterPaths, list[Writer], Run]:
         base, adapters = found_inputs(self.located(monitor, peek), self.base, self.adapter)
-        run, findings = self.make_run(monitor, workers), write.load_given(self.findings, adapters)
-        detection, form = detection_options(self, self.memory, findings[0]), self.form
-        output = Path(self.output)
-        writers = write.prepare_outputs(base, adapters, output, findings, self.chosen, detection, form, run)
+        run = self.make_run(monitor, workers)
+        jobs, paths = self.jobs(base, adapters, run), adapters.directories(Path(self.output))
+        writers = [*map(self._writer, jobs, paths)]
+        monitor.warn(write.batch_of(writers).warnings)
+        detection = jobs[0].detection
         if workers is not None and (share := write.shared_memory(writers, workers)) != detection.max_memory:
-            limited = replace(detection, max_memory=share)
-            writers = write.prepare_outputs(base, adapters, output, findings, self.chosen, limited, form, run)
+            jobs = [replace(job, detection=replace(detection, max_memory=share)) for job in jobs]
+            writers = [*map(self._writer, jobs, paths)]
         return adapters, writers, run
 
 
@@ -303,9 +314,7 @@ def iter_merged(
     with watched(request) as monitor:  # the progress bar closes with the last tensor
         run = request.make_run(monitor)
     remote = request.located(monitor)
-    base, adapters = remote.path(base), AdapterPaths.of_one(remote.path(adapter))
-    findings = write.load_given(request.findings, adapters)
-    detection, form = detection_options(request, request.memory, findings[0]), request.form
-    (job,) = write.open_jobs(base, adapters, findings, request.chosen, detection, form, run)
+    base, only = remote.path(base), AdapterPaths.of_one(remote.path(adapter))
+    (job,) = request.jobs(base, only, run)
     monitor.warn(job.plan.warnings)
     return merged_tensors(job, monitor)

@@ -11,7 +11,7 @@ from streamer.evaluation.evaluation import Evaluation, ProductDtype
 from streamer.json_types import Selection
 from streamer.methods import MethodName
 from streamer.methods.files import Coefficients, InputMap
-from streamer.output.write import FindingsOrPath
+from streamer.output.job import FindingsOrPath
 from streamer.remote.inputs import RemoteMode
 from streamer.storage.checkpoint import IOMode
 from streamer.events import Monitor, OnEvent

@@ -18,7 +18,7 @@ from streamer.events import Monitor
 from streamer.forecast import Forecast, ForecastRecord, forecast_commands, measure_rates
 from streamer.json_types import Amount, Count, Keywords, MatrixHead, ModuleName, OutputPath, TensorName
 from streamer.options import InspectOptions
-from streamer.output.job import Written
+from streamer.output.record import Written
 from streamer.plan.carried_tensors import CarriedRecord
 from streamer.plan.plan import Plan, make_plan
 from streamer.plan.side_files import AdapterSource, BaseSource

@@ -27,7 +27,7 @@ from streamer.measuring.texts import GENERAL, TASK
 from streamer.methods import Paper, RegMean, Shrink, share_name
 from streamer.methods.files import MAP, Coefficients, InputMap
 from streamer.options import ONE_BASE, EvaluateOptions, MappingOptions, RepairOptions, VariantOptions, argument
-from streamer.output.job import Written
+from streamer.output.record import Written
 from streamer.plan.plan import make_plan
 from streamer.storage.transaction import RECORD_NAME, check_output_path
 from streamer.streaming.values import Variant, make_variants

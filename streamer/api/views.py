@@ -12,7 +12,7 @@ from streamer.evaluation.evaluation import Evaluation, Names, commands, figures,
 from streamer.fitting.mapping import map_record
 from streamer.measuring.runs import input_options
 from streamer.methods import takes_findings
-from streamer.output.job import record_lines
+from streamer.output.record import record_lines
 from streamer.plan.name_matching import natural
 from streamer.storage.transaction import RECORD_NAME, record_at
 

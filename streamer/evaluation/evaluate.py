@@ -26,7 +26,7 @@ from streamer.measuring.statistics import ARRAYS, MEASURES, SequenceSums, tellin
 from streamer.measuring.texts import GENERAL, TASK, Texts, TextSequences, read_texts, sample_digest
 from streamer.methods import UNCHANGED, NullSpace, RegMean, Shrink
 from streamer.options import EvaluateOptions, VariantOptions
-from streamer.output.write import OutputOptions, check_coefficients, check_map, open_jobs
+from streamer.output.job import check_coefficients, check_map, open_jobs
 from streamer.storage.atomic_file import write_atomic
 from streamer.storage.files import locked
 from streamer.storage.transaction import is_taken, lock_of, remove_leftovers
@@ -317,9 +317,7 @@ def open_model(base_path: str | Path, adapter: Path, findings: Findings | None, 
     if findings is None and (scaling := [v.name for v in variants if v.scales_intruders]):
         raise UsageError(f"findings: {scaling[0]} needs them, found none; run `streamer detect`, and pass its file")
     detection = DetectionOptions() if findings is None else findings.options
-    (job,) = open_jobs(
-        base_path, AdapterPaths.of_one(adapter), [findings], UNCHANGED, detection, OutputOptions(merges=True), run
-    )
+    (job,) = open_jobs(base_path, AdapterPaths.of_one(adapter), [findings], UNCHANGED, detection, run)
     plan = job.plan
     run.monitor.warn((*plan.warnings, *job.warnings))
     methods = [variant.mitigation for variant in variants]

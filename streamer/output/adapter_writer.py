@@ -21,8 +21,9 @@ from streamer.adapters.modules import MethodModule
 from streamer.errors import UnsupportedError, UsageError
 from streamer.linalg.operators import Delta, Dense, LowRank
 from streamer.linalg.svd import energies, energies_bytes, krylov_triplets, least_rank
-from streamer.output.job import Job, MitigatedMatrix, Writer
+from streamer.output.job import Job, Writer
 from streamer.output.model_writer import AddDelta
+from streamer.output.record import MitigatedMatrix
 from streamer.plan.architectures import Architecture, architecture_for
 from streamer.plan.name_matching import Renames, renames_for
 from streamer.plan.plan import AdapterBatch, MemoryEstimate, Plan, check_budget, resident_bytes

@@ -1,133 +1,39 @@
-"""Describe one mitigation and its output: the job, its figures, the record ``streamer.json``, its summary, and the model card.
-
-Write the ``README.md`` of an output: facts about how it was made, followed by the card of its input. The hub reads the YAML at the card's
-head. It is edited as text, key by key; a head of unexpected form stays unchanged.
-"""
+"""Describe mitigations that are ready to run: jobs, made of checked inputs, and the writers of their outputs."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-import json
-import math
-import re
-import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NotRequired, TypedDict
+from typing import Any, Literal
 
 import torch
 
 from streamer import __version__
-from streamer.adapters.adapter_config import mitigated_before, stated_options
+from streamer.adapters.adapter_config import mitigated_before
+from streamer.adapters.finetuned import AdapterPaths
 from streamer.detection.detect import detection_estimates, findings_bytes
-from streamer.detection.findings import Findings
+from streamer.detection.findings import Findings, lacking, load_findings, matched_findings
 from streamer.detection.intruders import Detection
-from streamer.detection.options import RANKS, STAMP, DetectionOptions, DetectionRecord, detection_record, stamp
-from streamer.errors import NumericError, printable
+from streamer.detection.options import STAMP, DetectionOptions, DetectionRecord, Run, detection_record, stamp
+from streamer.errors import MismatchError, NumericError, UsageError
 from streamer.events import Monitor
-from streamer.json_types import Amount, Count, Keywords, ModuleName, OutputPath, Selection, Sha256, State, TensorName
 from streamer.linalg.operators import Delta, all_finite
-from streamer.methods import METHODS, Method, MethodName, Shrink, takes_findings
-from streamer.methods.files import CoefficientsRecord, MapRecord
-from streamer.plan.carried_tensors import CarriedRecord
-from streamer.plan.plan import MemoryEstimate, Plan, factor_bytes
-from streamer.plan.side_files import AdapterSource, BaseSource, NameSource, is_module, read_beside
+from streamer.methods import Method, NullSpace, RegMean
+from streamer.methods.files import Coefficients, InputMap
+from streamer.output.record import CARD_NAME, MOST_FACTS, SCHEMA, Card, MitigatedMatrix, Record, totals
+from streamer.plan.plan import MemoryEstimate, Plan, factor_bytes, make_batch
+from streamer.plan.side_files import is_module, read_beside
 from streamer.plan.targets import Target
 from streamer.storage.atomic_file import Piece, ShardPlan
+from streamer.storage.files import difference
 from streamer.storage.header import TensorInfo
 from streamer.storage.transaction import OutputPlan, journal_of
-from streamer.units import counted, format_size
-
-SCHEMA: Final = "streamer.output/2"
-
-
-# fmt: off
-class MitigatedMatrix(TypedDict):
-    """The mitigation of one matrix."""
-    tensor: TensorName
-    module: ModuleName
-    transposed: Annotated[bool, "Whether the base stores it as (inputs, outputs); decisions still use the output side."]
-    intruders: Annotated[list[Count], RANKS, "the intruders that were scaled."]
-    certified: Annotated[bool | None, "Whether its decisions are certified; null if none were needed."]
-    delta_norm: Annotated[Amount, "Frobenius norm of the matrix's delta."]
-    delta_norm_after: Annotated[Amount, "The same for what was written."]
-    dropped: Annotated[Amount, "Share of the mitigated delta's Frobenius norm lost in projection onto the written rank; 0 for a merge."]
-    values: NotRequired[Annotated[Count, "For a merge: values of the matrix, if one tensor of the base's dtype holds it, not a copy."]]
-    rounded_away: NotRequired[Annotated[Count, "How many of them rounding to the dtype left as in the base although the delta is not 0."]]
-
-class Totals(TypedDict):
-    """Totals over all matrices."""
-    matrices: Annotated[Count, "Matrices that the adapter changes."]
-    intruders: Annotated[Count, "Intruders that were scaled."]
-    changed: Annotated[Count, "Matrices whose delta differs from the adapter's."]
-    delta_norm: Annotated[Amount, "Frobenius norm of the adapter's delta over all matrices."]
-    delta_norm_after: Annotated[Amount, "The same for what was written."]
-    equal_norm_shrink: Annotated[Amount, "Lambda of the shrink of the whole adapter with the same norm: the baseline."]
-    dropped_max: Annotated[Amount, "The largest `dropped` of a matrix."]
-    values: NotRequired[Annotated[Count, "Sum of the `values` of all matrices; absent in earlier versions."]]
-    rounded_away: NotRequired[Annotated[Count, "Sum of the `rounded_away` of all matrices; absent in earlier versions."]]
-    bytes: Annotated[Count, "Bytes of all files except the record."]
-
-class FileRecord(TypedDict):
-    """A file of the output."""
-    file: Annotated[str, "Name, relative to the output."]
-    bytes: Annotated[Count, "Its size in bytes."]
-    sha256: Annotated[Sha256, "Its digest (SHA-256, hexadecimal)."]
-
-# `lambda` is a keyword of the language, so this cannot be a class.
-Record = TypedDict("Record", {
-    "schema": Literal["streamer.output/2"],
-    "command": Annotated[str, Keywords(enum=["mitigate", "merge"]), "The command that made it."],
-    "version": Annotated[str, "Version of streamer that made it."],
-    "base": Annotated[BaseSource, "The base model: its name, and what identifies it, wherever it is stored."],
-    "adapter": Annotated[AdapterSource, "The adapter, or the fine-tuned model used as one, described in the same way."],
-    "detection": Annotated[DetectionRecord | None, "How the intruders were found; null if none were needed (method shrink, or lambda 1)."],
-    "method": Annotated[MethodName, "What is scaled: paper: the whole intruder; project: only the adapter's part of it; shrink: the whole "
-        "adapter, without detection. regmean replaces the right factors; nullspace reduces the response to general inputs."],
-    "scale": Annotated[Selection, "Which intruders are scaled: all, or the highest-ranked one of each matrix."],
-    "lambda": Annotated[float | None, "Share of an intruder to keep: 1 changes nothing, 0 removes it (project keeps the base's part); with "
-        "method nullspace, share of the delta's energy on general inputs. Null with method regmean."],
-    "coefficients": NotRequired[Annotated[CoefficientsRecord | None, "The fit's factors; null except with method regmean."]],
-    "map": NotRequired[Annotated[MapRecord, "The map of the base's inputs; only with method nullspace."]],
-    "file": NotRequired[Annotated[str, "Name of the file of coefficients or map, if there is one; else `coefficients` or `map`."]],
-    "to_lora": Annotated[float | None, Keywords(exclusiveMinimum=0), "Rank or share of the energy given with --to-lora, or null."],
-    "dequantize": Annotated[bool, "Whether a quantized base is written as a plain one."],
-    "totals": Annotated[Totals, "Totals over all matrices."],
-    "warnings": Annotated[list[str], "What may make the result differ from what was trained or requested, one line each."],
-    "notes": Annotated[list[str], "What else happened, one line each."],
-    "advice": Annotated[list[str], "What would be better, one line each."],
-    "measured": NotRequired[Annotated[list[str], "What `streamer repair` measured, one line each."]],
-    "left_out": Annotated[list[str], "Files beside the input that were not copied: weights in other formats, training state."],
-    "carried": Annotated[list[CarriedRecord], "Tensors of the adapter other than factors; of a fine-tuned model, those that differ."],
-    "tokenizer": NotRequired[Annotated[Literal["adapter", "base"] | None, "Whose tokenizer a merged directory has; null if none."]],
-    "matrices": Annotated[list[MitigatedMatrix], "One entry per matrix, in the order of writing."],
-})
-Record.__doc__ = "The record of an output, without its files."
-
-class Written(Record):
-    """The record of an output, a mitigated adapter or a merged model: its `streamer.json`; `--json` prints it with `output` and `state`."""
-    plan: Annotated[Sha256, "Digest of what decides the output's bytes, except last bits of given findings (SHA-256, hexadecimal)."]
-    files: Annotated[list[FileRecord], "The output's files without the record, in the order of writing; the last one makes it loadable."]
-    sha256: NotRequired[Annotated[Sha256, "Digest of `streamer.json` with 64 zeros in its place (SHA-256, hexadecimal); since 0.2."]]
-    output: NotRequired[Annotated[OutputPath, "Printed only."]]
-    state: NotRequired[Annotated[State, "Printed only."]]
-# fmt: on
-
-
-def totals(matrices: list[MitigatedMatrix], nbytes: int) -> Totals:
-    """Sum the metrics of all matrices of an output of `nbytes` bytes."""
-    before = math.sqrt(sum(m["delta_norm"] ** 2 for m in matrices))
-    after = math.sqrt(sum(m["delta_norm_after"] ** 2 for m in matrices))
-    return {"matrices": len(matrices), "intruders": sum(len(m["intruders"]) for m in matrices),
-            "changed": sum(m["delta_norm_after"] != m["delta_norm"] for m in matrices),
-            "delta_norm": before, "delta_norm_after": after, "equal_norm_shrink": after / before if before > 0 else 1.0,
-            "dropped_max": max((m["dropped"] for m in matrices), default=0.0), "values": sum(m.get("values", 0) for m in matrices),
-            "rounded_away": sum(m.get("rounded_away", 0) for m in matrices), "bytes": nbytes}  # fmt: skip
-
+from streamer.units import counted, listed
 
 THIN = 48
 """Bytes for each row, column and rank of a mitigated delta: its factors in float64, the factors of its inputs, and their thin QRs."""
@@ -253,258 +159,141 @@ class Job:
         return {STAMP: stamp(command, *self.plan.sources, self.detection_record(certified), self.method.as_json())}
 
 
-class WrittenView(dict[str, Any]):
-    """A `Written` for Python's shells: the record itself, shown as `record_lines`."""
-
-    def __repr__(self) -> str:
-        title = f"{self['output']} ({self['command']}, {self['state']})"
-        return "<Written: " + "\n ".join(record_lines(self, title)) + ">"
+FindingsOrPath = Findings | Mapping[str, Findings] | str | Path | None
+"""Findings as a user gives them: for one adapter, or for several by name, as objects or as the path of their file or directory."""
 
 
-def record_lines(record: Mapping[str, Any], title: str | None = None) -> list[str]:
-    """Summarise what was written and how, what became of the delta's norm, and what was lost or left out, one line each.
+def open_jobs(base_path: str | Path, adapters: AdapterPaths, findings: Sequence[Findings | None], method: Method,
+              detection: DetectionOptions, run: Run) -> list[Job]:  # fmt: skip
+    """Open and check all inputs of mitigations, and make a job of each adapter.
 
     Parameters
     ----------
-    title
-        Start of a first line about the files: the output's location.
+    findings
+        Findings for each adapter, see `load_given`; None if the job detects.
     """
-    t, method, lam, fitted = record["totals"], record["method"], record["lambda"], record.get("coefficients")
-    mitigated, norms = f"{t['changed']} of {t['matrices']} matrices mitigated", f"|delta| {t['delta_norm']:.4g}"
-    if fitted is not None:
-        each = METHODS[method].changes if method in METHODS else "as it was fitted"
-        how = f"method {method}, to keep {100 * fitted['keep']:g}% of the learning: {mitigated}, {each}"
-    elif lam == 1:
-        how = "lambda 1: the unchanged adapter, nothing mitigated"
-    elif not takes_findings(method):
-        how = f"method {method}, lambda {lam:g}: {mitigated}, each {METHODS[method].changes if method in METHODS else 'as a whole'}"
-    else:
-        how = f"method {method}, select {record['scale']}, lambda {lam:g}: {mitigated}, {counted(t['intruders'], 'intruder')} scaled"
-    if lam != 1:
-        norms += f" -> {t['delta_norm_after']:.4g}"
-    if lam != 1 and method != Shrink.name and t["equal_norm_shrink"] <= 1:  # a shrink cannot make a delta larger
-        norms += f"; baseline of equal norm: --method shrink --lambda {t['equal_norm_shrink']:.4f}"
-    asked = record["to_lora"]
-    kept = f"; written at the smallest ranks that keep {100 * (asked or 0):g} % of the energy"
-    rank = kept if isinstance(asked, float) else f"; written at rank {asked}" if asked else ""
-    lines = [how + rank, norms]
-    if title is not None:
-        files = counted(len(record["files"]), "file")
-        lines = [f"{title}: {files}, {format_size(t['bytes'])}", *lines]
-    if record["left_out"]:
-        names = ", ".join(record["left_out"][:4]) + (", …" if len(record["left_out"]) > 4 else "")
-        lines.append(f"not copied: {names} (weights or training state that would be stale)")
-    if carried := record["carried"]:
-        count = counted(len(carried), "tensor")
-        lines.append(f"carried along: {count} beside the factors, {carried[0]['tensor']} first")
-    if record["command"] == "merge" and record["tokenizer"] == "adapter":
-        lines.append("the tokenizer and its chat template are the adapter's own")
-    share = 100 * t.get("rounded_away", 0) / (t.get("values") or 1)  # earlier versions did not count them
-    if share >= 0.05:  # not 0.0%
-        unchanged = f"rounding left {share:.1f}% of the values in these matrices unchanged"
-        lines.append(f"{unchanged}: the result is not exactly base + delta")
-    if record["command"] == "mitigate":
-        most = f"lost in projection: at most {100 * t['dropped_max']:.2f}% of a matrix's mitigated delta"
-        worst = max(record["matrices"], key=lambda m: m["dropped"], default={"dropped": 0.0})
-        lines.append(f"{most}, in {worst['tensor']}" if worst["dropped"] >= 5e-5 else most)  # not 0.00%
-    return [printable(line) for line in lines]
+    if isinstance(method, RegMean) and len(adapters.paths) > 1:
+        name, several = method.coefficients.name, f"{len(adapters.paths)}: {listed(adapters.by_name)}"
+        do = "take them one at a time, each with its own"
+        raise UsageError(f"{name}: coefficients belong to one adapter, found {several}; {do}")
+    batch, jobs = make_batch(base_path, adapters.paths, run.io, run.stated, run.architecture), list[Job]()
+    for plan, given in zip(batch.plans, findings, strict=True):
+        fitting = None if given is None else fitting_findings(plan, given, detection)
+        run.monitor.warn(() if given is None else given.warnings)
+        if isinstance(method, RegMean):
+            check_coefficients(plan, method.coefficients)
+        if isinstance(method, NullSpace):
+            run.monitor.warn(check_map(plan, method.map))
+        jobs.append(Job(plan, method, detection, run.device, fitting))
+    return jobs
 
 
-CARD_NAME = "README.md"
+def load_given(findings: FindingsOrPath, adapters: AdapterPaths) -> list[Findings | None]:
+    """Load the findings for each adapter; None for each if none are given.
 
-MOST_FACTS = 32 << 10
-"""Bytes allowed for what a card adds to its input's: a few kilobytes, and a line for each warning."""
-
-TAG = "intruder-dimensions"
-
-KEPT = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag")
-"""Keys of a base's head that also hold for a model merged from it. Results, data sets and widgets belong to the base."""
-
-_HEAD = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
-_KEY = re.compile(r"([A-Za-z_][\w-]*)[ \t]*:(?=\s)")
-_ALIAS = re.compile(r"(?:^|[\s\[,])[&*]\w")
-_PATH = re.compile(r"^base_model[ \t]*:\s+[\"']?(?:[/.~]|[A-Za-z]:)")
-_PLAIN = re.compile(r"[A-Za-z][\w./-]*")
-
-
-@dataclass(frozen=True)
-class Card:
-    """The facts of a card that are known before the record.
-
-    Attributes
-    ----------
-    original
-        The input's card as bytes; empty if there is none.
-    pipeline
-        The hub's name of the merged model's task, if it differs from the base's.
-    tuned
-        Whether a fine-tuned model is used as the adapter; `original` is then that model's card.
-    diffusers
-        Whether the base is a diffusers pipeline.
+    Raises
+    ------
+    UsageError
+        If some are missing or have the wrong form.
     """
-
-    original: bytes
-    pipeline: str = ""
-    tuned: bool = False
-    diffusers: bool = False
-
-    def text(self, record: Record) -> bytes:
-        """Write the card of an output with this record."""
-        original = self.original.decode("utf-8", "surrogateescape")
-        match = _HEAD.match(original)
-        head, body = (match[1].replace("\r\n", "\n"), original[match.end() :]) if match else (None, original)
-        blocks = {} if head is None else _blocks(head)
-        merged, sources = record["command"] == "merge", (record["base"], record["adapter"])
-        own = _merged_head if merged else _adapter_head
-        front = head if blocks is None else own(self, sources, blocks)
-        if merged and body.strip():
-            what, source = ("fine-tuned", sources[1]) if self.tuned else ("base", sources[0])
-            title = f"# Card of the {what} model\n\nThe rest is the unchanged card of {_name(source)}."
-            body = f"{title}\n\n{body.lstrip()}"
-        base, adapter = (_safe(source["name"]) for source in sources)
-        title = f"{base} with {adapter} merged in" if merged else f"{adapter}, mitigated"
-        parts = [f"---\n{front}---", f"# {title}", _facts(record), body.lstrip("\r\n")]
-        text = "\n\n".join(part.rstrip("\n") for part in parts if part.strip()) + "\n"
-        return text.encode("utf-8", "surrogateescape")
+    if findings is None:
+        return [None for _ in adapters.paths]
+    if adapters.single:
+        if isinstance(findings, Mapping):
+            what = f"a dict of {len(findings)}"
+            raise UsageError(f"findings: expected findings on one adapter, found {what}; give one of them")
+        return [findings if isinstance(findings, Findings) else load_findings(findings)]
+    if isinstance(findings, Mapping):
+        without = [name for name in adapters.by_name if name not in findings]
+        if without:
+            raise UsageError(f"findings: has none for adapter {without[0]!r}; run detect on it")
+        return [findings[name] for name in adapters.by_name]
+    if isinstance(findings, Findings) or not Path(findings).is_dir():
+        where = "findings" if isinstance(findings, Findings) else findings
+        raise UsageError(f"{where}: expected findings on several adapters: the directory that detect wrote for them")
+    return [load_findings(Path(findings) / f"{name}.safetensors") for name in adapters.by_name]
 
 
-def _blocks(head: str) -> dict[str, str] | None:
-    """Split a head into its keys, each with its lines; comments belong to the key above. Return None if it is not a plain mapping."""
-    blocks: dict[str, str] = {}
-    key = ""
-    for line in head.splitlines():
-        if match := _KEY.match(line + "\n"):
-            key = match[1]
-            if key in blocks:
-                return None
-            blocks[key] = ""
-        elif line.strip() and not line.startswith("#") and not (key and (line.startswith((" ", "- ")) or line == "-")):
-            return None
-        blocks[key] = blocks.get(key, "") + line + "\n"
-    # An alias refers to another key, which may not be kept.
-    return None if any(_ALIAS.search(blocks.get(key, "")) for key in (*KEPT, "tags", "base_model")) else blocks
+def check_coefficients(plan: Plan, coefficients: Coefficients) -> None:
+    """Refuse coefficients that were fitted to another base or adapter, or not to all of its matrices.
+
+    Raises
+    ------
+    MismatchError
+        Names the one that differs, and how.
+    UsageError
+        If they are not valid coefficients; see `Coefficients.check`.
+    """
+    coefficients.check()
+    name, facts = coefficients.name, coefficients.facts
+    for what, here in (("base", {**plan.base_identity}), ("adapter", {**plan.adapter_identity})):
+        if not isinstance(facts.get(what), dict):
+            why = f"do not say which {what} they were fitted to; make them with `streamer repair`"
+            raise MismatchError(f"{name}: coefficients {why}")
+        if facts[what] != here:
+            other, do = difference(facts[what], here), f"give the {what} that `streamer repair` fitted them to"
+            raise MismatchError(f"{name}: coefficients of another {what} ({other}); {do}")
+    check_counts(plan, coefficients)
 
 
-def _merged_head(card: Card, sources: tuple[NameSource, NameSource], blocks: dict[str, str]) -> str:
-    """Make the head of a merged model's card: our entries, and those of the base's that hold for it."""
-    ids = [source["model_id"] for source in sources if "model_id" in source]
-    kept = {key: blocks[key] for key in KEPT if key in blocks}
-    # If its class differs from the base's, the model does not belong to the base's library (such as sentence-transformers).
-    if card.pipeline or "library_name" not in kept:
-        kept["library_name"] = f"library_name: {'diffusers' if card.diffusers else 'transformers'}\n"
-    if card.pipeline:
-        kept["pipeline_tag"] = f"pipeline_tag: {card.pipeline}\n"
-    own = ""
-    if "model_id" in sources[0]:
-        # In the hub's terms, a model from several is a merge, and a model trained from a base is a finetune.
-        own = _list("base_model", ids) + f"base_model_relation: {'merge' if len(ids) > 1 else 'finetune'}\n"
-    of_adapter = () if card.tuned else ("lora",) if card.diffusers else ("peft", "lora")
-    return own + _list("tags", [TAG, "merged", *of_adapter]) + "".join(kept.values())
+def check_counts(plan: Plan, coefficients: Coefficients) -> None:
+    """Refuse coefficients for other matrices than an adapter's, or of other shapes.
+
+    Raises
+    ------
+    MismatchError
+        States how many matrices they do not fit, and the first.
+    """
+    ranks = {t.tensor: (t.module.shape[1], t.module.factor_rank) if t.module.low_rank else None for t in plan.targets}
+    shapes = {tensor: tuple(factor.shape) for tensor, factor in coefficients.matrices.items()}
+    wrong = [tensor for tensor in {**ranks, **shapes} if tensor not in ranks or ranks[tensor] != shapes.get(tensor, ())]
+    if wrong:
+        which = f"{len(wrong)} of the adapter's matrices, {wrong[0]!r} first"
+        do = "fit them to this adapter with `streamer repair`"
+        raise MismatchError(f"{coefficients.name}: coefficients do not fit {which}; {do}")
 
 
-def _adapter_head(card: Card, sources: tuple[NameSource, NameSource], blocks: dict[str, str]) -> str:
-    """Make the head of an adapter's card: its own head, with its base and our tag."""
-    base = sources[0].get("model_id")
-    # PEFT writes the path of a local base here, which the hub refuses.
-    blocks = {key: text for key, text in blocks.items() if key != "base_model" or not _PATH.search(text)}
-    if "base_model" not in blocks and base is not None:
-        blocks["base_model"] = f"base_model: {_scalar(base)}\n"
-    if "tags" in blocks:
-        blocks["tags"] = re.sub(r"(?m)^ *- base_model:adapter:[/.~].*\n", "", blocks["tags"])
-    if "library_name" not in blocks:
-        blocks["library_name"] = f"library_name: {'diffusers' if card.diffusers else 'peft'}\n"
-    blocks["tags"] = _with_tag(blocks["tags"]) if "tags" in blocks else _list("tags", [TAG, "lora"])
-    return "".join(blocks.values())
+def check_map(plan: Plan, inputs: InputMap) -> list[str]:
+    """Refuse a map of another base, and warn of matrices that it lacks, whose deltas stay.
+
+    Raises
+    ------
+    MismatchError
+        If it maps another base, or has none of the adapter's matrices.
+    """
+    refuse_other_base(inputs, inputs.facts["base"], {**plan.base_identity})
+    return lacking_inputs(plan, inputs)
 
 
-def _with_tag(block: str) -> str:
-    """Add our tag to a block of tags; a block of unknown form stays unchanged."""
-    items = re.fullmatch(r"tags *: *(?:\[([^\[\]#\"']*)\] *)?\n((?: *- .*\n)*)\s*", block)
-    if items is None:
-        return block
-    tags = [*(items[1] or "").split(","), *(line.strip()[2:] for line in items[2].splitlines()), TAG]
-    return "tags:\n" + "".join(f"- {tag}\n" for tag in dict.fromkeys(tag.strip() for tag in tags) if tag)
+def refuse_other_base(inputs: InputMap, mapped: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Refuse a map of another base, by both identities."""
+    if mapped != here:
+        what = f"is a map of another base ({difference(mapped, here)})"
+        raise MismatchError(f"{inputs.name}: {what}; make one of this base with `streamer map`")
 
 
-def _list(key: str, values: Sequence[str]) -> str:
-    return f"{key}:\n" + "".join(f"- {_scalar(value)}\n" for value in values)
+def lacking_inputs(plan: Plan, inputs: InputMap) -> list[str]:
+    """Warn of matrices whose inputs a map lacks; refuse the map if it lacks all."""
+    lacks = [t.tensor for t in plan.targets if inputs.find(t.tensor, t.module.shape[1]) is None]
+    if not lacks:
+        return []
+    names = listed(map(repr, lacks))
+    if len(lacks) == len(plan.targets):
+        raise MismatchError(f"{inputs.name}: has the inputs of none of the adapter's matrices, {names}")
+    return [f"the map has no inputs of {counted(len(lacks), 'matrix')}, {names}: what the adapter adds there stays"]
 
 
-def _scalar(text: str) -> str:
-    return text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)
-
-
-def _safe(text: str) -> str:
-    """Escape a name for use in a line of Markdown."""
-    return re.sub(r"[^\w .+@/-]", "_", text)
-
-
-def _name(source: NameSource) -> str:
-    """Return the name of a source for a card."""
-    if "model_id" in source:
-        return f"[{source['model_id']}](https://huggingface.co/{source['model_id']})"
-    return _safe(source["name"])
-
-
-def _facts(record: Record) -> str:
-    """Describe how an output was made, as a table, lists, and commands."""
-    base, adapter, detection, fitted = record["base"], record["adapter"], record["detection"], record["coefficients"]
-    rows = [(what, f"{_name(s)}, digest `{s['digest']}`") for what, s in (("base", base), ("adapter", adapter))]
-    if (named := adapter.get("base_model_name_or_path")) not in (None, base["name"], base.get("model_id")):
-        rows.append(("trained on", f"the adapter's config names `{named}` as its base"))
-    if used := fitted or record.get("map"):
-        rows.append(("coefficients" if fitted else "map", f"digest `{used['sha256'][:16]}`"))
-    if detection is not None:
-        scaled = sum(bool(m["intruders"]) for m in record["matrices"])
-        rows.append(("intruders", f"scaled in {scaled} of {detection['matrices']} matrices"))
-        rows.append(("certified", f"the decisions on {detection['certified']} of {detection['matrices']} matrices"))
-    rows.append(("made with", f"intruder-streamer {record['version']}"))
-    table = "| | |\n|---|---|\n" + "".join(f"| {key} | {value} |\n" for key, value in rows)
-    lists = {
-        "Result": record_lines(record),
-        "Measured on held-out sequences, on which the weight between the texts was chosen": record.get("measured", ()),
-        "Warnings and advice": [*record["warnings"], *record["advice"]],
-    }
-    points = {what: "".join(f"- {printable(line)}\n" for line in lines) for what, lines in lists.items()}
-    listed = (f"{what}:\n\n{lines}" for what, lines in points.items() if lines)
-    check = verify_line(base["name"], adapter["name"], record)
-    command = f"```sh\n{printable(command_line(record))}\n{printable(check)}\n```\n"
-    return "\n".join((METHODS[record["method"]].card, table, *listed, command))
-
-
-def _number(x: float) -> str:
-    return repr(float(x)).removesuffix(".0")
-
-
-def verify_line(base: str, adapter: str, record: Mapping[str, Any]) -> str:
-    """Write the command that recomputes an output."""
-    return shlex.join(["streamer", "verify", "OUTPUT", base, adapter, "--sample", "all", *_file_option(record)])
-
-
-def _file_option(record: Mapping[str, Any]) -> list[str]:
-    return ["--map" if "map" in record else "--coefficients", record["file"]] if "file" in record else []
-
-
-def command_line(record: Record) -> str:
-    """Write the command that makes an output, with the names of its inputs instead of paths."""
-    words = ["streamer", record["command"], record["base"]["name"], record["adapter"]["name"], "-o", "OUTPUT"]
-    lam, fitted = record["lambda"], record["coefficients"]
-    if fitted is not None:
-        words += ["--method", record["method"], *_file_option(record), "--keep", _number(fitted["keep"])]
-    else:
-        assert lam is not None
-        words += ["--lambda", _number(lam), "--method", record["method"]]
-        words += _file_option(record) or ["--select", record["scale"]]
-    if (detection := record["detection"]) is not None:
-        words += ["--top-k", str(detection["top_k"]), "--epsilon", _number(detection["threshold_epsilon"])]
-        words += ["--solver", detection["solver"]]
-    if record["to_lora"] is not None:
-        words += ["--to-lora", str(record["to_lora"])]
-    if lam is not None and not 0 <= lam <= 1:
-        words.append("--amplify")
-    if record["dequantize"]:
-        words.append("--dequantize")
-    return shlex.join(words + stated_options(record["adapter"]))
+def fitting_findings(plan: Plan, findings: Findings, options: DetectionOptions) -> Findings:
+    """Check that findings cover the matrices of a plan; findings for a model in memory get the names of the base's files."""
+    name = findings.name
+    if findings.base.get("in_memory"):
+        findings = matched_findings(plan, findings, name)
+    findings.check_matches(plan.base_identity, plan.adapter_identity, options)
+    shapes = {m.tensor: m.shape for m in findings}
+    missing = [t.tensor for t in plan.targets if shapes.get(t.tensor) != t.module.shape]
+    if missing:
+        raise lacking(name, len(missing), len(plan.targets), repr(missing[0]))
+    return findings
 
 
 OWN_FINDINGS = ".streamer.findings.safetensors"

@@ -27,7 +27,8 @@ from streamer.errors import NumericError, UnsupportedError
 from streamer.events import Monitor, Progress
 from streamer.linalg.operators import Delta, all_finite
 from streamer.linalg.torch_state import threads
-from streamer.output.job import Job, MitigatedMatrix, Writer
+from streamer.output.job import Job, Writer
+from streamer.output.record import MitigatedMatrix
 from streamer.plan.architectures import architectures_for, pattern_of
 from streamer.plan.carried_tensors import Head, implied_head
 from streamer.plan.plan import AdapterBatch, MemoryEstimate, Plan, check_budget, resident_bytes

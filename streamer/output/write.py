@@ -8,31 +8,27 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from streamer.adapters.finetuned import AdapterPaths
 from streamer.detection.detect import detect_to_files, naming_inputs
-from streamer.detection.findings import Findings, lacking, load_findings, matched_findings
-from streamer.detection.options import DetectionOptions, Run
-from streamer.errors import FormatError, MismatchError, UsageError
+from streamer.detection.options import Run
+from streamer.errors import FormatError
 from streamer.events import Event, Monitor, OutputState, Progress
 from streamer.linalg.torch_state import threads
-from streamer.methods import Method, NullSpace, RegMean
-from streamer.methods.files import Coefficients, InputMap
-from streamer.output.adapter_writer import AdapterWriter, LoraWriter, refusal
-from streamer.output.job import CARD_NAME, OWN_FINDINGS, Job, MitigatedMatrix, Record, Writer, Written, WrittenView
+from streamer.output.adapter_writer import refusal
+from streamer.output.job import OWN_FINDINGS, Job, Writer
 from streamer.output.model_writer import ModelWriter
-from streamer.plan.plan import AdapterBatch, Plan, check_budget, make_batch, resident_bytes
+from streamer.output.record import CARD_NAME, MitigatedMatrix, Record, Written, WrittenView
+from streamer.plan.plan import AdapterBatch, check_budget, resident_bytes
 from streamer.storage import transaction
 from streamer.storage.atomic_file import ShardFile, ShardPlan, remove_partials
 from streamer.storage.checkpoint import read_json_object
-from streamer.storage.files import difference, locked
+from streamer.storage.files import locked
 from streamer.storage.header import TensorInfo
 from streamer.storage.transaction import remove_leftovers
-from streamer.units import counted, listed
 from streamer.workers import Carried, Inputs, Task, Workers, held, kept
 
 PartialShard = tuple[str, int, str, list[MitigatedMatrix]]
@@ -362,174 +358,3 @@ def discard_own_findings(directory: Path) -> None:
     path = directory / OWN_FINDINGS
     path.unlink(missing_ok=True)
     remove_leftovers(path)
-
-
-FindingsOrPath = Findings | Mapping[str, Findings] | str | Path | None
-"""Findings as a user gives them: for one adapter, or for several by name, as objects or as the path of their file or directory."""
-
-
-@dataclass(frozen=True)
-class OutputOptions:
-    """Options that determine the form of outputs, models or adapters; the others are keywords in `api`, which explains them."""
-
-    merges: bool
-    to_lora: int | float | None = None
-    dequantize: bool = False
-    model_card: bool = True
-    measured: tuple[str, ...] = ()
-
-
-def prepare_outputs(base_path: str | Path, adapters: AdapterPaths, output: Path, findings: Sequence[Findings | None],
-                    method: Method, detection: DetectionOptions, form: OutputOptions, run: Run) -> list[Writer]:  # fmt: skip
-    """Plan the output of each adapter, and pass on the warnings of the inputs.
-
-    Parameters
-    ----------
-    output
-        The output of one adapter, or the directory for the outputs of several.
-    findings
-        See `open_jobs`.
-    """
-    jobs = open_jobs(base_path, adapters, findings, method, detection, form, run)
-    writers: list[Writer] = []
-    for job, path in zip(jobs, adapters.directories(output), strict=True):
-        if form.merges:
-            writers.append(ModelWriter(job, path))
-        else:
-            writers.append(AdapterWriter(job, path) if form.to_lora is None else LoraWriter(job, path, form.to_lora))
-    run.monitor.warn(batch_of(writers).warnings)
-    return writers
-
-
-def open_jobs(base_path: str | Path, adapters: AdapterPaths, findings: Sequence[Findings | None], method: Method,
-              detection: DetectionOptions, form: OutputOptions, run: Run) -> list[Job]:  # fmt: skip
-    """Open and check all inputs of mitigations.
-
-    Parameters
-    ----------
-    findings
-        Findings for each adapter, see `load_given`; None if the job detects.
-    """
-    if isinstance(method, RegMean) and len(adapters.paths) > 1:
-        name, several = method.coefficients.name, f"{len(adapters.paths)}: {listed(adapters.by_name)}"
-        do = "take them one at a time, each with its own"
-        raise UsageError(f"{name}: coefficients belong to one adapter, found {several}; {do}")
-    batch = make_batch(base_path, adapters.paths, run.io, run.stated, run.architecture)
-    fitting = []
-    for plan, given_findings in zip(batch.plans, findings, strict=True):
-        fitting.append(None if given_findings is None else fitting_findings(plan, given_findings, detection))
-        run.monitor.warn(() if given_findings is None else given_findings.warnings)
-        if isinstance(method, RegMean):
-            check_coefficients(plan, method.coefficients)
-        if isinstance(method, NullSpace):
-            run.monitor.warn(check_map(plan, method.map))
-    written = form.dequantize, form.model_card, form.measured
-    return [Job(p, method, detection, run.device, f, *written) for p, f in zip(batch.plans, fitting, strict=True)]
-
-
-def load_given(findings: FindingsOrPath, adapters: AdapterPaths) -> list[Findings | None]:
-    """Load the findings for each adapter; None for each if none are given.
-
-    Raises
-    ------
-    UsageError
-        If some are missing or have the wrong form.
-    """
-    if findings is None:
-        return [None for _ in adapters.paths]
-    if adapters.single:
-        if isinstance(findings, Mapping):
-            what = f"a dict of {len(findings)}"
-            raise UsageError(f"findings: expected findings on one adapter, found {what}; give one of them")
-        return [findings if isinstance(findings, Findings) else load_findings(findings)]
-    if isinstance(findings, Mapping):
-        without = [name for name in adapters.by_name if name not in findings]
-        if without:
-            raise UsageError(f"findings: has none for adapter {without[0]!r}; run detect on it")
-        return [findings[name] for name in adapters.by_name]
-    if isinstance(findings, Findings) or not Path(findings).is_dir():
-        where = "findings" if isinstance(findings, Findings) else findings
-        raise UsageError(f"{where}: expected findings on several adapters: the directory that detect wrote for them")
-    return [load_findings(Path(findings) / f"{name}.safetensors") for name in adapters.by_name]
-
-
-def check_coefficients(plan: Plan, coefficients: Coefficients) -> None:
-    """Refuse coefficients that were fitted to another base or adapter, or not to all of its matrices.
-
-    Raises
-    ------
-    MismatchError
-        Names the one that differs, and how.
-    UsageError
-        If they are not valid coefficients; see `Coefficients.check`.
-    """
-    coefficients.check()
-    name, facts = coefficients.name, coefficients.facts
-    for what, here in (("base", {**plan.base_identity}), ("adapter", {**plan.adapter_identity})):
-        if not isinstance(facts.get(what), dict):
-            why = f"do not say which {what} they were fitted to; make them with `streamer repair`"
-            raise MismatchError(f"{name}: coefficients {why}")
-        if facts[what] != here:
-            other, do = difference(facts[what], here), f"give the {what} that `streamer repair` fitted them to"
-            raise MismatchError(f"{name}: coefficients of another {what} ({other}); {do}")
-    check_counts(plan, coefficients)
-
-
-def check_counts(plan: Plan, coefficients: Coefficients) -> None:
-    """Refuse coefficients for other matrices than an adapter's, or of other shapes.
-
-    Raises
-    ------
-    MismatchError
-        States how many matrices they do not fit, and the first.
-    """
-    ranks = {t.tensor: (t.module.shape[1], t.module.factor_rank) if t.module.low_rank else None for t in plan.targets}
-    shapes = {tensor: tuple(factor.shape) for tensor, factor in coefficients.matrices.items()}
-    wrong = [tensor for tensor in {**ranks, **shapes} if tensor not in ranks or ranks[tensor] != shapes.get(tensor, ())]
-    if wrong:
-        which = f"{len(wrong)} of the adapter's matrices, {wrong[0]!r} first"
-        do = "fit them to this adapter with `streamer repair`"
-        raise MismatchError(f"{coefficients.name}: coefficients do not fit {which}; {do}")
-
-
-def check_map(plan: Plan, inputs: InputMap) -> list[str]:
-    """Refuse a map of another base, and warn of matrices that it lacks, whose deltas stay.
-
-    Raises
-    ------
-    MismatchError
-        If it maps another base, or has none of the adapter's matrices.
-    """
-    refuse_other_base(inputs, inputs.facts["base"], {**plan.base_identity})
-    return lacking_inputs(plan, inputs)
-
-
-def refuse_other_base(inputs: InputMap, mapped: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Refuse a map of another base, by both identities."""
-    if mapped != here:
-        what = f"is a map of another base ({difference(mapped, here)})"
-        raise MismatchError(f"{inputs.name}: {what}; make one of this base with `streamer map`")
-
-
-def lacking_inputs(plan: Plan, inputs: InputMap) -> list[str]:
-    """Warn of matrices whose inputs a map lacks; refuse the map if it lacks all."""
-    lacks = [t.tensor for t in plan.targets if inputs.find(t.tensor, t.module.shape[1]) is None]
-    if not lacks:
-        return []
-    names = listed(map(repr, lacks))
-    if len(lacks) == len(plan.targets):
-        raise MismatchError(f"{inputs.name}: has the inputs of none of the adapter's matrices, {names}")
-    return [f"the map has no inputs of {counted(len(lacks), 'matrix')}, {names}: what the adapter adds there stays"]
-
-
-def fitting_findings(plan: Plan, findings: Findings, options: DetectionOptions) -> Findings:
-    """Check that findings cover the matrices of a plan; findings for a model in memory get the names of the base's files."""
-    name = findings.name
-    if findings.base.get("in_memory"):
-        findings = matched_findings(plan, findings, name)
-    findings.check_matches(plan.base_identity, plan.adapter_identity, options)
-    shapes = {m.tensor: m.shape for m in findings}
-    missing = [t.tensor for t in plan.targets if shapes.get(t.tensor) != t.module.shape]
-    if missing:
-        raise lacking(name, len(missing), len(plan.targets), repr(missing[0]))
-    return findings

@@ -31,7 +31,7 @@ from streamer.errors import FormatError, OutputError, UsageError, printable
 from streamer.evaluation.evaluation import Evaluation, commands, figures, load_evaluation, reasons, verdict
 from streamer.events import Monitor
 from streamer.methods import METHODS, takes_findings
-from streamer.output.job import record_lines, verify_line
+from streamer.output.record import record_lines, verify_line
 from streamer.plan.name_matching import natural
 from streamer.storage import transaction
 from streamer.storage.atomic_file import remove_partials, write_atomic

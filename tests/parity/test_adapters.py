@@ -29,7 +29,7 @@ from streamer.adapters.adapter_config import CONFIG_NAME as CONFIG
 from streamer.adapters.adapter_config import WEIGHTS_NAME as WEIGHTS
 from streamer.adapters.adapter_config import first_match
 from streamer.errors import FormatError, MismatchError
-from streamer.output.job import record_lines
+from streamer.output.record import record_lines
 
 PATHS = st.lists(
     st.sampled_from(["model", "layers", "0", "1", "q_proj", "k_proj", "proj", "mlp"]), min_size=1, max_size=5

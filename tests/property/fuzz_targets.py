@@ -25,9 +25,9 @@ from streamer.detection.options import DetectionOptions, Run
 from streamer.evaluation.evaluation import Names
 from streamer.events import Event, Monitor
 from streamer.methods import UNCHANGED, Method, Paper
-from streamer.output.job import Job
+from streamer.output.job import Job, open_jobs
 from streamer.output.model_writer import ModelWriter
-from streamer.output.write import OutputOptions, open_jobs, run_jobs
+from streamer.output.write import run_jobs
 from streamer.plan.plan import AdapterBatch, Plan, make_plan, resident_bytes
 
 OPTIONS = DetectionOptions(3, 0.5)
@@ -44,9 +44,8 @@ def detect_file(plan: Plan, path: Path, options: DetectionOptions, monitor: Moni
 
 def open_job(base: Path, adapter: Path, mitigation: Method, options: DetectionOptions, findings: Path | None) -> Job:
     """Open a merge."""
-    form = OutputOptions(merges=True)
     found = None if findings is None else load_findings(findings)
-    (job,) = open_jobs(base, AdapterPaths.of_one(adapter), [found], mitigation, options, form, Run(CPU))
+    (job,) = open_jobs(base, AdapterPaths.of_one(adapter), [found], mitigation, options, Run(CPU))
     return job
 
 

@@ -22,7 +22,7 @@ from streamer.detection.options import DetectionOptions
 from streamer.errors import UnsupportedError
 from streamer.events import Monitor
 from streamer.forecast import Forecast, Rates, forecast_commands, forecast_detection, measure_rates
-from streamer.output.job import MOST_FACTS
+from streamer.output.record import MOST_FACTS
 from streamer.plan.plan import AdapterBatch, Plan, make_plan, resident_bytes
 
 NAMES = {

@@ -8,7 +8,7 @@ from helpers import planted, three_shards, write_adapter
 from safetensors.torch import save_file
 
 import streamer
-from streamer.output.job import Card, _merged_head, _with_tag
+from streamer.output.record import Card, _merged_head, _with_tag
 from streamer.plan.side_files import NameSource
 
 BASE = """---
