@@ -88,7 +88,7 @@ class Job:
         """Return the largest number of directions that Δ' adds."""
         if self.detects:
             return self.detection.directions(target.module.shape)
-        return len(self._found(target).intruders) if self.method.needs_detection else 0
+        return len(self._detection_of(target).intruders) if self.method.needs_detection else 0
 
     def mitigation_bytes(self, target: Target, projected: bool = False) -> int:
         """Estimate the memory for Δ, Δ' and the norms of one matrix, in addition to resident memory.
@@ -110,20 +110,21 @@ class Job:
     def mitigated(self, target: Target) -> tuple[Delta, Delta]:
         """Return Δ and Δ' of one matrix: Δ twice if nothing changes."""
         delta = self.plan.finite_delta(target)
-        found = self._found(target) if self.method.needs_detection else None
-        if found is not None and not (all_finite(found.U) and all_finite(found.Vh)):
+        detection = self._detection_of(target) if self.method.needs_detection else None
+        if detection is not None and not (all_finite(detection.U) and all_finite(detection.Vh)):
             raise NumericError(f"findings: those on {target.tensor!r} hold NaN or Inf; run detect again")
-        return delta, self.method.mitigated(delta, found, target.tensor)
+        return delta, self.method.mitigated(delta, detection, target.tensor)
 
     def metrics(self, target: Target, delta: Delta, written: Delta, dropped: float = 0.0) -> MitigatedMatrix:
         """Measure the mitigation of one matrix, of which the share `dropped` of the norm of Δ' was not written."""
-        found, norm = self._found(target) if self.method.needs_detection else None, delta.norm()
-        scaled = () if found is None else found.intruders if self.method.select == "all" else found.intruders[:1]
+        detection, norm = self._detection_of(target) if self.method.needs_detection else None, delta.norm()
+        ranks = () if detection is None else detection.intruders
+        scaled = ranks if self.method.select == "all" else ranks[:1]
         return {"tensor": target.tensor, "module": target.module.name, "transposed": target.transposed, "intruders": list(scaled),
-                "certified": None if found is None else found.certified, "delta_norm": norm,
+                "certified": None if detection is None else detection.certified, "delta_norm": norm,
                 "delta_norm_after": norm if written is delta else written.norm(), "dropped": dropped}  # fmt: skip
 
-    def _found(self, target: Target) -> Detection:
+    def _detection_of(self, target: Target) -> Detection:
         if self.detect is not None:
             return self.detect(target)
         assert self.findings is not None, "the findings are yet to be made"
@@ -155,7 +156,7 @@ class Job:
         """
         targets = self.plan.targets if written is None else written
         needed = self.method.needs_detection
-        certified = sum(self.findings is None or self._found(t).certified for t in targets) if needed else 0
+        certified = sum(self.findings is None or self._detection_of(t).certified for t in targets) if needed else 0
         return {STAMP: stamp(command, *self.plan.sources, self.detection_record(certified), self.method.as_json())}
 
 
@@ -177,14 +178,14 @@ def open_jobs(base_path: str | Path, adapters: AdapterPaths, findings: Sequence[
         do = "take them one at a time, each with its own"
         raise UsageError(f"{name}: coefficients belong to one adapter, found {several}; {do}")
     batch, jobs = make_batch(base_path, adapters.paths, run.io, run.stated, run.architecture), list[Job]()
-    for plan, given in zip(batch.plans, findings, strict=True):
-        fitting = None if given is None else fitting_findings(plan, given, detection)
-        run.monitor.warn(() if given is None else given.warnings)
+    for plan, of_adapter in zip(batch.plans, findings, strict=True):
+        checked = None if of_adapter is None else fitting_findings(plan, of_adapter, detection)
+        run.monitor.warn(() if of_adapter is None else of_adapter.warnings)
         if isinstance(method, RegMean):
             check_coefficients(plan, method.coefficients)
         if isinstance(method, NullSpace):
             run.monitor.warn(check_map(plan, method.map))
-        jobs.append(Job(plan, method, detection, run.device, fitting))
+        jobs.append(Job(plan, method, detection, run.device, checked))
     return jobs
 
 
@@ -370,7 +371,7 @@ class Writer(ABC):
         job = self.job
         base, adapter = job.plan.sources
         options, certified = job.method.as_json(), sum(m["certified"] is True for m in matrices)
-        found: Record = {"schema": SCHEMA, "command": self.command, "version": __version__, "base": base, "adapter": adapter,
+        record: Record = {"schema": SCHEMA, "command": self.command, "version": __version__, "base": base, "adapter": adapter,
                 "detection": job.detection_record(certified), "method": options["method"], "scale": options["scale"],
                 "lambda": options["lambda"], "coefficients": options.get("coefficients"), "to_lora": self.to_lora,
                 "dequantize": job.dequantize, "totals": totals(matrices, nbytes),
@@ -378,12 +379,12 @@ class Writer(ABC):
                 "carried": job.plan.edits.listed(job.plan.base, job.plan.adapter.describes_model), "tokenizer": self.tokenizer,
                 "matrices": matrices}  # fmt: skip
         if "map" in options:
-            found["map"] = options["map"]
+            record["map"] = options["map"]
         if self._file:
-            found["file"] = self._file
+            record["file"] = self._file
         if job.measured:
-            found["measured"] = list(job.measured)
-        return found
+            record["measured"] = list(job.measured)
+        return record
 
     @property
     def _file(self) -> str:
@@ -426,8 +427,8 @@ class Writer(ABC):
         if self.job.detects:
             # Its own findings stay to the end; their journal is removed before any large file is written.
             size = findings_bytes(plan, self.job.detection)
-            more = max(0, size - sum(size for _, size in files))
-            temporary = [(OWN_FINDINGS, size), (journal_of(Path(OWN_FINDINGS)).name, more)]
+            journal_bytes = max(0, size - sum(size for _, size in files))
+            temporary = [(OWN_FINDINGS, size), (journal_of(Path(OWN_FINDINGS)).name, journal_bytes)]
         return OutputPlan(self.path, tuple(files), digest, stamps, plan.inputs, conflicting, tuple(temporary),
                           frozenset({CARD_NAME}), self.job.bits, __version__)  # fmt: skip
 

@@ -142,9 +142,9 @@ def record_lines(record: Mapping[str, Any], title: str | None = None) -> list[st
         norms += f" -> {t['delta_norm_after']:.4g}"
     if lam != 1 and method != Shrink.name and t["equal_norm_shrink"] <= 1:  # a shrink cannot make a delta larger
         norms += f"; baseline of equal norm: --method shrink --lambda {t['equal_norm_shrink']:.4f}"
-    asked = record["to_lora"]
-    kept = f"; written at the smallest ranks that keep {100 * (asked or 0):g} % of the energy"
-    rank = kept if isinstance(asked, float) else f"; written at rank {asked}" if asked else ""
+    to_lora = record["to_lora"]
+    kept = f"; written at the smallest ranks that keep {100 * (to_lora or 0):g} % of the energy"
+    rank = kept if isinstance(to_lora, float) else f"; written at rank {to_lora}" if to_lora else ""
     lines = [how + rank, norms]
     if title is not None:
         files = counted(len(record["files"]), "file")
@@ -213,8 +213,8 @@ class Card:
         head, body = (match[1].replace("\r\n", "\n"), original[match.end() :]) if match else (None, original)
         blocks = {} if head is None else _blocks(head)
         merged, sources = record["command"] == "merge", (record["base"], record["adapter"])
-        own = _merged_head if merged else _adapter_head
-        front = head if blocks is None else own(self, sources, blocks)
+        make_head = _merged_head if merged else _adapter_head
+        front = head if blocks is None else make_head(self, sources, blocks)
         if merged and body.strip():
             what, source = ("fine-tuned", sources[1]) if self.tuned else ("base", sources[0])
             title = f"# Card of the {what} model\n\nThe rest is the unchanged card of {_name(source)}."
@@ -252,12 +252,12 @@ def _merged_head(card: Card, sources: tuple[NameSource, NameSource], blocks: dic
         kept["library_name"] = f"library_name: {'diffusers' if card.diffusers else 'transformers'}\n"
     if card.pipeline:
         kept["pipeline_tag"] = f"pipeline_tag: {card.pipeline}\n"
-    own = ""
+    sources_head = ""
     if "model_id" in sources[0]:
         # In the hub's terms, a model from several is a merge, and a model trained from a base is a finetune.
-        own = _list("base_model", ids) + f"base_model_relation: {'merge' if len(ids) > 1 else 'finetune'}\n"
+        sources_head = _list("base_model", ids) + f"base_model_relation: {'merge' if len(ids) > 1 else 'finetune'}\n"
     of_adapter = () if card.tuned else ("lora",) if card.diffusers else ("peft", "lora")
-    return own + _list("tags", [TAG, "merged", *of_adapter]) + "".join(kept.values())
+    return sources_head + _list("tags", [TAG, "merged", *of_adapter]) + "".join(kept.values())
 
 
 def _adapter_head(card: Card, sources: tuple[NameSource, NameSource], blocks: dict[str, str]) -> str:

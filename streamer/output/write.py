@@ -128,9 +128,9 @@ def run_jobs(writers: Sequence[Writer], options: Run) -> list[Written]:
                 if not run.out.resumed:
                     discard_own_findings(run.out.path)
             batch, paths = batch_of([run.writer for run in unjudged]), [run.out.path / OWN_FINDINGS for run in unjudged]
-            own, detection = replace(options, overwrite=False, resume=True), unjudged[0].job.detection
-            found = detect_to_files(batch, paths, detection, own, resident_of(writers))
-            for run, findings in zip(unjudged, found, strict=True):
+            resuming, detection = replace(options, overwrite=False, resume=True), unjudged[0].job.detection
+            detected = detect_to_files(batch, paths, detection, resuming, resident_of(writers))
+            for run, findings in zip(unjudged, detected, strict=True):
                 run.job = replace(run.job, findings=findings)
         inputs = Inputs.of(batch_of(todo), options) if todo and options.workers is not None else None
         with threads(), kept(options.workers):

@@ -241,8 +241,8 @@ def architectures_for(config: ModelConfig) -> tuple[Architecture, ...]:
     elsewhere = of_type and config.architectures[:1] and config.architectures[0] not in of_type
     unnamed = not config.architectures or (elsewhere and "auto_map" not in config.values)
     names: Iterable[str | None] = of_type if unnamed and config.architecture is None else [None]
-    found = [architecture_for(config, name) for name in names]
-    return tuple(a for a in found if a is not None) if None not in found else ()
+    known = [architecture_for(config, name) for name in names]
+    return tuple(a for a in known if a is not None) if None not in known else ()
 
 
 def with_architecture(config: ModelConfig, name: str | None) -> ModelConfig:
@@ -345,8 +345,8 @@ def _part_class(slot: Mapping[str, Any], config: Any) -> str | None:
     record = record_of(name)
     if model_type is None or "auto" not in slot or record is None or record["type"] == model_type:
         return name
-    found: str | None = table()["auto"][slot["auto"]].get(model_type)
-    return found
+    class_name: str | None = table()["auto"][slot["auto"]].get(model_type)
+    return class_name
 
 
 def _at(config: Any, keys: Iterable[str]) -> Any:

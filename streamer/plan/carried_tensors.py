@@ -474,13 +474,13 @@ def _untargeted(adapter: DeltaSource, renames: Renames) -> list[str]:
     paths = {name: {name, now.get(f"{name}.weight", name).removesuffix(".weight")} for name in adapter.modules}
     stated = config.get("layers_to_transform")
     layers = {str(layer) for layer in (stated if isinstance(stated, list) else [stated]) if layer is not None}
-    found = [
+    untargeted = [
         name for name, names in paths.items()
         if not any(f".{n}".endswith(f".{target}") for n in names for target in named) or f".{name}".endswith(excluded)
         or (layers and layers.isdisjoint(name.split(".")) and names.isdisjoint(named))
     ]  # fmt: skip
-    return [f"PEFT ignores the factors of {listed(map(repr, found))}, which target_modules, exclude_modules or layers_to_transform leave "
-            "out; streamer applies them: correct the config, or remove the factors"] if found else []  # fmt: skip
+    return [f"PEFT ignores the factors of {listed(map(repr, untargeted))}, which target_modules, exclude_modules or layers_to_transform "
+            "leave out; streamer applies them: correct the config, or remove the factors"] if untargeted else []  # fmt: skip
 
 
 def _missing_of_head(entry: str, saved: set[str], config: ModelConfig, task: object) -> list[str]:
@@ -500,5 +500,5 @@ def _missing_of_head(entry: str, saved: set[str], config: ModelConfig, task: obj
 
 def _is_behind(name: str, config: ModelConfig) -> bool:
     """Test whether a tensor belongs to a layer after the last that the config counts (multi-token prediction): no class loads it."""
-    layers, found = config.values.get("num_hidden_layers"), re.match(r"(?:model\.)?layers\.(\d+)\.", name)
-    return found is not None and type(layers) is int and int(found[1]) >= layers
+    layers, match = config.values.get("num_hidden_layers"), re.match(r"(?:model\.)?layers\.(\d+)\.", name)
+    return match is not None and type(layers) is int and int(match[1]) >= layers

@@ -104,9 +104,9 @@ class Conversion:
     def load(self, tensor: str, name: str) -> Loaded | None:
         """Return the loaded name of a tensor, or None if it is not a source of this conversion."""
         for at, source in enumerate(self.sources):
-            if found := _replace(name, source, self.to[0] if self.to else "", self.scope):
-                numbers = re.findall(r"(?<=\.)\d+(?=\.)", found[1])
-                return Loaded(tensor, found[0], self, at, int(numbers[-1]) if numbers else None)
+            if renamed := _replace(name, source, self.to[0] if self.to else "", self.scope):
+                numbers = re.findall(r"(?<=\.)\d+(?=\.)", renamed[1])
+                return Loaded(tensor, renamed[0], self, at, int(numbers[-1]) if numbers else None)
         return None
 
 
@@ -147,8 +147,8 @@ class Rename:
         """Return name → new name for the names that it changes."""
         out = {}
         for name in names:
-            found = (_replace(name, pattern, to, self.scope) for pattern, to in self.pairs)
-            if first := next(filter(None, found), None):
+            renamed = (_replace(name, pattern, to, self.scope) for pattern, to in self.pairs)
+            if first := next(filter(None, renamed), None):
                 out[name] = first[0]
         if len(self.pairs) > 1 and not any(self.pairs[0][0].search(name) for name in out):
             return {}  # the checkpoint is already converted
@@ -191,7 +191,7 @@ class Renames:
             changed = rename.apply(set(now.values()))
             now = {name: changed.get(at, at) for name, at in now.items()} if changed else now
         return [
-            next((found for c in self.conversions if (found := c.load(name, at))), Loaded(name, at))
+            next((converted for c in self.conversions if (converted := c.load(name, at))), Loaded(name, at))
             for name, at in now.items()
         ]
 
@@ -410,9 +410,9 @@ class _Names:
             for strip, add in _prefix_rules(modules, stems):
                 why = f"this exchange of prefixes fits all {len(modules)} modules, and no other does"
                 rule = f"prefix {strip!r} → {add!r}"
-                found = {name: Match(stems[_exchange(name, strip, add)], rule, why) for name in modules}
-                if all(m.tensor not in self.stacks or name in self.parameters for name, m in found.items()):
-                    ways.setdefault(tuple(m.tensor for m in found.values()), found)
+                matches = {name: Match(stems[_exchange(name, strip, add)], rule, why) for name in modules}
+                if all(m.tensor not in self.stacks or name in self.parameters for name, m in matches.items()):
+                    ways.setdefault(tuple(m.tensor for m in matches.values()), matches)
         return list(ways.values())
 
 
@@ -583,15 +583,15 @@ def _kohya_names(base: Checkpoint, stems: Iterable[str]) -> Iterator[tuple[str, 
     for stem in stems:
         component, _, rest = stem.partition(".")
         layers[component][rest] = None
-    for component, own in layers.items():
-        known: dict[str, tuple[str, ...]] = {layer: (layer,) for layer in own}
+    for component, names in layers.items():
+        known: dict[str, tuple[str, ...]] = {layer: (layer,) for layer in names}
         kind = _class_of(base, component)
-        if component == "unet" and kind == "UNet2DConditionModel" and "add_embedding.linear_1" in own:
-            known |= {name: (layer,) for layer, name in _sdxl(own)}
+        if component == "unet" and kind == "UNet2DConditionModel" and "add_embedding.linear_1" in names:
+            known |= {name: (layer,) for layer, name in _sdxl(names)}
         elif component == "transformer" and kind == FLUX_CLASS:
-            known = dict(_flux(own))
-        elif component in ("text_encoder", "text_encoder_2") and not any(layer.startswith(TEXT) for layer in own):
-            known = {TEXT + layer: (layer,) for layer in own}
+            known = dict(_flux(names))
+        elif component in ("text_encoder", "text_encoder_2") and not any(layer.startswith(TEXT) for layer in names):
+            known = {TEXT + layer: (layer,) for layer in names}
         for name, rows in known.items():
             for prefix in PREFIXES[component]:
                 yield prefix + name.replace(".", "_"), tuple(f"{component}.{layer}" for layer in rows)

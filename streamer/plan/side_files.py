@@ -90,17 +90,17 @@ def skipped_files(directory: Path, apart: Path | None = None) -> list[str]:
     return [name for name, _, stays in _walk(directory, apart) if stays]
 
 
-def unread_weights(adapter: Path | None, own: str) -> tuple[str, ...]:
+def unread_weights(adapter: Path | None, weights_name: str) -> tuple[str, ...]:
     """Note the weights in an adapter's directory, beside its `own` file, that PEFT does not load; a folder with a config is a model's."""
-    found = [
+    unread = [
         name
         for name, path, _ in _walk(adapter)
-        if _UNREAD.match(path.name) and name != own and not is_module(name)
+        if _UNREAD.match(path.name) and name != weights_name and not is_module(name)
         and (path.parent == adapter or not any(path.parent.glob("*config.json")))
     ]  # fmt: skip
-    it = "it" if len(found) == 1 else "them"
+    it = "it" if len(unread) == 1 else "them"
     why = f"not used, because PEFT does not load {it}; if the adapter's trainer does, the result lacks {it}"
-    return (f"{listed(found)} beside the adapter: {why}",) if found else ()
+    return (f"{listed(unread)} beside the adapter: {why}",) if unread else ()
 
 
 def is_module(name: str) -> bool:
@@ -126,15 +126,17 @@ def with_modules(copies: list[tuple[str, Path]], adapter: Path) -> tuple[list[tu
     lacks = f"modules.json beside the adapter names {listed(missing)}, not found: the base's modules are used"
     if missing or not folders:
         return copies, [lacks] if missing else []
-    own = [c for c in other_files(adapter) if is_module(c[0])]
-    return sorted([*own, *(c for c in copies if not is_module(c[0]))]), []
+    of_adapter = [c for c in other_files(adapter) if is_module(c[0])]
+    return sorted([*of_adapter, *(c for c in copies if not is_module(c[0]))]), []
 
 
 def read_beside(directory: Path, names: Collection[str]) -> list[str]:
     """List the top-level files that a loader would read beside an output's own; for an adapter, neither code nor ``config.json``."""
-    found = {p.name for pattern in READ for p in directory.glob(pattern) if p.is_file() and not p.name.startswith(".")}
-    of_model = {name for name in found if name == "config.json" or name.endswith(".py")}
-    return sorted(found - {*names, *(of_model if "adapter_config.json" in names else ())})
+    names_read = {
+        p.name for pattern in READ for p in directory.glob(pattern) if p.is_file() and not p.name.startswith(".")
+    }
+    of_model = {name for name in names_read if name == "config.json" or name.endswith(".py")}
+    return sorted(names_read - {*names, *(of_model if "adapter_config.json" in names else ())})
 
 
 def _walk(directory: Path | None, apart: Path | None = None) -> Iterator[tuple[str, Path, bool]]:
@@ -275,8 +277,8 @@ def other_base(stated: object, path: Path, config: ModelConfig) -> list[str]:
     trained_on, *others = (_plain(name) for name in (stated, *names))
     others = [name for name in others if _words(name) and name.lower() not in DIRECTORIES]
     telling = [name for name in others if "/" in name or _sizes(_words(name))]
-    told = "/" in trained_on or _sizes(_words(trained_on))
-    if not told or not telling or any(_may_be_same(_words(trained_on), _words(name)) for name in others):
+    is_telling = "/" in trained_on or _sizes(_words(trained_on))
+    if not is_telling or not telling or any(_may_be_same(_words(trained_on), _words(name)) for name in others):
         return []
     differs = f"names {trained_on!r} as its base, but the base given here is {telling[0]!r}"
     return [f"the adapter's config {differs}; check that the adapter was trained on this model"]
@@ -371,11 +373,11 @@ def with_tokenizer(
         return copies, None, [], []
     if base is not None and base.resolve() == beside.resolve():
         return copies, stays, [], []
-    own = [c for c in other_files(beside) if _is_tokenizer(c[0])]
-    if not own:
+    of_adapter = [c for c in other_files(beside) if _is_tokenizer(c[0])]
+    if not of_adapter:
         says = f"the vocabulary has grown to {grown} rows, but the adapter has no tokenizer: the base's is kept"
         return copies, stays, [], [says] if grown is not None and stays else []
-    has = {name for name, _ in own}
+    has = {name for name, _ in of_adapter}
     tokens, rows = token_count(beside), grown or config.vocab_size
     lacks = "a vocabulary" if not has & VOCABULARIES else "" if TOKENIZER_CONFIG in has else TOKENIZER_CONFIG
     why = f"{lacks} is missing" if lacks else ""
@@ -390,7 +392,7 @@ def with_tokenizer(
     processor = [c for c in other_files(beside) if c[0] in PROCESSOR]
     drop = PROCESSOR if processor else set[str]()
     rest = [c for c in copies if not _is_tokenizer(c[0]) and c[0] not in drop]
-    return sorted([*rest, *own, *processor]), "adapter", [], []
+    return sorted([*rest, *of_adapter, *processor]), "adapter", [], []
 
 
 def _is_tokenizer(name: str) -> bool:
@@ -409,10 +411,10 @@ def token_count(directory: Path) -> int | None:
             return None
         by_number = start[1] == b"{"
         entry, at, count = _TOKEN if by_number else _PIECE, start.end(), 0
-        while found := entry.match(data, at):
-            at = found.end()
-            count = max(count, int(found[1]) + 1) if by_number else count + 1
-            if found[found.re.groups] != b",":
+        while match := entry.match(data, at):
+            at = match.end()
+            count = max(count, int(match[1]) + 1) if by_number else count + 1
+            if match[match.re.groups] != b",":
                 break
         else:
             return None

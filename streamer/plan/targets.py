@@ -115,8 +115,8 @@ class Orientation:
         """Learn from an adapter's layers on an unknown base: layers that fit only (out, in) are Linear."""
         if self.architectures or adapter.describes_model:
             return self
-        found = [(name, m.tensor) for name, m in names.items() if m.tensor and _may_be_conv1d(m.tensor)]
-        fitting = [t for name, t in found if _ways_that_fit(adapter.modules[name], weights[t]) == {False}]
+        unsettled = [(name, m.tensor) for name, m in names.items() if m.tensor and _may_be_conv1d(m.tensor)]
+        fitting = [t for name, t in unsettled if _ways_that_fit(adapter.modules[name], weights[t]) == {False}]
         return replace(self, linear=self.linear | set(map(_stack_of, fitting)))
 
     def ways(self, tensor: str, *names: str, fan_in_fan_out: bool = False) -> set[bool]:
@@ -152,13 +152,13 @@ def _ways_that_fit(module: Module, weight: Weight) -> set[bool]:
 
 def _by_bias(base: Checkpoint) -> dict[str, bool]:
     """Determine from the biases of layers that are not square whether each is stored (in, out)."""
-    found = {}
+    transposed = {}
     for name in base.weight_map:
         if name.endswith(".weight") and (bias := name.removesuffix("weight") + "bias") in base.weight_map:
             shape, outputs = base.info(name).shape, base.info(bias).shape
             if len(shape) == 2 and shape[0] != shape[1] and outputs in (shape[:1], shape[1:]):
-                found[name] = outputs == shape[1:]
-    return found
+                transposed[name] = outputs == shape[1:]
+    return transposed
 
 
 def _stored_as(classes: Sequence[Architecture], base: Checkpoint, biased: Mapping[str, bool]) -> bool:
@@ -190,22 +190,22 @@ def match_targets(
     run_time = renames.at_run_time([match.tensor for match in names.values() if match.tensor])
     orientation = orientation.seen(adapter, weights, names)
     for name, match in names.items():
-        module, found = adapter.modules[name], match.tensor
-        if not found:
+        module, tensor = adapter.modules[name], match.tensor
+        if not tensor:
             problems.append(f"{name!r} {match.why}")
             continue
-        weight = weights[found]
+        weight = weights[tensor]
         shape = weight.shape
         if module.layer_kind != "linear":
             ways = {module.layer_kind != "convolution"}
         elif weight.quantized or len(shape) != 2:  # quantizers store all kinds of layers as (out, in)
             ways = {False}
         else:
-            loaded = run_time.get(found, found).removesuffix(".weight")
-            ways = orientation.ways(found, name, loaded, fan_in_fan_out=bool(adapter.config.get("fan_in_fan_out")))
+            loaded = run_time.get(tensor, tensor).removesuffix(".weight")
+            ways = orientation.ways(tensor, name, loaded, fan_in_fan_out=bool(adapter.config.get("fan_in_fan_out")))
         fitting = [(placed, way) for way in sorted(ways) if (placed := module.placed(shape, way)) is not None]
         if not fitting:
-            has = "found" if found == f"{name}.weight" else f"{found!r} has"
+            has = "found" if tensor == f"{name}.weight" else f"{tensor!r} has"
             turned = ", transposed," if ways == {True} and module.layer_kind == "linear" else ""
             problems.append(f"{name!r}: expected {module.expected}{turned} in the base, {has} {list(shape)}")
         elif len(fitting) > 1 or (adapter.describes_model and len(ways) > 1):
@@ -213,11 +213,11 @@ def match_targets(
                 f"{name!r}: {list(shape)} does not show whether it is stored as (out, in) or, as a Conv1D, (in, out), and the base's "
                 "config.json does not say; name its class with --architecture NAME"
             )
-        elif found in targets:
-            problems.append(f"{name!r} and {targets[found].module.name!r} both change {found!r}")
+        elif tensor in targets:
+            problems.append(f"{name!r} and {targets[tensor].module.name!r} both change {tensor!r}")
         else:
             ((placed, transposed),) = fitting
-            targets[found] = Target(found, placed, transposed, match, shape, match.pieces)
+            targets[tensor] = Target(tensor, placed, transposed, match, shape, match.pieces)
     refuse_misfits(problems, len(names), adapter, weights)
     return [targets[name] for name in weights if name in targets]
 
@@ -296,11 +296,11 @@ def match_experts(weights: WeightView, adapter: DeltaSource, config: ModelConfig
             match = names[wrapped.matched_as(parameter)]
             stack_names = run_time.get(match.tensor, match.tensor), f"{wrapped.module}.{parameter}"
             stored = {a.stack_orientation(n) for a in architectures for n in stack_names} - {""}
-            found = _stack(match.tensor, built, weights, config, stored) if match.tensor else match.why
-            if isinstance(found, Stack):
-                stacks[parameter] = found
+            stack_or_fault = _stack(match.tensor, built, weights, config, stored) if match.tensor else match.why
+            if isinstance(stack_or_fault, Stack):
+                stacks[parameter] = stack_or_fault
             else:
-                problems.append(f"{wrapped.module + '.' + parameter!r} {found}")
+                problems.append(f"{wrapped.module + '.' + parameter!r} {stack_or_fault}")
         if len(stacks) != len(wrapped.parameters):
             continue
         order = _assign(wrapped, stacks, adapter)
@@ -320,9 +320,9 @@ def match_experts(weights: WeightView, adapter: DeltaSource, config: ModelConfig
         scaling = adapter.config.lora_scaling(name, rank)
         # With one expert, or rank 1, both orders are the same.
         grouped = min(experts, rank) > 1 and is_grouped(adapter.config, adapter.path, adapter.file.header.metadata)
-        whole = LoraModule(name, a, b, rank, scaling, stack.shape, "expert", (), None, grouped, delta_transposed)
+        of_stack = LoraModule(name, a, b, rank, scaling, stack.shape, "expert", (), None, grouped, delta_transposed)
         for e, slices in enumerate(stack.experts):
-            module = replace(whole, name=f"{name}[{e}]", expert=(e, experts))
+            module = replace(of_stack, name=f"{name}[{e}]", expert=(e, experts))
             targets.append(Target(f"{stack.name}[{e}]", module, stack.transposed, match, pieces=slices))
     return targets
 
@@ -356,16 +356,16 @@ def _built(name: str, loaded: Sequence[Loaded], weights: WeightView, config: Mod
     for part in loaded:
         sources[part.source][(part.number if numbered else 0) or 0] = part.tensor
     experts = len(sources[0])
-    shapes = {tuple(weights[s[e]].shape for s in sources) for e in range(experts) if all(e in s for s in sources)}
+    shape_sets = {tuple(weights[s[e]].shape for s in sources) for e in range(experts) if all(e in s for s in sources)}
     wrong = f"is built on loading from {loaded[0].tensor!r} and similar tensors, which do not fit together or lack an expert"
     complete = all(sorted(s) == list(range(experts)) for s in sources) and sum(map(len, sources)) == len(loaded)
-    if not complete or len(shapes) != 1:
+    if not complete or len(shape_sets) != 1:
         return wrong
-    (one,) = shapes
-    kinds = {(*s[:-2], s[-1]) for s in one}  # everything except their heights
-    if len(kinds) != 1 or len(one[0]) != (2 if numbered else 3) or (naming.CONCATENATE in by.by and in_out):
+    (shapes,) = shape_sets
+    kinds = {(*s[:-2], s[-1]) for s in shapes}  # everything except their heights
+    if len(kinds) != 1 or len(shapes[0]) != (2 if numbered else 3) or (naming.CONCATENATE in by.by and in_out):
         return wrong
-    heights, width = [s[-2] for s in one], one[0][-1]
+    heights, width = [s[-2] for s in shapes], shapes[0][-1]
     ends = list(itertools.accumulate(heights, initial=0))
     rows = list(itertools.pairwise(ends)) if len(heights) > 1 else [None]
 
@@ -383,7 +383,7 @@ def _built(name: str, loaded: Sequence[Loaded], weights: WeightView, config: Mod
     if transposed:
         m, n = n, m
     run_time = "out,in" if by.by in ((naming.MERGE,), (naming.MERGE, naming.CONCATENATE), (naming.CONCATENATE,)) else ""
-    return Stack(name, tuple(map(slices, range(experts if numbered else one[0][0]))), (m, n), transposed, run_time)
+    return Stack(name, tuple(map(slices, range(experts if numbered else shapes[0][0]))), (m, n), transposed, run_time)
 
 
 Sides = tuple[tuple[int, ...], tuple[int, ...]]

@@ -82,16 +82,16 @@ class NamesOnDisk:
     def find(self, run_time: str) -> str | None:
         """Return the name on disk of a stored tensor in any layout: with or without the prefix of the base model."""
         for name in (run_time, run_time.removeprefix(self._base), self._base + run_time):
-            if (found := self._at.get(name)) is not None:
-                return found
+            if (stored := self._at.get(name)) is not None:
+                return stored
         return next((n for n in (run_time, *self._architecture.disk_patterns(run_time)) if n in self._names), None)
 
     def find_all(self, pattern: str) -> list[str]:
         """List the names on disk of the tensors that match a pattern, in all layers if it stands for a layer's number."""
         if "*" in pattern:
             return [name for now, name in self._at.items() if pattern_of(now) == pattern]
-        found = self.find(pattern)
-        return [] if found is None else [found]
+        stored = self.find(pattern)
+        return [] if stored is None else [stored]
 
     def of_new(self, run_time: str, beside: str, beside_on_disk: str) -> str | None:
         """Return a name on disk under which loaders find a new tensor, in the layout of another tensor; None if there is none.
@@ -128,7 +128,7 @@ def find_ties(names: Collection[str], architecture: Architecture | None, renames
     on_disk, ties = NamesOnDisk(names, architecture, renames), []
     for run_time, stated in groups:
         # A tie without keys holds whatever the config says, and so do all of its parameter.
-        keys = tuple(dict.fromkeys(key for own in stated for key in own)) if all(stated) else ()
+        keys = tuple(dict.fromkeys(key for keys_of_tie in stated for key in keys_of_tie)) if all(stated) else ()
         if any("*" in name for name in run_time):
             ties.append(TiedNames(dict.fromkeys(run_time), "", keys))
             continue

@@ -135,9 +135,9 @@ def same_bytes(files: TensorFiles, name: str, others: TensorFiles, other: str) -
     """Test whether two tensors exist and have the same dtype, shape and bytes."""
     if name not in files.stored or other not in others.stored or files.stored[name][:2] != others.stored[other][:2]:
         return False
-    one, two = files.raw(name), others.raw(other)
-    pieces = (slice(i, i + PIECE_BYTES) for i in range(0, len(one), PIECE_BYTES))
-    return all(np.array_equal(one[piece], two[piece]) for piece in pieces)
+    first, second = files.raw(name), others.raw(other)
+    pieces = (slice(i, i + PIECE_BYTES) for i in range(0, len(first), PIECE_BYTES))
+    return all(np.array_equal(first[piece], second[piece]) for piece in pieces)
 
 
 @dataclass(frozen=True)
@@ -300,15 +300,15 @@ class LowRank(Delta):
 def combined(delta: Delta, factor: float, left: Array | None = None, right: Array | None = None) -> Delta:
     """Return ``factor · Δ + left · right`` with left (m, q) and right (q, n)."""
     m, n = delta.shape
-    more = LowRank(np.zeros((m, 0)) if left is None else left, np.zeros((n, 0)) if right is None else right.T)
+    added_product = LowRank(np.zeros((m, 0)) if left is None else left, np.zeros((n, 0)) if right is None else right.T)
     if isinstance(delta, LowRank):
-        return LowRank(np.hstack([factor * delta.L, more.L]), np.hstack([delta.R, more.R]))
+        return LowRank(np.hstack([factor * delta.L, added_product.L]), np.hstack([delta.R, added_product.R]))
 
     def rows(i: int, j: int) -> tuple[Array, Array]:
-        (values, bound), (added, size) = delta.rows(i, j), more.rows(i, j)
+        (values, bound), (added, size) = delta.rows(i, j), added_product.rows(i, j)
         return factor * values + added, bound + size
 
-    return Delta(delta.shape, rows, delta.terms + more.terms)
+    return Delta(delta.shape, rows, delta.terms + added_product.terms)
 
 
 def _dora(W0: Matrix, low: LowRank, magnitude: Array) -> Delta:
@@ -350,11 +350,11 @@ class AdapterFiles(TensorFiles):
     @cached_property
     def modules(self) -> dict[str, dict[str, str]]:
         """Map each module's path to its factors' names by role."""
-        found: dict[str, dict[str, str]] = {}
+        modules: dict[str, dict[str, str]] = {}
         for name in () if self.is_model else self.stored:
             if match := _FACTOR.fullmatch(self.plain_name(name)):
-                found.setdefault(match["module"], {})[match["role"]] = name
-        return found
+                modules.setdefault(match["module"], {})[match["role"]] = name
+        return modules
 
     def names(self, module: str, shape: tuple[int, int]) -> dict[str, str]:
         """Return the names of a module's factors by role; of ``module.parameter[N]``, those that fit the shape of the stack's matrices."""
@@ -363,11 +363,11 @@ class AdapterFiles(TensorFiles):
         stacked, parts = STACKED.fullmatch(module), {*module.split(".")}
         owner = stacked and stacked[1].rpartition(".")[0]
         names = {name: {*name.split(".")} for name in self.modules}  # outputs may name modules as at run time
-        found = [self.modules[n] for n, p in names.items() if unwrapped(n) == owner or parts <= p or p <= parts]
-        if stacked and len(found) > 1:
-            sides = [{self.stored[roles["lora_A"]].shape[1], self.stored[roles["lora_B"]].shape[0]} for roles in found]
-            found = [roles for roles, side in zip(found, sides, strict=True) if side == {*shape}]
-        return found[0] if len(found) == 1 else {}
+        fitting = [self.modules[n] for n, p in names.items() if unwrapped(n) == owner or parts <= p or p <= parts]
+        if stacked and len(fitting) > 1:
+            sides = [{self.stored[r["lora_A"]].shape[1], self.stored[r["lora_B"]].shape[0]} for r in fitting]
+            fitting = [roles for roles, side in zip(fitting, sides, strict=True) if side == {*shape}]
+        return fitting[0] if len(fitting) == 1 else {}
 
     def factors(self, module: str, shape: tuple[int, int]) -> Factors:
         """Read a module's LoRA; of a stack of N matrices, lora_A is (N·r, in) and lora_B (out, r·N)."""
@@ -519,12 +519,12 @@ def leading_triplets(W: Array, top_k: float) -> Triplets:
     from scipy.linalg import svd
     from scipy.sparse.linalg import ArpackError, svds
 
-    side, found = min(W.shape), None
+    side, triplets = min(W.shape), None
     k = min(side, top_k if isinstance(top_k, int) else max(1, round(top_k * side)))
     if k + MORE < side // 2:
         with contextlib.suppress(ArpackError):
-            found = svds(W, k=k + 1 + MORE, v0=np.random.default_rng(0).standard_normal(side), tol=0)
-    U, S, Vh = svd(W, full_matrices=False) if found is None else found
+            triplets = svds(W, k=k + 1 + MORE, v0=np.random.default_rng(0).standard_normal(side), tol=0)
+    U, S, Vh = svd(W, full_matrices=False) if triplets is None else triplets
     order = np.argsort(-S, kind="stable")
     U, S, V = U[:, order], S[order], Vh[order].T
     beyond = S[min(k + MORE, len(S) - 1)]
@@ -571,20 +571,19 @@ Formula = Callable[[str, Delta], Delta]
 
 
 def read_fit(path: Path, record: Mapping[str, Any]) -> Formula:
-    """Read the right factors of a fit, (n, r) by matrix, from the set that a record names; raise `MismatchError` if there is none."""
-    end = ".right_factor"  # of the names of arrays (K, n, r), with one entry for each set
-    files, sha256 = TensorFiles([path]), record["coefficients"]["sha256"]
-    names = sorted(name for name in files.stored if name.endswith(end))
-    digests = []
-    for k in range(min((files.stored[name].shape[0] for name in names), default=0)):
-        arrays = ((name.removesuffix(end), files.values(name, k).astype("<f4")) for name in names)
-        named = b"".join(f"{name}\n".encode() + array.tobytes() for name, array in arrays)
-        digests.append(hashlib.sha256(named).hexdigest())
-    if sha256 not in digests:
+    """Read the right factors of the fit that a record names, (n, r) by matrix; raise `MismatchError` if it is another file."""
+    end = ".right_factor"  # of the names of arrays (1, n, r)
+    files, digest, sha256 = TensorFiles([path]), hashlib.sha256(), record["coefficients"]["sha256"]
+    arrays = {
+        name.removesuffix(end) for name, stored in files.stored.items() if name.endswith(end) and any(stored.shape)
+    }
+    for tensor in sorted(arrays):
+        digest.update(f"{tensor}\n".encode() + files.values(tensor + end, 0).astype("<f4").tobytes())
+    if digest.hexdigest() != sha256:
         raise MismatchError(f"{path}: has no factors with digest {sha256[:16]}; give the output's fit")
 
     def mitigated(tensor: str, delta: Delta) -> Delta:
-        R = files.values(tensor + end, digests.index(sha256))
+        R = files.values(tensor + end, 0)
         if not isinstance(delta, LowRank) or R.shape != delta.R.shape:
             raise NotRecomputed("its delta has no right factor of that shape")
         return LowRank(delta.L, R)
@@ -603,16 +602,16 @@ def read_map(path: Path, record: Mapping[str, Any]) -> Formula:
     files, digest, sha256 = TensorFiles([path]), hashlib.sha256(), record["map"]["sha256"]
     known: dict[tuple[str, int], list[tuple[Array, Array | None, float]]] = {}
     inputs = json.loads(files.metadata.get("streamer.map", "{}")).get("inputs", [])
-    for one in sorted(inputs, key=lambda one: (one["names"][0], one["one_hot"])):
-        first, trace, V, rest = one["names"][0], float(one["trace"]), None, 0.0
-        values = files.values(first + (".frequencies" if one["one_hot"] else ".eigenvalues"))
-        n = len(values) if one["one_hot"] else files.stored[f"{first}.vectors"].shape[1]
-        digest.update(f"{tuple(one['names'])} {one['tokens']} {n} {trace!r}\n".encode() + values.tobytes())
-        if not one["one_hot"]:
+    for entry in sorted(inputs, key=lambda entry: (entry["names"][0], entry["one_hot"])):
+        first, trace, V, rest = entry["names"][0], float(entry["trace"]), None, 0.0
+        values = files.values(first + (".frequencies" if entry["one_hot"] else ".eigenvalues"))
+        n = len(values) if entry["one_hot"] else files.stored[f"{first}.vectors"].shape[1]
+        digest.update(f"{tuple(entry['names'])} {entry['tokens']} {n} {trace!r}\n".encode() + values.tobytes())
+        if not entry["one_hot"]:
             digest.update(files.raw(f"{first}.vectors").tobytes())
             V = np.linalg.qr(files.values(f"{first}.vectors").T)[0]
             rest = max(0.0, trace - values.sum()) / max(1, n - len(values))
-        for name in one["names"]:
+        for name in entry["names"]:
             known.setdefault((name, n), []).append((values, V, rest))
     if digest.hexdigest() != sha256:
         raise MismatchError(f"{path}: is not the map with digest {sha256[:16]}; give the output's map")

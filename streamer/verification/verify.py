@@ -99,8 +99,8 @@ class Outcome:
     def differ(self, file: Path, expected: str, found: str, tensor: str | None = None) -> None:
         """Note a difference, which becomes one line."""
         line = f"{file}: {'' if tensor is None else f'tensor {tensor!r}: '}expected {expected}, found {found}"
-        told = DifferenceRecord(file=str(file), tensor=tensor, expected=expected, found=found, message=line)
-        self.result["differences"].append(told)
+        record = DifferenceRecord(file=str(file), tensor=tensor, expected=expected, found=found, message=line)
+        self.result["differences"].append(record)
 
 
 _SPELLINGS = re.compile(r"\.modules_to_save(?:\.[^.]+(?=\..))?|(?<=_[AB])\.(?!weight$|bias$)[^.]+|(?<=_delta|vector)\.[^.]+$")  # fmt: skip
@@ -155,8 +155,8 @@ class Check:
         copied = bool(mine) and mine.keys() == theirs.keys() and all(same) and options[0] == options[1]
         if copied and mitigated is delta and not self._rewritten:
             return 0.0
-        factors, asked = self.files.factors(row["module"], W0.stored_shape), self.record["to_lora"] or delta.terms
-        return self._compare_factors(tensor, mitigated, spread, asked, factors)
+        factors, wanted_rank = self.files.factors(row["module"], W0.stored_shape), self.record["to_lora"] or delta.terms
+        return self._compare_factors(tensor, mitigated, spread, wanted_rank, factors)
 
     def _source(self, tensor: str) -> Matrix:
         """Return a tensor before its delta: the base's, with the edits that the record lists."""
@@ -202,7 +202,7 @@ class Check:
             self._differ(tensor, expected, f"{worst:.3g} times that")
         return worst
 
-    def _compare_factors(self, tensor: str, delta: Delta, spread: float, asked: float, factors: Factors) -> float:
+    def _compare_factors(self, tensor: str, delta: Delta, spread: float, wanted: float, factors: Factors) -> float:
         """Check that the written ``P = s·B·A`` is a nearest matrix of its rank to Δ', and return the largest error as `_compare` does.
 
         The rest ``Δ' − P`` is orthogonal to the rows and the columns of P, and no larger than P's least singular value. P has the rank, or
@@ -226,8 +226,8 @@ class Check:
         share = float(max(np.linalg.norm(rest @ V), np.linalg.norm(Q.T @ rest), beyond) / permitted)
         if not share <= 1:
             self._differ(tensor, "the nearest factors to Δ' within one rounding", f"{share:.3g} times that")
-        elif P.terms != asked if isinstance(asked, int) else size and kept < asked - 1e-3:
-            self._differ(tensor, f"factors of rank {asked}, or of that share of the energy", f"{P.terms}, {kept:.4g}")
+        elif P.terms != wanted if isinstance(wanted, int) else size and kept < wanted - 1e-3:
+            self._differ(tensor, f"factors of rank {wanted}, or of that share of the energy", f"{P.terms}, {kept:.4g}")
         return share
 
     def others(self) -> Iterator[Task]:
@@ -287,16 +287,16 @@ class Check:
             elif self._rewritten and name not in theirs and not re.search(r"original(_module)?(\.|$)", name):
                 yield name, partial(self._find, name, adapter, files)
 
-    def _find(self, name: str, files: TensorFiles, others: TensorFiles, own: Collection[str] = ()) -> None:
+    def _find(self, name: str, files: TensorFiles, others: TensorFiles, factor_names: Collection[str] = ()) -> None:
         """Find a tensor's bytes in the other files; or a fine-tuned model's in the base or the rows, a tied module's factor in `own`."""
         places = [(others, other) for other in others.stored if self._rewritten or _spelling(other) == _spelling(name)]
         if files is self.adapter and self.adapter.is_model:
             places += [(self.base, name), *((files, row) for row in self._rows)]
         if any(deltas.same_bytes(files, name, place, other) for place, other in places):
             return
-        sides = [files.values(name), files.values(name).T] if own else []
-        if not any(np.array_equal(side, files.values(other)) for other in own for side in sides):
-            if own:
+        sides = [files.values(name), files.values(name).T] if factor_names else []
+        if not any(np.array_equal(side, files.values(other)) for other in factor_names for side in sides):
+            if factor_names:
                 raise NotRecomputed("it is a factor of a module that has no row of its name")
             self._differ(name, "the adapter's bytes" if files is self.files else "a copy of it", "none")
 
@@ -339,7 +339,7 @@ Sample = int | Literal["all"]
 
 def verify(output: str | Path, inputs: Inputs, sample: Sample, monitor: Monitor, given: Given) -> Verification:
     """Verify an output; `streamer.verify_output` explains the parameters; `given` are files by the options that name them."""
-    path, paths = Path(output), [Path(one) for one in inputs if one is not None]
+    path, paths = Path(output), [Path(given_path) for given_path in inputs if given_path is not None]
     if len(paths) == 1:
         raise errors.UsageError("verify: expected BASE and ADAPTER, found one of them; give both, or neither")
     if not paths and sample == "all":
