@@ -87,9 +87,9 @@ class Inputs:
         except (InputError, StorageError) as e:
             raise MismatchError(f"{worker_name()}: {e} (the caller can open it)") from e
         paths = (self.base, *self.adapters)
-        for path, theirs, mine in zip(paths, self.identities, _identities(batch), strict=True):
-            if theirs != mine:
-                differs = difference(json.loads(mine), json.loads(theirs))
+        for path, expected, identity in zip(paths, self.identities, _identities(batch), strict=True):
+            if expected != identity:
+                differs = difference(json.loads(identity), json.loads(expected))
                 what = f"{path} differs from the caller's input ({differs})"
                 raise MismatchError(f"{worker_name()}: {what}; give all workers the same files")
         return batch
@@ -120,14 +120,14 @@ _held: dict[str, tuple[threading.RLock, dict[Any, Any]]] = {}
 
 def held(kind: str, key: Any, make: Callable[[], Made], fits: Callable[[Made], bool] = lambda _: True) -> Made:
     """Return what this process has made for a key if it still fits, or make it; the last ones used of a kind are kept."""
-    lock, own = _held.setdefault(kind, (threading.RLock(), {}))
+    lock, values = _held.setdefault(kind, (threading.RLock(), {}))
     with lock:
-        value = own.pop(key, None)
+        value = values.pop(key, None)
         if value is None or not fits(value):
             value = make()
-        own[key] = value
-        for old in list(own)[:-KEPT]:
-            del own[old]
+        values[key] = value
+        for old in list(values)[:-KEPT]:
+            del values[old]
         made: Made = value
         return made
 
@@ -287,14 +287,14 @@ class Workers:
         self._executor = None
         self._opened.close()
 
-    def budget(self, max_memory: int | None, own: int, needs: Iterable[MemoryEstimate]) -> int | None:
+    def budget(self, max_memory: int | None, caller_bytes: int, needs: Iterable[MemoryEstimate]) -> int | None:
         """Divide the allowed memory among this process and the workers on this machine; return the share of each worker.
 
         Results equal those of a single process that is allowed a worker's share, and they state that amount.
 
         Parameters
         ----------
-        own
+        caller_bytes
             Bytes that this process needs.
         needs
             A worker's steps.
@@ -307,8 +307,8 @@ class Workers:
         if self.processes is None or max_memory is None:
             return max_memory
         n = self.processes
-        check_budget((replace(e, nbytes=own + n * (-(-e.nbytes >> 20) << 20)) for e in needs), max_memory)
-        return (max_memory - own) // n >> 20 << 20
+        check_budget((replace(e, nbytes=caller_bytes + n * (-(-e.nbytes >> 20) << 20)) for e in needs), max_memory)
+        return (max_memory - caller_bytes) // n >> 20 << 20
 
     def run(self, tasks: Mapping[Key, Task[Found]], monitor: Monitor, begin: Callable[[Key], None],
             at_once: int = AT_ONCE) -> Generator[tuple[Key, Found], None, None]:  # fmt: skip
@@ -331,25 +331,25 @@ class Workers:
             If a worker has different inputs.
         """
         waiting, lost, broken = deque(tasks), set[Key](), False
-        given: dict[Future[TaskResult], Key] = {}
+        running: dict[Future[TaskResult], Key] = {}
         arrived: queue.SimpleQueue[Future[TaskResult]] = queue.SimpleQueue()
         with self.kept():
             try:
-                while waiting or given:
-                    if broken and not given:  # all of its tasks have come back
+                while waiting or running:
+                    if broken and not running:  # all of its tasks have come back
                         self._close()
                         broken = False
                     if self._executor is None:
                         self._executor = self._opened.enter_context(self._open())
                     executor = self._executor
-                    while waiting and not broken and len(given) < min(at_once, self.at_once):
+                    while waiting and not broken and len(running) < min(at_once, self.at_once):
                         key = waiting.popleft()
                         future = _submitted(executor, tasks[key])
-                        given[future] = key
+                        running[future] = key
                         future.add_done_callback(arrived.put)
-                    begin(next(iter(given.values())))
+                    begin(next(iter(running.values())))
                     future = _next(arrived, executor, monitor)
-                    key = given.pop(future)
+                    key = running.pop(future)
                     fault = CancelledError("cancelled") if future.cancelled() else future.exception()
                     if fault is None:
                         result = future.result()
@@ -370,7 +370,7 @@ class Workers:
                     waiting.appendleft(key)
                     broken = broken or isinstance(fault, BrokenExecutor)
             finally:
-                for future in given:
+                for future in running:
                     future.cancel()
 
 
@@ -386,16 +386,16 @@ def _submitted(executor: Executor, task: Task[Any]) -> Future[TaskResult]:
 
 def _next(arrived: queue.SimpleQueue[Future[TaskResult]], executor: Executor, monitor: Monitor) -> Future[TaskResult]:
     """Wait for a task to end or for a request to stop; warn once of each thing that a cluster lacks meanwhile."""
-    said, asked = "", time.monotonic()
+    last_lack, asked_at = "", time.monotonic()
     while True:
         monitor.checkpoint()
         with contextlib.suppress(queue.Empty):
             return arrived.get(timeout=POLLED)
-        if time.monotonic() - asked > PATIENCE:
-            lacks = _lacks(executor)
-            if lacks and lacks != said:
-                monitor.emit(Event("warning", lacks))
-            said, asked = lacks, time.monotonic()
+        if time.monotonic() - asked_at > PATIENCE:
+            lack = _lacks(executor)
+            if lack and lack != last_lack:
+                monitor.emit(Event("warning", lack))
+            last_lack, asked_at = lack, time.monotonic()
 
 
 def _lacks(executor: Executor) -> str:

@@ -154,8 +154,8 @@ class StoredTensor:
         size = info.nbytes // info.shape[0]
         at = index * size
         prefetched = None if self.prefetched is None else self.prefetched[at : at + size]
-        one = replace(info, shape=info.shape[1:], start=info.start + at, end=info.start + at + size)
-        return replace(self, info=one, prefetched=prefetched)
+        matrix = replace(info, shape=info.shape[1:], start=info.start + at, end=info.start + at + size)
+        return replace(self, info=matrix, prefetched=prefetched)
 
     def load(self) -> StoredTensor:
         """Read the bytes ahead by touching every page, so that later reads do not wait for the disk."""
@@ -312,13 +312,13 @@ class RowConcat(Weight):
 
     def rows(self, i: int, j: int) -> Tensor:
         """Read rows i to j from the pieces that hold them."""
-        found, start = [], 0
+        parts, start = [], 0
         for piece in self.pieces:
             stop = start + piece.shape[0]
             if i < stop and start < j:
-                found.append(piece.rows(max(i, start) - start, min(j, stop) - start))
+                parts.append(piece.rows(max(i, start) - start, min(j, stop) - start))
             start = stop
-        return found[0] if len(found) == 1 else torch.cat(found)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @dataclass(frozen=True)

@@ -203,9 +203,9 @@ class QuantizationFormat:
         stem = tensor.removesuffix(ending)
         roles = {"weight": tensor}
         for role, endings in {**self.companion_suffixes, **self.optional}.items():
-            found = next((stem + e for e in endings if stem + e in tensors), None)
-            if found is not None:
-                roles[role] = found
+            companion = next((stem + e for e in endings if stem + e in tensors), None)
+            if companion is not None:
+                roles[role] = companion
             elif role in self.companion_suffixes:
                 return None
         return stem + instead, roles
@@ -273,7 +273,7 @@ def supported_method(quantization: Mapping[str, Any], where: str) -> str | None:
     if method is None and (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
         method = "bitsandbytes"  # older versions of transformers left it out
     kind = repr(method)
-    known = sorted({m for one in FORMATS for m in one.quant_methods if m is not None})
+    known = sorted({m for format_ in FORMATS for m in format_.quant_methods if m is not None})
     if method in known:
         for key, good in _VARIANTS.get(str(method), {}).items():
             value = quantization.get(key)
@@ -378,8 +378,8 @@ class WeightView(Mapping[str, Weight]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a stored tensor, also of one of integers, which have no `Weight`."""
-        one = None if name in self.replacements or name in self.derived else self.stored[name]
-        return self[name].shape if one is None or one.format is not None else one.tensors["weight"].info.shape
+        stored = None if name in self.replacements or name in self.derived else self.stored[name]
+        return self[name].shape if stored is None or stored.format is not None else stored.tensors["weight"].info.shape
 
     def __contains__(self, name: object) -> bool:
         return name in self.stored or name in self.replacements or name in self.derived
@@ -431,10 +431,10 @@ def open_weights(checkpoint: Checkpoint, config: ModelConfig) -> WeightView:
     owners: dict[str, tuple[str, str]] = {}
     for name in tensors:
         for format_ in formats:
-            found = format_.claim(name, tensors)
-            if found is not None:
-                claimed[name] = format_, *found
-                owners |= {tensor: (found[0], role) for role, tensor in found[1].items()}
+            claim = format_.claim(name, tensors)
+            if claim is not None:
+                claimed[name] = format_, *claim
+                owners |= {tensor: (claim[0], role) for role, tensor in claim[1].items()}
                 break
     stored: dict[str, StoredWeight] = {}
     for name, tensor in tensors.items():
