@@ -14,7 +14,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple, TypedDict
 
 from streamer.adapters.adapter import Carried, DeltaSource, is_below
@@ -274,8 +273,7 @@ class TensorEdits:
 
 
 def match_carried(base: Checkpoint, adapter: DeltaSource, matched: Mapping[str, str], renames: Renames, weights: WeightView,
-                  aliases: Mapping[str, StoredTensor] | None = None,
-                  vocabulary: Mapping[str, VocabularyTensor] = MappingProxyType({})) -> TensorEdits:  # fmt: skip
+                  aliases: Mapping[str, StoredTensor], vocabulary: Mapping[str, VocabularyTensor]) -> TensorEdits:  # fmt: skip
     """Match every carried tensor of an adapter to its tensor in the merged model.
 
     Parameters
@@ -298,7 +296,7 @@ def match_carried(base: Checkpoint, adapter: DeltaSource, matched: Mapping[str, 
     UnsupportedError
         If the merged model could not be loaded, or a dtype does not hold plain values.
     """
-    known = {**{name: StoredTensor(*base.locate(name)) for name in base.weight_map}, **(aliases or {})}
+    known = {**{name: StoredTensor(*base.locate(name)) for name in base.weight_map}, **aliases}
     quantized = weights.quantized_names
     loaded = renames.loaded(known.keys() | quantized)
     by_run_time = {now: name for name, now, by, _, _ in loaded if by is None}

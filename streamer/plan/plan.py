@@ -319,7 +319,7 @@ def _stamp(path: Path) -> Stamp:
         return file_stamp(os.stat(path))
 
 
-def make_base_plan(base_path: str | Path, io: IOMode = "mmap", architecture: str | None = None) -> Plan:
+def make_base_plan(base_path: str | Path, io: IOMode, architecture: str | None) -> Plan:
     """Open a base alone; the plan has no targets. See `make_plan`."""
     checkpoint = open_checkpoint(base_path, io)
     path = checkpoint.path / MODEL_CONFIG

@@ -91,7 +91,7 @@ def skipped_files(directory: Path, apart: Path | None = None) -> list[str]:
 
 
 def unread_weights(adapter: Path | None, weights_name: str) -> tuple[str, ...]:
-    """Note the weights in an adapter's directory, beside its `own` file, that PEFT does not load; a folder with a config is a model's."""
+    """Note the weights in an adapter's directory, beside its own file, that PEFT does not load; a folder with a config is a model's."""
     unread = [
         name
         for name, path, _ in _walk(adapter)

@@ -288,7 +288,7 @@ class Check:
                 yield name, partial(self._find, name, adapter, files)
 
     def _find(self, name: str, files: TensorFiles, others: TensorFiles, factor_names: Collection[str] = ()) -> None:
-        """Find a tensor's bytes in the other files; or a fine-tuned model's in the base or the rows, a tied module's factor in `own`."""
+        """Find a tensor's bytes in the other files; a model's in the base or the rows, a tied module's factor among its names."""
         places = [(others, other) for other in others.stored if self._rewritten or _spelling(other) == _spelling(name)]
         if files is self.adapter and self.adapter.is_model:
             places += [(self.base, name), *((files, row) for row in self._rows)]
