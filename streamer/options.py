@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from streamer.methods import MethodName
     from streamer.methods.files import Coefficients, InputMap
     from streamer.output.job import FindingsOrPath
+    from streamer.output.record import MergedDtype
     from streamer.remote.inputs import RemoteMode
     from streamer.storage.checkpoint import IOMode
 
@@ -75,6 +76,7 @@ PATH = Bound("a path", lambda path: isinstance(path, str | os.PathLike))
 PATHS = Bound("a path, or a list of paths", lambda paths: all(map(PATH.holds, paths if _is_list(paths) else [paths])))
 ONE_BASE = Bound("one; to map several texts, join them in one file", lambda path: isinstance(path, str | os.PathLike))
 BYTES = Bound("a whole number of bytes", lambda size: isinstance(size, str) or type(size) is int)
+SIZE = Bound("a size from 1 byte", lambda size: isinstance(size, str) or (type(size) is int and size > 0))
 KEYS = Bound("a list of keys", lambda keys: _is_list(keys) and all(isinstance(key, str) for key in keys))
 
 
@@ -450,6 +452,10 @@ class MergeOptions(Dequantizing, WritingOptions):
     """Options of `merge_with_reduced_intruder_dimensions`."""
 
     output: str | Path = written(f"model directory to write; {SEVERAL} subdirectory NAME per adapter", "DIR")
+    dtype: MergedDtype | None = option("write floating-point tensors in this dtype, but those that are stored wider than most; quantized "
+        "ones stay", choices=["bf16", "fp16", "fp32"], shown="the base's")
+    max_shard_size: str | int | None = option("divide the model among files of at most SIZE, like 5GB, with an index", metavar="SIZE",
+        shown="the base's files", detail="GB is 1000³ bytes, as in transformers; GiB is 1024³.", bound=SIZE)
     executor: Executor | None = keyword("workers that write shards")
 
 

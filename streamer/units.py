@@ -17,8 +17,8 @@ _PLURALS = {"matrix": "matrices", "pass": "passes"}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
 
-def parse_size(text: str) -> int:
-    """Convert a size like ``600M`` or ``4G``, in powers of 1024, to bytes.
+def parse_size(text: str, unit: int = 1024) -> int:
+    """Convert a size like ``600M`` or ``4G``, in powers of the unit, to bytes; ``GiB`` always is 1024³.
 
     >>> parse_size("600M"), parse_size("1.5 GiB"), parse_size("4096")
     (629145600, 1610612736, 4096)
@@ -31,7 +31,8 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(re.sub(r"\s", "", text))
     if not match:
         raise ValueError(f"expected a size like 600M or 4G, found {text!r}")
-    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+    unit = 1024 if "i" in match[0].lower() else unit
+    return int(float(match[1]) * unit ** " KMGT".index(match[2].upper() or " "))
 
 
 def format_size(nbytes: float) -> str:

@@ -31,7 +31,7 @@ TYPES = {
     "LoraBLayout": "streamer.adapters.adapter_config", "FindingsOrPath": "streamer.output.job", "IOMode": "streamer.storage.checkpoint",
     "Findings": "streamer.detection.findings", "ProductDtype": "streamer.evaluation.evaluation", "RemoteMode": "streamer.remote.inputs",
     "Monitor": "streamer.events", "OnEvent": "streamer.events", "Selection": "streamer.json_types", "MethodName": "streamer.methods",
-    "Coefficients": "streamer.methods.files", "InputMap": "streamer.methods.files",
+    "Coefficients": "streamer.methods.files", "InputMap": "streamer.methods.files", "MergedDtype": "streamer.output.record",
 }  # fmt: skip
 """Module of each type that an option's annotation names; a function imports those of its own options when it is declared."""
 

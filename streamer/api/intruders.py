@@ -13,7 +13,7 @@ from streamer import forecast
 from streamer.adapters.finetuned import AdapterPaths, ByName
 from streamer.api.calls import call, explained, watched
 from streamer.api.records import DryRun, SeveralRecord, dry_run, dry_runs
-from streamer.api.requests import Request, detection_options, found_inputs
+from streamer.api.requests import Request, detection_options, found_inputs, read_size
 from streamer.detection.detect import detect_in_memory, detect_to_files, plan_findings, shared
 from streamer.detection.findings import Findings
 from streamer.detection.options import DetectionOptions, Run
@@ -132,7 +132,12 @@ class OutputRequest(Request, MitigateOptions, MergeOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.chosen
+        _ = self.chosen, self.shard_bytes
+
+    @property
+    def shard_bytes(self) -> int | None:
+        """Return the largest size of a merged model's file in bytes; None for the base's files."""
+        return None if self.max_shard_size is None else read_size("max_shard_size", self.max_shard_size, 1000)
 
     def open(self, monitor: Monitor) -> None:
         """Open the inputs and plan the outputs; this refuses outputs that cannot be written."""
@@ -164,7 +169,8 @@ class OutputRequest(Request, MitigateOptions, MergeOptions):
         findings = load_given(self.findings, adapters)
         detection = detection_options(self, self.memory, findings[0])
         jobs = open_jobs(base, adapters, findings, self.chosen, detection, run)
-        return [replace(job, dequantize=self.dequantize, card=self.model_card, measured=self.measured) for job in jobs]
+        form = {"dequantize": self.dequantize, "dtype": self.dtype, "shard_bytes": self.shard_bytes}
+        return [replace(job, **form, card=self.model_card, measured=self.measured) for job in jobs]
 
     def _writer(self, job: Job, path: Path) -> Writer:
         """Plan the output of a job."""

@@ -12,6 +12,7 @@ from streamer.json_types import Selection
 from streamer.methods import MethodName
 from streamer.methods.files import Coefficients, InputMap
 from streamer.output.job import FindingsOrPath
+from streamer.output.record import MergedDtype
 from streamer.remote.inputs import RemoteMode
 from streamer.storage.checkpoint import IOMode
 from streamer.events import Monitor, OnEvent
@@ -90,6 +91,8 @@ class MergeKeywords(TypedDict, total=False):
     overwrite: bool
     model_card: bool
     dequantize: bool
+    dtype: MergedDtype | None
+    max_shard_size: str | int | None
     executor: Executor | None
 
 class IterateKeywords(TypedDict, total=False):

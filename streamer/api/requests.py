@@ -40,13 +40,7 @@ class Request(Writing, Computing, OfBase):
     @property
     def memory(self) -> int | None:
         """Return the memory budget in bytes; None if there is none."""
-        budget = self.max_memory
-        if isinstance(budget, str):
-            try:
-                return parse_size(budget)
-            except ValueError as e:
-                raise UsageError(f"max_memory: {e}") from None
-        return budget
+        return None if self.max_memory is None else read_size("max_memory", self.max_memory)
 
     @property
     def stated(self) -> Stated:
@@ -79,6 +73,16 @@ class Request(Writing, Computing, OfBase):
         models = CPU if self.device == "auto" else device
         resolved = {"device": device, "model_device": models, "stated": self.stated}
         return take(Run, vars(self), **resolved, monitor=monitor, workers=workers)
+
+
+def read_size(name: str, size: int | str, unit: int = 1024) -> int:
+    """Read the size that an option gives, in bytes or as a text; see `parse_size`."""
+    if isinstance(size, int):
+        return size
+    try:
+        return parse_size(size, unit)
+    except ValueError as e:
+        raise UsageError(f"{name}: {e}") from None
 
 
 Made = TypeVar("Made")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import functools
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING
@@ -124,6 +125,7 @@ READERS = {
     "float | Sequence[float]": lambda text: tuple(map(number, text.split(","))),
     "Sequence[MethodName]": lambda text: text.split(","),
     "int | str": reader(parse_size, "a size like 600M or 4G"),
+    "str | int": reader(functools.partial(parse_size, unit=1000), "a size like 5GB or 500M"),
     "int | Literal['all']": reader(lambda text: text if text == "all" else int(text), "a count from 1 or 'all'"),
 }
 """How the text of an option becomes a value of its field's type; others stay texts."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -25,7 +25,7 @@ from streamer.events import Monitor
 from streamer.linalg.operators import Delta, all_finite
 from streamer.methods import Method, NullSpace, RegMean
 from streamer.methods.files import Coefficients, InputMap
-from streamer.output.record import CARD_NAME, MOST_FACTS, SCHEMA, Card, MitigatedMatrix, Record, totals
+from streamer.output.record import CARD_NAME, MOST_FACTS, SCHEMA, Card, MergedDtype, MitigatedMatrix, Record, totals
 from streamer.plan.plan import MemoryEstimate, Plan, factor_bytes, make_batch
 from streamer.plan.side_files import is_module, read_beside
 from streamer.plan.targets import Target
@@ -54,6 +54,8 @@ class Job:
         Findings; None if the run makes them first, in its own file. Used only if the method needs them.
     dequantize
         Whether a merged model of a quantized base is written as a plain one.
+    dtype, shard_bytes
+        See `plan_merged`.
     card
         Whether the output's ``README.md`` describes how it was made.
     measured
@@ -68,6 +70,8 @@ class Job:
     device: torch.device
     findings: Findings | None = None
     dequantize: bool = False
+    dtype: MergedDtype | None = None
+    shard_bytes: int | None = None
     card: bool = True
     measured: tuple[str, ...] = ()
     detect: Callable[[Target], Detection] | None = None
@@ -135,7 +139,12 @@ class Job:
         detection = self.detection.as_dict() if self.findings is None else self.findings.decisions_digest()
         return {"schema": SCHEMA, "mitigation": self.method.as_dict(),
                 "detection": detection if self.method.needs_detection else None, "dequantize": self.dequantize, "card": self.card,
-                **({"measured": list(self.measured)} if self.measured else {})}  # fmt: skip
+                **({"measured": list(self.measured)} if self.measured else {}), **self.form}  # fmt: skip
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """Return the form of a merged model, where it is not the base's."""
+        return {key: value for key in ("dtype", "shard_bytes") if (value := getattr(self, key)) is not None}
 
     @property
     def bits(self) -> str:
@@ -384,7 +393,7 @@ class Writer(ABC):
             record["file"] = self._file
         if job.measured:
             record["measured"] = list(job.measured)
-        return record
+        return cast(Record, {**record, **job.form})
 
     @property
     def _file(self) -> str:

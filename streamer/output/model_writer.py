@@ -28,7 +28,7 @@ from streamer.events import Monitor, Progress
 from streamer.linalg.operators import Delta, all_finite
 from streamer.linalg.torch_state import threads
 from streamer.output.job import Job, Writer
-from streamer.output.record import MitigatedMatrix
+from streamer.output.record import MergedDtype, MitigatedMatrix
 from streamer.plan.architectures import architectures_for, pattern_of
 from streamer.plan.carried_tensors import Head, implied_head
 from streamer.plan.plan import AdapterBatch, MemoryEstimate, Plan, check_budget, resident_bytes
@@ -36,11 +36,12 @@ from streamer.plan.side_files import other_files, skipped_files, stale_weights, 
 from streamer.plan.targets import Target
 from streamer.storage.atomic_file import BufferRing, Piece, ShardPlan, component_prefix, gather, index_bytes, plan_shard
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, component_files
-from streamer.storage.header import TensorInfo
+from streamer.storage.header import TensorInfo, tensor_nbytes
 from streamer.storage.transaction import RECORD_NAME
-from streamer.weights.base import SPELLINGS, Plain, StoredTensor, Weight, as_bytes, as_tensor, encode, in_memory
+from streamer.units import counted
+from streamer.weights.base import FLOATS, SPELLINGS, Plain, StoredTensor, Weight, as_bytes, as_tensor, encode, in_memory
 from streamer.weights.codes import FP8, GPTQ
-from streamer.weights.logical import STALE, WeightView, is_activation_scale, plain_metadata, plain_weights
+from streamer.weights.logical import STALE, WeightView, cast_weights, is_activation_scale, plain_metadata, plain_weights
 from streamer.weights.model_config import MODEL_CONFIG
 
 BLOCK_BYTES = 4 << 20
@@ -51,6 +52,8 @@ DECODED = 8
 
 Mitigated = Callable[[Target], tuple[Delta, Delta]]
 """Returns Δ and Δ' of one matrix; Δ' is Δ itself if nothing changes."""
+
+MERGED_DTYPES: dict[MergedDtype, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 Kept = Callable[[Target, int, int], None]
 """Receives, for a matrix, the number of its merged values, and the number of those that rounding left with the base's bytes."""
@@ -135,11 +138,12 @@ class AddDelta(Recipe):
             if nothing and raw.dtype == dtype:
                 out.copy_(raw)
             else:
-                change.add_rows(values, i, j)
+                if not nothing:
+                    change.add_rows(values, i, j)
                 encode(values, dtype, raw, self.weight.name, out)
-                if kept is not None and raw.dtype == out.dtype:
+                if kept is not None:
                     bits = f"i{out.itemsize}"  # numpy compares integers faster than torch compares floats
-                    same = np.frombuffer(as_bytes(raw), bits) == np.frombuffer(as_bytes(out), bits)
+                    same = np.frombuffer(as_bytes(raw.to(dtype)), bits) == np.frombuffer(as_bytes(out), bits)
                     count += int(np.count_nonzero(same))
             yield piece
         if kept is not None and not nothing and self.tuned is None and not self.weight.quantized:
@@ -310,21 +314,34 @@ class MergedModel:
         return shards
 
 
-def plan_merged(plan: Plan, dequantize: bool = False) -> MergedModel:
+def plan_merged(
+    plan: Plan, dequantize: bool = False, dtype: MergedDtype | None = None, shard_bytes: int | None = None
+) -> MergedModel:
     """Plan each tensor of the merged model from headers alone.
 
     Parameters
     ----------
     dequantize
         Write quantized weights plain, in the dtype of the model's config, and omit tensors that only quantized values need.
+    dtype
+        Write plain weights, and dequantized ones, in this dtype; see `cast_weights`.
+    shard_bytes
+        Divide the tensors among files as transformers does; see `_divided`.
 
     Raises
     ------
     UnsupportedError
-        If merged values would have to be written in an encoding that streamer cannot write.
+        If merged values would have to be written in an encoding that streamer cannot write, or if a pipeline should get another form.
     """
+    if plan.config.pipeline and (dtype or shard_bytes):
+        what = "dtype" if dtype else "max_shard_size"
+        raise UnsupportedError(
+            f"{plan.base.path}: {what}: a diffusers pipeline keeps its files and dtypes; leave it out"
+        )
     _refuse_quantized(plan, dequantize)
     weights = plain_weights(plan.weights, plan.config) if dequantize else plan.weights
+    if dtype is not None:
+        weights = cast_weights(weights, MERGED_DTYPES[dtype])
     files: dict[str, list[OutputTensor]] = {}
     for name, file in plan.base.files.items():
         made = (_of_file(plan, weights, t.name, StoredTensor(file, t), dequantize) for t in file.header.tensors)
@@ -336,7 +353,33 @@ def plan_merged(plan: Plan, dequantize: bool = False) -> MergedModel:
     if dequantize:
         metadata = {name: plain_metadata(values, weights) for name, values in metadata.items()}
     written = {name: tuple(outputs) for name, outputs in files.items() if outputs}
-    return MergedModel(written, metadata, _texts(plan, head, dequantize), head)
+    if shard_bytes is not None:
+        written = _divided(itertools.chain.from_iterable(written.values()), shard_bytes)
+        joined = {key: text for texts in metadata.values() for key, text in texts.items()}
+        metadata = dict.fromkeys(written, joined)
+    return MergedModel(written, metadata, _texts(plan, head, dequantize, dtype), head)
+
+
+def _divided(outputs: Iterable[OutputTensor], shard_bytes: int) -> dict[str, tuple[OutputTensor, ...]]:
+    """Divide tensors among files of at most so many bytes, with transformers' names; a larger tensor has a file of its own.
+
+    The last file that is begun takes further tensors after a larger one, as in ``huggingface_hub.split_torch_state_dict_into_shards``.
+    """
+    shards, current, room = list[list[OutputTensor]](), list[OutputTensor](), shard_bytes
+    for output in outputs:
+        nbytes = tensor_nbytes(output.dtype, output.shape)
+        if nbytes > shard_bytes:
+            shards.append([output])
+            continue
+        if nbytes > room:
+            shards.append(current)
+            current, room = [], shard_bytes
+        current.append(output)
+        room -= nbytes
+    shards += [current] if current else []
+    count = len(shards)
+    names = [SINGLE_NAME] if count == 1 else [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
+    return dict(zip(names, map(tuple, shards), strict=True))
 
 
 def _of_file(plan: Plan, weights: WeightView, name: str, stored: StoredTensor, dequantize: bool) -> OutputTensor | None:
@@ -371,7 +414,7 @@ def _merged(plan: Plan, weight: Weight, role: str | None = None, stands: StoredT
     for target, slice_ in plan.by_weight[weight.name]:
         own = weight if slice_.index is None else weight.slice(slice_.index)
         tuned = None if stands is None else plan.adapter.stored_sum(target.module)
-        same = tuned is not None and stands is not None and tuned.info.dtype == stands.info.dtype
+        same = tuned is not None and stands is not None and tuned.info.dtype == SPELLINGS[_written(weight)]
         recipe: AddDelta | Requantize = AddDelta(own, target, tuned if same else None)
         if role is not None:
             assert isinstance(own, FP8)
@@ -417,7 +460,7 @@ def _output(plan: Plan, weights: WeightView, name: str, stored: StoredTensor | N
     elif name in edits.shifts:
         shift, scaling = edits.shifts[name]
         recipe = AddBias(weights[name], Plain.of(shift), scaling)
-    elif name in edits.rows or source.info.dtype != stands.info.dtype:
+    elif name in edits.rows or source.info.dtype != stands.info.dtype or name in weights.casts:
         recipe = _unmerged(plan, weights[name])
     else:
         return OutputTensor(name, source.info.dtype, source.info.shape, CopyBytes(source))
@@ -446,7 +489,7 @@ def _head(plan: Plan, names: list[str]) -> Head:
     return head
 
 
-def _texts(plan: Plan, head: Head, dequantize: bool) -> dict[str, bytes]:
+def _texts(plan: Plan, head: Head, dequantize: bool, dtype: MergedDtype | None) -> dict[str, bytes]:
     """Write the model's config if the merge changes what it must state."""
     # A fine-tuned model's own config describes it; without a base config, a config of a few keys could not be loaded.
     if plan.adapter.describes_model or not plan.config.values:
@@ -454,16 +497,29 @@ def _texts(plan: Plan, head: Head, dequantize: bool) -> dict[str, bytes]:
     config = plan.edits.config(head.config)
     if dequantize:
         config = config.unquantized()
+    if dtype is not None:
+        config = config.with_dtype(str(MERGED_DTYPES[dtype]).removeprefix("torch."))
     if config == plan.config:
         return {}
     return {MODEL_CONFIG: (json.dumps(config.values, indent=2, ensure_ascii=False) + "\n").encode()}
+
+
+def _uncast(model: MergedModel, dtype: MergedDtype | None) -> list[str]:
+    """Note the floating-point tensors that do not get the requested dtype."""
+    wanted = None if dtype is None else SPELLINGS[MERGED_DTYPES[dtype]]
+    stay = [o.name for outputs in model.files.values() for o in outputs if o.dtype in FLOATS and o.dtype != wanted]
+    if wanted is None or not stay:
+        return []
+    return [
+        f"not written in {dtype}: {counted(len(stay), 'tensor')} of quantized weights or stored wider than most, {stay[0]!r} first"
+    ]
 
 
 class ModelWriter(Writer):
     """Writer of the base with the mitigated deltas merged in."""
 
     def __init__(self, job: Job, path: Path) -> None:
-        model = plan_merged(job.plan, job.dequantize)
+        model = plan_merged(job.plan, job.dequantize, job.dtype, job.shard_bytes)
         # The files of a pipeline's components in which nothing changes are copied.
         names = [n for n, made in model.files.items() if any(not isinstance(o.recipe, CopyBytes) for o in made)]
         changed = {"", *map(component_prefix, names)}
@@ -473,10 +529,11 @@ class ModelWriter(Writer):
         plan, base = job.plan, job.plan.base
         shards = model.shards(job.stamp("merge"))
         finals = {}
-        if base.index is not None:
-            stated, where = base.index["weight_map"], {o.name: name for name, made in files.items() for o in made}
+        if len(files) > 1 if job.shard_bytes else base.index is not None:
+            base_index = base.index or {"weight_map": {}}
+            stated, where = base_index["weight_map"], {o.name: name for name, made in files.items() for o in made}
             # Keep the base's order; new names come last.
-            index = {**base.index, "weight_map": {t: where[t] for t in stated if t in where} | where}
+            index = {**base_index, "weight_map": {t: where[t] for t in stated if t in where} | where}
             finals[INDEX_NAME] = index_bytes(index, sum(shard.header.data_bytes for shard in shards.values()))
         apart = {CONFIG_NAME, WEIGHTS_NAME, *model.texts, *shards}
         # An adapter inside the base's directory is not part of the merged model; a fine-tuned model used as the adapter describes it.
@@ -502,9 +559,10 @@ class ModelWriter(Writer):
         ours = {*finals, *shards, *(name for name, _ in copies)}
         conflicting = tuple(name for name in conflicting_names if name not in ours)
         base_bytes = sum(base.files[name].header.data_bytes for name in shards) if components else base.data_bytes
+        notes = [*model.head.notes, *says, *_uncast(model, job.dtype)]
         super().__init__(
             job, path, "merge", shards, finals, copies, stale + skipped, conflicting, base_bytes, model.texts, tokenizer,
-            warnings=[*job.warnings, *lacks, *lost], notes=[*model.head.notes, *says], advice=list(model.head.advice),
+            warnings=[*job.warnings, *lacks, *lost], notes=notes, advice=list(model.head.advice),
             model_tensors=model.tensor_count, pipeline=model.head.pipeline,
         )  # fmt: skip
 

@@ -26,6 +26,8 @@ from streamer.units import counted, format_size
 
 SCHEMA: Final = "streamer.output/2"
 
+MergedDtype = Literal["bf16", "fp16", "fp32"]
+
 
 # fmt: off
 class MitigatedMatrix(TypedDict):
@@ -78,6 +80,8 @@ Record = TypedDict("Record", {
     "file": NotRequired[Annotated[str, "Name of the file of coefficients or map, if there is one; else `coefficients` or `map`."]],
     "to_lora": Annotated[float | None, Keywords(exclusiveMinimum=0), "Rank or share of the energy given with --to-lora, or null."],
     "dequantize": Annotated[bool, "Whether a quantized base is written as a plain one."],
+    "dtype": NotRequired[Annotated[MergedDtype | None, "Dtype given with --dtype, if any."]],
+    "shard_bytes": NotRequired[Annotated[Count | None, "Bytes given with --max-shard-size, if any."]],
     "totals": Annotated[Totals, "Totals over all matrices."],
     "warnings": Annotated[list[str], "What may make the result differ from what was trained or requested, one line each."],
     "notes": Annotated[list[str], "What else happened, one line each."],
@@ -362,4 +366,8 @@ def command_line(record: Record) -> str:
         words.append("--amplify")
     if record["dequantize"]:
         words.append("--dequantize")
+    if dtype := record.get("dtype"):
+        words += ["--dtype", dtype]
+    if shard_bytes := record.get("shard_bytes"):
+        words += ["--max-shard-size", str(shard_bytes)]
     return shlex.join(words + stated_options(record["adapter"]))

@@ -112,6 +112,10 @@ Task = tuple[str, Callable[[], float | None]]
 """A tensor, and what recomputes or compares it: it notes differences, and raises `NotRecomputed` if it cannot."""
 
 
+CASTS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+"""The format's spelling of a dtype that the record states."""
+
+
 class Check:
     """Compare the tensors of a merged model or of a mitigated adapter.
 
@@ -127,6 +131,7 @@ class Check:
         self._formula, self._rewritten = formula, record.get("to_lora") is not None
         self._rows = {row["tensor"]: row for row in record["matrices"]}
         self._stored = {Matrix(base, tensor).stored_name for tensor in self._rows}
+        self._cast = CASTS.get(record.get("dtype", ""))
         self._edits = defaultdict[str, dict[str, str]](dict)
         for entry in record.get("carried", ()):
             self._edits[entry["tensor"]][entry["by"]] = entry["change"]
@@ -181,9 +186,13 @@ class Check:
         if W0.dtype not in deltas.ELEMENTS:
             raise NotRecomputed(f"it is stored as {W0.dtype or 'several tensors'}, which is not decoded here")
         keeps = delta is not None and self.outcome.result["kind"] == "model" and not self.record["dequantize"]
-        dtype = Matrix(self.base, tensor).dtype if keeps else ""
-        if written.stored_shape != W0.stored_shape or dtype not in ("", written.dtype):
-            self._differ(tensor, f"{dtype} {[*W0.stored_shape]}", f"{written.dtype} {[*written.stored_shape]}")
+        dtypes = {Matrix(self.base, tensor).dtype, self._cast} if keeps or self._cast else {written.dtype}
+        if written.stored_shape != W0.stored_shape or written.dtype not in dtypes:
+            self._differ(
+                tensor,
+                f"{' or '.join(sorted(filter(None, dtypes)))} {[*W0.stored_shape]}",
+                f"{written.dtype} {[*written.stored_shape]}",
+            )
             return math.inf
         # A copy or a cast is exact.
         terms = delta.terms + 8 if delta is not None else 8 * (W0.added is not None or W0.dtype == FP8)
@@ -254,7 +263,7 @@ class Check:
                 self._differ(name, "the base's tensor", "none")
         elif not source.replaced and source.added is None and deltas.same_bytes(files, name, source.files, source.name):
             return
-        elif edits or decoded:
+        elif edits or decoded or self._cast:
             self._compare(name, name, source)
         elif self._stored - self.base.stored.keys():
             raise NotRecomputed("a matrix of the record may be built from it")

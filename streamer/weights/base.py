@@ -25,6 +25,7 @@ from streamer.linalg.torch_state import CPU, empty_matrix
 from streamer.storage.atomic_file import views
 from streamer.storage.checkpoint import TensorFile
 from streamer.storage.header import TensorInfo
+from streamer.units import counted
 
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 """Dtypes of the values of plain tensors, by the format's spelling. Computations use float32, for F64 float64."""
@@ -99,10 +100,10 @@ def encode(values: Tensor, dtype: torch.dtype, source: Tensor, name: str, out: T
         If a value became NaN or Inf.
     """
     out = values.to(dtype) if out is None else out.copy_(values)
-    if not all_finite(out) and bool((torch.isfinite(source) & ~torch.isfinite(out)).any()):
+    if not all_finite(out) and (count := int((torch.isfinite(source) & ~torch.isfinite(out)).sum())):
         raise NumericError(
-            f"tensor {name!r}: the result does not fit {str(dtype).removeprefix('torch.')} "
-            "(NaN or Inf where the input had none); check the adapter's scale and lambda"
+            f"tensor {name!r}: the result does not fit {str(dtype).removeprefix('torch.')} (NaN or Inf where the input had none, in "
+            f"{counted(count, 'value')} or more); check the adapter's scale and lambda, or write a dtype with a wider range"
         )
     return out
 

@@ -17,7 +17,9 @@ format of `FORMATS` claims is a weight by itself.
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -343,6 +345,8 @@ class WeightView(Mapping[str, Weight]):
         Weights under new names that are computed from others, such as one expert's matrix from the tensors that hold its rows.
     written
         The dtype in which quantized weights are written back; None if they stay quantized.
+    casts
+        The dtype in which a plain weight is written, if not its own, by name.
     """
 
     checkpoint: Checkpoint
@@ -352,6 +356,7 @@ class WeightView(Mapping[str, Weight]):
     replacements: Mapping[str, StoredTensor] = field(default_factory=dict)
     derived: Mapping[str, Callable[[WeightView], Weight]] = field(default_factory=dict)
     written: torch.dtype | None = None
+    casts: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     def replaced(self, sources: Mapping[str, StoredTensor]) -> WeightView:
         """Replace some weights by tensors, or add tensors."""
@@ -367,13 +372,14 @@ class WeightView(Mapping[str, Weight]):
         if name not in self.replacements:
             return self._of_base(name)
         weight = Plain.of(self.replacements[name])
-        written = self._of_base(name).written if name in self.stored else weight.written
+        written = self._of_base(name).written if name in self.stored else self.casts.get(name, weight.written)
         return replace(weight, name=name, written=written)
 
     def _of_base(self, name: str) -> Weight:
         stored = self.stored[name]
         if stored.format is None:
-            return Plain.of(stored.tensors["weight"])
+            weight = Plain.of(stored.tensors["weight"])
+            return replace(weight, written=self.casts[name]) if name in self.casts else weight
         return replace(stored.format.make(name, stored.tensors, self.quantization), written=self.written)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -461,6 +467,30 @@ _QUANTIZED = re.compile(r"^(F8_|F6_|F4)")
 _INTEGERS = {"I8", "U8", "I16", "U16", "I32", "U32"}
 
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+def cast_weights(weights: WeightView, dtype: torch.dtype) -> WeightView:
+    """Make plain weights be written in a dtype.
+
+    A weight that is stored wider than most of the base's values keeps its dtype: models store in float32 what they need in float32.
+    """
+    infos = {
+        name: stored.tensors["weight"].info
+        for name, stored in weights.stored.items()
+        if stored.format is None and not is_activation_scale(name, weights)
+    }
+    floats = {name: info for name, info in infos.items() if info.dtype in FLOATS}
+    counts = Counter[str]()
+    for info in floats.values():
+        counts[info.dtype] += math.prod(info.shape)
+    widest = max((FLOATS[usual].itemsize for usual, _ in counts.most_common(1)), default=0)
+    casts = {name: dtype for name, info in floats.items() if FLOATS[info.dtype].itemsize <= widest}
+    added = {
+        name: dtype
+        for name, source in weights.replacements.items()
+        if name not in weights.stored and source.info.dtype in FLOATS
+    }
+    return replace(weights, casts=casts | added, written=weights.written and dtype)
 
 
 def plain_weights(weights: WeightView, config: ModelConfig) -> WeightView:

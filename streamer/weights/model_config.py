@@ -119,6 +119,17 @@ class ModelConfig:
                 out["text_config"] = {**out["text_config"], key: False}
         return replace(self, values=out)
 
+    def with_dtype(self, dtype: str) -> ModelConfig:
+        """State another dtype wherever the config or a part of it states one."""
+
+        def stated(part: Mapping[str, Any]) -> dict[str, Any]:
+            inner = {
+                key: stated(value) for key, value in part.items() if key.endswith("_config") and isinstance(value, dict)
+            }
+            return {**part, **inner, **dict.fromkeys(part.keys() & {"dtype", "torch_dtype"}, dtype)}
+
+        return replace(self, values=stated(self.values))
+
     def unquantized(self) -> ModelConfig:
         """Remove every statement that the model is quantized."""
         out = {key: value for key, value in self.values.items() if key not in QUANTIZATION_KEYS}
