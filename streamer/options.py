@@ -440,7 +440,14 @@ class WritingOptions(Writing, Mitigation, group="output"):
     model_card: bool = option(CARD, True, "--no-card", rare=True)
 
 
-class MitigateOptions(WritingOptions):
+class Serving(Options, group="output"):
+    """An adapter that servers apply as PEFT does."""
+
+    for_server: bool = option("write one rank for all modules, padded to one that vLLM takes, and scale 1: it ignores rank_pattern and "
+        "alpha_pattern", False)
+
+
+class MitigateOptions(Serving, WritingOptions):
     """Options of `reduce_intruder_dimension`."""
 
     output: str | Path = written(f"adapter directory to write; {SEVERAL} subdirectory NAME per adapter", "DIR")
@@ -520,7 +527,7 @@ class MappingOptions(Writing, Reading, OfBase):
     vectors: int = option("leading vectors to store for each input", 16, metavar="N", bound=whole(1), rare=True)
 
 
-class RepairOptions(Writing, Texts, OfAdapter):
+class RepairOptions(Serving, Writing, Texts, OfAdapter):
     """Options of `repair_adapter`."""
 
     adapter: str | Path = argument(ONE_ADAPTER)

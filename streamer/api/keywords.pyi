@@ -62,6 +62,7 @@ class ReduceKeywords(TypedDict, total=False):
     resume: bool
     overwrite: bool
     model_card: bool
+    for_server: bool
     to_lora: int | float | None
 
 class MergeKeywords(TypedDict, total=False):
@@ -183,6 +184,7 @@ class RepairKeywords(TypedDict, total=False):
     general: str | Path | None
     resume: bool
     overwrite: bool
+    for_server: bool
     executor: Executor | None
     keep: float
     weights: Sequence[float]

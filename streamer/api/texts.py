@@ -307,6 +307,8 @@ class RepairRequest(Request, RepairOptions):
         if share_name(self.keep) == "1":
             raise UsageError(f"keep: {self.keep!r} is the unchanged adapter, which needs no fit; give a smaller share")
         check_dtype(self.dtype)
+        if self.for_server and self.merge:
+            raise UsageError("for_server: applies only to an adapter, found merge=True too; leave one of them out")
         if self.dequantize and not self.merge:
             raise UsageError(
                 "dequantize: applies only to a model, which `merge=True` writes, found dequantize alone; pass both, or neither"
@@ -353,7 +355,9 @@ class RepairRequest(Request, RepairOptions):
     def _conversion(self) -> OutputRequest:
         """Return the request that writes the adapter as a LoRA adapter beside the output."""
         form = {"output": self.directory.with_name(f"{self.directory.name}.lora"), "to_lora": self.to_lora}
-        return self._output(**UNCHANGED, **form, command="mitigate", dequantize=False, model_card=True)
+        return self._output(
+            **UNCHANGED, **form, command="mitigate", dequantize=False, for_server=False, model_card=True
+        )
 
     @property
     def _converted(self) -> RepairRequest:

@@ -63,6 +63,30 @@ def back_project(delta: LowRank, rank: int, scaling: float) -> tuple[Tensor, Ten
     return root.L, root.R.T, dropped
 
 
+SERVER_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values of vLLM's ``max_lora_rank``."""
+
+PATTERNS = ("rank_pattern", "alpha_pattern")
+
+
+def server_rank(path: Path, rank: int) -> int:
+    """Return the least of `SERVER_RANKS` from `rank` on; refuse a larger one."""
+    if rank > SERVER_RANKS[-1]:
+        what = f"for_server: servers take ranks up to {SERVER_RANKS[-1]}, found {rank}"
+        raise UnsupportedError(f"{path}: {what}; give a smaller one (--to-lora RANK), or use `streamer merge`")
+    return next(served for served in SERVER_RANKS if served >= rank)
+
+
+def server_advice(config: Mapping[str, Any]) -> list[str]:
+    """Advise against serving an adapter by its config: vLLM scales all modules by one α/r, and some servers ignore rsLoRA."""
+    ignored = [key for key in (*PATTERNS, "use_rslora") if config.get(key)]
+    if not ignored:
+        return []
+    return [
+        f"servers such as vLLM ignore {' and '.join(ignored)} and would scale deltas wrongly; for them, add --for-server"
+    ]
+
+
 HASHES = ("modelspec.hash_sha256", "sshs_legacy_hash", "sshs_model_hash")
 """Metadata in which trainers state hashes of the original factors."""
 
@@ -154,7 +178,10 @@ class OneFileWriter(Writer):
 
 
 class AdapterWriter(OneFileWriter):
-    """Writer of the original adapter's tensors, order, dtypes and config, with new factors of mitigated modules, under PEFT's names."""
+    """Writer of the original adapter's tensors, order, dtypes and config, with new factors of mitigated modules, under PEFT's names.
+
+    For servers, each module's scale goes into ``lora_B``, and zeros extend all factors to one rank.
+    """
 
     def __init__(self, job: Job, path: Path) -> None:
         plan = job.plan
@@ -169,16 +196,36 @@ class AdapterWriter(OneFileWriter):
         names = {t.name: t.name for t in header.tensors}
         names = saved_names(names) if kind == "LORA" else names
         self._read = {name: header.by_name[own] for name, own in names.items()}
-        entries = [(name, t.dtype, t.shape) for name, t in self._read.items()]
+        self._factors, self._rank = MitigatedFactors(job), 0
+        if job.for_server:
+            refuse_dense(plan, "--to-lora RANK writes it as a LoRA adapter")
+            if kind != "LORA" or plan.mirrors or any(c.role == "lora_bias" for c in plan.adapter.carried):
+                what = "for_server: is of a pipeline, of another kind than LoRA, has biases beside its factors, or holds a tied delta twice"
+                raise UnsupportedError(f"{plan.adapter.path}: {what}; use `streamer merge`")
+            self._rank = server_rank(plan.adapter.path, max(t.module.rank for t in plan.targets))
+        entries = [(name, t.dtype, self._shape(t)) for name, t in self._read.items()]
         metadata = {key: text for key, text in header.metadata.items() if key not in HASHES}
         shard = plan_shard(plan.adapter.file.path.name, entries, {**metadata, **job.stamp("mitigate")})
         config = next((config.read_bytes() for config in plan.adapter.config_paths), None)
         # Factors are written in PEFT's order of columns, and PEFT needs the type.
         plain = {k: v for k, v in values.items() if k not in (LAYOUT_KEY, LAYOUT_DETAILS)} | {"peft_type": kind}
+        if job.for_server:
+            plain |= {"r": self._rank, "lora_alpha": self._rank, "use_rslora": False, **{key: {} for key in PATTERNS}}
         if config is not None and plain != values:
             config = json.dumps(plain, indent=2, ensure_ascii=False).encode() + b"\n"
         super().__init__(job, path, shard, config, plan.adapter.directory)
-        self._factors = MitigatedFactors(job)
+        self.advice += server_advice(plain)
+
+    def _shape(self, info: TensorInfo) -> tuple[int, ...]:
+        """Return the written shape of a tensor: of factors, one side has the rank, times the number of experts that the tensor holds."""
+        targets = self._factors.targets.get(info.name, ())
+        if not (targets and self._rank):
+            return info.shape
+        module = targets[0].module.factors
+        assert module is not None
+        shape, side = [*info.shape], int(info.name == module.b)
+        shape[side] = self._rank * (module.expert[1] if module.expert else 1)
+        return tuple(shape)
 
     def estimates(self, resident: int) -> Iterator[MemoryEstimate]:
         """Estimate the peak memory for each matrix; for experts, whose factors share a tensor, including all factors, old and new."""
@@ -194,9 +241,31 @@ class AdapterWriter(OneFileWriter):
         file, info = job.plan.adapter.file, self._read[info.name]
         targets = self._factors.targets.get(info.name, ())
         if targets and info.name not in self._ready:
-            self._ready |= MitigatedFactors(job).tensors(targets, metrics)
+            made = MitigatedFactors(job).tensors(targets, metrics)
+            self._ready |= self._served(made, targets, metrics[-len(targets) :]) if self._rank else made
         new = self._ready.pop(info.name, None)
         return file.chunks(info) if new is None else [Piece(as_bytes(new))]
+
+    def _served(
+        self, made: Mapping[str, Tensor | None], targets: Sequence[Target], metrics: Sequence[MitigatedMatrix]
+    ) -> dict[str, Tensor | None]:
+        """Scale and extend factors, and add what rounding the scaled lora_B loses to the metrics of their targets."""
+        tensors = self.job.plan.adapter.tensors
+        values = {name: tensors[name].whole() if new is None else new for name, new in made.items()}
+        out = {name: t.new_zeros(self._shape(tensors[name].info)) for name, t in values.items()}
+        for target, row in zip(targets, metrics, strict=True):
+            assert target.module.factors is not None
+            module = replace(target.module.factors, grouped=False)  # columns are in PEFT's order by now
+            wide = replace(module, rank=self._rank)
+            (a, b), (wide_a, wide_b) = module.expert_slices, wide.expert_slices
+            A, B = values[module.a][a], values[module.b][b]
+            scaled = B.double() * module.scaling
+            written = encode(scaled, B.dtype, B, module.b)
+            out[module.a][wide_a][: module.rank] = A
+            out[module.b][wide_b][:, : module.rank] = written
+            lost = LowRank((written.double() - scaled).flatten(1), A.double().flatten(1).T).norm()
+            row["dropped"] = math.hypot(row["dropped"], lost / (row["delta_norm_after"] or 1.0))
+        return {**out}
 
 
 OF_MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
@@ -307,6 +376,13 @@ class LoraWriter(OneFileWriter):
         self._ranks = {t.module.name: self._least for t in in_factors}
         if isinstance(rank, float):
             self._ranks = _least_ranks(job, in_factors, rank)
+        if job.for_server:
+            common = server_rank(plan.adapter.path, max(self._ranks.values()))
+            if isinstance(rank, int) and rank != common:
+                raise UsageError(
+                    f"to_lora: servers take one of the ranks {listed(SERVER_RANKS)}, found {rank}; give {common}"
+                )
+            self._ranks = dict.fromkeys(self._ranks, common)
         self._targets: dict[str, Target] = {}
         entries: list[tuple[str, str, tuple[int, ...]]] = []
         for target in written:
@@ -319,10 +395,12 @@ class LoraWriter(OneFileWriter):
             self._targets |= dict.fromkeys((name for name, *_ in made), target)
         entries += [(name, stored.info.dtype, stored.info.shape) for name, stored in self._layout.carried.items()]
         shard = plan_shard(WEIGHTS_NAME, entries, {"format": "pt"} | job.stamp("mitigate", written))
-        config = json.dumps(self._config(written), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        values = self._config(written)
+        config = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         # A model's other files do not belong to an adapter.
         source = None if plan.adapter.describes_model else plan.adapter.directory
         super().__init__(job, path, shard, config.encode(), source, rank, written)
+        self.advice += server_advice(values)
         if heads := self._layout.heads:  # factors of tied modules are stored twice
             tied = listed([repr(m) for name in heads for m in (self._layout.names[name], *heads[name])])
             but = "but its merge_and_unload adds the delta of each to their one weight; use the adapter unmerged, or `streamer merge`"

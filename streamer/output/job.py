@@ -56,6 +56,8 @@ class Job:
         Whether a merged model of a quantized base is written as a plain one.
     dtype, shard_bytes
         See `plan_merged`.
+    for_server
+        See `AdapterWriter`.
     card
         Whether the output's ``README.md`` describes how it was made.
     measured
@@ -72,6 +74,7 @@ class Job:
     dequantize: bool = False
     dtype: MergedDtype | None = None
     shard_bytes: int | None = None
+    for_server: bool = False
     card: bool = True
     measured: tuple[str, ...] = ()
     detect: Callable[[Target], Detection] | None = None
@@ -143,8 +146,8 @@ class Job:
 
     @property
     def form(self) -> dict[str, Any]:
-        """Return the form of a merged model, where it is not the base's."""
-        return {key: value for key in ("dtype", "shard_bytes") if (value := getattr(self, key)) is not None}
+        """Return the options that give the output another form than its input's."""
+        return {key: value for key in ("dtype", "shard_bytes", "for_server") if (value := getattr(self, key))}
 
     @property
     def bits(self) -> str:

@@ -81,6 +81,7 @@ Record = TypedDict("Record", {
     "to_lora": Annotated[float | None, Keywords(exclusiveMinimum=0), "Rank or share of the energy given with --to-lora, or null."],
     "dequantize": Annotated[bool, "Whether a quantized base is written as a plain one."],
     "dtype": NotRequired[Annotated[MergedDtype | None, "Dtype given with --dtype, if any."]],
+    "for_server": NotRequired[Annotated[bool, "Whether an adapter has one rank and scale 1; absent if not."]],
     "shard_bytes": NotRequired[Annotated[Count | None, "Bytes given with --max-shard-size, if any."]],
     "totals": Annotated[Totals, "Totals over all matrices."],
     "warnings": Annotated[list[str], "What may make the result differ from what was trained or requested, one line each."],
@@ -366,6 +367,8 @@ def command_line(record: Record) -> str:
         words.append("--amplify")
     if record["dequantize"]:
         words.append("--dequantize")
+    if record.get("for_server"):
+        words.append("--for-server")
     if dtype := record.get("dtype"):
         words += ["--dtype", dtype]
     if shard_bytes := record.get("shard_bytes"):
