@@ -30,7 +30,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from streamer.adapters import adapter_config as rules
 from streamer.adapters.adapter_config import AdapterConfig, Stated
-from streamer.adapters.modules import METHODS, LoraModule, MethodModule, Module, PeftMethod
+from streamer.adapters.modules import INDICES, METHODS, LoraModule, MethodModule, Module, PeftMethod
 from streamer.errors import FormatError, InputError, MismatchError, UnsupportedError
 from streamer.storage.atomic_file import views
 from streamer.storage.checkpoint import IOMode, TensorFile, read_json_object
@@ -405,8 +405,9 @@ def sorted_adapter(path: Path, config: AdapterConfig, file: TensorFile) -> PeftA
     modules: dict[str, Module] = {}
     for name, tensors in ((name, tensors) for name, tensors in factors_of.items() if name not in inner):
         infos = {role: file.header.by_name[tensor] for role, tensor in tensors.items()}
-        for info in infos.values():
-            float_dtype(info, str(file.path))
+        for role, info in infos.items():
+            if not (role.endswith("indices") and info.dtype in INDICES):
+                float_dtype(info, str(file.path))
         if method is None:
             modules[name] = lora_module(name, infos, file.path, config)
         else:

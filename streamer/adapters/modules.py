@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from streamer.adapters.adapter_config import AdapterConfig
+from streamer.errors import NumericError
 from streamer.linalg.operators import BLOCK_BYTES, Delta, Dense, LowRank
 from streamer.units import listed
 from streamer.weights.base import StoredTensor, float_dtype
@@ -206,6 +207,67 @@ def _boft(p: MethodInputs, W0: Tensor) -> Delta:
     return Dense(p.tensors["boft_s"].flatten()[:, None].to(W0.dtype) * _rotated(W0, R) - W0)
 
 
+def _miss_fits(s: Shapes, shape: tuple[int, int]) -> bool:
+    (m, n), (first, *_, last) = shape, s["miss_block"]
+    if len(s["miss_block"]) == 3:
+        return (first * last, last, n % last) == (m, s["miss_block"][1], 0)
+    return len(s["miss_block"]) == 2 and last == m and first <= n
+
+
+def _miss(p: MethodInputs, W0: Tensor) -> Delta:
+    """Repeat a block along the input; or, with one square block B for each block of rows, add ``W B + B`` to each block W of W0."""
+    block, (m, n) = p.tensors["miss_block"], p.shape
+    if block.dim() == 3:
+        size = block.shape[-1]
+        products = torch.einsum("aibj,ajk->aibk", W0.reshape(m // size, size, n // size, size), block)
+        return Dense((products + block[:, :, None, :]).reshape(m, n))
+    return Dense(block.T.repeat(1, -(-n // len(block)))[:, :n].contiguous())
+
+
+def _shira_fits(s: Shapes, shape: tuple[int, int]) -> bool:
+    ((count,), two) = s["shira_weight"], s["shira_indices"]
+    return two == (2, count) and count % sum(shape) == 0
+
+
+def _shira(p: MethodInputs, W0: Tensor) -> Delta:
+    """Place values at their rows and columns."""
+    rows, columns = p.tensors["shira_indices"].long()
+    m, n = p.shape
+    if not (0 <= int(rows.min()) <= int(rows.max()) < m and 0 <= int(columns.min()) <= int(columns.max()) < n):
+        raise NumericError(
+            f"shira_indices: expected rows and columns of a matrix of {[m, n]}, found others; save the adapter again"
+        )
+    delta = torch.zeros(m, n, dtype=W0.dtype, device=W0.device)
+    return Dense(delta.index_put_((rows, columns), p.tensors["shira_weight"].to(W0.dtype), accumulate=True))
+
+
+def _delora_fits(s: Shapes, shape: tuple[int, int]) -> bool:
+    whole = _product(s["delora_B"], s["delora_A"]) == shape
+    return whole and (math.prod(s["delora_lambda"]), s["delora_w_norm"]) == (1, (shape[1],))
+
+
+def _delora(p: MethodInputs, W0: Tensor) -> Delta:
+    """Compute ``λ/r · B A`` with columns of B and rows of A of length 1, times the lengths of W0's columns at the start."""
+    A, B, t = p.tensors["delora_A"], p.tensors["delora_B"], p.tensors
+    lengths = (torch.linalg.vector_norm(x, dim=d).clamp(min=1e-4) for x, d in ((A, 1), (B, 0)))
+    return LowRank(B * (t["delora_lambda"] / len(A) / math.prod(lengths)), (A * t["delora_w_norm"]).T)
+
+
+def _hra_fits(s: Shapes, shape: tuple[int, int]) -> bool:
+    length, count = s["hra_u"]
+    return length == shape[1] and count <= length
+
+
+def _hra(p: MethodInputs, W0: Tensor) -> Delta:
+    """Compute ``W0 H − W0`` for a product H of reflections, whose vectors are made orthogonal first with ``apply_GS``."""
+    U = p.tensors["hra_u"].double()
+    U = torch.linalg.qr(U).Q if p.config.get("apply_GS") else U / torch.linalg.vector_norm(U, dim=0)
+    W = W0.double()
+    for u in U.T:
+        W = W.addr(W @ u, u, alpha=-2)
+    return Dense((W - W0).to(W0.dtype))
+
+
 def _full_fits(s: Shapes, shape: tuple[int, int]) -> bool:
     ((role, stored),) = s.items()
     m, n = stored[0], math.prod(stored[1:])
@@ -225,6 +287,10 @@ METHODS: dict[str, PeftMethod] = {
     "VERA": PeftMethod("VeRA", r"vera_lambda_[bd]", _vera_fits, _vera, shared=frozenset({"vera_A", "vera_B"}), low_rank=True),
     "OFT": PeftMethod("OFT", r"oft_(?:embedding_)?R", _oft_fits, _oft),
     "BOFT": PeftMethod("BOFT", r"boft_[Rs]", _boft_fits, _boft),
+    "MISS": PeftMethod("MiSS", r"miss_block", _miss_fits, _miss, matrices=4),
+    "SHIRA": PeftMethod("SHiRA", r"shira_(?:weight|indices)", _shira_fits, _shira),
+    "DELORA": PeftMethod("DeLoRA", r"delora_(?:A|B|lambda|w_norm)", _delora_fits, _delora, low_rank=True),
+    "HRA": PeftMethod("HRA", r"hra_u", _hra_fits, _hra, matrices=8),
     "FULL": PeftMethod("a fully fine-tuned model in the adapter's place", r"(?!)", _full_fits, _full, matrices=2),
 }  # fmt: skip
 
@@ -254,12 +320,15 @@ def dora_delta(W0: Tensor, delta: LowRank, magnitude: Tensor) -> Tensor:
     return out
 
 
+INDICES = {"I32", "I64"}
+"""Dtypes of positions, which float32 holds exactly up to 16,777,216."""
+
 Shape = tuple[int, ...]
 
 
 def values_of(stored: StoredTensor, index: tuple[slice, ...] = ()) -> Tensor:
     """Copy an adapter's tensor, or some of its rows and columns, to its computing dtype."""
-    dtype = float_dtype(stored.info, str(stored.file.path))
+    dtype = torch.float32 if stored.info.dtype in INDICES else float_dtype(stored.info, str(stored.file.path))
     return stored.whole()[index].to(torch.promote_types(dtype, torch.float32), copy=True)
 
 

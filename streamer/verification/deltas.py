@@ -264,7 +264,9 @@ ILL_DEFINED = 0.05
 DECADES = 100 / math.log(10)
 """Search range for ν, in orders of magnitude on each side of the inverse of the largest eigenvalue; ν is clipped to this range."""
 
-_ROLES = r"lora_(?:embedding_)?[ABE]|ranknum|lora_magnitude_vector|(?:hada|lokr|oft|boft|vera)_\w+"
+_ROLES = (
+    r"lora_(?:embedding_)?[ABE]|ranknum|lora_magnitude_vector|(?:hada|lokr|oft|boft|vera|miss|shira|delora|hra)_\w+"
+)
 _FACTOR = re.compile(rf"(?P<module>.+)\.(?P<role>{_ROLES})(?:\.(?!weight$|bias$)[^.]+)?(?:\.weight)?")
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
 

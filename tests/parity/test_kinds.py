@@ -16,6 +16,7 @@ IN_BF16 = {
 # Variants of a kind that differ in their shapes alone.
 SLOW = {"rslora", "lora_bias, bias=all", "bias=lora_only", "conv1d", "conv3d", "DoRA, conv1d", "DoRA, conv3d", "DoRA, saved modules",
         "OLoRA", "LoHa, conv2d", "LoKr, large rank", "LoKr, conv2d", "AdaLoRA, conv2d", "VeRA, shapes", "OFT, three terms", "BOFT, conv2d",
+        "MiSS, uneven", "HRA, orthogonal",
         "tied, one delta of lm_head", "tied, GPT-2", "trainable tokens by name"}  # fmt: skip
 CASES = [
     pytest.param(
@@ -36,5 +37,5 @@ def test_a_kind(kind: str, dtype: str, tmp_path: Path) -> None:
     for name in ("merged", "merged-half", "same", "half", "lora"):
         if (tmp_path / name).exists():
             found = lines(tmp_path / name, tmp_path / "base", tmp_path / "adapter", sample="all")
-            unknown = kind.startswith(("OFT", "BOFT"))
+            unknown = kind.startswith(("OFT", "BOFT", "MiSS", "SHiRA", "DeLoRA", "HRA"))
             assert "for which verify has no formula" in found[0] if unknown else found == []

@@ -154,7 +154,8 @@ def test_all_reasons_are_told_at_once(llama_base: Path, tmp_path: Path) -> None:
 
 
 METHODS = {"LORA": peft.LoraConfig, "LOHA": peft.LoHaConfig, "LOKR": peft.LoKrConfig, "ADALORA": peft.AdaLoraConfig,
-           "VERA": peft.VeraConfig, "OFT": peft.OFTConfig, "BOFT": peft.BOFTConfig}  # fmt: skip
+           "VERA": peft.VeraConfig, "OFT": peft.OFTConfig, "BOFT": peft.BOFTConfig,
+           "MISS": peft.MissConfig, "SHIRA": peft.ShiraConfig, "DELORA": peft.DeloraConfig, "HRA": peft.HRAConfig}  # fmt: skip
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -209,6 +209,14 @@ KINDS: dict[str, Kind] = {
     "OFT, embedding": Kind(llama(), lambda: peft.OFTConfig(oft_block_size=8, target_modules=["embed_tokens"]), mitigate=False),
     "BOFT": Kind(llama(), lambda: peft.BOFTConfig(boft_block_size=8, target_modules=["q_proj", "down_proj"]), mitigate=False),
     "BOFT, conv2d": Kind(convolutions(2), lambda: peft.BOFTConfig(boft_block_size=8, target_modules=["wide"]), mitigate=False),
+    "MiSS": Kind(llama(), lambda: peft.MissConfig(r=16, target_modules=["q_proj", "down_proj"]), mitigate=False),
+    "MiSS, uneven": Kind(llama(), lambda: peft.MissConfig(r=7, target_modules=["q_proj", "up_proj"]), mitigate=False),
+    "MiSS, bat": Kind(llama(), lambda: peft.MissConfig(r=8, target_modules=["k_proj", "down_proj"], init_weights="bat"), mitigate=False),
+    "SHiRA": Kind(llama(), lambda: peft.ShiraConfig(r=4, target_modules=["q_proj", "down_proj"]), mitigate=False),
+    "DeLoRA": Kind(llama(), lambda: peft.DeloraConfig(r=4, target_modules=["k_proj", "down_proj"]), mitigate=False),
+    "HRA": Kind(llama(), lambda: peft.HRAConfig(r=4, target_modules=["k_proj", "down_proj"]), mitigate=False),
+    "HRA, orthogonal": Kind(llama(), lambda: peft.HRAConfig(r=4, target_modules=["k_proj"], apply_GS=True), mitigate=False),
+    "HRA, conv2d": Kind(convolutions(2), lambda: peft.HRAConfig(r=4, target_modules=["wide"]), mitigate=False),
     "tied, lm_head": Kind(tied, lora("q_proj", "lm_head"), shared=False),
     "tied, embedding": Kind(tied, lora("q_proj", "embed_tokens"), shared=False),
     "tied, both": Kind(tied, lora("lm_head", "embed_tokens"), shared=False),
@@ -231,5 +239,5 @@ KINDS: dict[str, Kind] = {
     "trainable tokens by name": Kind(llama(), lora("v_proj", trainable_token_indices={"embed_tokens": [1, 2]})),
 }  # fmt: skip
 
-APART = {("tied, one delta", "bf16"), ("tied, one delta of lm_head", "bf16")}
-"""Kinds whose shared factors PEFT trains separately in this dtype: its cast to float32 copies them."""
+APART = {("tied, one delta", "bf16"), ("tied, one delta of lm_head", "bf16"), ("HRA, conv2d", "fp32")}
+"""Kinds whose shared factors PEFT trains separately in this dtype: its cast to float32 copies them; and one that it merges less exactly."""
