@@ -394,7 +394,7 @@ class MethodOptions(Scaling, group="mitigation"):
     mitigation_lambda: float | None = option("share of each intruder (project: of the adapter's part; shrink: of the adapter) to keep, "
         "from 0 (remove) to 1 (keep). With --map: share of each delta's energy on general inputs", None, "--lambda", metavar="L",
         shown=f"{DEFAULT.mitigation_lambda:g}, with a map {NullSpace.mitigation_lambda:g}")
-    method: MethodName | None = option("; ".join(f"{name}: {method.about}" for name, method in METHODS.items()) + ". With --coefficients "
+    method: MethodName | None = option("; ".join(f"{name}: {METHODS[name].about}" for name in WITHOUT_FILES) + ". With --coefficients "
         "or --map, the file sets the method", metavar="NAME", choices=[*METHODS], shown=DEFAULT.name, detail="The mitigated delta "
         "is Δ + (λ − 1) U Σ Vᵀ (paper), (I − (1 − λ) U Uᵀ) Δ (project), λ Δ (shrink) or L R'ᵀ with new right factors (regmean).")
     keep: float | None = option("share of the learning that the factors in --coefficients keep; others are refused", metavar="SHARE",
@@ -443,8 +443,7 @@ class WritingOptions(Writing, Mitigation, group="output"):
 class Serving(Options, group="output"):
     """An adapter that servers apply as PEFT does."""
 
-    for_server: bool = option("write one rank for all modules, padded to one that vLLM takes, and scale 1: it ignores rank_pattern and "
-        "alpha_pattern", False)
+    for_server: bool = option("for vLLM, which ignores rank_pattern and alpha_pattern: one rank and scale 1 for all modules", False)
 
 
 class MitigateOptions(Serving, WritingOptions):
@@ -459,9 +458,9 @@ class MergeOptions(Dequantizing, WritingOptions):
     """Options of `merge_with_reduced_intruder_dimensions`."""
 
     output: str | Path = written(f"model directory to write; {SEVERAL} subdirectory NAME per adapter", "DIR")
-    dtype: MergedDtype | None = option("write floating-point tensors in this dtype, but those that are stored wider than most; quantized "
-        "ones stay", choices=["bf16", "fp16", "fp32"], shown="the base's")
-    max_shard_size: str | int | None = option("divide the model among files of at most SIZE, like 5GB, with an index", metavar="SIZE",
+    dtype: MergedDtype | None = option("dtype of plain floating-point tensors, but of those stored wider than most",
+        choices=["bf16", "fp16", "fp32"], metavar="DTYPE", shown="the base's", detail="bf16, fp16 or fp32.")
+    max_shard_size: str | int | None = option("largest size of a file, like 5GB", metavar="SIZE",
         shown="the base's files", detail="GB is 1000³ bytes, as in transformers; GiB is 1024³.", bound=SIZE)
     executor: Executor | None = keyword("workers that write shards")
 
