@@ -169,10 +169,12 @@ class OutputRequest(Request, MitigateOptions, MergeOptions):
         findings = load_given(self.findings, adapters)
         detection = detection_options(self, self.memory, findings[0])
         jobs = open_jobs(base, adapters, findings, self.chosen, detection, run)
-        form = {
-            "dequantize": self.dequantize, "dtype": self.dtype, "shard_bytes": self.shard_bytes, "for_server": self.for_server,
-        }  # fmt: skip
-        return [replace(job, **form, card=self.model_card, measured=self.measured) for job in jobs]
+        return [
+            replace(
+                job, dequantize=self.dequantize, dtype=self.dtype, shard_bytes=self.shard_bytes, for_server=self.for_server,
+                card=self.model_card, measured=self.measured,
+            ) for job in jobs
+        ]  # fmt: skip
 
     def _writer(self, job: Job, path: Path) -> Writer:
         """Plan the output of a job."""

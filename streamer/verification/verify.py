@@ -231,7 +231,12 @@ class Check:
         for _ in range(30):  # they estimate the largest singular value of the rest, from below
             powers = rest.T @ (rest @ np.linalg.qr(powers)[0])
         permitted = 2.02 * np.linalg.norm(rounding) + spread + 1e-6 * size + 1e-300
-        served = self.record.get("for_server") and P.terms == self.files.options["r"]  # with zeros beyond the rank
+        served = (
+            isinstance(self.files, AdapterFiles)
+            and self.record.get("for_server")
+            and P.terms == self.files.options["r"]
+        )
+        # Zeros extend factors for servers.
         least = values[wanted - 1] if served and isinstance(wanted, int) else values[-1]
         beyond, kept = math.sqrt(np.linalg.norm(powers, 2)) - least, np.sum(values**2) / (size or 1.0) ** 2
         share = float(max(np.linalg.norm(rest @ V), np.linalg.norm(Q.T @ rest), beyond) / permitted)
