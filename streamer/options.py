@@ -213,27 +213,6 @@ def declared(kind: type) -> Iterator[tuple[Any, Option, str]]:
             yield option_field, option_field.metadata["option"], groups[option_field.name]
 
 
-REMOVED_FROM = {
-    ("diff",): "run detect on both adapters and compare what they print; with --json, all figures",
-    ("fit",): "use repair, which fits, measures, and writes the factors to OUTPUT.fit.safetensors",
-    ("--grain", "--objective", "--steps"):
-        "repair now uses the closed form (regmean), which keeps more and forgets less; drop the option",
-    ("--race", "--no-race"): "every variant runs on all sequences; drop the option",
-    ("map --workers", "map --executor"): "a map is made in this process, on all cores; drop the option",
-    tuple(f"evaluate --{name}" for name in ("top-k", "epsilon", "threshold-epsilon", "solver")):
-        "run `streamer detect` with it, and pass its file as --findings",
-    ("--part",): "use --workers N, or --executor, of detect and merge",
-    ("demo --keep",): "use -o DIR",
-    ("demo --lambda", "demo --amplify"): "the demo now repairs an adapter; drop the option",
-    ("verify --max-memory",): "verify reads a few rows at a time; drop the option",
-    tuple(f"report --{n}" for n in ("keep", "architecture", "base-is-residual", "ignore-key", "io", "lora-b-layout", "remote")):
-        "findings and evaluations are read without their inputs; drop the option",
-    ("repair --findings",): "measure paper and project with `streamer evaluate --findings FILE`",
-    ("report --coefficients",): "a fit holds factors now, and no coefficients of intruders; `streamer evaluate` measures it",
-}  # fmt: skip
-REMOVED = {name: advice for names, advice in REMOVED_FROM.items() for name in names}
-"""What to do instead of removed commands and options, which keywords have too; a command precedes an option that others still have."""
-
 ONE_ADAPTER = "directory, hub name or address of a PEFT adapter; only one"
 ADAPTERS = (
     "directory, hub name or address of a PEFT adapter. Several, or a directory of them, share one pass over the base"

@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 from streamer.errors import UsageError, printable
 from streamer.events import Event, Monitor, warn
-from streamer.options import REMOVED, Watched, declared
+from streamer.options import Watched, declared
 from streamer.units import plural
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -248,9 +248,6 @@ def explained(kind: type) -> Callable[[Function], Function]:
         @functools.wraps(function)
         def checked(*args: Any, **keywords_given: Any) -> Any:
             for name in keywords_given.keys() - set(names):
-                flag, command = f"--{name.replace('_', '-')}", function.__name__.partition("_")[0]
-                if advice := REMOVED.get(flag) or REMOVED.get(f"{command} {flag}"):
-                    raise TypeError(f"{function.__name__}(): {name} was removed: {advice}")
                 meant = "".join(f"; did you mean {near!r}?" for near in difflib.get_close_matches(name, names, 1))
                 raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}{meant}")
             return function(*args, **keywords_given)

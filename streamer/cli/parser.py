@@ -13,7 +13,7 @@ from itertools import takewhile
 from typing import Any, NoReturn
 
 from streamer import __version__, options
-from streamer.options import REMOVED, Option, declared
+from streamer.options import Option, declared
 from streamer.units import parse_size, quoted
 
 
@@ -51,8 +51,6 @@ class Parser(argparse.ArgumentParser):
         for arg in takewhile(lambda arg: arg != "--", words):
             name = arg.partition("=")[0]
             if name.startswith("--") and " " not in name and name not in self._option_string_actions:
-                if advice := REMOVED.get(name) or REMOVED.get(f"{self.prog.rpartition(' ')[2]} {name}"):
-                    raise BadUsage(f"{name} was removed: {advice}")
                 self.error(f"unknown option {quoted(name)}{_closest(name, self._option_string_actions)}")
         arguments, others = super().parse_known_args(args, namespace)
         if others and self._subparsers is None:
@@ -62,8 +60,6 @@ class Parser(argparse.ArgumentParser):
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
-            if isinstance(action, argparse._SubParsersAction) and value in REMOVED:
-                raise BadUsage(f"{value} was removed: {REMOVED[value]}")
             choices = [str(choice) for choice in action.choices]
             near = _closest(str(value), choices)
             raise argparse.ArgumentError(action, f"expected one of {', '.join(choices)}, found {quoted(value)}{near}")

@@ -147,7 +147,6 @@ def test_a_line_for_each_thing_that_is_wrong(server: Server, home: Path, tmp_pat
         (["--keep", "90"], {}, 2, "--keep: expected a share in (0, 1], found 90.0"),
         (["--max-memory", budget], {}, 2, f"--max-memory: {budget} is not enough for a sweep of 512 tokens; it needs "),
         (["--method", "paper"], {}, 2, "--findings: paper 0.75 needs them, found none; run `streamer detect`, and pass its file"),
-        (["--top-k", "3"], {}, 2, "--top-k was removed: run `streamer detect` with it, and pass its file as --findings"),
     ]  # fmt: skip
     for options, texts, code, message in cases:
         done = evaluate(server, home, tmp_path / "e.json", *options, **texts)

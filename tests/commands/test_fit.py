@@ -126,18 +126,6 @@ def test_texts_that_are_short_are_told_of_before_the_first_pass(server: Server, 
     assert "only differences of over 12.7 standard errors are evidence" in held[0]
 
 
-REMOVED = "repair now uses the closed form (regmean), which keeps more and forgets less; drop the option"
-
-
-@pytest.mark.parametrize("option", ["--grain", "--objective", "--steps"])
-def test_removed_options_are_refused_by_name(server: Server, home: Path, tmp_path: Path, option: str) -> None:
-    done = run(server, home, tmp_path / "c.safetensors", f"{option}=direction")
-    assert (done.code, done.err) == (2, f"streamer: {option} was removed: {REMOVED}\n")
-    with pytest.raises(TypeError, match=f"{option[2:]} was removed: repair now uses the closed form"):
-        streamer.repair_adapter(home / "base", home / "adapter", tmp_path / "c", task="t", **{option[2:]: "direction"})  # type: ignore[arg-type]  # removed
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_swapped_texts_are_asked_about(server: Server, home: Path, tmp_path: Path) -> None:
     swapped = {"general": home / "task.npy", "task": home / "general.npy"}
     done = run(server, home, tmp_path / "c.safetensors", "-qq", **swapped)

@@ -13,7 +13,6 @@ from commands import WRITING, refuse
 from forks import server
 from paths import TOOLS
 
-import streamer
 from streamer.cli.parser import COMMANDS
 
 # Options --------------------------------------------------------------------------------------------------------------
@@ -64,30 +63,6 @@ def test_usage(argv: list[str], words: str) -> None:
     assert len(line) <= 300
 
 
-@pytest.mark.parametrize(("argv", "advice"), [
-    (["fit", "b", "a", "-o", "x"], "use repair, which fits, measures, and writes the factors to OUTPUT.fit.safetensors"),
-    (["diff", "f", "g"], "run detect on both adapters and compare what they print; with --json, all figures"),
-])  # fmt: skip
-def test_a_removed_command_names_what_to_use(argv: list[str], advice: str) -> None:
-    done = server().run(*argv)
-    assert (done.code, done.out, done.err) == (2, "", f"streamer: {argv[0]} was removed: {advice}\n")
-
-
-MAP = "a map is made in this process, on all cores; drop the option"
-
-
-@pytest.mark.parametrize(("argv", "words"), [
-    (["evaluate", "b", "a", "--no-race"], "--no-race was removed: every variant runs on all sequences; drop the option"),
-    (["detect", "b", "a", "-o", "x", "--part", "1/2"], "--part was removed: use --workers N, or --executor, of detect and merge"),
-    (["demo", "--keep=d"], "--keep was removed: use -o DIR"),
-    (["demo", "--lambda", "0"], "--lambda was removed: the demo now repairs an adapter; drop the option"),
-    *((["map", "b", f"{option}=2"], f"{option} was removed: {MAP}") for option in ("--workers", "--executor")),
-])  # fmt: skip
-def test_a_removed_option_names_what_to_use(argv: list[str], words: str) -> None:
-    done = server().run(*argv)
-    assert (done.code, done.out, done.err) == (2, "", f"streamer: {words}\n")
-
-
 def test_usage_quotes_what_it_was_given_in_one_line() -> None:
     done = server().run("fly\x1b[2J\nhigh")
     assert done.code == 2
@@ -116,11 +91,6 @@ def test_help_is_short_and_says_where_all_of_it_is(command: str) -> None:
 
 
 # The parser -----------------------------------------------------------------------------------------------------------
-
-
-def test_a_removed_keyword_names_what_to_use() -> None:
-    with pytest.raises(TypeError, match=rf"^map_inputs\(\): executor was removed: {MAP}$"):
-        streamer.map_inputs("b", "o", executor=None)  # type: ignore[call-arg]  # removed
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])

@@ -169,12 +169,6 @@ def test_the_choice(fitted: Path, verdict: str, forgotten: bool, chosen: str, me
     assert why
 
 
-def test_what_is_refused_in_a_line(server: Server, home: Path, fitted: Path) -> None:
-    done = server.run("report", "f.safetensors", home / "base", home / "adapter", "--coefficients", fitted)
-    words = "--coefficients was removed: a fit holds factors now, and no coefficients of intruders; `streamer evaluate` measures it"
-    assert (done.code, done.err) == (2, f"streamer: {words}\n")
-
-
 def test_an_empty_name_is_not_the_built_in_text(home: Path, tmp_path: Path) -> None:
     """The command line refuses every empty argument; the library must not take this one for None."""
     words = "expected the name of a text to end in .txt, .jsonl, .npy, found ''"
