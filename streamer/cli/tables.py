@@ -200,6 +200,14 @@ def _norms(rows: Sequence[Mapping[str, Any]], priority: int) -> list[Column]:
             Column("after", after, "Frobenius norm of the written delta", priority + 2)]  # fmt: skip
 
 
+def _of_4_bits(tree: Mapping[str, Any]) -> list[str]:
+    """Say what it means that an adapter's config names a base in 4 bits, if the base given here is in 16 or 32."""
+    name, dtypes = tree["adapter"].get("base_model_name_or_path") or "", {m["dtype"] for m in tree["matrices"]}
+    if not re.search(r"4-?bit|nf4|int4|awq|gptq", name, re.IGNORECASE) or dtypes - {"BF16", "F16", "F32"}:
+        return []
+    return [f"trained on weights in 4 bits ({name}); on plain weights its loss is much the same (docs/shell.md)"]
+
+
 def inspect_table(tree: Mapping[str, Any], screen: Screen = NO_LIMIT) -> str:
     """Format a plan: one line for each matrix, or if there are many, for each group whose names differ only in numbers."""
     totals = tree["totals"]
@@ -246,6 +254,7 @@ def inspect_table(tree: Mapping[str, Any], screen: Screen = NO_LIMIT) -> str:
         f"{totals['matrices']} matrices of {totals['tensors']} tensors; base {format_size(totals['base_bytes'])}, "
         f"adapted {format_size(totals['adapted_bytes'])}; "
         f"largest matrix {totals['largest_matrix']} ({format_size(totals['largest_matrix_bytes'])})",
+        *_of_4_bits(tree),
         *(f"{n['modules']} matched by {n['rule']}: {n['why']}" for n in tree["names"]),
     ]
     omitted = sum(len(same) for _, same in hidden_rows)

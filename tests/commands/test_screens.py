@@ -1,7 +1,9 @@
 """What a person sees: commands on real terminals of several widths, and in a log; the last screen has no bar and no line that wraps."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -266,6 +268,17 @@ def test_inspect_puts_layers_together(many: tuple[Path, Path]) -> None:
         for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.down_proj")
     ]
     assert sum(line.startswith("model.layers.") for line in every.out.splitlines()) == 60
+
+
+def test_inspect_says_that_an_adapter_was_trained_on_4_bits(many: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = many
+    assert "4 bits" not in server().run("inspect", *many).out
+    shutil.copytree(adapter, tmp_path / "a")
+    config = tmp_path / "a" / "adapter_config.json"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps(values | {"base_model_name_or_path": "unsloth/some-bnb-4bit"}))
+    done = server().run("inspect", base, tmp_path / "a")
+    assert "trained on weights in 4 bits (unsloth/some-bnb-4bit); on plain weights" in done.out
 
 
 def test_every_column_is_explained_or_says_it_itself(findings: Path) -> None:
