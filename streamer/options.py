@@ -437,7 +437,7 @@ class MergeOptions(Dequantizing, WritingOptions):
     """Options of `merge_with_reduced_intruder_dimensions`."""
 
     output: str | Path = written(f"model directory to write; {SEVERAL} subdirectory NAME per adapter", "DIR")
-    dtype: MergedDtype | None = option("dtype of plain floating-point tensors, but of those stored wider than most",
+    dtype: MergedDtype | None = option("write plain floating-point tensors in this dtype, but not those stored wider than most",
         choices=["bf16", "fp16", "fp32"], metavar="DTYPE", shown="the base's", detail="bf16, fp16 or fp32.")
     max_shard_size: str | int | None = option("largest size of a file, like 5GB", metavar="SIZE",
         shown="the base's files", detail="GB is 1000³ bytes, as in transformers; GiB is 1024³.", bound=SIZE)

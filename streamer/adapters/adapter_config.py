@@ -337,7 +337,7 @@ RULES = (
     Rule("eps", "OFT", "expected eps to be a number", _no_number, "OFT"),
     Rule("num_cayley_neumann_terms", "OFT", f"expected num_cayley_neumann_terms from 1 to {MOST_TERMS}",
          lambda v: _no_number(v) or not 1 <= v <= MOST_TERMS, "OFT"),
-    Rule("init_weights", "MiSS mini", "its block is also repeated along the output", lambda v: v == "mini", "MISS"),
+    Rule("init_weights", "MiSS mini", "its block, repeated along the output, would fit other bases too", lambda v: v == "mini", "MISS"),
     Rule("boft_n_butterfly_factor", "BOFT", "only a boft_n_butterfly_factor of 1 can be checked against PEFT on a CPU",
          lambda v: v != 1, "BOFT"),
     *(Rule("fan_in_fan_out", kind, "PEFT does not merge this method into a layer that stores (in, out)", bool, kind)
@@ -388,12 +388,12 @@ KNOWN_KEYS = {
     # Read: constrained rotations with their bound, and the series with its number of terms. The shapes show the blocks.
     "OFT": _EVERY_METHOD | {
         "coft", "eps", "use_cayley_neumann", "num_cayley_neumann_terms", "oft_block_size", "block_share", "module_dropout", "init_weights"},
-    # Read: the number of factors; only 1 is supported. The shapes show the blocks.
     # Read: how HRA's vectors are used; MiSS's kind. The rest: initial values, whose results the tensors hold.
     "MISS": _EVERY_METHOD | {"miss_dropout", "mini_r", "init_weights"},
     "SHIRA": _EVERY_METHOD | {"mask_type", "random_seed", "init_weights"},
     "DELORA": _EVERY_METHOD | {"delora_lambda", "lambda_pattern", "module_dropout", "init_weights"},
     "HRA": _EVERY_METHOD | {"apply_GS", "init_weights"},
+    # Read: the number of factors; only 1 is supported. The shapes show the blocks.
     "BOFT": _EVERY_METHOD | {"boft_n_butterfly_factor", "boft_block_size", "boft_block_num", "boft_dropout", "init_weights"},
 }  # fmt: skip
 """Known keys by PEFT's name of the method."""

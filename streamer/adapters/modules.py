@@ -261,7 +261,13 @@ def _hra_fits(s: Shapes, shape: tuple[int, int]) -> bool:
 def _hra(p: MethodInputs, W0: Tensor) -> Delta:
     """Compute ``W0 H − W0`` for a product H of reflections, whose vectors are made orthogonal first with ``apply_GS``."""
     U = p.tensors["hra_u"].double()
-    U = torch.linalg.qr(U).Q if p.config.get("apply_GS") else U / torch.linalg.vector_norm(U, dim=0)
+    if p.config.get("apply_GS"):
+        U, R = torch.linalg.qr(U / torch.linalg.vector_norm(U, dim=0))
+        if float(R.diagonal().abs().min()) < 1e-5:
+            raise NumericError(
+                "hra_u: expected independent vectors for apply_GS, found dependent ones; train the adapter"
+            )
+    U = U / torch.linalg.vector_norm(U, dim=0)
     W = W0.double()
     for u in U.T:
         W = W.addr(W @ u, u, alpha=-2)

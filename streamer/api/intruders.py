@@ -17,6 +17,7 @@ from streamer.api.requests import Request, detection_options, found_inputs, read
 from streamer.detection.detect import detect_in_memory, detect_to_files, plan_findings, shared
 from streamer.detection.findings import Findings
 from streamer.detection.options import DetectionOptions, Run
+from streamer.errors import UsageError
 from streamer.events import Monitor
 from streamer.options import Adapters, DetectOptions, IterateOptions, MergeOptions, MitigateOptions, SeveralAdapters
 from streamer.output import write
@@ -137,7 +138,10 @@ class OutputRequest(Request, MitigateOptions, MergeOptions):
     @property
     def shard_bytes(self) -> int | None:
         """Return the largest size of a merged model's file in bytes; None for the base's files."""
-        return None if self.max_shard_size is None else read_size("max_shard_size", self.max_shard_size, 1000)
+        size = None if self.max_shard_size is None else read_size("max_shard_size", self.max_shard_size, 1000)
+        if size == 0:
+            raise UsageError(f"max_shard_size: expected a size from 1 byte, found {self.max_shard_size!r}")
+        return size
 
     def open(self, monitor: Monitor) -> None:
         """Open the inputs and plan the outputs; this refuses outputs that cannot be written."""
@@ -258,9 +262,9 @@ def merge_with_reduced_intruder_dimensions(
 ) -> Written | dict[str, Written]:
     """Write the base with the mitigated delta merged in: ``W0 + Δ'``, summed in float32 and rounded once to the base's dtype.
 
-    Shard names, tensor order, dtypes, metadata and all other files are the base's; unchanged tensors keep their bytes. The delta is not
-    truncated. FP8 weights are quantized again with new scales: each value is rounded to 4 significant bits. Other quantized weights need
-    `dequantize`. Several adapters share one pass over the base.
+    Tensor order, metadata and all other files are the base's. So are shard names and dtypes, and unchanged tensors keep their bytes, unless
+    `max_shard_size` or `dtype` is given. The delta is not truncated. FP8 weights are quantized again with new scales: each value is rounded
+    to 4 significant bits. Other quantized weights need `dequantize`. Several adapters share one pass over the base.
 
     Parameters
     ----------

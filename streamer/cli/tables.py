@@ -57,7 +57,7 @@ def forecast_text(command: str, forecast: Mapping[str, Any], free: int) -> str:
     beside = f" and at most {format_size(held)} temporarily" if (held := forecast["temporary_bytes"]) else ""
     pace = f", on {counted(forecast['threads'], 'thread')}, within a factor of 3 if load and disk stay as they are"
     return (
-        f"forecast: memory {format_size(usual)}{memory}; reads {_read(forecast)}, writes {'at escalated ' if command == 'detect' else ''}"
+        f"forecast: memory {format_size(usual)}{memory}; reads {_read(forecast)}, writes {'at most ' if command == 'detect' else ''}"
         f"{format_size(forecast['write_bytes'])}{beside}; "
         f"{format_size(free)} free; time {_time(forecast['seconds'])}{pace if forecast['seconds'] else ''}"
     )

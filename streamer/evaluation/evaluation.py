@@ -538,6 +538,13 @@ class Evaluation:
         """Return the command that makes a variant, with its options; the caller adds inputs, output and files.
 
         The command is `mitigate` if the variant can be written as an adapter without loss, and no merge is asked for; else `merge`.
+
+        Parameters
+        ----------
+        variant
+            One of the variants that were measured.
+        merges
+            Whether the command must write a model.
         """
         facts, lam = self.facts, variant.mitigation_lambda
         exact = facts["projected"] or (variant.method in METHODS and METHODS[variant.method].keeps_rank)

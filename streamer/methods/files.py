@@ -176,7 +176,15 @@ class Coefficients:
                 )
 
     def mitigated(self, delta: Delta, tensor: str) -> Delta:
-        """Compute ``Δ' = L R'ᵀ``."""
+        """Compute ``Δ' = L R'ᵀ``.
+
+        Parameters
+        ----------
+        delta
+            The adapter's delta, with factors L (m, r) and R (n, r).
+        tensor
+            Name of its matrix in the base.
+        """
         factor = self.matrices[tensor]
         if not isinstance(delta, LowRank) or factor.shape != delta.R.shape:
             raise MismatchError(

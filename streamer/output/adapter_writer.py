@@ -79,12 +79,11 @@ def server_rank(path: Path, rank: int) -> int:
 
 def server_advice(config: Mapping[str, Any]) -> list[str]:
     """Advise against serving an adapter by its config: vLLM scales all modules by one α/r, and some servers ignore rsLoRA."""
-    ignored = [key for key in (*PATTERNS, "use_rslora") if config.get(key)]
-    if not ignored:
+    ignored = [key for key in PATTERNS if config.get(key)]
+    who, keys = ("vLLM and other servers ignore", ignored) if ignored else ("some servers ignore", ["use_rslora"])
+    if not ignored and not config.get("use_rslora"):
         return []
-    return [
-        f"servers such as vLLM ignore {' and '.join(ignored)} and would scale deltas wrongly; for them, add --for-server"
-    ]
+    return [f"{who} {' and '.join(keys)} and would scale deltas wrongly; for them, add --for-server"]
 
 
 HASHES = ("modelspec.hash_sha256", "sshs_legacy_hash", "sshs_model_hash")
@@ -377,11 +376,7 @@ class LoraWriter(OneFileWriter):
         if isinstance(rank, float):
             self._ranks = _least_ranks(job, in_factors, rank)
         if job.for_server:
-            common = server_rank(plan.adapter.path, max(self._ranks.values()))
-            if isinstance(rank, int) and rank != common:
-                raise UsageError(
-                    f"to_lora: servers take one of the ranks {listed(SERVER_RANKS)}, found {rank}; give {common}"
-                )
+            common = rank if isinstance(rank, int) else server_rank(plan.adapter.path, max(self._ranks.values()))
             self._ranks = dict.fromkeys(self._ranks, common)
         self._targets: dict[str, Target] = {}
         entries: list[tuple[str, str, tuple[int, ...]]] = []

@@ -1,4 +1,4 @@
-"""Write a merged model: the base's shard names, tensor order, dtypes and metadata, its index and other files.
+"""Write a merged model: the base's tensor order and metadata, its shard names and dtypes unless others are wanted, and its other files.
 
 One plan serves the files written by `merge`, the index, the sizes of a dry run, and the tensors of `iter_merged`: for each tensor of each
 file its dtype, its shape, and its recipe. A recipe yields bytes in the output's dtype, a few rows at a time; it computes in the computing
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from streamer.adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME
+from streamer.adapters.finetuned import FinetunedModel
 from streamer.detection.detect import detect_matrix, detection_estimates
 from streamer.detection.intruders import Detection
 from streamer.errors import NumericError, UnsupportedError
@@ -226,7 +227,7 @@ class ReplaceRows(Cast):
 
     def fill(self, i: int, j: int, raw: Tensor, values: Tensor, out: Tensor) -> None:
         """Make rows, with the trained ones rounded once."""
-        if self.weight.quantized:
+        if self.weight.quantized or raw.dtype != out.dtype:
             super().fill(i, j, raw, values, out)
         else:
             out.copy_(raw)
@@ -286,7 +287,7 @@ class MergedModel:
     Attributes
     ----------
     files
-        Output tensors by file name, in file order: the base's files and order, with new tensors at the end of the last file.
+        Output tensors by file name, in file order: the base's, with new tensors at the end; in the base's files unless a size is wanted.
     metadata
         Metadata of each file.
     texts
@@ -492,14 +493,15 @@ def _head(plan: Plan, names: list[str]) -> Head:
 def _texts(plan: Plan, head: Head, dequantize: bool, dtype: MergedDtype | None) -> dict[str, bytes]:
     """Write the model's config if the merge changes what it must state."""
     # A fine-tuned model's own config describes it; without a base config, a config of a few keys could not be loaded.
-    if plan.adapter.describes_model or not plan.config.values:
+    stated = plan.adapter.model_config if isinstance(plan.adapter, FinetunedModel) else plan.config
+    if not stated.values:
         return {}
-    config = plan.edits.config(head.config)
+    config = stated if plan.adapter.describes_model else plan.edits.config(head.config)
     if dequantize:
         config = config.unquantized()
     if dtype is not None:
         config = config.with_dtype(str(MERGED_DTYPES[dtype]).removeprefix("torch."))
-    if config == plan.config:
+    if config == stated:
         return {}
     return {MODEL_CONFIG: (json.dumps(config.values, indent=2, ensure_ascii=False) + "\n").encode()}
 
@@ -529,7 +531,7 @@ class ModelWriter(Writer):
         plan, base = job.plan, job.plan.base
         shards = model.shards(job.stamp("merge"))
         finals = {}
-        if len(files) > 1 if job.shard_bytes else base.index is not None:
+        if len(files) > 1 if job.shard_bytes is not None else base.index is not None:
             base_index = base.index or {"weight_map": {}}
             stated, where = base_index["weight_map"], {o.name: name for name, made in files.items() for o in made}
             # Keep the base's order; new names come last.

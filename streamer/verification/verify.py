@@ -186,7 +186,8 @@ class Check:
         if W0.dtype not in deltas.ELEMENTS:
             raise NotRecomputed(f"it is stored as {W0.dtype or 'several tensors'}, which is not decoded here")
         keeps = delta is not None and self.outcome.result["kind"] == "model" and not self.record["dequantize"]
-        dtypes = {Matrix(self.base, tensor).dtype, self._cast} if keeps or self._cast else {written.dtype}
+        stored = Matrix(self.base, tensor).dtype if keeps or self._cast else ""
+        dtypes = {stored, self._cast} if stored else {written.dtype}
         if written.stored_shape != W0.stored_shape or written.dtype not in dtypes:
             self._differ(
                 tensor,
@@ -225,7 +226,8 @@ class Check:
         rest = delta.dense()
         size = float(np.linalg.norm(rest))
         rest -= P.dense()
-        (Q, left), (V, right) = np.linalg.qr(P.L), np.linalg.qr(P.R)
+        columns = P.L.any(0) & P.R.any(0)  # zeros extend factors for servers
+        (Q, left), (V, right) = np.linalg.qr(P.L[:, columns]), np.linalg.qr(P.R[:, columns])
         values = np.linalg.svd(left @ right.T, compute_uv=False)
         powers = np.random.default_rng(0).standard_normal((P.shape[1], 4))
         for _ in range(30):  # they estimate the largest singular value of the rest, from below
@@ -236,8 +238,9 @@ class Check:
             and self.record.get("for_server")
             and P.terms == self.files.options["r"]
         )
-        # Zeros extend factors for servers.
-        least = values[wanted - 1] if served and isinstance(wanted, int) else values[-1]
+        # Factors that do not use their rank must leave nothing.
+        used, rank = int(columns.sum()), wanted if isinstance(wanted, int) else 1
+        least = 0.0 if used < min(rank, *P.shape) else float(values[-1])
         beyond, kept = math.sqrt(np.linalg.norm(powers, 2)) - least, np.sum(values**2) / (size or 1.0) ** 2
         share = float(max(np.linalg.norm(rest @ V), np.linalg.norm(Q.T @ rest), beyond) / permitted)
         if not share <= 1:
@@ -270,10 +273,12 @@ class Check:
                 self._differ(name, "the base's tensor", "none")
         elif not source.replaced and source.added is None and deltas.same_bytes(files, name, source.files, source.name):
             return
-        elif edits or decoded or self._cast:
+        elif edits or decoded:
             self._compare(name, name, source)
         elif self._stored - self.base.stored.keys():
             raise NotRecomputed("a matrix of the record may be built from it")
+        elif self._cast:
+            self._compare(name, name, source)
         else:
             self._differ(name, "the base's bytes" if source.dtype else "a tensor of the inputs", "others")
 

@@ -484,7 +484,11 @@ def cast_weights(weights: WeightView, dtype: torch.dtype) -> WeightView:
     for info in floats.values():
         counts[info.dtype] += math.prod(info.shape)
     widest = max((FLOATS[usual].itemsize for usual, _ in counts.most_common(1)), default=0)
-    casts = {name: dtype for name, info in floats.items() if FLOATS[info.dtype].itemsize <= widest}
+    casts = {
+        name: dtype
+        for name, info in floats.items()
+        if FLOATS[info.dtype] != dtype and FLOATS[info.dtype].itemsize <= widest
+    }
     added = {
         name: dtype
         for name, source in weights.replacements.items()

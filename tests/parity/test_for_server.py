@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ import torch
 from causal_models import EXPERTS, make_adapter, make_base
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import streamer
-from streamer.errors import UnsupportedError, UsageError
+from streamer.errors import UnsupportedError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -98,12 +99,35 @@ def test_mitigated_and_half_precision_factors_tell_what_rounding_loses(tmp_path:
     streamer.verify_output(tmp_path / "out", tmp_path / "base", tmp_path / "half", sample="all")
 
 
+@pytest.mark.parametrize("rank", [6, 40])
+def test_what_is_truncated_is_verified(tmp_path: Path, rank: int) -> None:
+    """Of scaled intruders, of which the adapter's rank does not hold all; and of a rank above the matrix's sides."""
+    cls = make_base("llama", tmp_path / "base")
+    adapter = make_adapter(
+        cls, tmp_path / "base", tmp_path / "adapter", ["q_proj", "up_proj"], r=rank, lora_alpha=2 * rank
+    )
+    record = serve(tmp_path / "base", adapter, tmp_path / "out", mitigation_lambda=0.3, threshold_epsilon=0.9)
+    assert record["totals"]["intruders"] > 0
+    assert (rank > 32) or record["totals"]["dropped_max"] > 1e-3
+    verified = streamer.verify_output(tmp_path / "out", tmp_path / "base", adapter, sample="all")
+    assert verified["totals"]["not_compared"] == 0
+    file = tmp_path / "out" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if "lora_B" in name)
+    tensors[name][0, 0] += 0.1 * float(tensors[name].abs().max())
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path / "out", other)
+    save_file(tensors, other / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(streamer.StreamerError):
+        streamer.verify_output(other, tmp_path / "base", adapter, sample="all")
+
+
 def test_other_outputs_advise_it_once(tmp_path: Path) -> None:
     cls = make_base("llama", tmp_path / "base")
     adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", ["q_proj", "o_proj"], **CASES["both"])
     record = streamer.reduce_intruder_dimension(tmp_path / "base", adapter, tmp_path / "out", mitigation_lambda=1)
     (advice,) = record["advice"]
-    assert "rank_pattern and alpha_pattern and use_rslora" in advice
+    assert advice.startswith("vLLM and other servers ignore rank_pattern and alpha_pattern and")
     assert "--for-server" in advice
 
 
@@ -113,8 +137,9 @@ def test_resized_adapters_take_one_rank(tmp_path: Path) -> None:
     serve(tmp_path / "base", adapter, tmp_path / "share", mitigation_lambda=1, to_lora=0.99)
     config = json.loads((tmp_path / "share" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], "rank_pattern" in config) == (8, 8, False)
-    with pytest.raises(UsageError, match=r"servers take one of the ranks .*, found 12; give 16"):
-        serve(tmp_path / "base", adapter, tmp_path / "rank", mitigation_lambda=1, to_lora=12)
+    serve(tmp_path / "base", adapter, tmp_path / "rank", mitigation_lambda=1, to_lora=12)
+    config = json.loads((tmp_path / "rank" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], "rank_pattern" in config) == (12, 12, False)
 
 
 @pytest.mark.parametrize(

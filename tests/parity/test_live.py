@@ -129,8 +129,8 @@ def test_refuses_an_epsilon_that_no_similarity_reaches() -> None:
 
 
 def test_refuses_an_adapter_that_is_no_lora() -> None:
-    with pytest.raises(ValueError, match="MISS adapter: its change of the weights is not known"):
-        live.reduce_intruder_dimension(on_llama(peft.MissConfig(r=4, target_modules=["q_proj"])))
+    with pytest.raises(ValueError, match="GRALORA adapter: its change of the weights is not known"):
+        live.reduce_intruder_dimension(on_llama(peft.GraloraConfig(r=4, target_modules=["q_proj"])))
 
 
 def test_what_accelerate_offloads_is_refused(made: Made) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from causal_models import make_adapter, make_base
+from causal_models import EXPERTS, make_adapter, make_base
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
@@ -100,11 +100,49 @@ def test_names_a_tensor_that_overflows(inputs: tuple[Path, Path], tmp_path: Path
     merge(large, inputs[1], tmp_path / "wider", dtype="bf16")
 
 
+def test_trained_tokens_that_overflow_are_named_too(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    large = merge(*inputs, tmp_path / "large", max_shard_size="5GB")
+    values = load_file(large / "model.safetensors")
+    values["model.embed_tokens.weight"][5] = 7e4
+    save_file(values, large / "model.safetensors", {"format": "pt"})
+    tokens = make_adapter(
+        LlamaForCausalLM, large, tmp_path / "tokens", ["q_proj"], trainable_token_indices={"embed_tokens": [1, 2]}
+    )
+    with pytest.raises(streamer.StreamerError, match=r"'model.embed_tokens.weight'.* float16 "):
+        merge(large, tokens, tmp_path / "out", dtype="fp16")
+
+
+def test_a_tuned_models_config_states_the_dtype(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    tuned = merge(*inputs, tmp_path / "tuned", dtype="bf16")
+    ours = merge(inputs[0], tuned, tmp_path / "ours", dtype="fp16")
+    assert {value.dtype for value in tensors(ours).values()} == {torch.float16}
+    assert LlamaForCausalLM.from_pretrained(ours, dtype="auto").dtype == torch.float16
+
+
+def test_a_mask_stays_in_the_dtype_that_it_has(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    base = merge(*inputs, tmp_path / "base", max_shard_size="5GB")
+    values = load_file(base / "model.safetensors")
+    values["model.mask"] = torch.full((4, 4), float("-inf"))
+    save_file(values, base / "model.safetensors", {"format": "pt"})
+    assert torch.equal(
+        tensors(merge(base, inputs[1], tmp_path / "ours", dtype="fp32"))["model.mask"], values["model.mask"]
+    )
+
+
+def test_experts_are_not_taken_for_damaged(tmp_path: Path) -> None:
+    cls = make_base("mixtral", tmp_path / "base")
+    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", ["q_proj"], target_parameters=EXPERTS)
+    merged = merge(tmp_path / "base", adapter, tmp_path / "merged", dtype="bf16")
+    with pytest.raises(streamer.StreamerError, match=r"not verified: .* cannot be recomputed"):
+        streamer.verify_output(merged, tmp_path / "base", adapter, sample="all")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"max_shard_size": "five"}, "max_shard_size: expected a size like"),
         ({"max_shard_size": 0}, "max_shard_size: expected a size from 1 byte"),
+        ({"max_shard_size": "0.4B"}, "max_shard_size: expected a size from 1 byte"),
         ({"dtype": "float16"}, "dtype"),
     ],
 )

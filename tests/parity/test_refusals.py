@@ -58,7 +58,11 @@ REFUSED = {
         lambda: peft.VeraConfig(target_modules=["q_proj"], save_projection=False),
         "VeRA: its projections are not in the file",
     ),
-    "HRA": (lambda: peft.HRAConfig(target_modules=["q_proj"]), "HRA adapter: its change of the weights is not known here"),
+    "C3A": (lambda: peft.C3AConfig(block_size=8, target_modules=["q_proj"]), "C3A adapter: its change of the weights is not known here"),
+    "MiSS mini": (
+        lambda: peft.MissConfig(r=4, mini_r=4, target_modules=["q_proj"], init_weights="mini"),
+        "MiSS mini: its block, repeated along the output, would fit other bases too",
+    ),
     "IA3": (lambda: peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "IA3 adapter"),
     "prompt": (lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), "PROMPT_TUNING adapter"),
 }  # fmt: skip

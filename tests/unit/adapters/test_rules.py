@@ -104,7 +104,7 @@ def test_alpha_must_be_stated(tmp_path: Path) -> None:
         ({"megatron_config": {"x": 1}}, "Megatron"),
         ({"invocation_string": "<|start_of_role|>"}, "aLoRA: its change of the weights is not known here"),
         ({"enable_lora": [True, False, True]}, "MergedLinear: its change of the weights"),
-        ({"peft_type": "HRA"}, "HRA adapter"),
+        ({"peft_type": "C3A"}, "C3A adapter"),
         ({"peft_type": ["LORA"]}, "adapter: its change of the weights is not known here"),
         ({"peft_type": "BOFT", "boft_n_butterfly_factor": 2}, "BOFT: only a boft_n_butterfly_factor of 1"),
         ({"peft_type": "OFT", "fan_in_fan_out": True}, "OFT: PEFT does not merge"),
