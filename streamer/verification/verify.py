@@ -242,7 +242,9 @@ class Check:
         used, rank = int(columns.sum()), wanted if isinstance(wanted, int) else 1
         least = 0.0 if used < min(rank, *P.shape) else float(values[-1])
         beyond, kept = math.sqrt(np.linalg.norm(powers, 2)) - least, np.sum(values**2) / (size or 1.0) ** 2
-        share = float(max(np.linalg.norm(rest @ V), np.linalg.norm(Q.T @ rest), beyond) / permitted)
+        share = max(float(np.linalg.norm(rest @ V)), float(np.linalg.norm(Q.T @ rest)), float(beyond)) / float(
+            permitted
+        )
         if not share <= 1:
             self._differ(tensor, "the nearest factors to Δ' within one rounding", f"{share:.3g} times that")
         elif P.terms != wanted and not served if isinstance(wanted, int) else size and kept < wanted - 1e-3:
