@@ -25,8 +25,7 @@ from streamer.cli.main import run as run_streamer
 from streamer.evaluation import evaluate
 from streamer.evaluation.evaluate import BLOCK, clear
 from streamer.evaluation.evaluation import Evaluation, load_evaluation
-from streamer.measuring.runs import ADAPTER_ROW
-from streamer.measuring.statistics import MEASURES, SequenceSums
+from streamer.measuring.statistics import ADAPTER_ROW, MEASURES, SequenceSums
 
 
 def part(sums: SequenceSums, order: Sequence[int]) -> SequenceSums:

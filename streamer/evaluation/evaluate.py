@@ -21,8 +21,8 @@ from streamer.detection.options import DetectionOptions, Run
 from streamer.errors import UsageError
 from streamer.evaluation.evaluation import Evaluation, ask_swapped, load_evaluation, placed
 from streamer.measuring import runs
-from streamer.measuring.runs import ADAPTER_ROW, EvaluatedVariant, Prepared, Progress, Records, Work
-from streamer.measuring.statistics import ARRAYS, MEASURES, SequenceSums, telling
+from streamer.measuring.runs import EvaluatedVariant, Prepared, Progress, Records, Work
+from streamer.measuring.statistics import ADAPTER_ROW, ARRAYS, MEASURES, SequenceSums, telling
 from streamer.measuring.texts import GENERAL, TASK, Texts, TextSequences, read_texts, sample_digest
 from streamer.methods import UNCHANGED, NullSpace, RegMean, Shrink
 from streamer.options import EvaluateOptions, VariantOptions

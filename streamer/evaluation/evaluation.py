@@ -1,19 +1,17 @@
-"""Hold an evaluation: its options, the losses of its variants, its JSON (schema ``streamer.evaluation/1``), and its text for people.
-
-The text has the verdict, a table of the variants, the reasons, and the commands to run next.
-
-Suggest the variant that forgets least among all that keep enough of the learning, and compare it with the equal shrink.
+"""Hold the losses of a model's variants, and what follows: the suggestion, the comparison with a shrink, the JSON, and the text for people.
 
 The learning is the fall of the loss on the task's text from the base to the unchanged adapter. A variant keeps the share
 ``(base − variant) / (base − adapter)`` of it. Forgetting is the divergence from the base, ``KL(base ‖ variant)``, on general text. The
 loss on that text is shown but decides nothing: instruction-tuned and quantized bases often gain on plain text, whatever they forget, and
-on other bases divergence ranks variants as the loss does, but separates more of them. A suggested variant must also be worth it (`Trade`),
-and must not diverge more than the shrink that keeps the same share (`ShrinkComparison`).
+on other bases divergence ranks variants as the loss does, but separates more of them.
 
-Compare a variant with the shrink of the whole adapter that keeps the same share, and choose the λ of a shrink to measure next.
+The suggestion is the variant that forgets least among those that keep enough of the learning. It must also be worth it (`Trade`), and must
+not diverge more than the shrink of the whole adapter that keeps the same share (`ShrinkComparison`). Few shrinks are measured: between
+their λ, a cubic in λ through the four nearest interpolates what a shrink keeps and forgets. The interpolation is linear in the losses, so
+the same weights apply to every loss and every sequence, and errors stay paired.
 
-Between the measured λ, a cubic in λ through the four nearest interpolates what a shrink keeps and forgets. The interpolation is linear in
-the losses, so the same weights apply to every loss and every sequence, and errors stay paired.
+The JSON has the schema ``streamer.evaluation/1``. The text has the verdict, a table of the variants, the reasons, and the commands to run
+next.
 """
 
 from __future__ import annotations
@@ -33,8 +31,18 @@ from streamer.errors import FormatError, UnknownNameError, UsageError
 from streamer.json_types import Count, Difference, KeptShare, Keywords, Mean, Selection, Sha256, State, Version, check
 from streamer.linalg.torch_state import has_fast_bfloat16
 from streamer.measuring import statistics
-from streamer.measuring.runs import ADAPTER_ROW, BASE_ROW, Configs, EvaluatedVariant, Facts, Sums, input_options
-from streamer.measuring.statistics import MEASURES, BinsRecord, Effect, Estimate, Floats, SequenceSums, record
+from streamer.measuring.runs import Configs, EvaluatedVariant, Facts, Sums, input_options
+from streamer.measuring.statistics import (
+    ADAPTER_ROW,
+    BASE_ROW,
+    MEASURES,
+    BinsRecord,
+    Effect,
+    Estimate,
+    Floats,
+    SequenceSums,
+    record,
+)
 from streamer.measuring.texts import GENERAL, TASK
 from streamer.methods import METHODS, MethodName, NullSpace, RegMean, Shrink, takes_findings
 from streamer.methods.files import CoefficientsRecord, MapRecord
@@ -111,12 +119,12 @@ def against_shrink(evaluation: Evaluation, variant: int) -> ShrinkComparison | N
     shrink, slope = _weights(near, lam, len(losses))
     fewer, _ = _weights(others, _crossing(others, between, losses, losses[variant]), len(losses))
     unit = np.eye(len(variants))[variant]
-    matched, by_lambda = task.of("loss", unit - shrink).error, task.of("loss", slope).value
+    share_error, task_slope = task.of("loss", unit - shrink).error, task.of("loss", slope).value
 
     def estimate(sums: SequenceSums, name: str) -> Estimate:
         difference, interpolated = sums.of(name, unit - shrink), sums.of(name, shrink - fewer).value
-        along = sums.of(name, slope).value / by_lambda * matched
-        return Estimate(difference.value, math.hypot(difference.error, along, interpolated), difference.sequences)
+        from_share = sums.of(name, slope).value / task_slope * share_error
+        return Estimate(difference.value, math.hypot(difference.error, from_share, interpolated), difference.sequences)
 
     return ShrinkComparison(lam, between, estimate(general, "loss"), estimate(general, "kl"), estimate(task, "right"))
 
@@ -282,30 +290,31 @@ class _SumsRecord(TypedDict):
 
 class TextFigures(TypedDict):
     """Figures of a variant on one text."""
-    loss: Annotated[Mean, "Mean negative log likelihood over the tokens that count, in nats.", lambda s, v: s.mean("loss", v)]
+    loss: Annotated[Mean, "Mean negative log likelihood over the tokens that count, in nats.", lambda sums, row: sums.mean("loss", row)]
     perplexity: Annotated[float | None, "exp(loss); null if it exceeds the range of a double.",
-        lambda s, v: math.exp(loss) if (loss := s.mean("loss", v).value) < statistics.MOST_LOSS else None]
+        lambda sums, row: math.exp(loss) if (loss := sums.mean("loss", row).value) < statistics.MOST_LOSS else None]
     perplexity_ratio: Annotated[Difference | None, "Perplexity as a multiple of the base's; null if its error exceeds a double's range.",
-        lambda s, v: s.perplexity_ratio(v)]
-    kl: Annotated[Mean, "Mean divergence KL(base || variant) of the next-token distribution, in nats.", lambda s, v: s.mean("kl", v)]
+        lambda sums, row: sums.perplexity_ratio(row)]
+    kl: Annotated[Mean, "Mean divergence KL(base || variant) of the next-token distribution, in nats.",
+        lambda sums, row: sums.mean("kl", row)]
     kl_median: Annotated[float | None, "Median of the tokens' divergences, within 1 %; 0 below 1e-9 nats.",
-        lambda s, v: s.kl_quantile(v, 0.5)]
-    kl_p90: Annotated[float | None, "90 % of the divergences are at most this, within 1 %.", lambda s, v: s.kl_quantile(v, 0.9)]
-    kl_p99: Annotated[float | None, "99 % of the divergences are at most this, within 1 %.", lambda s, v: s.kl_quantile(v, 0.99)]
-    kl_p999: Annotated[float | None, "99.9 % of the divergences are at most this, within 1 %.", lambda s, v: s.kl_quantile(v, 0.999)]
-    kl_max: Annotated[float | None, "The largest divergence of a token, exactly.", lambda s, v: s.kl_largest(v)]
+        lambda sums, row: sums.kl_quantile(row, 0.5)]
+    kl_p90: Annotated[float | None, "90 % of the divergences are at most this, within 1 %.", lambda sums, row: sums.kl_quantile(row, 0.9)]
+    kl_p99: Annotated[float | None, "99 % of the divergences are at most this, within 1 %.", lambda sums, row: sums.kl_quantile(row, 0.99)]
+    kl_p999: Annotated[float | None, "99.9 % of the divergences are at most this, within 1 %.",
+        lambda sums, row: sums.kl_quantile(row, 0.999)]
+    kl_max: Annotated[float | None, "The largest divergence of a token, exactly.", lambda sums, row: sums.kl_largest(row)]
     agreement: Annotated[Mean, "Share of counted tokens for which the most likely next token is the base's.",
-        lambda s, v: s.mean("agree", v)]
+        lambda sums, row: sums.mean("agree", row)]
     top1: Annotated[Mean | None, "Share of counted tokens that are the variant's most likely token.",
-        lambda s, v: s.mean("right", v)]
+        lambda sums, row: sums.mean("right", row)]
     p_change: Annotated[Mean | None, "Mean of p(variant) - p(base), the probabilities of the text's own token.",
-        lambda s, v: s.mean("p_change", v)]
-    p_rms: Annotated[Mean | None, "Root mean square of this change.", lambda s, v: s.p_rms(v)]
-    sequences: Annotated[Count, "Sequences that it ran on.", lambda s, v: len(s.tokens)]
+        lambda sums, row: sums.mean("p_change", row)]
+    p_rms: Annotated[Mean | None, "Root mean square of this change.", lambda sums, row: sums.p_rms(row)]
+    sequences: Annotated[Count, "Sequences that it ran on.", lambda sums, row: len(sums.tokens)]
     sums: Annotated[_SumsRecord, "Sums over the counted tokens of each sequence, from which all figures but quantiles follow.",
-        lambda s, v: {
-            name: [statistics.defined(x) for x in getattr(s, name)[v]] for name in MEASURES}]
-    kl_bins: Annotated[BinsRecord, "Counts of tokens by divergence.", lambda s, v: statistics.to_record(s.kl_bins[v])]
+        lambda sums, row: {name: [statistics.defined(x) for x in getattr(sums, name)[row]] for name in MEASURES}]
+    kl_bins: Annotated[BinsRecord, "Counts of tokens by divergence.", lambda sums, row: statistics.to_record(sums.kl_bins[row])]
 
 class OtherFigures(TextFigures):
     """Figures of a variant on another text."""
@@ -314,51 +323,55 @@ class OtherFigures(TextFigures):
 
 class OtherText(TypedDict):
     """Effect of the unchanged adapter on another text."""
-    name: Annotated[str, "Name of its file.", lambda s, name: name]
+    name: Annotated[str, "Name of its file.", lambda _, name: name]
     effect: Annotated[Effect, "Whether the adapter's loss is above the base's or below it, by two standard errors."]
     change: Annotated[Difference, "The adapter's mean loss minus the base's, in nats per token."]
     reliable: Annotated[bool, "Whether the change is over four standard errors, so that shares of it are meaningful.",
-        lambda s, _: s.change.divides]
-    tokens: Annotated[list[float], "Counted tokens of each sequence.", lambda s, _: s.tokens.tolist()]
+        lambda sums, _: sums.change.divides]
+    tokens: Annotated[list[float], "Counted tokens of each sequence.", lambda sums, _: sums.tokens.tolist()]
 
 class Against(TypedDict):
     """Differences to another variant."""
     general_loss: Annotated[Difference, "Difference of the mean losses on the general text.",
-        lambda e, v, other: e.general.mean("loss", v, other)]
+        lambda evaluation, row, other: evaluation.general.mean("loss", row, other)]
     general_kl: Annotated[Difference, "Difference of the mean divergences on the general text.",
-        lambda e, v, other: e.general.mean("kl", v, other)]
-    task_loss: Annotated[Difference, "Difference of the mean losses on the task's text.", lambda e, v, other: e.task.mean("loss", v, other)]
+        lambda evaluation, row, other: evaluation.general.mean("kl", row, other)]
+    task_loss: Annotated[Difference, "Difference of the mean losses on the task's text.",
+        lambda evaluation, row, other: evaluation.task.mean("loss", row, other)]
     task_top1: Annotated[Difference | None, "Difference of the top-1 on the task's text.",
-        lambda e, v, other: e.task.mean("right", v, other)]
+        lambda evaluation, row, other: evaluation.task.mean("right", row, other)]
 
 VariantRecord = TypedDict("VariantRecord", {
     "name": Annotated[str, "`base`, `adapter`, or method and lambda, such as `paper 0.5`; for a fit, method and share.",
-        lambda e, v: e.variants[v].name],
-    "method": Annotated[MethodName | None, "The method; null for base and adapter.", lambda e, v: e.variants[v].method],
-    "lambda": Annotated[Lambda, lambda e, v: e.variants[v].mitigation_lambda],
+        lambda evaluation, row: evaluation.variants[row].name],
+    "method": Annotated[MethodName | None, "The method; null for base and adapter.",
+        lambda evaluation, row: evaluation.variants[row].method],
+    "lambda": Annotated[Lambda, lambda evaluation, row: evaluation.variants[row].mitigation_lambda],
     "keep": NotRequired[Annotated[float, "With method regmean: share of the learning that the set was fitted to keep.",
-        lambda e, v: e.variants[v].keep]],
-    "general": Annotated[TextFigures, "On the general text.", lambda e, v: record(TextFigures, e.general, v)],
-    "task": Annotated[TextFigures, "On the task's text.", lambda e, v: record(TextFigures, e.task, v)],
+        lambda evaluation, row: evaluation.variants[row].keep]],
+    "general": Annotated[TextFigures, "On the general text.", lambda evaluation, row: record(TextFigures, evaluation.general, row)],
+    "task": Annotated[TextFigures, "On the task's text.", lambda evaluation, row: record(TextFigures, evaluation.task, row)],
     "others": NotRequired[Annotated[list[OtherFigures], "On the other texts, in the order of `texts.others`.",
-        lambda e, v: [{"name": name, **record(TextFigures, sums, v), **statistics.flat("share", sums.share("loss", v))}
-                      for name, sums in e.others.items()] or None]],
+        lambda evaluation, row: [
+            {"name": name, **record(TextFigures, sums, row), **statistics.flat("share", sums.share("loss", row))}
+            for name, sums in evaluation.others.items()] or None]],
     "kept": Annotated[Mean | None, "Share of the learning: (base - variant) / (base - adapter) of the task's losses; null if undefined.",
-        lambda e, v: e.task.share("loss", v)],
+        lambda evaluation, row: evaluation.task.share("loss", row)],
     "top1_kept": Annotated[Mean | None, "Share of the adapter's gain in top-1 on the task's text; null if undefined.",
-        lambda e, v: e.task.share("right", v)],
+        lambda evaluation, row: evaluation.task.share("right", row)],
     "forgetting": Annotated[Mean | None, "Share of the rise of the general loss: (variant - base) / (adapter - base); null if undefined.",
-        lambda e, v: e.general.share("loss", v)],
+        lambda evaluation, row: evaluation.general.share("loss", row)],
     "divergence": Annotated[Mean | None, "Mean divergence on the general text as a share of the adapter's; null if that is 0.",
-        lambda e, v: e.general.share("kl", v)],
-    "against_adapter": Annotated[Against, "Differences from the unchanged adapter.", lambda e, v: record(Against, e, v, ADAPTER_ROW)],
+        lambda evaluation, row: evaluation.general.share("kl", row)],
+    "against_adapter": Annotated[Against, "Differences from the unchanged adapter.",
+        lambda evaluation, row: record(Against, evaluation, row, ADAPTER_ROW)],
     "against_base": Annotated[Against, "Differences from the base; PEFT's method comparison calls `general_loss` forgetting.",
-        lambda e, v: record(Against, e, v, BASE_ROW)],
+        lambda evaluation, row: record(Against, evaluation, row, BASE_ROW)],
 })
 VariantRecord.__doc__ = "A variant that was evaluated."
 
 ShrinkRecord = TypedDict("ShrinkRecord", {
-    "lambda": Annotated[float, "Lambda of that shrink.", lambda s: s.mitigation_lambda],
+    "lambda": Annotated[float, "Lambda of that shrink.", lambda comparison: comparison.mitigation_lambda],
     "between": Annotated[list[float], "The neighbouring lambdas that were evaluated; 1 is the unchanged adapter."],
     "loss": Annotated[Difference, "Difference of the mean losses on the general text; below 0, the variant forgets less. This error and "
         "the next ones include the uncertainty of the share kept and of the interpolation."],
@@ -379,15 +392,17 @@ class TradeRecord(TypedDict):
 
 class ReliableRecord(TypedDict):
     """Whether shares are meaningful: their denominators are over four standard errors (more with few sequences); tables show no others."""
-    kept: Annotated[bool, "Shares of the learning.", lambda e: e.task.change.divides]
-    forgetting: Annotated[bool, "Shares of the rise of the general loss.", lambda e: e.general.change.divides]
+    kept: Annotated[bool, "Shares of the learning.", lambda evaluation: evaluation.task.change.divides]
+    forgetting: Annotated[bool, "Shares of the rise of the general loss.", lambda evaluation: evaluation.general.change.divides]
     top1_kept: Annotated[bool, "Shares of the gain in top-1 on the task's text; false if there is no gain.",
-        lambda e: (gain := e.task.mean("right", 1, 0)).divides and gain.value > 0]
+        lambda evaluation: (gain := evaluation.task.mean("right", ADAPTER_ROW, BASE_ROW)).divides and gain.value > 0]
 
 SuggestionRecord = TypedDict("SuggestionRecord", {
-    "name": Annotated[str | None, "Its name; null if nothing can be suggested.", lambda s, e: s.variant and s.variant.name],
-    "method": Annotated[MethodName | None, "The method; null for base and adapter.", lambda s, e: s.variant and s.variant.method],
-    "lambda": Annotated[Lambda, lambda s, e: s.variant and s.variant.mitigation_lambda],
+    "name": Annotated[str | None, "Its name; null if nothing can be suggested.",
+        lambda suggestion, evaluation: suggestion.variant and suggestion.variant.name],
+    "method": Annotated[MethodName | None, "The method; null for base and adapter.",
+        lambda suggestion, evaluation: suggestion.variant and suggestion.variant.method],
+    "lambda": Annotated[Lambda, lambda suggestion, evaluation: suggestion.variant and suggestion.variant.mitigation_lambda],
     "reason": Annotated[Reason, "not learned: the adapter's task loss is not below the base's by two standard errors (more with few "
         "sequences, by Student's quantile), and nothing is suggested; not forgotten: its divergence is not above 0 by two, and the "
         "unchanged adapter is suggested; none better: no variant that keeps enough forgets less; not worth it: none of these regains "
@@ -395,12 +410,13 @@ SuggestionRecord = TypedDict("SuggestionRecord", {
     "keep": Annotated[KeptShare, "Share of the learning to keep."],
     "swapped": Annotated[bool, "Whether the texts may be swapped: the adapter's task loss is above the base's by two standard errors."],
     "command": Annotated[list[str] | None, "Command and options that make it; add base, adapter, output and findings.",
-        lambda s, e: s.variant and e.command(s.variant)],
+        lambda suggestion, evaluation: suggestion.variant and evaluation.command(suggestion.variant)],
     "shrink": Annotated[ShrinkRecord | None, "The variant that forgets least, compared with the interpolated shrink that keeps the same "
         "share; null if the variant is a shrink or the adapter, or if no evaluated shrinks enclose the share.",
-        lambda s, e: s.shrink and record(ShrinkRecord, s.shrink)],
+        lambda suggestion, evaluation: suggestion.shrink and record(ShrinkRecord, suggestion.shrink)],
     "trade": Annotated[TradeRecord | None, "What the suggested variant, or the one not worth it, gives up and regains.",
-        lambda s, e: e.trade(s.declined or (s.variant if s.reason == "forgets least" else None))],
+        lambda suggestion, evaluation: evaluation.trade(
+            suggestion.declined or (suggestion.variant if suggestion.reason == "forgets least" else None))],
 })
 SuggestionRecord.__doc__ = "The variant to use."
 
@@ -598,12 +614,14 @@ class Evaluation:
     def shown_variants(self) -> list[dict[str, Any]]:
         """Make the JSON of all variants, with null for shares that tables leave out."""
         tree = self.to_dict()
-        hidden = (f"{name}{end}" for name, fine in tree["reliable"].items() if not fine for end in ("", "_se"))
+        hidden = (f"{name}{end}" for name, reliable in tree["reliable"].items() if not reliable for end in ("", "_se"))
         no_shares, shown = dict.fromkeys(hidden), [text["reliable"] for text in tree.get("others", [])]
 
         def others(v: VariantRecord) -> list[dict[str, Any]]:
             pairs = zip(shown, v.get("others", []), strict=True)
-            return [{**figures} if fine else {**figures, "share": None, "share_se": None} for fine, figures in pairs]
+            return [
+                {**figures} if reliable else {**figures, "share": None, "share_se": None} for reliable, figures in pairs
+            ]
 
         return [{**v, **no_shares, "others": others(v)} for v in tree["variants"]]
 
@@ -824,7 +842,7 @@ def reasons(evaluation: Evaluation, suggestion: Suggestion) -> list[str]:
     changes = {"kept": task.change, "loss left": general.change}
     changes |= {f"{name} left or kept": sums.change for name, sums in evaluation.others.items()}
     small = {name: change for name, change in changes.items() if not change.divides}
-    if math.isfinite((gain := task.mean("right", 1, 0)).value) and not evaluation.reliable()["top1_kept"]:
+    if math.isfinite((gain := task.mean("right", ADAPTER_ROW, BASE_ROW)).value) and not evaluation.reliable()["top1_kept"]:
         small["top-1 kept"] = gain
     return lines + [
         f"{name} is not shown: the adapter's own change is only {cell(change)}, and a share needs over "

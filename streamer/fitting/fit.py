@@ -32,8 +32,8 @@ from streamer.json_types import Difference, Mean
 from streamer.linalg.moments import GENERAL_RIDGE, RIDGE, Refit, System, TextInputs, basis, refit, refit_one_hot
 from streamer.linalg.operators import LowRank
 from streamer.measuring import runs
-from streamer.measuring.runs import ADAPTER_ROW, BASE_ROW, EvaluatedVariant, Part, Prepared, Progress, Records, Work
-from streamer.measuring.statistics import SequenceSums, record, telling
+from streamer.measuring.runs import EvaluatedVariant, Part, Prepared, Progress, Records, Work
+from streamer.measuring.statistics import ADAPTER_ROW, BASE_ROW, SequenceSums, record, telling
 from streamer.measuring.texts import GENERAL, TASK, Texts, TextSequences, read_texts, sample_digest
 from streamer.methods import UNCHANGED, RegMean, Shrink, share_name
 from streamer.methods.files import FIT, Coefficients, load_coefficients

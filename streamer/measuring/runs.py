@@ -394,9 +394,6 @@ def of_few_lengths(text: TextSequences) -> TextSequences:
     return TextSequences(cut, tuple(c[:n] for c, n in zip(text.counted, sizes, strict=True)), text.name)
 
 
-BASE_ROW, ADAPTER_ROW = 0, 1
-"""Row numbers of the first two variants."""
-
 ORDER = (None, *METHODS)
 
 

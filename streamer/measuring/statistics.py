@@ -9,10 +9,9 @@ a mean over tokens is a ratio of two sums over S sequences. Its standard error i
 All variants run on the same sequences. A difference between two variants is estimated from the differences on each sequence (paired), in
 which most of the variation between sequences cancels.
 
-Count the divergences of tokens in a fixed logarithmic histogram, and estimate quantiles from its counts.
-
-From `LEAST` nats on, each bin ends at `STEP` times its beginning, independent of the data, so that counts of parts add up. A
-divergence is represented by the geometric middle of its bin, within 1 %. Below `LEAST`, rounding dominates, and a divergence counts as 0.
+Quantiles are estimated from counts of the tokens' divergences in a fixed logarithmic histogram. From `LEAST` nats on, each bin ends at
+`STEP` times its beginning, independent of the data, so that counts of parts add up. A divergence is represented by the geometric middle of
+its bin, within 1 %. Below `LEAST`, rounding dominates, and a divergence counts as 0.
 """
 
 from __future__ import annotations
@@ -97,6 +96,9 @@ MEASURES = ("loss", "kl", "agree", "right", "p_change", "p_square", "kl_max")
 
 ARRAYS = (*MEASURES, "kl_bins")
 """All arrays with a row for each variant."""
+
+BASE_ROW, ADAPTER_ROW = 0, 1
+"""Row numbers of the first two variants."""
 
 Effect = Literal["forgets", "improves", "not told"]
 
@@ -239,7 +241,7 @@ class SequenceSums:
     @property
     def change(self) -> Estimate:
         """Estimate the unchanged adapter's mean loss minus the base's, the denominator of shares."""
-        return self.mean("loss", 1, 0)
+        return self.mean("loss", ADAPTER_ROW, BASE_ROW)
 
     @property
     def effect(self) -> Effect:
@@ -252,12 +254,12 @@ class SequenceSums:
         The base's divergence is 0.
         """
         array: Floats = getattr(self, name)
-        base = 0.0 if name == "kl" else array[0]
-        return ratio(array[variant] - base, array[1] - base)
+        base = 0.0 if name == "kl" else array[BASE_ROW]
+        return ratio(array[variant] - base, array[ADAPTER_ROW] - base)
 
     def perplexity_ratio(self, variant: int) -> Estimate:
         """Estimate a variant's perplexity as a multiple of the base's."""
-        rise = self.mean("loss", variant, 0)
+        rise = self.mean("loss", variant, BASE_ROW)
         value = math.exp(rise.value) if rise.value < MOST_LOSS else math.inf
         return Estimate(value, value * rise.error, rise.sequences)
 
