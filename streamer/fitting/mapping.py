@@ -92,8 +92,8 @@ class PreparedMap(Prepared[InputMap]):
     def groups(self) -> list[Group]:
         """Divide the sequences into groups of one length that run together."""
         text = runs.of_few_lengths(self.text)
-        divided = runs.parts(text, self.limits.rows, self.model.size.short, True)
-        return [Group(text.take(numbers).padded_ids, 0, stream=BASE) for numbers in divided]
+        parts = runs.parts(text, self.limits.rows, self.model.size.short, one_length=True)
+        return [Group(text.take(numbers).padded_ids, 0, stream=BASE) for numbers in parts]
 
     @property
     def tokens(self) -> int:
@@ -123,70 +123,49 @@ class PreparedMap(Prepared[InputMap]):
 
     def sweeps(self, known: InputMap | None = None) -> list[Work]:
         """List the one sweep."""
-        return [Work(sum(map(len, self.text.ids)), 0, self.text.longest)]
+        return [Work(fitted=sum(map(len, self.text.ids)), riding=0, length=self.text.longest)]
 
     def written_bytes(self, known: InputMap | None) -> tuple[int, int]:
         """Estimate the bytes of the file, as if no matrices shared inputs, and of the temporary one."""
-        matrices = [t for _, _, tensors in self.model.modules for t in tensors.values() if len(t.shape) > 1]
+        matrices = [t for t in self.model.parameters if len(t.shape) > 1]
         vectors = self.options.vectors
         nbytes = sum((t.shape[0] if t.stacked else 1) * (2 * t.shape[-1] * vectors + HEADER_BYTES) for t in matrices)
         return nbytes, nbytes
 
     def result(self, output: Path | None) -> InputMap:
         """Make the map in memory, or in a file if an output is given."""
-        made = super().result(output)
-        return made if output is None or made.source is not None else load_map(output)
+        input_map = super().result(output)
+        return input_map if output is None or input_map.source is not None else load_map(output)
 
     def computed(self, records: Records, output: Path | None) -> InputMap:
         """Sweep the text through the base, and keep the leading vectors of each input."""
         monitor, plan, model = self.run.monitor, self.plan, self.model
         model.directory = None if output is None else output.parent
-        watch, progress, steps = BaseWatch(plan), Progress(self.run, "map"), len(model.layers) + 1
-        cost = runs.sweep_cost(model.size, self.tokens, len(self.groups))
+        if self.max_memory is not None:
+            limit_freed_memory()
+        watch, collector, progress = BaseWatch(plan), _Collector(self), Progress(self.run, "map")
+        cost, steps = runs.sweep_cost(model.size, self.tokens, len(self.groups)), len(model.layers) + 1
         progress.expect(cost, steps)
-        matrices_of = dict[MappedInput, list[BaseMatrix]]()
-        mapped, repeated, previous = set[str](), set[str](), list[Tensor]()
-
-        def collect(site: Site, inputs: Mapping[Group, Tensor]) -> None:
-            """Map a site's inputs; matrices that follow each other and share their inputs, such as q, k and v, share an entry."""
-            nonlocal previous
-            tensors, names = [x for x in inputs.values() if len(x)], {matrix.tensor for matrix in site.matrices}
-            if names & mapped:
-                repeated.update(names)
-                tensors = []
-            elif site.size is None and tensors and same_inputs(previous, tensors):
-                [*matrices_of.values()][-1].extend(site.matrices)
-            elif tensors and (entry := _mapped(self, site, tensors)) is not None:
-                matrices_of[entry] = [*site.matrices]
-            else:
-                tensors = []
-            previous = tensors
-            mapped.update(names if tensors else ())
-
         model.limit(self.limits.room, self.limits.spools)
-        model.run(self.groups, monitor.checkpoint, collect, watch, lambda name: progress.layer(name, cost // steps))
+        model.run(self.groups, monitor.checkpoint, collector, watch, lambda name: progress.layer(name, cost // steps))
         monitor.checkpoint()
         plan.check_unchanged()
         progress.finish()
         tokens, vectors = self.tokens, self.options.vectors
-        widest = max((entry.size for entry in matrices_of if entry.vectors is not None), default=0)
+        widest = max((entry.size for entry in collector.matrices_of if entry.vectors is not None), default=0)
         if tokens < min(vectors, widest):
             what = f"{counted(tokens, 'token')}, fewer than the {vectors} vectors that are kept of each input; give more text"
             monitor.warn((f"{self.text.name}: has {what}",))
         elif tokens < widest:
             what = f"{tokens} tokens, fewer than the {widest} inputs of the widest matrix: of what it does not show, the map keeps the mean"
             monitor.warn((f"{self.text.name}: has {what}; with more text, adapters may forget less",))
-        once = {entry: [m for m in matrices if m.tensor not in repeated] for entry, matrices in matrices_of.items()}
-        names_of = {
-            entry: dict.fromkeys(name for m in matrices for name in m.names) for entry, matrices in once.items()
-        }
-        entries = tuple(replace(entry, names=tuple(names)) for entry, names in names_of.items() if names)
+        entries = collector.named_entries()
         if not entries:
             raise UnsupportedError(
                 f"{plan.base.path}: no matrix multiplies inputs that can be collected, so there is nothing to map"
             )
-        every = {name for _, _, tensors in model.modules for tensor in tensors.values() for name in watch.names(tensor)}
-        lacking = sorted(every - {m.tensor.removesuffix(LOOKED_UP) for matrices in once.values() for m in matrices})
+        every = {name for tensor in model.parameters for name in watch.names(tensor)}
+        lacking = sorted(every - {name.removesuffix(LOOKED_UP) for name in collector.mapped - collector.repeated})
         if lacking:
             monitor.warn((
                 f"the map lacks the inputs of {counted(len(lacking), 'matrix')}, {listed(map(repr, lacking))}: no token of the text "
@@ -200,8 +179,6 @@ def prepare_map(base: str | Path, text: Path, options: MappingOptions, max_memor
     require_transformers()
     plan = make_base_plan(base, run.io, run.architecture)
     run.monitor.warn(plan.base.warnings)
-    if max_memory is not None:
-        limit_freed_memory()
     rounds, device = options.dtype == "bf16", run.model_device
     model = SweepModel(VariantSet(plan, (Variant(BASE, None),), None, False, rounds, device))
     read = read_text(text, tokenizer_directory(plan), sequences=options.sequences, length=options.length,
@@ -209,31 +186,71 @@ def prepare_map(base: str | Path, text: Path, options: MappingOptions, max_memor
     return PreparedMap(plan, run, max_memory, model, options, read, sample_digest(text))
 
 
-def _mapped(prepared: PreparedMap, site: Site, inputs: Sequence[Tensor]) -> MappedInput | None:
-    """Keep the leading part of the moments of a site's inputs, without names; None if all inputs are zero."""
-    tokens = prepared.tokens
-    if site.size is not None:
-        counts = torch.bincount(torch.cat([*inputs]), minlength=site.size).cpu()
-        return MappedInput((), tokens, site.size, int(counts.sum()) / tokens, counts.double() / tokens, None)
-    squares = sum(float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2 for x in inputs)
-    if not math.isfinite(squares):
-        name = site.matrices[0].tensor
-        raise NumericError(f"{prepared.plan.base.path}: the inputs of {name!r} are NaN or Inf on the text")
-    if not squares:
-        return None
-    values, vectors = (t.cpu() for t in leading_vectors(inputs, tokens, prepared.options.vectors))
-    rounded = vectors.T.to(torch.bfloat16).contiguous()
-    return MappedInput((), tokens, inputs[0].shape[1], squares / tokens, values.contiguous(), rounded)
+class _Collector:
+    """Makes an entry for the inputs of each site; see `SweepModel.run`.
+
+    Attributes
+    ----------
+    matrices_of
+        The entries, still without names, each with the matrices that receive its inputs.
+    mapped, repeated
+        Names of the matrices in entries, and of those that run more than once.
+    """
+
+    def __init__(self, prepared: PreparedMap) -> None:
+        self.prepared, self.matrices_of = prepared, dict[MappedInput, list[BaseMatrix]]()
+        self.mapped, self.repeated = set[str](), set[str]()
+        self._last_entry: MappedInput | None = None
+        self._last_inputs: list[Tensor] = []
+
+    def __call__(self, site: Site, inputs: Mapping[Group, Tensor]) -> None:
+        """Map a site's inputs; matrices that follow each other and share their inputs, such as q, k and v, share an entry."""
+        tensors, names = [x for x in inputs.values() if len(x)], {matrix.tensor for matrix in site.matrices}
+        if names & self.mapped:
+            self.repeated |= names
+            entry = None
+        elif site.size is None and same_inputs(self._last_inputs, tensors):
+            entry = self._last_entry
+        else:
+            entry = self._entry(site, tensors) if tensors else None
+        self._last_entry, self._last_inputs = entry, [] if entry is None else tensors
+        if entry is not None:
+            self.matrices_of.setdefault(entry, []).extend(site.matrices)
+            self.mapped |= names
+
+    def named_entries(self) -> tuple[MappedInput, ...]:
+        """Return the entries with the names of their matrices that run once; entries without any are left out."""
+        names_of = {
+            entry: dict.fromkeys(name for m in matrices if m.tensor not in self.repeated for name in m.names)
+            for entry, matrices in self.matrices_of.items()
+        }
+        return tuple(replace(entry, names=tuple(names)) for entry, names in names_of.items() if names)
+
+    def _entry(self, site: Site, inputs: Sequence[Tensor]) -> MappedInput | None:
+        """Keep the leading part of the moments of a site's inputs, without names; None if all inputs are zero."""
+        tokens = self.prepared.tokens
+        if site.size is not None:
+            counts = torch.bincount(torch.cat([*inputs]), minlength=site.size).cpu()
+            return MappedInput((), tokens, site.size, int(counts.sum()) / tokens, counts.double() / tokens, None)
+        squares = sum(float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2 for x in inputs)
+        if not math.isfinite(squares):
+            name = site.matrices[0].tensor
+            raise NumericError(f"{self.prepared.plan.base.path}: the inputs of {name!r} are NaN or Inf on the text")
+        if not squares:
+            return None
+        values, vectors = (t.cpu() for t in leading_vectors(inputs, tokens, self.prepared.options.vectors))
+        rounded = vectors.T.to(torch.bfloat16).contiguous()
+        return MappedInput((), tokens, inputs[0].shape[1], squares / tokens, values.contiguous(), rounded)
 
 
-def map_record(made: InputMap, output: str, state: Any) -> MapFacts:
+def map_record(input_map: InputMap, output: str, state: Any) -> MapFacts:
     """Describe a map as JSON."""
-    facts, names = made.facts, {name for entry in made.inputs for name in entry.names}
+    facts, names = input_map.facts, {name for entry in input_map.inputs for name in entry.names}
     record: MapFacts = {
         "schema": "streamer.map/1", "version": facts["version"], "base": facts["base"], "texts": facts["texts"],
-        "vectors": facts["vectors"], "inputs": len(made.inputs), "matrices": len(names),
-        "sha256": made.digest, "output": output, "state": state,
+        "vectors": facts["vectors"], "inputs": len(input_map.inputs), "matrices": len(names),
+        "sha256": input_map.digest, "output": output, "state": state,
     }  # fmt: skip
-    if "lacking" in made.facts:
-        record["lacking"] = made.facts["lacking"]
+    if "lacking" in facts:
+        record["lacking"] = facts["lacking"]
     return record

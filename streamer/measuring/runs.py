@@ -57,9 +57,11 @@ LOGIT_COPIES = 5
 WIDTHS = 5
 """Number of activations of the widest layer's width that exist at one time for each row of a group, and of the model's width."""
 
-STATES, STOPPED = 3, 5
-"""Values of the model's width that each row keeps between two layers (its state, the state before, and a share of embeddings), and while
-its group has stopped at a site: what attention and the residual hold as well."""
+STATE_WIDTHS = 3
+"""Values of the model's width that each row keeps between two layers: its state, the state before, and a share of embeddings."""
+
+STOPPED_WIDTHS = 5
+"""Such values while the row's group has stopped at a site: what attention and the residual hold as well."""
 
 CALL = 5_000_000
 """Multiplications that take as long as the fixed cost of a module's call, about half a millisecond."""
@@ -302,9 +304,9 @@ class Work:
             Bytes in use between two steps; see `plan.plan.resident_bytes`.
         """
         rows, room, spools = limits
-        between, results = STATES * (rows if spools else self.riding), self.riding
+        between, results = STATE_WIDTHS * (rows if spools else self.riding), self.riding
         states = 4 * (between + results) * size.hidden
-        inputs = 4 * self.fitted * (STOPPED * size.hidden + size.widest)
+        inputs = 4 * self.fitted * (STOPPED_WIDTHS * size.hidden + size.widest)
         activations = 4 * rows * (WIDTHS * (size.widest + size.hidden) + size.attention * self.length)
         logits = LOGIT_COPIES * LOGIT_BYTES + 40 * self.riding
         weights = 2 * min(BLOCK_BYTES, 4 * max(size.widest, size.vocabulary) * size.hidden)
@@ -384,14 +386,17 @@ def of_few_lengths(text: TextSequences) -> TextSequences:
     It drops the length that costs the fewest tokens, again and again.
     """
     counts = Counter(len(ids) for ids in text.ids)
+
+    def tokens_lost(neighbours: tuple[int, int]) -> int:
+        shorter, longer = neighbours
+        return counts[longer] * (longer - shorter)
+
     while len(counts) > LENGTHS:
-        ordered = sorted(counts)
-        _, size, below = min((counts[b] * (b - a), b, a) for a, b in pairwise(ordered))
-        counts[below] += counts.pop(size)
-    kept = np.array(sorted(counts))
-    sizes = [int(kept[kept <= len(ids)].max()) for ids in text.ids]
-    cut = tuple(ids[:n] for ids, n in zip(text.ids, sizes, strict=True))
-    return TextSequences(cut, tuple(c[:n] for c, n in zip(text.counted, sizes, strict=True)), text.name)
+        shorter, longer = min(pairwise(sorted(counts)), key=tokens_lost)
+        counts[shorter] += counts.pop(longer)
+    lengths = [max(length for length in counts if length <= len(ids)) for ids in text.ids]
+    cut = tuple(ids[:n] for ids, n in zip(text.ids, lengths, strict=True))
+    return TextSequences(cut, tuple(c[:n] for c, n in zip(text.counted, lengths, strict=True)), text.name)
 
 
 ORDER = (None, *METHODS)

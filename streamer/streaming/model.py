@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -267,13 +267,20 @@ class ModelSize:
     keys: int | None = None
 
 
+class RunTimeModule(NamedTuple):
+    """A module of the loaded model, with the parameters of its own by their names in it."""
+
+    module: nn.Module
+    parameters: dict[str, RunTimeTensor]
+
+
 class LoadedModel:
     """Model of a base as transformers builds it, with the source of each of its tensors.
 
     Attributes
     ----------
     modules
-        Path, module, and own parameters of each module that has any.
+        The modules that have parameters of their own.
     vocabulary
         Rows of the head's weight.
     positions
@@ -302,12 +309,12 @@ class LoadedModel:
         for n, buffer in self._buffers():
             if n in tensors:
                 self._fill(n, buffer, tensors.pop(n))
-        self.modules: list[tuple[str, nn.Module, dict[str, RunTimeTensor]]] = []
+        self.modules: list[RunTimeModule] = []
         inner: list[RunTimeTensor] = []
         for path, module in self._model.named_modules():
             params = {n: tensors[f"{path}.{n}" if path else n] for n, p in module._parameters.items() if p is not None}
             if params:
-                self.modules.append((path, module, params))
+                self.modules.append(RunTimeModule(module, params))
             if not isinstance(module, nn.Embedding):
                 inner += [tensor for tensor in params.values() if len(tensor.shape) > 1]
         self.vocabulary = self._head.out_features
@@ -323,6 +330,11 @@ class LoadedModel:
         self.strict_positions = bool(tables) or not rotary or "dynamic" in kind or "longrope" in kind
         self.size = self._size(config, inner, tensors.values())
 
+    @property
+    def parameters(self) -> list[RunTimeTensor]:
+        """List the parameters of all modules; modules may share one."""
+        return [tensor for module in self.modules for tensor in module.parameters.values()]
+
     @cached_property
     def config(self) -> dict[str, Any]:
         """Return what the class reads of the config, as transformers writes it, so that another spelling makes no difference."""
@@ -337,7 +349,7 @@ class LoadedModel:
     def _size(self, config: Any, inner: Sequence[RunTimeTensor], tensors: Collection[RunTimeTensor]) -> ModelSize:
         chosen = getattr(config, "num_experts_per_tok", None) or 1
         run_all = {
-            t.name for _, m, params in self.modules for t in params.values() if type(m).__name__ in RUN_ALL_EXPERTS
+            t.name for m in self.modules if type(m.module).__name__ in RUN_ALL_EXPERTS for t in m.parameters.values()
         }
 
         def used(t: RunTimeTensor) -> int:

@@ -236,7 +236,7 @@ class Group:
 SECONDS = 60.0
 """Least time between two saves of states."""
 
-STATES = SealedKind("streamer.states", "streamer.states/1", "states of a sweep", "start again")
+STATES_FILE = SealedKind("streamer.states", "streamer.states/1", "states of a sweep", "start again")
 
 
 Name = TypeVar("Name")
@@ -307,13 +307,13 @@ class States:
         for number, group in enumerate(groups):
             leaves |= {f"{number}.{i}": (group, leaf) for i, leaf in enumerate(group.leaves) if leaf is not None}
         arrays = OnDemand([*factors, *leaves], lambda name: read(*leaves[name]) if name in leaves else factors[name])
-        STATES.save(self.path, tree, arrays, overwrite=True)
+        STATES_FILE.save(self.path, tree, arrays, overwrite=True)
         self._saved = time.monotonic()
 
     def load(self, model: SweepModel, groups: Sequence[Group]) -> int:
         """Restore the states, and return the number of layers that all groups skip; 0 if there are none of this sweep."""
         try:
-            tree, arrays = STATES.read(self.path)
+            tree, arrays = STATES_FILE.read(self.path)
         except (InputError, OSError):
             return 0
         if tree["sweep"] != self.sweep:
@@ -477,7 +477,7 @@ class SweepModel(LoadedModel):
         self._checkpoint: Checkpoint = _nothing
         self.pause: Callable[[Site | None], None] = _nothing
         positions = itertools.count()
-        for _, module, parameters in self.modules:
+        for module, parameters in self.modules:
             for name, tensor in parameters.items():
                 rounded = name == "weight" and self._is_rounded(module, tensor)
                 reader = _Reader(self, tensor, next(positions), head=module is self._head, rounded=rounded)
@@ -618,7 +618,7 @@ class SweepModel(LoadedModel):
         assert run.workers is not None
         within = [{*module.modules()} for module in layer_modules(self._model).values()]
         others = set[nn.Module]().union(*within) - set[nn.Module]().union(*within[layer : layer + 1])
-        used = (t for _, module, params in self.modules if module not in others for t in params.values())
+        used = (t for module, parameters in self.modules if module not in others for t in parameters.values())
         job = Carried(self.job.only({target.tensor for t in used for target, _ in t.targets(self.job.plan)}))
         inputs = Inputs.of(AdapterBatch(self.job.plan.base, (self.job.plan,)), run)
 
