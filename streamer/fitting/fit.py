@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
-from math import nan
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict
 
@@ -33,7 +32,7 @@ from streamer.linalg.moments import GENERAL_RIDGE, RIDGE, Refit, System, TextInp
 from streamer.linalg.operators import LowRank
 from streamer.measuring import runs
 from streamer.measuring.runs import EvaluatedVariant, Part, Prepared, Progress, Records, Work
-from streamer.measuring.statistics import ADAPTER_ROW, BASE_ROW, SequenceSums, record, telling
+from streamer.measuring.statistics import ADAPTER_ROW, BASE_ROW, Estimate, SequenceSums, record, telling
 from streamer.measuring.texts import GENERAL, TASK, Texts, TextSequences, read_texts, sample_digest
 from streamer.methods import UNCHANGED, RegMean, Shrink, share_name
 from streamer.methods.files import FIT, Coefficients, load_coefficients
@@ -98,17 +97,23 @@ MISSED = 0.01
 """A set misses its share if it keeps less by more than this."""
 
 
+def _shrink_share(sums: SequenceSums, name: str, row: int, difference: Estimate) -> float:
+    """Return the share of a shrink, from a variant's share and its difference from the shrink; NaN if there is no change to share."""
+    change = sums.mean(name, ADAPTER_ROW, None if name == "kl" else BASE_ROW).value
+    return sums.share(name, row).value - difference.value / change if change else math.nan
+
+
 # fmt: off
 FittedShrink = TypedDict("FittedShrink", {
-    "lambda": Annotated[float, "Lambda of that shrink.", lambda c, *_: c.mitigation_lambda],
+    "lambda": Annotated[float, "Lambda of that shrink.", lambda comparison, *_: comparison.mitigation_lambda],
     "kept": NotRequired[Annotated[float, "Share of the learning that it keeps: the set's, or the most that a shrink keeps.",
-        lambda _, e, v, most: e.task.share("loss", most).value]],
+        lambda _, evaluation, row, most: evaluation.task.share("loss", most).value]],
     "forgetting": Annotated[float, "Share of the rise of the general loss that it leaves.",
-        lambda c, e, v, _: e.general.share("loss", v).value - c.loss.value / e.general.change.value],
+        lambda comparison, evaluation, row, _: _shrink_share(evaluation.general, "loss", row, comparison.loss)],
     "divergence": Annotated[float, "Share of the forgetting that it leaves: divergence on the general text, relative to the adapter's.",
-        lambda c, e, v, _: e.general.share("kl", v).value - c.kl.value / e.general.mean("kl", ADAPTER_ROW).value],
+        lambda comparison, evaluation, row, _: _shrink_share(evaluation.general, "kl", row, comparison.kl)],
     "top1_kept": NotRequired[Annotated[float | None, "Share of the adapter's gain in top-1 that it keeps; absent in earlier versions.",
-        lambda c, e, v, _: e.task.share("right", v).value - c.top1.value / gain if (gain := e.task.mean("right", 1, 0).value) else nan]],
+        lambda comparison, evaluation, row, _: _shrink_share(evaluation.task, "right", row, comparison.top1)]],
     "loss": Annotated[Difference, "Mean loss of the fitted model on the general text minus the shrink's; below 0, the fitted model forgets "
         "less. Both errors include the uncertainty of the share kept and of the interpolation."],
     "kl": Annotated[Difference, "Mean divergence of the fitted model on the general text minus the shrink's."],
@@ -118,33 +123,33 @@ FittedShrink.__doc__ = "A shrink of the whole adapter."
 
 class _Shares(TypedDict):
     kept: Annotated[Mean | None, "Share of the learning: (base - fitted) / (base - adapter) of the task's losses; null if undefined.",
-        lambda e, v: e.task.share("loss", v)]
+        lambda evaluation, row: evaluation.task.share("loss", row)]
     top1_kept: NotRequired[Annotated[Mean | None, "Share of the adapter's gain in top-1 on the task's text; absent in earlier versions.",
-        lambda e, v: e.task.share("right", v)]]
+        lambda evaluation, row: evaluation.task.share("right", row)]]
     forgetting: Annotated[Mean | None, "Share of the rise of the general loss: (fitted - base) / (adapter - base); null if undefined.",
-        lambda e, v: e.general.share("loss", v)]
+        lambda evaluation, row: evaluation.general.share("loss", row)]
     divergence: Annotated[Mean | None, "Mean divergence on the general text as a share of the adapter's; null if that is 0.",
-        lambda e, v: e.general.share("kl", v)]
+        lambda evaluation, row: evaluation.general.share("kl", row)]
 
 class AdapterFacts(TypedDict):
     """What the unchanged adapter has learned and forgotten, on the held-out sequences."""
     forgotten: Annotated[bool, "Whether the adapter's divergence on the general text is significantly above 0.",
-        lambda e: e.general.mean("kl", ADAPTER_ROW).is_positive]
+        lambda evaluation: evaluation.general.mean("kl", ADAPTER_ROW).is_positive]
     learning: Annotated[Difference, "Loss of the base on the task's text minus the adapter's, in nats per token.",
-        lambda e: e.task.mean("loss", BASE_ROW, ADAPTER_ROW)]
+        lambda evaluation: evaluation.task.mean("loss", BASE_ROW, ADAPTER_ROW)]
     top1_gain: NotRequired[Annotated[Difference, "Share of the task's tokens that are its most likely token, minus the base's.",
-        lambda e: e.task.mean("right", ADAPTER_ROW, BASE_ROW)]]
+        lambda evaluation: evaluation.task.mean("right", ADAPTER_ROW, BASE_ROW)]]
     forgetting: Annotated[Difference, "Loss of the adapter on the general text minus the base's, in nats per token.",
-        lambda e: e.general.change]
+        lambda evaluation: evaluation.general.change]
     divergence: Annotated[Mean, "Mean divergence KL(base ‖ adapter) on the general text, in nats per token.",
-        lambda e: e.general.mean("kl", ADAPTER_ROW)]
+        lambda evaluation: evaluation.general.mean("kl", ADAPTER_ROW)]
     reliable: NotRequired[Annotated[ReliableRecord, "Whether the denominators of shares are large enough; absent in earlier versions.",
-        lambda e: e.reliable()]]
+        lambda evaluation: evaluation.reliable()]]
 
 # fmt: on
 
 
-def adapter_facts(sums: Evaluation, name: str) -> dict[str, Any]:
+def adapter_facts(evaluation: Evaluation, name: str) -> dict[str, Any]:
     """Make the `AdapterFacts`.
 
     Parameters
@@ -157,41 +162,41 @@ def adapter_facts(sums: Evaluation, name: str) -> dict[str, Any]:
     MismatchError
         If there is no evidence that the adapter learned anything, so that there is no learning to keep.
     """
-    learning = sums.task.mean("loss", BASE_ROW, ADAPTER_ROW)
+    learning = evaluation.task.mean("loss", BASE_ROW, ADAPTER_ROW)
     if learning.is_negative:
-        raise MismatchError(f"{name}: {ask_swapped(sums.task)}")
+        raise MismatchError(f"{name}: {ask_swapped(evaluation.task)}")
     if not learning.is_positive:
         raise MismatchError(
             f"{name}: there is no evidence that the adapter learned this text, so there is nothing to keep: its loss less the base's is "
             f"{-learning.value:.4f} ± {learning.error:.4f} on {learning.sequences} held-out sequences, where only "
             f"{telling(learning.sequences):.1f} standard errors are evidence; give more text, raise --sequences, or give text of its task"
         )
-    return record(AdapterFacts, sums)
+    return record(AdapterFacts, evaluation)
 
 
-def set_facts(sums: Evaluation, keep: float, point: Point) -> dict[str, Any]:
+def set_facts(evaluation: Evaluation, keep: float, point: Point) -> dict[str, Any]:
     """Describe the fitted factors, and compare them with the shrink that keeps as much.
 
     Parameters
     ----------
-    sums
+    evaluation
         Sums for the base, the unchanged adapter, each of `SHRINKS`, and the factors.
     """
     variants = [EvaluatedVariant(BASE, None, None), EvaluatedVariant(ADAPTER, None, None)]
     variants += [EvaluatedVariant(Shrink(lam).label, Shrink.name, lam) for lam in SHRINKS]
     variants.append(EvaluatedVariant(f"{RegMean.name} {share_name(keep)}", RegMean.name, None))
-    sums, v = replace(sums, variants=tuple(variants)), len(variants) - 1
-    compared, shrink = against_shrink(sums, v), None
-    if compared is not None:
-        low, high = compared.between
-        most = next((row for row, variant in enumerate(variants) if variant.mitigation_lambda == low), ADAPTER_ROW)
-        shrink = record(FittedShrink, compared, sums, v, v if low < high else most)
+    evaluation, row = replace(evaluation, variants=tuple(variants)), len(variants) - 1
+    comparison, shrink = against_shrink(evaluation, row), None
+    if comparison is not None:
+        low, high = comparison.between
+        most = next((i for i, variant in enumerate(variants) if variant.mitigation_lambda == low), ADAPTER_ROW)
+        shrink = record(FittedShrink, comparison, evaluation, row, row if low < high else most)
     return {
         "keep": keep,
-        "missed": sums.task.share("loss", v).value < keep - MISSED,
+        "missed": evaluation.task.share("loss", row).value < keep - MISSED,
         "mu": point.weight,
-        "trade": sums.trade(variants[v]),
-        **record(_Shares, sums, v),
+        "trade": evaluation.trade(variants[row]),
+        **record(_Shares, evaluation, row),
         "shrink": shrink,
     }
 
@@ -378,10 +383,7 @@ class PreparedFit(Prepared[Coefficients]):
             "unchanged": self.unchanged,
         }  # fmt: skip
         options = {name: getattr(o, name) for name in DECIDING}
-        options |= {
-            "weights": list(o.weights),
-            "keep": [o.keep],
-        }  # several shares in earlier versions, whose files must stay valid
+        options |= {"weights": list(o.weights), "keep": [o.keep]}  # a list: earlier versions had several shares
         return runs.with_digest(tree, algorithm=ALGORITHM, options=options, max_memory=self.max_memory)
 
     def sweeps(self, known: Coefficients | None = None) -> list[Work]:
@@ -391,7 +393,10 @@ class PreparedFit(Prepared[Coefficients]):
         longest = max(text.whole.longest for text in self.texts.values())
         candidates = len(self.options.weights)
         variants = 2 + candidates + len(SHRINKS)
-        return [Work((1 + candidates) * fitted, variants * riding, longest, variants), Work(0, 2 * riding, longest, 2)]
+        return [
+            Work(fitted=(1 + candidates) * fitted, riding=variants * riding, length=longest, variants=variants),
+            Work(fitted=0, riding=2 * riding, length=longest, variants=2),
+        ]
 
     def written_bytes(self, known: Coefficients | None) -> tuple[int, int]:
         """Estimate the bytes of the file and of the spool."""
@@ -448,10 +453,10 @@ def prepare_fit(base_path: str | Path, adapter: Path, texts: Mapping[str, Path],
     divided = divide(read, texts, options.holdout, options.seed)
     prepared = PreparedFit(plan, run, max_memory, model, options, divided, files)
     if names := prepared.unchanged:
-        what = (
-            f"{counted(len(names), 'tensor')} by other means than deltas, {listed(names)}; the fit keeps these changes"
-        )
-        run.monitor.warn((f"{plan.adapter.path.name} also changes {what}",))
+        run.monitor.warn((
+            f"{plan.adapter.path.name} also changes {counted(len(names), 'tensor')} by other means than deltas, {listed(names)}; the fit "
+            "keeps these changes",
+        ))  # fmt: skip
     return prepared.beside_workers()
 
 
@@ -478,6 +483,14 @@ MARGIN = 0.005
 """An interpolation aims above the share by this much."""
 
 
+class SiteSystems(NamedTuple):
+    """The inputs of a site's matrices, as they came and by stream, and each candidate's system."""
+
+    inputs: Sequence[Tensor]
+    streams: Mapping[Stream, Sequence[Tensor]]
+    systems: Sequence[System]
+
+
 @dataclass
 class Solver:
     """Fits each site's matrices for every candidate.
@@ -497,9 +510,7 @@ class Solver:
     tokens: Mapping[str, int]
     spool: Spool
     places: dict[str, list[Spooled]] = field(default_factory=dict)
-    _inputs: list[Tensor] = field(default_factory=list)
-    _streams: dict[Stream, list[Tensor]] = field(default_factory=dict)
-    _systems: list[System] = field(default_factory=list)
+    _last: SiteSystems | None = None
 
     def __call__(self, site: Site, inputs: Mapping[Group, Tensor]) -> None:
         """Fit the factors of all matrices at a site; see `SweepModel.run`."""
@@ -521,12 +532,16 @@ class Solver:
             for target, delta in pairs:
                 self._write(target, [refit_one_hot(delta.R, task, general, mu) for mu in self.weights])
             return
-        self._take(inputs, site.matrices[0].tensor)
+        systems = self._systems_of(inputs, site.matrices[0].tensor)
+        if systems is None:
+            return
         # An expert receives other tokens once its router's inputs have changed, or the same in another order: they have no counterparts.
         expert = not site.order[0] or any(target.module.layer_kind == "expert" for target in site.matrices)
-        paired = not expert and all(sum(map(len, x)) == self.tokens[stream.text] for stream, x in self._streams.items())
-        for target, delta in pairs if self._systems else ():
-            if not delta.is_zero() and (rights := self._refit(target, delta, paired)) is not None:
+        paired = not expert and all(
+            sum(map(len, x)) == self.tokens[stream.text] for stream, x in systems.streams.items()
+        )
+        for target, delta in pairs:
+            if not delta.is_zero() and (rights := self._refit(target, delta, systems, paired)) is not None:
                 self._write(target, rights)
 
     def candidate(self, number: int, rest: Mapping[str, Tensor]) -> Factors:
@@ -555,26 +570,29 @@ class Solver:
                 by_stream.setdefault(group.stream, []).append(x)
         return by_stream
 
-    def _take(self, inputs: Mapping[Group, Tensor], name: str) -> None:
-        """Divide the inputs by stream, and make each candidate's system; none if a text did not reach the site.
+    def _systems_of(self, inputs: Mapping[Group, Tensor], name: str) -> SiteSystems | None:
+        """Divide the inputs by stream, and make each candidate's system; None if a text did not reach the site.
 
         Matrices that follow each other and share their inputs, such as q, k and v, share the systems.
         """
         tensors = list(inputs.values())
-        if same_inputs(self._inputs, tensors):
-            return
-        self._inputs, self._streams, self._systems = [], self._by_stream(inputs), []
-        streams = self._streams
+        if self._last is not None and same_inputs(self._last.inputs, tensors):
+            return self._last
+        self._last = None  # frees its systems before others are made
+        streams = self._by_stream(inputs)
         if not all(any(bool(x.any()) for x in streams.get(stream, ())) for stream in streams_of(len(self.weights))):
-            return
+            return None
         if not all(math.isfinite(float(torch.linalg.vector_norm(x))) for group in streams.values() for x in group):
             raise NumericError(f"{self.model.job.plan.base.path}: the inputs of {name!r} are NaN or Inf on the texts")
         tokens = self.tokens[TASK], self.tokens[GENERAL]
-        for k, mu in enumerate(self.weights):
-            self._systems.append(System(streams[Stream(TASK, k)], streams[Stream(GENERAL, k)], tokens, mu))
-        self._inputs = tensors
+        systems = [
+            System(streams[Stream(TASK, k)], streams[Stream(GENERAL, k)], tokens, mu)
+            for k, mu in enumerate(self.weights)
+        ]
+        self._last = SiteSystems(tensors, streams, systems)
+        return self._last
 
-    def _refit(self, target: Target, delta: LowRank, paired: bool) -> list[Tensor] | None:
+    def _refit(self, target: Target, delta: LowRank, site: SiteSystems, paired: bool) -> list[Tensor] | None:
         """Fit each candidate's right factor to the inputs; None if a system has no solution.
 
         Parameters
@@ -587,11 +605,11 @@ class Solver:
         P = self._through(target, Q.to(device)) if paired else torch.empty(0)
         refitted = Refit(R, T, (R.double() @ T.T).to(device), P)
         rights = []
-        for k, (mu, system) in enumerate(zip(self.weights, self._systems, strict=True)):
+        for k, (mu, system) in enumerate(zip(self.weights, site.systems, strict=True)):
             texts = {}
             for text in (GENERAL, TASK):
-                current = self._streams[Stream(text, k)]
-                reference = self._streams[Stream(text)] if paired else current
+                current = site.streams[Stream(text, k)]
+                reference = site.streams[Stream(text)] if paired else current
                 texts[text] = TextInputs(reference, current, self.tokens[text])
             right = refit(refitted, texts[TASK], texts[GENERAL], mu, system)
             if right is None:
@@ -612,7 +630,7 @@ class Solver:
         return out
 
 
-def _lost(kept: float) -> float:
+def _distance(kept: float) -> float:
     """Return a figure that rises nearly in proportion to a change of the factors: the loss rises as its square from the adapter on."""
     return math.sqrt(max(0.0, 1 - kept))
 
@@ -629,8 +647,7 @@ class FitRun:
     """
 
     def __init__(self, prepared: PreparedFit, records: Records, directory: Path | None) -> None:
-        self.prepared, self.records, self.monitor, self.directory = prepared, records, prepared.run.monitor, directory
-        self.model = prepared.model
+        self.prepared, self.records, self.monitor, self.model = prepared, records, prepared.run.monitor, prepared.model
         self.model.directory = directory
         self.progress = Progress(prepared.run, "fit")
         self._rows: dict[str, Mapping[str, SequenceSums]] = {}
@@ -646,16 +663,16 @@ class FitRun:
             limit_freed_memory()
         texts, rows = prepared.held_out, prepared.limits.rows
         self.one_length = runs.needs_one_length(self.model, texts, rows, self.monitor.checkpoint)
-        with contextlib.closing(Spool(self.directory)) as spool:
-            points, unseen = self._swept(spool)
-            of_adapter = adapter_facts(self._sums([]), prepared.texts[TASK].whole.name)
-            self.monitor.warn(doubts(of_adapter))
-            keep, chosen = prepared.options.keep, self._chosen(points)
+        with contextlib.closing(Spool(self.model.directory)) as spool:
+            points, unseen = self._fit_candidates(spool)
+            adapter = adapter_facts(self._evaluation([]), prepared.texts[TASK].whole.name)
+            self.monitor.warn(doubts(adapter))
+            keep, chosen = prepared.options.keep, self._choose(points)
             self.progress.finish()
-            sums = self._sums([*(Shrink(lam).label for lam in SHRINKS), chosen.name])
+            evaluation = self._evaluation([*(Shrink(lam).label for lam in SHRINKS), chosen.name])
             facts = {
-                **prepared.facts, "ridge": RIDGE, "general_ridge": GENERAL_RIDGE, "unseen": unseen, **of_adapter,
-                "sets": [set_facts(sums, keep, chosen)],
+                **prepared.facts, "ridge": RIDGE, "general_ridge": GENERAL_RIDGE, "unseen": unseen, **adapter,
+                "sets": [set_facts(evaluation, keep, chosen)],
             }  # fmt: skip
             self.monitor.warn(misses(facts))
             factors = {target.tensor: chosen.factors[target.tensor].clone() for target in plan.targets}
@@ -665,18 +682,18 @@ class FitRun:
         rows = self.prepared.limits.rows
         return runs.riders(self.prepared.held_out, variants, self.model.size, rows, self.one_length)
 
-    def _swept(self, spool: Spool) -> tuple[list[Point], list[str]]:
+    def _fit_candidates(self, spool: Spool) -> tuple[list[Point], list[str]]:
         """Fit all candidates in one sweep, in which they, the adapter and shrinks ride; also list matrices that a text never reached."""
         prepared, plan, model = self.prepared, self.prepared.plan, self.model
-        weights, as_is = prepared.options.weights, unchanged(plan)
+        weights, unchanged_factors = prepared.options.weights, unchanged(plan)
         fitted = list[Group]()
         for stream in streams_of(len(weights)):  # each text in groups of one length
             text = runs.of_few_lengths(prepared.texts[stream.text].fitted)
-            divided = runs.parts(text, prepared.limits.rows, model.size.short, True)
-            fitted += [Group(text.take(numbers).padded_ids, stream.variant, stream) for numbers in divided]
+            parts = runs.parts(text, prepared.limits.rows, model.size.short, one_length=True)
+            fitted += [Group(text.take(numbers).padded_ids, stream.variant, stream) for numbers in parts]
         tokens = {text: sum(group.rows for group in fitted if group.stream == Stream(text)) for text in (GENERAL, TASK)}
         solver = Solver(model, weights, tokens, spool)
-        points = [Point(mu, solver.candidate(k, as_is)) for k, mu in enumerate(weights)]
+        points = [Point(mu, solver.candidate(k, unchanged_factors)) for k, mu in enumerate(weights)]
         variants = [Variant(BASE, None), Variant(ADAPTER, UNCHANGED), *(point.variant for point in points)]
         variants += [Variant.of(Shrink(lam)) for lam in SHRINKS]
         held_out = self._parts(len(variants))
@@ -692,9 +709,9 @@ class FitRun:
         if unseen:
             self.monitor.warn((f"{counted(len(unseen), 'matrix')} received no tokens from one of the texts, or lack a solution; "
                                f"their deltas stay: {listed(map(repr, unseen))}",))  # fmt: skip
-        return [Point(0.0, as_is), *points], unseen
+        return [Point(0.0, unchanged_factors), *points], unseen
 
-    def _chosen(self, points: Sequence[Point]) -> Point:
+    def _choose(self, points: Sequence[Point]) -> Point:
         """Choose the candidate that diverges least among those that keep the share, or one between two candidates.
 
         Parameters
@@ -703,25 +720,25 @@ class FitRun:
             The adapter and the candidates, by rising weight.
         """
         keep = self.prepared.options.keep
-        candidates = [point for point in points[1:] if self._kept(point) >= keep]
-        pairs = [(a, b) for a, b in pairwise(points) if self._kept(a) >= keep > self._kept(b)]
+        candidates = [point for point in points[1:] if self._share_kept(point) >= keep]
+        pairs = [(a, b) for a, b in pairwise(points) if self._share_kept(a) >= keep > self._share_kept(b)]
         if pairs:
             a, b = pairs[-1]
-            above, wanted, below = (_lost(kept) for kept in (self._kept(a), keep + MARGIN, self._kept(b)))
-            between = a.towards(b, max(0.0, (wanted - above) / (below - above)))
+            near, far = _distance(self._share_kept(a)), _distance(self._share_kept(b))
+            between = a.towards(b, max(0.0, (_distance(keep + MARGIN) - near) / (far - near)))
             candidates.append(between)
             parts = zip(self._parts(2), self._base, strict=True)
             reused = [replace(part, groups=(base, *part.groups[1:])) if base.results else part for part, base in parts]
             self._measure([Variant(BASE, None), between.variant], reused)
 
         def divergence(point: Point) -> float:
-            return float(self._sums([point.name]).general.kl[ADAPTER_ROW + 1].sum())
+            return float(self._evaluation([point.name]).general.kl[ADAPTER_ROW + 1].sum())
 
-        return min([point for point in candidates if self._kept(point) >= keep] or candidates, key=divergence)
+        return min([point for point in candidates if self._share_kept(point) >= keep] or candidates, key=divergence)
 
-    def _kept(self, point: Point) -> float:
+    def _share_kept(self, point: Point) -> float:
         """Return the share of the learning that a point keeps."""
-        return 1.0 if point.weight == 0 else self._sums([point.name]).task.share("loss", ADAPTER_ROW + 1).value
+        return 1.0 if point.weight == 0 else self._evaluation([point.name]).task.share("loss", ADAPTER_ROW + 1).value
 
     def _measure(self, variants: Sequence[Variant], held_out: Sequence[Part], fitted: Sequence[Group] = (),
                  solver: Solver | None = None) -> None:  # fmt: skip
@@ -738,7 +755,7 @@ class FitRun:
         for row, variant in enumerate(variants):
             self._rows.setdefault(variant.name, {text: text_sums.take([row]) for text, text_sums in sums.items()})
 
-    def _sums(self, names: Sequence[str]) -> Evaluation:
+    def _evaluation(self, names: Sequence[str]) -> Evaluation:
         """Return the sums on both texts for the base, the unchanged adapter, and measured variants."""
         assert (BASE_ROW, ADAPTER_ROW) == (0, 1)
         rows = [self._rows[name] for name in (BASE, ADAPTER, *names)]
