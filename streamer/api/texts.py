@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, TypedDict, Unpack, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict, Unpack, cast
 
 from streamer.api.calls import call, explained
 from streamer.api.intruders import OutputRequest
@@ -234,8 +234,8 @@ def map_inputs(base: str | Path, output: str | Path | None = None, *, general: s
     return call(MapRequest(base=base, output=output, general=general, **options))
 
 
-UNCHANGED = {"method": Shrink.name, "mitigation_lambda": 1.0}
-HALF = {"method": Shrink.name, "mitigation_lambda": 0.5}
+UNCHANGED_OPTIONS = {"method": Shrink.name, "mitigation_lambda": 1.0}
+HALF_OPTIONS = {"method": Shrink.name, "mitigation_lambda": 0.5}
 """Options that leave the adapter unchanged, or scale it by half."""
 
 
@@ -320,26 +320,24 @@ class RepairRequest(Request, RepairOptions):
         return Path(self.output)
 
     @property
-    def factors(self) -> Path:
+    def fit_path(self) -> Path:
         """Return the path of the fit, beside the output."""
         return self.directory.with_name(f"{self.directory.name}.fit.safetensors")
 
     def run(self, monitor: Monitor, workers: Workers | None = None) -> Repaired:
         """Convert the adapter if requested, fit, choose, and write."""
         if self.to_lora is not None:
-            self._refuse_standing()
-            self._conversion.run(monitor)
-            return self._converted.run(monitor, workers)
+            self._refuse_foreign_directory()
+            self._conversion_request.run(monitor)
+            return self._repair_of_converted.run(monitor, workers)
         self._check(monitor)
-        fit = self._prepared(monitor, workers).result(self.factors)
-        chosen, why, mitigation = _choice(fit)
-        rows = _rows(fit)
-        fine = fit.facts["reliable"]
-        measured = why, *(_line(row, fine) for row in rows)
-        written = cast(Written, self._output(measured=measured, **mitigation).run(monitor))  # of one adapter
+        fit = self._prepared(monitor, workers).result(self.fit_path)
+        choice, rows, reliable = _choose(fit), _rows(fit), fit.facts["reliable"]
+        measured = choice.why, *(_line(row, reliable) for row in rows)
+        written = cast(Written, self._output(measured=measured, **choice.options).run(monitor))  # of one adapter
         record: RepairRecord = {
-            "schema": "streamer.repair/1", "chosen": chosen, "why": why, "rows": rows, "reliable": fine,
-            "fit": str(self.factors), "output": str(self.output), "state": written["state"],
+            "schema": "streamer.repair/1", "chosen": choice.what, "why": choice.why, "rows": rows, "reliable": reliable,
+            "fit": str(self.fit_path), "output": str(self.output), "state": written["state"],
         }  # fmt: skip
         if self.lora is not None:
             record["lora"] = self.lora
@@ -352,17 +350,16 @@ class RepairRequest(Request, RepairOptions):
         return take(OutputRequest, vars(self), **{**unset, **changes})
 
     @property
-    def _conversion(self) -> OutputRequest:
+    def _conversion_request(self) -> OutputRequest:
         """Return the request that writes the adapter as a LoRA adapter beside the output."""
-        form = {"output": self.directory.with_name(f"{self.directory.name}.lora"), "to_lora": self.to_lora}
-        return self._output(
-            **UNCHANGED, **form, command="mitigate", dequantize=False, for_server=False, model_card=True
-        )
+        path = self.directory.with_name(f"{self.directory.name}.lora")
+        return self._output(**UNCHANGED_OPTIONS, output=path, to_lora=self.to_lora, command="mitigate",
+                            dequantize=False, for_server=False, model_card=True)  # fmt: skip
 
     @property
-    def _converted(self) -> RepairRequest:
+    def _repair_of_converted(self) -> RepairRequest:
         """Return the repair of the adapter that the conversion writes."""
-        lora = self._conversion.output
+        lora = self._conversion_request.output
         return replace(self, adapter=lora, to_lora=None, lora=str(lora))
 
     def _check(self, monitor: Monitor) -> None:
@@ -370,16 +367,16 @@ class RepairRequest(Request, RepairOptions):
         base, adapter = self.located(monitor, True).paths(self.base, self.adapter)
         plan = make_plan(base, adapter, self.io, self.stated, self.architecture)
         refuse_dense(plan, [t for t in plan.targets if not (t.module.low_rank if self.merge else t.module.factors)])
-        self._output(**HALF).open(monitor)
-        self._refuse_standing()
+        self._output(**HALF_OPTIONS).open(monitor)
+        self._refuse_foreign_directory()
 
-    def _refuse_standing(self) -> None:
+    def _refuse_foreign_directory(self) -> None:
         """Refuse a file, and a directory that no repair made."""
         check_output_path(self.directory, ())
         names = sorted(path.name for path in self.directory.glob("*"))
-        if names and not self.overwrite and not self.factors.exists():
+        if names and not self.overwrite and not self.fit_path.exists():
             raise OutputExistsError(
-                f"{self.directory}: holds {listed(names)}, and {self.factors}, the fit of a repair, does not exist; choose another "
+                f"{self.directory}: holds {listed(names)}, and {self.fit_path}, the fit of a repair, does not exist; choose another "
                 "directory, or pass --overwrite, which leaves foreign files there",
                 self.directory,
             )
@@ -390,19 +387,20 @@ class RepairRequest(Request, RepairOptions):
         An adapter that is not yet converted shows only what its conversion needs.
         """
         if self.to_lora is not None:
-            first = cast(DryRun, self._conversion.forecast(monitor))
+            first = cast(DryRun, self._conversion_request.forecast(monitor))
             if first["state"] == "done":
-                return self._converted.forecast(monitor, workers)
-            monitor.note(f"forecast only of {self._conversion.output}, which the fit needs")
+                return self._repair_of_converted.forecast(monitor, workers)
+            monitor.note(f"forecast only of {self._conversion_request.output}, which the fit needs")
             return {**first, "command": "repair", "output": str(self.output)}
         self._check(monitor)
-        dry = _forecast("repair", self._prepared(monitor, workers, peek=True), self.factors)
+        dry = _forecast("repair", self._prepared(monitor, workers, peek=True), self.fit_path)
         if dry["state"] == "done" and not (self.directory / RECORD_NAME).exists():
             dry["state"] = "resume"  # the fit exists, but not its output
         if not self.directory.exists() and (forecast := dry["forecast"]) is not None:
-            made = cast(DryRun, self._output(**HALF).forecast(monitor))  # every possible output has the same size
-            dry["files"] += made["files"]
-            forecast["write_bytes"] += made["bytes"] or 0
+            # Every possible output has the same size.
+            output = cast(DryRun, self._output(**HALF_OPTIONS).forecast(monitor))
+            dry["files"] += output["files"]
+            forecast["write_bytes"] += output["bytes"] or 0
         return {**dry, "output": str(self.output)}
 
     def _prepared(self, monitor: Monitor, workers: Workers | None, peek: bool = False) -> PreparedFit:
@@ -411,47 +409,57 @@ class RepairRequest(Request, RepairOptions):
         return prepare_fit(base, adapter, texts, self, self.memory, run)
 
 
-def _choice(fit: Coefficients) -> tuple[Literal["repair", "shrink", "adapter"], str, dict[str, Any]]:
-    """Choose by the measurements: the repair if it is better than the shrink that keeps the same share, else that shrink or the adapter.
+class Choice(NamedTuple):
+    """What to write, the reason, and the options of `OutputRequest` that write it."""
 
-    Returns
-    -------
-    chosen, why, mitigation
-        What to write, the reason, and the options of `OutputRequest` that write it.
-    """
+    what: Literal["repair", "shrink", "adapter"]
+    why: str
+    options: Mapping[str, Any]
+
+
+def _choose(fit: Coefficients) -> Choice:
+    """Choose by the measurements: the repair if it is better than the shrink that keeps the same share, else that shrink or the adapter."""
     (fitted,) = fit.facts["sets"]
-    shrink = fitted["shrink"]
+    trade, shrink = fitted.get("trade"), fitted["shrink"]
+
+    def as_it_is(why: str) -> Choice:
+        return Choice("adapter", f"the adapter as it is: {why}", UNCHANGED_OPTIONS)
+
     if not fit.facts["forgotten"]:
-        return "adapter", "the adapter as it is: there is no evidence that it diverges from the base", UNCHANGED
+        return as_it_is("there is no evidence that it diverges from the base")
     held_out = [fit.facts["texts"][text]["held"]["sequences"] for text in (GENERAL, TASK)]
-    if not _is_worth_it(fitted, min(held_out)):
-        trade = fitted["trade"]
+    if trade is not None and not _is_worth_it(trade, shrink, min(held_out)):  # files of earlier versions have no trade
         figures = (f"{trade[key]:.4f} ± {trade[f'{key}_se']:.4f}" for key in ("regained", "given_up"))
-        return "adapter", (
-            f"the adapter as it is: {trade['name']} {traded(*figures)}; a written variant regains over {trade['worth']:g} of what it gives "
-            "up, by two standard errors"
-        ), UNCHANGED  # fmt: skip
+        rule = f"a written variant regains over {trade['worth']:g} of what it gives up, by two standard errors"
+        return as_it_is(f"{trade['name']} {traded(*figures)}; {rule}")
     if shrink is None:
-        return "adapter", "the adapter as it is: no measured shrink keeps the same share as the repair", UNCHANGED
-    shares = fitted["kept"], fitted["divergence"], shrink["divergence"], shrink["kept"]
-    kept, left, of_shrink, shrink_kept = (f"{100 * share:.1f} %" for share in shares)
+        return as_it_is("no measured shrink keeps the same share as the repair")
+    kept, left = _percent(fitted["kept"]), _percent(fitted["divergence"])
+    shrink_kept, shrink_left = _percent(shrink["kept"]), _percent(shrink["divergence"])
     if shrink["verdict"] == "better":
         what = "that keeps as much" if shrink["kept"] >= fitted["kept"] else f"that keeps most, {shrink_kept},"
-        return "repair", (
+        why = (
             f"{RegMean(fit).label}: it keeps {kept} of what the adapter learned and leaves {left} of its divergence from "
-            f"the base; the shrink {what} leaves {of_shrink}"
-        ), {"coefficients": fit}  # fmt: skip
+            f"the base; the shrink {what} leaves {shrink_left}"
+        )
+        return Choice("repair", why, {"coefficients": fit})
     lam = round(shrink["lambda"], 4)
     if lam == 1:
-        why = f"the adapter as it is: the repair leaves {left} of its divergence from the base, which is not less by two standard errors"
-        return "adapter", why, UNCHANGED
-    return "shrink", (
-        f"shrink {lam:g}: it keeps {shrink_kept} of what the adapter learned and leaves {of_shrink} of its divergence from the base; the "
+        return as_it_is(
+            f"the repair leaves {left} of its divergence from the base, which is not less by two standard errors"
+        )
+    why = (
+        f"shrink {lam:g}: it keeps {shrink_kept} of what the adapter learned and leaves {shrink_left} of its divergence from the base; the "
         f"repair leaves {left}, which is not less by two standard errors"
-    ), {"method": Shrink.name, "mitigation_lambda": lam}  # fmt: skip
+    )
+    return Choice("shrink", why, {"method": Shrink.name, "mitigation_lambda": lam})
 
 
-def _is_worth_it(fitted: Mapping[str, Any], sequences: int) -> bool:
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _is_worth_it(trade: Mapping[str, Any], shrink: Mapping[str, Any] | None, sequences: int) -> bool:
     """Test whether a set, or the shrink that keeps the same share, regains enough for what it gives up; see `Trade`.
 
     Parameters
@@ -459,9 +467,8 @@ def _is_worth_it(fitted: Mapping[str, Any], sequences: int) -> bool:
     sequences
         The smaller of the two texts' numbers of held-out sequences.
     """
-    trade, shrink = fitted.get("trade"), fitted["shrink"]
-    if trade is None or trade["worth_it"] or shrink is None:  # files of earlier versions have no trade
-        return trade is None or bool(trade["worth_it"])
+    if trade["worth_it"] or shrink is None:
+        return bool(trade["worth_it"])
     # The shrink gives up as much, and regains more by the difference of the divergences.
     excess = trade["regained"] + shrink["kl"] - trade["worth"] * trade["given_up"]
     error = math.hypot(trade["regained_se"], shrink["kl_se"], trade["worth"] * trade["given_up_se"])
@@ -469,22 +476,23 @@ def _is_worth_it(fitted: Mapping[str, Any], sequences: int) -> bool:
 
 
 def _rows(fit: Coefficients) -> list[RepairRow]:
-    facts, shares = fit.facts, ("kept", "top1_kept", "forgetting", "divergence")
-    (fitted,) = facts["sets"]
-    measured: list[tuple[str, str, Mapping[str, Any]]] = [("adapter", "adapter", dict.fromkeys(fitted, 1.0))]
+    (fitted,) = fit.facts["sets"]
+    figures_of: dict[str, Mapping[str, Any]] = {"adapter": dict.fromkeys(fitted, 1.0)}
+    names = {"adapter": "adapter", "repair": f"{RegMean.name} {fitted['keep']:g}"}
     if (shrink := fitted["shrink"]) is not None:
-        measured.append(("shrink", f"shrink {shrink['lambda']:.3f}", {"kept": fitted["kept"], **shrink}))
-    measured.append(("repair", f"{RegMean.name} {fitted['keep']:g}", fitted))
+        figures_of["shrink"], names["shrink"] = {"kept": fitted["kept"], **shrink}, f"shrink {shrink['lambda']:.3f}"
+    figures_of["repair"] = fitted
+    shares = "kept", "top1_kept", "forgetting", "divergence"
     return [
-        cast(RepairRow, {"what": what, "name": name, **{key: figures.get(key) for key in shares}})
-        for what, name, figures in measured
+        cast(RepairRow, {"what": what, "name": names[what], **{key: figures.get(key) for key in shares}})
+        for what, figures in figures_of.items()
     ]
 
 
 def _line(row: RepairRow, reliable: Mapping[str, bool]) -> str:
     def share(key: Literal["kept", "top1_kept", "forgetting", "divergence"], words: str) -> str:
         value = row[key]
-        return words.format(f"{100 * value:.1f} %") if value is not None and reliable.get(key, True) else ""
+        return words.format(_percent(value)) if value is not None and reliable.get(key, True) else ""
 
     interpolated = " (interpolated)" if row["what"] == "shrink" else ""
     kept = share("kept", "keeps {} of what was learned") + share("top1_kept", " ({} of the gain in top-1)")

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,13 +26,12 @@ from torch import Tensor
 from streamer.adapters.modules import MethodModule
 from streamer.detection.options import Run
 from streamer.errors import FormatError, MismatchError, NumericError, UnsupportedError
-from streamer.evaluation.evaluation import Evaluation, ReliableRecord, against_shrink, ask_swapped
-from streamer.json_types import Difference, Mean
+from streamer.evaluation.evaluation import Evaluation, ShrinkComparison, against_shrink, ask_swapped
 from streamer.linalg.moments import GENERAL_RIDGE, RIDGE, Refit, System, TextInputs, basis, refit, refit_one_hot
 from streamer.linalg.operators import LowRank
 from streamer.measuring import runs
 from streamer.measuring.runs import EvaluatedVariant, Part, Prepared, Progress, Records, Work
-from streamer.measuring.statistics import ADAPTER_ROW, BASE_ROW, Estimate, SequenceSums, record, telling
+from streamer.measuring.statistics import ADAPTER_ROW, BASE_ROW, Estimate, SequenceSums, defined, flat, telling
 from streamer.measuring.texts import GENERAL, TASK, Texts, TextSequences, read_texts, sample_digest
 from streamer.methods import UNCHANGED, RegMean, Shrink, share_name
 from streamer.methods.files import FIT, Coefficients, load_coefficients
@@ -97,65 +96,20 @@ MISSED = 0.01
 """A set misses its share if it keeps less by more than this."""
 
 
-def _shrink_share(sums: SequenceSums, name: str, row: int, difference: Estimate) -> float:
-    """Return the share of a shrink, from a variant's share and its difference from the shrink; NaN if there is no change to share."""
-    change = sums.mean(name, ADAPTER_ROW, None if name == "kl" else BASE_ROW).value
-    return sums.share(name, row).value - difference.value / change if change else math.nan
-
-
-# fmt: off
-FittedShrink = TypedDict("FittedShrink", {
-    "lambda": Annotated[float, "Lambda of that shrink.", lambda comparison, *_: comparison.mitigation_lambda],
-    "kept": NotRequired[Annotated[float, "Share of the learning that it keeps: the set's, or the most that a shrink keeps.",
-        lambda _, evaluation, row, most: evaluation.task.share("loss", most).value]],
-    "forgetting": Annotated[float, "Share of the rise of the general loss that it leaves.",
-        lambda comparison, evaluation, row, _: _shrink_share(evaluation.general, "loss", row, comparison.loss)],
-    "divergence": Annotated[float, "Share of the forgetting that it leaves: divergence on the general text, relative to the adapter's.",
-        lambda comparison, evaluation, row, _: _shrink_share(evaluation.general, "kl", row, comparison.kl)],
-    "top1_kept": NotRequired[Annotated[float | None, "Share of the adapter's gain in top-1 that it keeps; absent in earlier versions.",
-        lambda comparison, evaluation, row, _: _shrink_share(evaluation.task, "right", row, comparison.top1)]],
-    "loss": Annotated[Difference, "Mean loss of the fitted model on the general text minus the shrink's; below 0, the fitted model forgets "
-        "less. Both errors include the uncertainty of the share kept and of the interpolation."],
-    "kl": Annotated[Difference, "Mean divergence of the fitted model on the general text minus the shrink's."],
-    "verdict": Annotated[Literal["better", "worse", "not told apart"], "By the divergence, and more than two standard errors."],
-})
-FittedShrink.__doc__ = "A shrink of the whole adapter."
-
-class _Shares(TypedDict):
-    kept: Annotated[Mean | None, "Share of the learning: (base - fitted) / (base - adapter) of the task's losses; null if undefined.",
-        lambda evaluation, row: evaluation.task.share("loss", row)]
-    top1_kept: NotRequired[Annotated[Mean | None, "Share of the adapter's gain in top-1 on the task's text; absent in earlier versions.",
-        lambda evaluation, row: evaluation.task.share("right", row)]]
-    forgetting: Annotated[Mean | None, "Share of the rise of the general loss: (fitted - base) / (adapter - base); null if undefined.",
-        lambda evaluation, row: evaluation.general.share("loss", row)]
-    divergence: Annotated[Mean | None, "Mean divergence on the general text as a share of the adapter's; null if that is 0.",
-        lambda evaluation, row: evaluation.general.share("kl", row)]
-
-class AdapterFacts(TypedDict):
-    """What the unchanged adapter has learned and forgotten, on the held-out sequences."""
-    forgotten: Annotated[bool, "Whether the adapter's divergence on the general text is significantly above 0.",
-        lambda evaluation: evaluation.general.mean("kl", ADAPTER_ROW).is_positive]
-    learning: Annotated[Difference, "Loss of the base on the task's text minus the adapter's, in nats per token.",
-        lambda evaluation: evaluation.task.mean("loss", BASE_ROW, ADAPTER_ROW)]
-    top1_gain: NotRequired[Annotated[Difference, "Share of the task's tokens that are its most likely token, minus the base's.",
-        lambda evaluation: evaluation.task.mean("right", ADAPTER_ROW, BASE_ROW)]]
-    forgetting: Annotated[Difference, "Loss of the adapter on the general text minus the base's, in nats per token.",
-        lambda evaluation: evaluation.general.change]
-    divergence: Annotated[Mean, "Mean divergence KL(base ‖ adapter) on the general text, in nats per token.",
-        lambda evaluation: evaluation.general.mean("kl", ADAPTER_ROW)]
-    reliable: NotRequired[Annotated[ReliableRecord, "Whether the denominators of shares are large enough; absent in earlier versions.",
-        lambda evaluation: evaluation.reliable()]]
-
-# fmt: on
-
-
 def adapter_facts(evaluation: Evaluation, name: str) -> dict[str, Any]:
-    """Make the `AdapterFacts`.
+    """Describe what the unchanged adapter has learned and forgotten on the held-out sequences, in nats per token.
 
     Parameters
     ----------
     name
         Name of the task's text, for messages.
+
+    Returns
+    -------
+    dict
+        ``forgotten`` says whether the divergence is significant; ``learning`` is the fall of the loss on the task's text, ``top1_gain`` the
+        rise of the share of its tokens that are the likeliest, ``forgetting`` the rise of the loss on general text, and ``divergence`` the
+        mean ``KL(base ‖ adapter)`` there. ``reliable`` says which of them can be denominators of shares.
 
     Raises
     ------
@@ -171,7 +125,15 @@ def adapter_facts(evaluation: Evaluation, name: str) -> dict[str, Any]:
             f"{-learning.value:.4f} ± {learning.error:.4f} on {learning.sequences} held-out sequences, where only "
             f"{telling(learning.sequences):.1f} standard errors are evidence; give more text, raise --sequences, or give text of its task"
         )
-    return record(AdapterFacts, evaluation)
+    divergence = evaluation.general.mean("kl", ADAPTER_ROW)
+    return {
+        "forgotten": divergence.is_positive,
+        **flat("learning", learning),
+        **flat("top1_gain", evaluation.task.mean("right", ADAPTER_ROW, BASE_ROW)),
+        **flat("forgetting", evaluation.general.change),
+        **flat("divergence", divergence),
+        "reliable": evaluation.reliable(),
+    }
 
 
 def set_facts(evaluation: Evaluation, keep: float, point: Point) -> dict[str, Any]:
@@ -181,23 +143,51 @@ def set_facts(evaluation: Evaluation, keep: float, point: Point) -> dict[str, An
     ----------
     evaluation
         Sums for the base, the unchanged adapter, each of `SHRINKS`, and the factors.
+
+    Returns
+    -------
+    dict
+        Shares are relative to the adapter: ``kept`` of the learning, ``top1_kept`` of its gain in top-1, ``forgetting`` of the rise of the
+        general loss, ``divergence`` of its divergence. ``missed`` says that less is kept than `keep`. ``shrink`` is null if there is none;
+        its ``loss`` and ``kl`` are the factors' minus the shrink's on general text.
     """
     variants = [EvaluatedVariant(BASE, None, None), EvaluatedVariant(ADAPTER, None, None)]
     variants += [EvaluatedVariant(Shrink(lam).label, Shrink.name, lam) for lam in SHRINKS]
     variants.append(EvaluatedVariant(f"{RegMean.name} {share_name(keep)}", RegMean.name, None))
     evaluation, row = replace(evaluation, variants=tuple(variants)), len(variants) - 1
-    comparison, shrink = against_shrink(evaluation, row), None
-    if comparison is not None:
-        low, high = comparison.between
-        most = next((i for i, variant in enumerate(variants) if variant.mitigation_lambda == low), ADAPTER_ROW)
-        shrink = record(FittedShrink, comparison, evaluation, row, row if low < high else most)
+    comparison = against_shrink(evaluation, row)
     return {
         "keep": keep,
         "missed": evaluation.task.share("loss", row).value < keep - MISSED,
         "mu": point.weight,
         "trade": evaluation.trade(variants[row]),
-        **record(_Shares, evaluation, row),
-        "shrink": shrink,
+        **flat("kept", evaluation.task.share("loss", row)),
+        **flat("top1_kept", evaluation.task.share("right", row)),
+        **flat("forgetting", evaluation.general.share("loss", row)),
+        **flat("divergence", evaluation.general.share("kl", row)),
+        "shrink": None if comparison is None else _shrink_facts(comparison, evaluation, row),
+    }
+
+
+def _shrink_facts(comparison: ShrinkComparison, evaluation: Evaluation, row: int) -> dict[str, Any]:
+    """Describe the shrink with which the factors in a row are compared, by their figures and the differences from them."""
+    low, high = comparison.between
+    lambdas = [variant.mitigation_lambda for variant in evaluation.variants]
+    most = lambdas.index(low) if low in lambdas else ADAPTER_ROW  # if no shrink keeps as much
+
+    def share(sums: SequenceSums, name: str, difference: Estimate) -> float | None:
+        change = sums.mean(name, ADAPTER_ROW, None if name == "kl" else BASE_ROW).value
+        return defined(sums.share(name, row).value - difference.value / change) if change else None
+
+    return {
+        "lambda": comparison.mitigation_lambda,
+        "kept": defined(evaluation.task.share("loss", row if low < high else most).value),
+        "forgetting": share(evaluation.general, "loss", comparison.loss),
+        "divergence": share(evaluation.general, "kl", comparison.kl),
+        "top1_kept": share(evaluation.task, "right", comparison.top1),
+        **flat("loss", comparison.loss),
+        **flat("kl", comparison.kl),
+        "verdict": comparison.verdict,
     }
 
 

@@ -147,13 +147,13 @@ def test_the_repair_is_never_what_is_not_better(server: Server, home: Path, tmp_
 
 def choose(
     fitted: Path, shrink: dict[str, Any], *, forgotten: bool = True, texts: dict[str, Any] | None = None, **trade: Any
-) -> tuple[str, str, dict[str, Any]]:
+) -> api_texts.Choice:
     """Choose by the figures of the fit, some of them changed."""
     found = streamer.load_coefficients(fitted)
     first: Any = found.facts["sets"][0]
     one = {**first, "trade": {**first["trade"], **trade}, "shrink": {**first["shrink"], "lambda": 0.5, **shrink}}
     facts: Any = {**found.facts, "forgotten": forgotten, "sets": [one], **({"texts": texts} if texts else {})}
-    return api_texts._choice(replace(found, facts=facts))
+    return api_texts._choose(replace(found, facts=facts))
 
 
 @pytest.mark.parametrize(("verdict", "forgotten", "chosen", "method"), [
