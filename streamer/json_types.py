@@ -1,9 +1,13 @@
-"""Define the types that keys of printed and written records share, with their JSON Schema and their meaning.
+"""Define types that the keys of printed and written records share, and check what was read against them.
 
-A record is a `TypedDict`, or a dataclass that `dataclasses.asdict` prints. In `Annotated`, a text is the key's description, `Keywords` are
-keywords of JSON Schema, a function computes the key's value (`statistics.record`), and a dataclass describes a ``dict[str, Any]`` made from
-it. A key ``x`` of a `Mean` or a `Difference` has a key ``x_se`` beside it, its standard error (`statistics.flat`). From these,
-``tools/make_schemas.py`` makes ``streamer/schemas``, and `check` compares an object that was read with a record.
+A record is a `TypedDict`, or a dataclass that `dataclasses.asdict` prints. ``tools/make_schemas.py`` makes ``streamer/schemas`` from the
+types of its keys. A type may be ``Annotated[type, …]`` with
+
+- a text: the description of the key;
+- `Keywords`: further keywords of JSON Schema;
+- a function: computes the value (`statistics.record`);
+- a dataclass, for a ``dict[str, Any]``: that from which the object is made;
+- `Estimated`, in `Mean` and `Difference`: the key has a second one beside it, ``x_se``, its standard error (`statistics.flat`).
 """
 
 from __future__ import annotations

@@ -59,8 +59,11 @@ class Question(NamedTuple):
     scored: int
 
 
-Answer = tuple[float, bool]
-"""Log-likelihood of a continuation, and whether all its tokens are the likeliest ones."""
+class Answer(NamedTuple):
+    """Log-likelihood of a continuation, and whether all its tokens are the likeliest ones."""
+
+    log_likelihood: float
+    greedy: bool
 
 
 @register_model("streamer")
@@ -104,7 +107,7 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
             keywords.setdefault("lambdas", (lam,))
         request = VariantsRequest(base=base, adapter=adapter, **keywords)
         self._variants = request.variants if several else request.variants[:2]
-        self._variant = _chosen(self._variants, method, lam, keep)
+        self._variant = _requested(self._variants, method, lam, keep)
         with watched(request) as monitor:
             base_path, adapter_path, findings, run = request.opened(adapter, request.findings, monitor)
             self._model = open_model(base_path, adapter_path, findings, request, request.variants, run)
@@ -167,7 +170,7 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
             for request in requests
         ]  # fmt: skip
         answers = iter(self._loglikelihood_tokens([(None, *w) for of_text in windows for w in of_text], disable_tqdm))
-        totals = [sum(next(answers)[0] for _ in of_text) for of_text in windows]
+        totals = [sum(next(answers).log_likelihood for _ in of_text) for of_text in windows]
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
@@ -189,7 +192,7 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         if new:
             self._measure(list(new.values()), disable_tqdm)
         answers = []
-        for (text, *_tokens), question in zip(requests, questions, strict=True):
+        for (text, _context, _continuation), question in zip(requests, questions, strict=True):
             answer = self._find(question)
             assert answer is not None
             answers.append(answer)
@@ -200,7 +203,7 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
     def _find(self, question: Question) -> Answer | None:
         key = self._key(self._variant, question)
         row = self._results.execute("select loss, greedy from results where key = ?", (key,)).fetchone()
-        return None if row is None else (-row[0], bool(row[1]))
+        return None if row is None else Answer(-row[0], bool(row[1]))
 
     def _key(self, variant: Variant, question: Question) -> bytes:
         tokens = question.scored.to_bytes(8, "little") + question.ids.astype("<i8").tobytes()
@@ -230,7 +233,8 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         model, plan = self._model, self._model.job.plan
         texts, resident = {REQUESTS: text}, resident_bytes(AdapterBatch(plan.base, (plan,)))
         progress = Progress(replace(self._run, monitor=Monitor()), "evaluate")
-        work = Work(0, max(BLOCK, len(variants) * max(ROWS, text.longest)), text.longest)
+        rows = max(BLOCK, len(variants) * max(ROWS, text.longest))
+        work = Work(fitted=0, riding=rows, length=text.longest)
         limits = work.limits(model.size, resident, self._max_memory)
         model.use(replace(model.job, variants=variants))
         with full_float32(), tqdm(total=len(questions), desc="Scored requests", disable=disable_tqdm) as bar:
@@ -241,14 +245,14 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
                 while parts and sum(group.rows for part in (*block, parts[0]) for group in part.groups) <= BLOCK:
                     block.append(parts.pop(0))
                 sums = measured(model, block, progress, limits)[REQUESTS]
-                rows = [
+                results = [
                     (self._key(variant, questions[i]), sums.loss[v, s], int(sums.right[v, s] == sums.tokens[s]))
                     for v, variant in enumerate(variants)
                     for s, i in enumerate(sorted(i for part in block for i in part.numbers))
                 ]
                 with self._results:
-                    self._results.executemany("insert or replace into results values (?, ?, ?)", rows)
-                bar.update(len(rows) // len(variants))
+                    self._results.executemany("insert or replace into results values (?, ?, ?)", results)
+                bar.update(len(results) // len(variants))
 
 
 @contextlib.contextmanager
@@ -275,7 +279,7 @@ def _number(name: str, value: object) -> float:
         raise UsageError(f"{name}: expected a number, such as 0.5, found {quoted(value)}") from None
 
 
-def _chosen(variants: Sequence[Variant], method: str, lam: float | None, keep: float | None) -> Variant:
+def _requested(variants: Sequence[Variant], method: str, lam: float | None, keep: float | None) -> Variant:
     """Find the requested variant among the measured ones."""
     fitting = [
         v

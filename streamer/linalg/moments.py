@@ -1,6 +1,7 @@
 """Change deltas by second moments of inputs: reduce them on general inputs, or refit them to two texts.
 
-Let ``C ≈ V diag(e) Vᵀ + ρ (I − V Vᵀ)`` (n, n), where V (n, k) are the leading eigenvectors and ρ is the mean of the other eigenvalues:
+`reduced` computes a smaller Δ'. Let ``C ≈ V diag(e) Vᵀ + ρ (I − V Vᵀ)`` (n, n), where V (n, k) are the leading eigenvectors and ρ is the
+mean of the other eigenvalues:
 
     Δ' = Δ (I + ν C)⁻ᵖ
 
@@ -8,9 +9,8 @@ Every direction v of the inputs keeps ``(1 + ν e)⁻ᵖ`` of ``Δ v``. For p = 
 the null space of general inputs. A smaller p spares the leading directions, which task inputs share. For factors ``Δ = L Rᵀ`` only R
 changes, so the rank stays. ν is chosen so that Δ' keeps a share λ of the delta's energy ``E‖Δ x‖²``.
 
-Refit right factors so that a delta keeps its response to one text's inputs, and loses its response to those of another.
-
-Let x be a module's inputs in the model to imitate, x' its inputs in the model that is being repaired, and ``Δ = Q D₀ᵀ`` with ``QᵀQ = I``:
+`refit` computes right factors with which a delta keeps its response to one text's inputs, and loses its response to those of another. Let x
+be a module's inputs in the model to imitate, x' its inputs in the model that is being repaired, and ``Δ = Q D₀ᵀ`` with ``QᵀQ = I``:
 
     D' = argmin  E_t ‖(W + Q D'ᵀ) x' − (W + Δ) x‖² + s ‖D' − D₀‖² + μ (E_g ‖(W + Q D'ᵀ) x' − W x‖² + g ‖D'‖²)
     s = ε tr(C'_t) / n,   g = γ tr(C'_g) / n
@@ -78,7 +78,7 @@ def reduced(delta: Delta, spectrum: Spectrum, share: float) -> Delta:
     energies, rest = _energies(delta, spectrum)
     if share == 1 or not float(energies.sum()) + rest > 0:
         return delta
-    gains, of_rest = _gains(spectrum, _weight(spectrum, energies, rest, share))
+    gains, of_rest = _gains(spectrum, _find_nu(spectrum, energies, rest, share))
     if isinstance(delta, LowRank):
         return LowRank(delta.L.double(), _scaled(delta.R.double(), spectrum, gains, of_rest))
     assert isinstance(delta, Dense)
@@ -100,14 +100,14 @@ def _energies(delta: Delta, spectrum: Spectrum) -> tuple[Tensor, float]:
     return squares * spectrum.values, spectrum.rest * max(0.0, float(norm**2 - squares.sum()))
 
 
-def _gains(spectrum: Spectrum, weight: float) -> tuple[Tensor, float]:
+def _gains(spectrum: Spectrum, nu: float) -> tuple[Tensor, float]:
     """Compute the factor for each known direction (k,), and the one for all others."""
-    if math.isinf(weight):
+    if math.isinf(nu):
         return (spectrum.values == 0).double(), float(spectrum.rest == 0)
-    return (1 + weight * spectrum.values) ** -POWER, float((1 + weight * spectrum.rest) ** -POWER)
+    return (1 + nu * spectrum.values) ** -POWER, float((1 + nu * spectrum.rest) ** -POWER)
 
 
-def _weight(spectrum: Spectrum, energies: Tensor, rest: float, share: float) -> float:
+def _find_nu(spectrum: Spectrum, energies: Tensor, rest: float, share: float) -> float:
     """Find the ν at which `share` of the energy remains; infinity for share 0."""
     if share == 0:
         return math.inf
@@ -115,10 +115,10 @@ def _weight(spectrum: Spectrum, energies: Tensor, rest: float, share: float) -> 
     middle = -math.log(max(float(spectrum.values.max()), spectrum.rest))
     low, high = middle - RANGE, middle + RANGE
     for _ in range(HALVINGS):
-        weight = (low + high) / 2
-        gains, of_rest = _gains(spectrum, math.exp(weight))
-        left = float((energies * gains**2).sum()) + rest * of_rest**2
-        low, high = (weight, high) if left > share * total else (low, weight)
+        log_nu = (low + high) / 2
+        gains, of_rest = _gains(spectrum, math.exp(log_nu))
+        remaining = float((energies * gains**2).sum()) + rest * of_rest**2
+        low, high = (log_nu, high) if remaining > share * total else (low, log_nu)
     return math.exp(low)
 
 
@@ -232,11 +232,11 @@ class System:
             size = ends[-1] if self.few else n
             out = self._grams[dtype] = torch.zeros(size, size, dtype=torch.float64, device=self.parts[0][0].device)
             for a, (x, scale) in enumerate(self.parts):
-                left = x.to(dtype)
+                rows = x.to(dtype)
                 if not self.few:
-                    out.add_(left.T @ left, alpha=scale**2)
+                    out.add_(rows.T @ rows, alpha=scale**2)
                 for b, (y, other) in enumerate(self.parts[: a + 1] if self.few else ()):
-                    block = linear(left, y.to(dtype)).double() * (scale * other)
+                    block = linear(rows, y.to(dtype)).double() * (scale * other)
                     out[ends[a] - len(x) : ends[a], ends[b] - len(y) : ends[b]] = block
         return self._grams[dtype]
 
@@ -338,5 +338,5 @@ def refit(delta: Refit, task: TextInputs, general: TextInputs, weight: float, sy
 
 def refit_one_hot(R: Tensor, task: Tensor, general: Tensor, weight: float) -> Tensor:
     """Compute R' for one-hot inputs, which no module changes, from the frequency of each (n,); tokens in neither text keep theirs."""
-    kept = task + RIDGE * task.mean()
-    return R.double() * (kept / (kept + weight * general))[:, None].to(R.device)
+    ridged = task + RIDGE * task.mean()
+    return R.double() * (ridged / (ridged + weight * general))[:, None].to(R.device)
