@@ -31,7 +31,7 @@ from streamer.errors import StreamerError, UnsupportedError, UsageError
 from streamer.evaluation.evaluate import open_model
 from streamer.events import Monitor
 from streamer.linalg.torch_state import full_float32
-from streamer.measuring.runs import ROWS, Progress, Work, measured, needs_one_length, riders
+from streamer.measuring.runs import ROWS, Progress, Work, measure, needs_one_length, riders
 from streamer.measuring.texts import TextSequences, load_tokenizer, tokenizer_directory
 from streamer.options import VariantOptions
 from streamer.plan.plan import AdapterBatch, resident_bytes
@@ -244,7 +244,7 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
                 block = [parts.pop(0)]
                 while parts and sum(group.rows for part in (*block, parts[0]) for group in part.groups) <= BLOCK:
                     block.append(parts.pop(0))
-                sums = measured(model, block, progress, limits)[REQUESTS]
+                sums = measure(model, block, progress, limits)[REQUESTS]
                 results = [
                     (self._key(variant, questions[i]), sums.loss[v, s], int(sums.right[v, s] == sums.tokens[s]))
                     for v, variant in enumerate(variants)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from streamer.adapters.finetuned import AdapterPaths
 from streamer.detection.findings import Findings
@@ -78,6 +78,20 @@ def _place(known: Evaluation, keep: float) -> float | None:
     return placed(known, keep)
 
 
+class BlockSweep(NamedTuple):
+    """A sweep of so many variants over a block of the texts."""
+
+    block: dict[str, TextSequences]
+    variants: int
+
+    @property
+    def work(self) -> Work:
+        """Count the rows that ride."""
+        texts = self.block.values()
+        rows = self.variants * sum(len(ids) for text in texts for ids in text.ids)
+        return Work(fitted=0, riding=rows, length=max(text.longest for text in texts), variants=self.variants)
+
+
 VALUE_BYTES, VARIANT_BYTES = 26, 8000
 """Largest JSON size in bytes of a sequence's sum, and of a variant's other figures, most of which count its divergences."""
 
@@ -112,18 +126,13 @@ class PreparedEvaluation(Prepared[Evaluation]):
         starts = range(0, max(len(text.ids) for text in self.texts.values()), BLOCK)
         return [{name: part(text, i) for name, text in self.texts.items() if i < len(text.ids)} for i in starts]
 
-    def work(self, block: Texts, variants: int) -> Work:
-        """Count the rows of a sweep over a block."""
-        longest = max(text.longest for text in block.values())
-        return Work(0, variants * sum(len(ids) for text in block.values() for ids in text.ids), longest, variants)
-
-    def expected(self, known: Evaluation | None) -> list[tuple[dict[str, TextSequences], int]]:
-        """List the sweeps of a run that does not stop early, with their numbers of variants; empty if nothing is missing."""
+    def expected(self, known: Evaluation | None) -> list[BlockSweep]:
+        """List the sweeps of a run that does not stop early; empty if nothing is missing."""
         missing, keep = self.missing(known), self.options.keep
-        sweeps = [(block, 1 + len(missing)) for block in self.blocks()] if missing else []
+        sweeps = [BlockSweep(block, 1 + len(missing)) for block in self.blocks()] if missing else []
         again = known is not None and known.keep != keep and _place(known, keep) is not None
         placing = keep < 1 and Shrink.name in [v.method for v in self.variants] and (bool(sweeps) or again)
-        return sweeps + [(block, 2) for block in self.blocks() if placing]
+        return sweeps + [BlockSweep(block, 2) for block in self.blocks() if placing]
 
     def missing(self, known: Evaluation | None) -> list[Variant]:
         """List the requested variants that an earlier run has not measured, without those that have no intruders to scale."""
@@ -184,7 +193,7 @@ class PreparedEvaluation(Prepared[Evaluation]):
 
     def sweeps(self, known: Evaluation | None = None) -> list[Work]:
         """List the sweeps for what an earlier run has not measured."""
-        return [self.work(*sweep) for sweep in self.expected(known)]
+        return [sweep.work for sweep in self.expected(known)]
 
     def written_bytes(self, known: Evaluation | None) -> tuple[int, int]:
         """Estimate the bytes of the whole file, and of the journal."""
@@ -201,16 +210,16 @@ class PreparedEvaluation(Prepared[Evaluation]):
             self.run.monitor.warn((ask_swapped(evaluation.task),))
         return evaluation
 
-    def save(self, made: Evaluation, path: Path) -> None:
+    def save(self, result: Evaluation, path: Path) -> None:
         """Write the evaluation."""
-        write_atomic(path, made.to_json().encode())
+        write_atomic(path, result.to_json().encode())
 
-    def standing(self, path: Path) -> Evaluation:
+    def keep_finished(self, path: Path) -> Evaluation:
         """Load a complete evaluation; write its suggestion anew if the requested share differs."""
         monitor, evaluation = self.run.monitor, replace(load_evaluation(path), keep=self.options.keep)
         text = evaluation.to_json().encode()
         if text == path.read_bytes():
-            return super().standing(path)
+            return super().keep_finished(path)
         remove_leftovers(path)  # from a run that was killed just after it renamed the file
         with locked(lock_of(path), path):
             write_atomic(path, text)
@@ -218,7 +227,7 @@ class PreparedEvaluation(Prepared[Evaluation]):
         monitor.outputs[path] = "written"
         return evaluation
 
-    def computed(self, records: Records, output: Path | None) -> Evaluation:
+    def compute(self, records: Records, output: Path | None) -> Evaluation:
         """Measure the missing variants, and then the shrink whose λ keeps the share according to the losses so far."""
         known, facts, keep = self.known(output), self.facts, self.options.keep
         if known is not None:
@@ -227,7 +236,7 @@ class PreparedEvaluation(Prepared[Evaluation]):
         progress = Progress(self.run, "evaluate")
         one_length = runs.needs_one_length(self.model, self.texts, runs.ROWS, self.run.monitor.checkpoint)
         base, missing, evaluation = self.variants[0], self.missing(known), known
-        measure = partial(self._measured, facts=facts, one_length=one_length, records=records, progress=progress)
+        measure = partial(self._measure, facts=facts, one_length=one_length, records=records, progress=progress)
         if missing:
             evaluation = measure(known, (base, *missing))
         assert evaluation is not None
@@ -237,7 +246,7 @@ class PreparedEvaluation(Prepared[Evaluation]):
         progress.finish()
         return replace(evaluation, facts=facts, keep=keep)
 
-    def _measured(self, known: Evaluation | None, variants: Sequence[Variant], facts: Mapping[str, Any], one_length: bool,
+    def _measure(self, known: Evaluation | None, variants: Sequence[Variant], facts: Mapping[str, Any], one_length: bool,
                   records: Records, progress: Progress) -> Evaluation:  # fmt: skip
         """Let variants, the base first, ride through block after block, until the answer is clear; join them to those known.
 
@@ -247,9 +256,9 @@ class PreparedEvaluation(Prepared[Evaluation]):
         lengths = None if known is None else {name: len(s.tokens) for name, s in known.sums.items()}
         model.use(replace(model.job, variants=tuple(variants)))
         names, blocks = json.dumps([variant.name for variant in variants]), self.blocks()
-        sweeps = self.expected(known) or [(block, len(variants)) for block in blocks]
+        sweeps = self.expected(known) or [BlockSweep(block, len(variants)) for block in blocks]
 
-        def joined(known: Evaluation | None) -> Evaluation:
+        def joined_to(known: Evaluation | None) -> Evaluation:
             named, joint = [*map(EvaluatedVariant.of, variants)], sums
             if known is not None:
                 named, added = [*known.variants, *named[1:]], range(1, len(named))
@@ -265,18 +274,18 @@ class PreparedEvaluation(Prepared[Evaluation]):
             recorded = {name: arrays for name in block if (arrays := records.find(f"{key} {name}")) is not None}
             measures = {name: SequenceSums(**arrays) for name, arrays in recorded.items()}
             if measures.keys() != block.keys():
-                limits = self.limits_of(self.work(block, len(variants)))
+                limits = self.limits_of(BlockSweep(block, len(variants)).work)
                 held_out = runs.riders(block, len(variants), model.size, limits.rows, one_length)
-                rest = [runs.sweep_cost(model.size, self.work(*sweep).riding) for sweep in sweeps[number:]]
+                rest = [runs.sweep_cost(model.size, sweep.work.riding) for sweep in sweeps[number:]]
                 progress.expect(sum(rest), len(rest) * (len(model.layers) + 1))
-                measures = runs.measured(model, held_out, progress, limits, states=records.states(key))
+                measures = runs.measure(model, held_out, progress, limits, states=records.states(key))
                 for name, s in measures.items():
                     arrays = {kind: getattr(s, kind) for kind in ("tokens", *ARRAYS)}
                     records.add(f"{key} {name}", arrays)
             sums |= {name: sums[name].followed(s) if name in sums else s for name, s in measures.items()}
-            if lengths is None and clear(joined(None)):
+            if lengths is None and clear(joined_to(None)):
                 break
-        return joined(known)
+        return joined_to(known)
 
 
 def prepare(base_path: str | Path, adapter: Path, texts: Mapping[str, Path], findings: Findings | None, options: EvaluateOptions,

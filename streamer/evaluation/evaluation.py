@@ -342,31 +342,28 @@ class Against(TypedDict):
         lambda evaluation, row, other: evaluation.task.mean("right", row, other)]
 
 VariantRecord = TypedDict("VariantRecord", {
-    "name": Annotated[str, "`base`, `adapter`, or method and lambda, such as `paper 0.5`; for a fit, method and share.",
-        lambda evaluation, row: evaluation.variants[row].name],
-    "method": Annotated[MethodName | None, "The method; null for base and adapter.",
-        lambda evaluation, row: evaluation.variants[row].method],
-    "lambda": Annotated[Lambda, lambda evaluation, row: evaluation.variants[row].mitigation_lambda],
-    "keep": NotRequired[Annotated[float, "With method regmean: share of the learning that the set was fitted to keep.",
-        lambda evaluation, row: evaluation.variants[row].keep]],
-    "general": Annotated[TextFigures, "On the general text.", lambda evaluation, row: record(TextFigures, evaluation.general, row)],
-    "task": Annotated[TextFigures, "On the task's text.", lambda evaluation, row: record(TextFigures, evaluation.task, row)],
+    "name": Annotated[str, "`base`, `adapter`, or method and lambda, such as `paper 0.5`; for a fit, method and share."],
+    "method": Annotated[MethodName | None, "The method; null for base and adapter."],
+    "lambda": Annotated[Lambda, lambda variant, *_: variant.mitigation_lambda],
+    "keep": NotRequired[Annotated[float, "With method regmean: share of the learning that the set was fitted to keep."]],
+    "general": Annotated[TextFigures, "On the general text.", lambda _, evaluation, row: record(TextFigures, evaluation.general, row)],
+    "task": Annotated[TextFigures, "On the task's text.", lambda _, evaluation, row: record(TextFigures, evaluation.task, row)],
     "others": NotRequired[Annotated[list[OtherFigures], "On the other texts, in the order of `texts.others`.",
-        lambda evaluation, row: [
+        lambda _, evaluation, row: [
             {"name": name, **record(TextFigures, sums, row), **statistics.flat("share", sums.share("loss", row))}
             for name, sums in evaluation.others.items()] or None]],
     "kept": Annotated[Mean | None, "Share of the learning: (base - variant) / (base - adapter) of the task's losses; null if undefined.",
-        lambda evaluation, row: evaluation.task.share("loss", row)],
+        lambda _, evaluation, row: evaluation.task.share("loss", row)],
     "top1_kept": Annotated[Mean | None, "Share of the adapter's gain in top-1 on the task's text; null if undefined.",
-        lambda evaluation, row: evaluation.task.share("right", row)],
+        lambda _, evaluation, row: evaluation.task.share("right", row)],
     "forgetting": Annotated[Mean | None, "Share of the rise of the general loss: (variant - base) / (adapter - base); null if undefined.",
-        lambda evaluation, row: evaluation.general.share("loss", row)],
+        lambda _, evaluation, row: evaluation.general.share("loss", row)],
     "divergence": Annotated[Mean | None, "Mean divergence on the general text as a share of the adapter's; null if that is 0.",
-        lambda evaluation, row: evaluation.general.share("kl", row)],
+        lambda _, evaluation, row: evaluation.general.share("kl", row)],
     "against_adapter": Annotated[Against, "Differences from the unchanged adapter.",
-        lambda evaluation, row: record(Against, evaluation, row, ADAPTER_ROW)],
+        lambda _, evaluation, row: record(Against, evaluation, row, ADAPTER_ROW)],
     "against_base": Annotated[Against, "Differences from the base; PEFT's method comparison calls `general_loss` forgetting.",
-        lambda evaluation, row: record(Against, evaluation, row, BASE_ROW)],
+        lambda _, evaluation, row: record(Against, evaluation, row, BASE_ROW)],
 })
 VariantRecord.__doc__ = "A variant that was evaluated."
 
@@ -583,7 +580,10 @@ class Evaluation:
         names = [v.name for v in self.variants]
         if name not in names:
             raise UnknownNameError(f"evaluation: has no variant {name!r}; it has {', '.join(names)}")
-        return cast(VariantRecord, record(VariantRecord, self, names.index(name)))
+        return self._record(names.index(name))
+
+    def _record(self, row: int) -> VariantRecord:
+        return cast(VariantRecord, record(VariantRecord, self.variants[row], self, row))
 
     def table(self, keep: float | None = None) -> str:
         """Format the verdict, the table, its legend, the reasons and the commands as text of unlimited width."""
@@ -605,7 +605,7 @@ class Evaluation:
             "tokens": {"general": self.general.tokens.tolist(), "task": self.task.tokens.tolist()},
             **({"others": others} if others else {}),
             "keep": self.keep,
-            "variants": [record(VariantRecord, self, v) for v in range(len(self.variants))],
+            "variants": [self._record(row) for row in range(len(self.variants))],
             "reliable": self.reliable(),
             "front": self.front(),
             "suggestion": record(SuggestionRecord, best, self),
@@ -868,20 +868,20 @@ def commands(evaluation: Evaluation, suggestion: Suggestion, names: Names | None
         return [f"next: {evaluate.format(names.general, names.task, names.output)} --method shrink --lambda {lam:g}"]
     assert variant is not None
     command, *words = evaluation.command(variant, merges=names.mitigated)
-    made = " ".join(["streamer", command, names.inputs, "-o", "OUTPUT", *words])
+    make = " ".join(["streamer", command, names.inputs, "-o", "OUTPUT", *words])
     if names.findings and takes_findings(variant.method):
-        made += f" --findings {names.findings}"
+        make += f" --findings {names.findings}"
     elif variant.method == RegMean.name:
-        made += f" --coefficients {names.coefficients or 'COEFFICIENTS'}"
+        make += f" --coefficients {names.coefficients or 'COEFFICIENTS'}"
     elif variant.method == NullSpace.name:
-        made += f" --map {names.mapped or 'MAP'}"
+        make += f" --map {names.mapped or 'MAP'}"
     if reason == "not forgotten" or suggestion.declined is not None:
-        return ["use the adapter as it is, or merge it into the base", f"next: {made}"]
+        return ["use the adapter as it is, or merge it into the base", f"next: {make}"]
     if names.mitigated or any(v.method == RegMean.name for v in evaluation.variants):
-        return [f"next: {made}"]
+        return [f"next: {make}"]
     keep = f" --keep {suggestion.keep:g}" if suggestion.keep < 1 else ""
     return [
-        *([f"made by: {made}"] if reason == "forgets least" else []),
+        *([f"made by: {make}"] if reason == "forgets least" else []),
         "a repair usually forgets much less; fit it on other text than this, on which its result can then be measured",
         f"next: streamer repair {names.inputs} --general TEXT --task TEXT{keep} -o OUTPUT{options}",
     ]

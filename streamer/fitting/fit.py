@@ -394,13 +394,13 @@ class PreparedFit(Prepared[Coefficients]):
         names = sum(2 * (len(target.tensor) + TENSOR_BYTES) for target in self.plan.targets)
         return values + names + len(json.dumps(self.facts)) + FIGURES_BYTES, len(self.options.weights) * values
 
-    def standing(self, path: Path) -> Coefficients:
+    def keep_finished(self, path: Path) -> Coefficients:
         """Keep a complete fit, and repeat its warnings."""
-        fit = super().standing(path)
+        fit = super().keep_finished(path)
         self.run.monitor.warn([*doubts(fit.facts), *misses(fit.facts)])
         return fit
 
-    def computed(self, records: Records, output: Path | None) -> Coefficients:
+    def compute(self, records: Records, output: Path | None) -> Coefficients:
         """Fit the factors."""
         fit = FitRun(self, records, None if output is None else output.parent).result()
         return replace(fit, source=output)
@@ -741,7 +741,7 @@ class FitRun:
         # The file stays that of the first sweep, which a run that is killed in the second one needs again.
         names = json.dumps([variant.name for variant in variants])
         states = None if solver is None else self.records.states(names, solver.factors, solver.restore)
-        sums = runs.measured(model, held_out, self.progress, prepared.limits, fitted, solver, states)
+        sums = runs.measure(model, held_out, self.progress, prepared.limits, fitted, solver, states)
         for row, variant in enumerate(variants):
             self._rows.setdefault(variant.name, {text: text_sums.take([row]) for text, text_sums in sums.items()})
 

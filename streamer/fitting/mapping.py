@@ -137,7 +137,7 @@ class PreparedMap(Prepared[InputMap]):
         input_map = super().result(output)
         return input_map if output is None or input_map.source is not None else load_map(output)
 
-    def computed(self, records: Records, output: Path | None) -> InputMap:
+    def compute(self, records: Records, output: Path | None) -> InputMap:
         """Sweep the text through the base, and keep the leading vectors of each input."""
         monitor, plan, model = self.run.monitor, self.plan, self.model
         model.directory = None if output is None else output.parent

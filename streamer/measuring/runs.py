@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar, cast
 
 import numpy as np
 import torch
@@ -143,7 +143,7 @@ Sums = dict[str, SequenceSums]
 """On each text, the sums of variants."""
 
 
-def measured(model: SweepModel, held_out: Sequence[Part], progress: Progress, limits: Limits, fitted: Sequence[Group] = (),
+def measure(model: SweepModel, held_out: Sequence[Part], progress: Progress, limits: Limits, fitted: Sequence[Group] = (),
              solve: Solve | None = None, states: States | None = None) -> Sums:  # fmt: skip
     """Run a sweep, and return the sums of its riders on each text, in the order of variants and sequences.
 
@@ -168,15 +168,15 @@ def measured(model: SweepModel, held_out: Sequence[Part], progress: Progress, li
         states.resumed = lambda layers: progress.monitor.resuming(layers, len(model.layers), "layer")
     model.limit(limits.room, limits.spools)
     watch = TargetWatch(plan) if fitted else None
-    away = model.run(
+    on_workers = model.run(
         groups, checkpoint, solve, watch, lambda name: progress.layer(name, layer_cost), states, progress.run
     )
     rows = max((sum(group.rows for group in part.groups) for part in held_out), default=1)
     block = max(64, LOGIT_BYTES // (4 * rows))
-    if away:
-        ends = [partial(_ended, part.text, block) for part in held_out]
-        arrived = dict(model.elsewhere(progress.run, [part.groups for part in held_out], len(model.layers), ends))
-        sums = [arrived[number] for number in range(len(held_out))]
+    if on_workers:
+        ends = [partial(_sums_on_worker, part.text, block) for part in held_out]
+        sums_by_part = dict(model.elsewhere(progress.run, [part.groups for part in held_out], len(model.layers), ends))
+        sums = [sums_by_part[number] for number in range(len(held_out))]
     else:
         sums = part_sums(model, held_out, block, checkpoint)
     model.check_all_used()
@@ -198,7 +198,7 @@ def measured(model: SweepModel, held_out: Sequence[Part], progress: Progress, li
     return by_text
 
 
-def _ended(text: TextSequences, block: int, model: SweepModel, groups: Sequence[Group]) -> SequenceSums:
+def _sums_on_worker(text: TextSequences, block: int, model: SweepModel, groups: Sequence[Group]) -> SequenceSums:
     """Compute the sums of a part's riders on a worker."""
     return part_sums(model, [Part("", (), text, tuple(groups))], block, lambda: None)[0]
 
@@ -534,11 +534,11 @@ Arrays = Mapping[str, Floats]
 """Sums of a sweep, by name."""
 
 
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, eq=False)
-class Prepared(ABC, Generic[Made]):
+class Prepared(ABC, Generic[Result]):
     """A run on texts whose inputs are open and checked; nothing is written until it writes its result at its end, in one file.
 
     Attributes
@@ -569,15 +569,15 @@ class Prepared(ABC, Generic[Made]):
         """Return inputs and options as JSON, with a digest of everything that determines the result; see `with_digest`."""
 
     @abstractmethod
-    def computed(self, records: Records, output: Path | None) -> Made:
+    def compute(self, records: Records, output: Path | None) -> Result:
         """Run to the end and return the result; `records` holds those of an interrupted run, and receives this run's."""
 
     @abstractmethod
-    def sweeps(self, known: Made | None = None) -> list[Work]:
+    def sweeps(self, known: Result | None = None) -> list[Work]:
         """List the sweeps of a run that does not stop early, to which earlier results are known."""
 
     @abstractmethod
-    def written_bytes(self, known: Made | None) -> tuple[int, int]:
+    def written_bytes(self, known: Result | None) -> tuple[int, int]:
         """Estimate the bytes of the file, and of temporary files."""
 
     @staticmethod
@@ -585,13 +585,13 @@ class Prepared(ABC, Generic[Made]):
     def read(path: Path) -> Any:
         """Read a result from its file."""
 
-    def known(self, path: Path | None) -> Made | None:
+    def known(self, path: Path | None) -> Result | None:
         """Return the earlier results in the file, to which this run adds."""
         return None
 
-    def save(self, made: Any, path: Path) -> None:
+    def save(self, result: Any, path: Path) -> None:
         """Write a result to its file; `inspect` has permitted it for any existing file."""
-        made.save(path, overwrite=True)  # a fit, or a map
+        result.save(path, overwrite=True)  # a fit, or a map
 
     def is_whole(self, path: Path) -> bool:
         """Test whether the file at a path is the complete result; raise `OutputExistsError` if it belongs to others, see `of_others`."""
@@ -672,35 +672,34 @@ class Prepared(ABC, Generic[Made]):
         self.plan.refuse_overwriting([path])
         return "resume" if self._resumable(path).is_begun() else "new"
 
-    def result(self, output: Path | None) -> Made:
+    def result(self, output: Path | None) -> Result:
         """Return the result, from its file if that holds it already; write it if an output is given.
 
         The file is locked while a journal beside it receives records; if the run fails, the journal stays, unless the inputs are at fault.
         """
         if output is None:
-            return self._made(Records(), None)
+            return self._compute(Records(), None)
         if self.inspect(output) == "done":
-            return self.standing(output)
+            return self.keep_finished(output)
         with self._resumable(output).begun((InputError, NumericError)) as (journal, resumed):
-            made = self._made(Records(journal), output)
+            result = self._compute(Records(journal), output)
             self.plan.check_unchanged()
-            self.save(made, output)
+            self.save(result, output)
         self.run.monitor.outputs[output] = "resumed" if resumed else "written"
-        return made
+        return result
 
-    def _made(self, records: Records, output: Path | None) -> Made:
+    def _compute(self, records: Records, output: Path | None) -> Result:
         """Compute in full float32, with the number of threads with which the run began; emit a note if torch now has another number."""
         if (count := records.threads) != torch.get_num_threads():
             words = f"goes on with {counted(count, 'thread')}, as it began; --no-resume starts over"
             self.run.monitor.note(words)
         with threads(count), full_float32(), kept(self.run.workers):
-            return self.computed(records, output)
+            return self.compute(records, output)
 
-    def standing(self, path: Path) -> Made:
+    def keep_finished(self, path: Path) -> Result:
         """Keep a file that is complete, say so, and return what it holds; see `left`."""
         transaction.left(path, self.run.monitor, f"{path} holds {self.same} already; nothing to do")
-        made: Made = self.read(path)
-        return made
+        return cast(Result, self.read(path))
 
     def _resumable(self, path: Path) -> ResumableFile:
         """Describe the file and its journal, whose head has the run, the names of its sums, and the threads and torch behind their bits."""

@@ -463,17 +463,17 @@ def read_text(path: str | Path, tokenizer_directory: Path | None, *, sequences: 
         )
     with storage_errors(path, "read"):
         if path.suffix == ".npy":
-            taken = [(ids, np.ones(len(ids), bool)) for ids in _read_ids(path, sequences, length, least)]
+            pairs = [(ids, np.ones(len(ids), bool)) for ids in _read_ids(path, sequences, length, least)]
         else:
             tokenizer = load_tokenizer(path, tokenizer_directory)
             if path.suffix == ".txt":
                 counted = np.arange(length) >= len(tokenizer.start)
-                taken = [(ids, counted.copy()) for ids in _cut_text(path, tokenizer, sequences, length, least)]
+                pairs = [(ids, counted.copy()) for ids in _cut_text(path, tokenizer, sequences, length, least)]
             else:
-                taken = list(read_json_lines(path, tokenizer, sequences, length))
-    for _, counted in taken:
+                pairs = list(read_json_lines(path, tokenizer, sequences, length))
+    for _, counted in pairs:
         counted[0] = False
-    text = TextSequences(tuple(ids for ids, _ in taken), tuple(counted for _, counted in taken), path.name)
+    text = TextSequences(tuple(ids for ids, _ in pairs), tuple(counted for _, counted in pairs), path.name)
     _check(path, text, vocabulary, positions)
     return text
 
@@ -606,12 +606,12 @@ def read_texts(
 ) -> dict[str, TextSequences]:
     """Read texts with a model's tokenizer, and warn if two are the same; see `read_text`."""
     directory = tokenizer_directory(model.job.plan)
-    read = {
+    sequences_of = {
         name: read_text(path, directory, sequences=sequences, length=length, least=least,
                         vocabulary=model.vocabulary, positions=model.positions)
         for name, path in texts.items()
     }  # fmt: skip
-    digests = {name: text.digest() for name, text in read.items()}
+    digests = {name: text.digest() for name, text in sequences_of.items()}
     general, task = digests.pop(GENERAL), digests.pop(TASK)
     if general == task:
         what = "the general and the task's text are the same"
@@ -620,4 +620,4 @@ def read_texts(
         if digest in (general, task):
             same = GENERAL if digest == general else TASK
             monitor.warn((f"{name} is the same as the {same} text: it adds no information",))
-    return read
+    return sequences_of

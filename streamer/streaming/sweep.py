@@ -498,11 +498,11 @@ class SweepModel(LoadedModel):
     def use(self, job: VariantSet) -> None:
         """Run other variants, or other findings, from now on."""
         self.job = self.values.job = job
-        self.values.kept.clear()
+        self.values.cache.clear()
 
     def limit(self, room: int, spools: bool) -> None:
         """Limit the memory of the next runs: the bytes of a layer's values that groups share, and whether states lie in a spool."""
-        self.values.kept.room, self.spool = room, Spool(self.directory) if spools else None
+        self.values.cache.room, self.spool = room, Spool(self.directory) if spools else None
 
     def _is_rounded(self, module: nn.Module, weight: RunTimeTensor) -> bool:
         """Test whether a product uses only the base's weight and is to round its factors to bfloat16.
@@ -595,7 +595,7 @@ class SweepModel(LoadedModel):
                 if states is not None and 0 < done < len(self.layers):
                     states.save(self, groups, done)
                 if done:
-                    self.values.kept.clear()
+                    self.values.cache.clear()
                 done += 1
                 give_freed_memory_back()
         return away is not None
@@ -622,22 +622,22 @@ class SweepModel(LoadedModel):
         job = Carried(self.job.only({target.tensor for t in used for target, _ in t.targets(self.job.plan)}))
         inputs = Inputs.of(AdapterBatch(self.job.plan.base, (self.job.plan,)), run)
 
-        def sent(group: Group) -> bytes:
+        def payload(group: Group) -> bytes:
             with group.at_hand(self.spool):
                 return packed((group.ids, group.variant, group.out))
 
-        def task(groups: Sequence[Group], end: End | None) -> Task[Ridden]:
-            name, room = f"layer {layer}" if end is None else "logits", self.values.kept.room
-            step = partial(ride, job=job, layer=layer, riders=tuple(map(sent, groups)), end=end, room=room)
+        def task(groups: Sequence[Group], end: End | None) -> Task[RideResult]:
+            name, room = f"layer {layer}" if end is None else "logits", self.values.cache.room
+            step = partial(ride, job=job, layer=layer, riders=tuple(map(payload, groups)), end=end, room=room)
             return Task(inputs, torch.get_num_threads(), name, step)
 
         pairs = [*zip(riders, ends or [None] * len(riders), strict=True)]
         tasks = OnDemand(range(len(pairs)), lambda number: task(*pairs[number]))
         with contextlib.closing(run.workers.run(tasks, run.monitor, _nothing, AT_ONCE)) as results:
-            for number, ridden in results:
-                self.values.applied |= ridden.applied
-                self.values.read |= ridden.read
-                yield number, ridden.result
+            for number, result in results:
+                self.values.applied |= result.applied
+                self.values.read |= result.read
+                yield number, result.value
 
     def _end(self, runs: Mapping[Group, Any]) -> None:
         """Unwind groups that were stopped on the way."""
@@ -697,7 +697,7 @@ class SweepModel(LoadedModel):
                     self.block = i, j
                     logits = torch.stack([self._logits(group) for group in part])
                 yield i, j, number, logits
-            self.values.kept.clear()
+            self.values.cache.clear()
 
     def _logits(self, group: Group) -> Tensor:
         """Compute a group's logits of the current block: (sequences, length, block)."""
@@ -734,16 +734,16 @@ _computing = threading.Lock()
 """Lock that lets a process run one task at a time, because torch's settings for matrix products apply to all threads."""
 
 
-class Ridden(NamedTuple):
+class RideResult(NamedTuple):
     """What `ride` computes, and what `Values` notes of the weights."""
 
-    result: Any
+    value: Any
     applied: set[str]
     read: set[str]
 
 
 def ride(batch: AdapterBatch, monitor: Monitor, job: Carried[dict[str, Any]], layer: int, riders: Sequence[bytes], end: End | None,
-         room: int) -> Ridden:  # fmt: skip
+         room: int) -> RideResult:  # fmt: skip
     """Run a layer of riders, or compute from their results, on a model that the process keeps for later tasks.
 
     Parameters
@@ -772,10 +772,10 @@ def ride(batch: AdapterBatch, monitor: Monitor, job: Carried[dict[str, Any]], la
         groups = [Group(ids, v, out=out, skips=layer) for ids, v, out in map(pickle.loads, riders)]
         steps = iter((False, True))
         model.run(groups, monitor.checkpoint, after=(lambda _: next(steps)) if end is None else _nothing)
-        result = None if end is None else end(model, groups)
+        value = None if end is None else end(model, groups)
         if end is None and model.resumable and groups[0].is_plain:
-            result = packed(groups[0].out)
-        return Ridden(result, model.values.applied, model.values.read)
+            value = packed(groups[0].out)
+        return RideResult(value, model.values.applied, model.values.read)
 
 
 class _Reader(Reader):
@@ -879,7 +879,7 @@ class _Reader(Reader):
         self.model._checkpoint()
         changes = [values.changes(slice_, self.variant) for slice_ in source.slices]
         if not all(isinstance(change, LowRank) for slice_changes in changes for _, change in slice_changes):
-            matrix = values.kept.get((self.name, index, self.variant), lambda: values.matrix(source, self.variant))
+            matrix = values.cache.get((self.name, index, self.variant), lambda: values.matrix(source, self.variant))
             W = matrix[slice(*rows)]
             return (X @ (W if transposed else W.T)).view(*x.shape[:-1], -1)
         shapes = [values.weight_of(slice_, self.variant).matrix for slice_ in source.slices]

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -294,15 +294,15 @@ def make_variants(methods: Sequence[MethodName], lambdas: Sequence[float], selec
         methods = (*(name for name in methods if name != RegMean.name), RegMean.name)
     files = {"map": mapped, "coefficients": coefficients}
     stated = {"select": select, "amplify": amplify, **{name: file for name, file in files.items() if file is not None}}
-    made: list[Method] = []
+    mitigations: list[Method] = []
     for name in methods:
         names = options_of(METHODS[name]) if name in METHODS else []
         options = {option: value for option, value in stated.items() if option in names}
         if "mitigation_lambda" in names:
-            made += [make_method(name, mitigation_lambda=lam, **options) for lam in lambdas]
+            mitigations += [make_method(name, mitigation_lambda=lam, **options) for lam in lambdas]
         else:  # refuses an unknown name, and missing coefficients
-            made.append(make_method(name, **options))
-    return (Variant(BASE, None), Variant(ADAPTER, UNCHANGED), *map(Variant.of, made))
+            mitigations.append(make_method(name, **options))
+    return (Variant(BASE, None), Variant(ADAPTER, UNCHANGED), *map(Variant.of, mitigations))
 
 
 BLOCK_BYTES = 64 << 20
@@ -522,7 +522,7 @@ ROOM = 384 << 20
 """Bytes of float32 values of one layer that stay in memory for the next group of sequences; the others are converted again for each."""
 
 
-class Kept:
+class LayerCache:
     """Values that groups of sequences share while they run one layer, as many as there is room for."""
 
     def __init__(self, room: int = ROOM) -> None:
@@ -531,8 +531,7 @@ class Kept:
     def get(self, key: Any, read: Callable[[], Shared]) -> Shared:
         """Return the values of a key; read them if they are not here."""
         if key in self._values:
-            kept: Shared = self._values[key]
-            return kept
+            return cast(Shared, self._values[key])
         values = read()
         nbytes = values.nbytes if isinstance(values, Tensor) else sum(t.nbytes for _, t in values.named_tensors())
         if self._nbytes + nbytes <= self.room:
@@ -561,7 +560,7 @@ class Values:
         self.base: WeightView = replace(job.plan.weights, replacements={}, derived={})
         self.applied: set[str] = set()
         self.read: set[str] = set()
-        self.kept = Kept()
+        self.cache = LayerCache()
 
     def adapted(self, variant: int) -> bool:
         """Test whether a variant uses the adapter; only the base does not."""
@@ -594,7 +593,7 @@ class Values:
         """Compute the change Δ' that a variant's adapter makes to a slice of a weight, in float32 and oriented as the weight is stored."""
         self.applied.add(part.weight)
         key = target.tensor, variant
-        delta = self.kept.get(key, lambda: self._delta(target, variant).to(torch.float32, self.device))
+        delta = self.cache.get(key, lambda: self._delta(target, variant).to(torch.float32, self.device))
         delta = delta if part.rows is None else delta.row_slice(*part.rows)
         return delta.T if target.transposed else delta
 
@@ -609,7 +608,7 @@ class Values:
         assert method is not None
         needed = findings if method.needs_detection else None
         detection = None if needed is None else needed.by_tensor[target.tensor].detection
-        delta = self.kept.get(target.tensor, lambda: self.plan.finite_delta(target))
+        delta = self.cache.get(target.tensor, lambda: self.plan.finite_delta(target))
         after = method.mitigated(delta, detection, target.tensor)
         factors = target.module.factors
         if self.job.projected and factors is not None and isinstance(after, LowRank) and factors.scaling:
@@ -660,7 +659,7 @@ class Values:
                     return values
 
                 adapted = self.adapted(variant) and slice_.weight in self.edits
-                yield at + i, at + j, self.kept.get((slice_, i, j, adapted, dtype), read)
+                yield at + i, at + j, self.cache.get((slice_, i, j, adapted, dtype), read)
             at += m
 
     def looked_up(self, tensor: RunTimeTensor, variant: int, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -142,7 +142,7 @@ def test_a_killed_run_keeps_the_answers_of_the_sweeps_before(tmp_path: Path, mon
 
     _, base, adapter = make_pair("llama", tmp_path, CAUSAL["llama"][2])
     save(base, "words")
-    requests, sweeps, measured = [(None, [3, 4], [5, *range(6, 6 + n)]) for n in range(4)], [0], lm_eval.measured
+    requests, sweeps, measure = [(None, [3, 4], [5, *range(6, 6 + n)]) for n in range(4)], [0], lm_eval.measure
 
     def answers(**cache: str) -> list[tuple[float, bool]]:
         return lm_eval.StreamerLM(str(base), str(adapter), **cache)._loglikelihood_tokens(requests, True)
@@ -151,12 +151,12 @@ def test_a_killed_run_keeps_the_answers_of_the_sweeps_before(tmp_path: Path, mon
         sweeps[0] += 1
         if sweeps[0] == 3:
             raise KeyboardInterrupt
-        return measured(*args)
+        return measure(*args)
 
     whole, kept = answers(), {"cache": str(tmp_path / "cache.sqlite")}
     monkeypatch.setattr(lm_eval, "BLOCK", 1)
     monkeypatch.setattr(runs, "ROWS", 1)
-    monkeypatch.setattr(lm_eval, "measured", killed)
+    monkeypatch.setattr(lm_eval, "measure", killed)
     with pytest.raises(KeyboardInterrupt):
         answers(**kept)
     assert [loss for loss, _ in answers(**kept)] == pytest.approx([loss for loss, _ in whole], abs=1e-5)

@@ -37,7 +37,7 @@ from streamer.events import Event, Monitor
 from streamer.fitting.fit import Solver, factors_of
 from streamer.linalg.moments import GENERAL_RIDGE, RIDGE
 from streamer.linalg.torch_state import CPU
-from streamer.measuring.runs import Part, _ended, part_sums
+from streamer.measuring.runs import Part, _sums_on_worker, part_sums
 from streamer.measuring.statistics import SequenceSums
 from streamer.plan.targets import Target
 from streamer.streaming.sweep import Group, States, TargetWatch
@@ -302,7 +302,7 @@ def test_riders_on_workers_have_the_same_bits(name: str, spools: bool, tmp_path:
             part = Part("", (*range(6),), text, tuple(Group(text.padded_ids, v) for v in range(3 + len(WEIGHTS))))
             gone = model.run([*sweep.groups, *part.groups], nothing, sweep.solver, watch, away=away)
             if gone:
-                ends = model.elsewhere(run, [part.groups], len(model.layers), [partial(_ended, text, 25)])
+                ends = model.elsewhere(run, [part.groups], len(model.layers), [partial(_sums_on_worker, text, 25)])
                 found += [sums for _, sums in ends]
             else:
                 found += part_sums(model, [part], 25, nothing)
