@@ -119,12 +119,12 @@ class PreparedEvaluation(Prepared[Evaluation]):
 
     def blocks(self) -> list[dict[str, TextSequences]]:
         """Divide the texts into blocks."""
-
-        def part(text: TextSequences, i: int) -> TextSequences:
-            return text.take(range(i, min(i + BLOCK, len(text.ids))))
-
-        starts = range(0, max(len(text.ids) for text in self.texts.values()), BLOCK)
-        return [{name: part(text, i) for name, text in self.texts.items() if i < len(text.ids)} for i in starts]
+        rows_of = {name: range(len(text.ids)) for name, text in self.texts.items()}
+        starts = range(0, max(map(len, rows_of.values())), BLOCK)
+        return [
+            {name: self.texts[name].take(rows[i : i + BLOCK]) for name, rows in rows_of.items() if i in rows}
+            for i in starts
+        ]
 
     def expected(self, known: Evaluation | None) -> list[BlockSweep]:
         """List the sweeps of a run that does not stop early; empty if nothing is missing."""

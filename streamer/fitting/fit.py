@@ -319,11 +319,6 @@ class PreparedFit(Prepared[Coefficients]):
         return (len(self.options.weights) + 3) * 8 * min(tokens, self.widest) ** 2
 
     @cached_property
-    def limits(self) -> runs.Limits:
-        """Choose how the sweep fits the budget."""
-        return self.limits_of(self.sweeps()[0])
-
-    @cached_property
     def widest(self) -> int:
         """Return the number of inputs of the widest matrix that multiplies them."""
         return max((t.module.shape[1] for t in self.plan.targets if not t.is_embedding), default=0)

@@ -20,7 +20,7 @@ from streamer.errors import NumericError, UnsupportedError
 from streamer.json_types import Count, OutputPath, Sha256, State, TensorName
 from streamer.linalg.moments import MORE, ROWS, leading_vectors
 from streamer.measuring import runs
-from streamer.measuring.runs import Limits, Prepared, Progress, Records, Work
+from streamer.measuring.runs import Prepared, Progress, Records, Work
 from streamer.measuring.texts import TextSequences, read_text, sample_digest, tokenizer_directory
 from streamer.methods.files import MAP, InputMap, MappedInput, load_map
 from streamer.options import MappingOptions
@@ -99,11 +99,6 @@ class PreparedMap(Prepared[InputMap]):
     def tokens(self) -> int:
         """Return the number of tokens that run."""
         return sum(group.rows for group in self.groups)
-
-    @cached_property
-    def limits(self) -> Limits:
-        """Choose how the sweep fits the budget."""
-        return self.limits_of(*self.sweeps())
 
     @property
     def solving_bytes(self) -> int:

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar, cast
@@ -622,6 +622,11 @@ class Prepared(ABC, Generic[Result]):
     def resident(self) -> int:
         """Estimate the bytes that stay in memory between two steps."""
         return resident_bytes(AdapterBatch(self.plan.base, (self.plan,)))
+
+    @cached_property
+    def limits(self) -> Limits:
+        """Choose how the first sweep fits the budget."""
+        return self.limits_of(self.sweeps()[0])
 
     def limits_of(self, work: Work) -> Limits:
         """Choose how a sweep fits the budget."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -87,13 +87,9 @@ class Tokenizer:
         def now(call: re.Match[str]) -> str:
             return f"{call[1]}{TEMPLATE_TIME.strftime(call[2])}{call[1]}"
 
-        text: str = self.loaded.apply_chat_template(
-            list(messages),
-            chat_template=NOW.sub(now, self.loaded.get_chat_template()),
-            tokenize=False,
-            add_generation_prompt=with_prompt,
-        )
-        return text
+        template = NOW.sub(now, self.loaded.get_chat_template())
+        kinds = {"tokenize": False, "add_generation_prompt": with_prompt}
+        return cast(str, self.loaded.apply_chat_template(list(messages), chat_template=template, **kinds))
 
 
 def tokenizer_directory(plan: Plan) -> Path | None:

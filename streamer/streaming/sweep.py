@@ -509,11 +509,8 @@ class SweepModel(LoadedModel):
 
         A weight that the adapter replaces or changes by a dense delta is not rounded: rounding would erase its difference from the base.
         """
-        kind = type(module)
-        linear = kind.forward is nn.Linear.forward or kind.__name__ in LINEAR_BY_NAME
-        if not (self.job.rounds_products and linear):
-            return False
-        return not self.values.dense(weight) and not self.values.edited(weight)
+        linear = type(module).forward is nn.Linear.forward or type(module).__name__ in LINEAR_BY_NAME
+        return self.job.rounds_products and linear and not (self.values.dense(weight) or self.values.edited(weight))
 
     @contextlib.contextmanager
     def _running(self, checkpoint: Checkpoint) -> Iterator[None]:
