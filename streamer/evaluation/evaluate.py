@@ -19,10 +19,10 @@ from streamer.adapters.finetuned import AdapterPaths
 from streamer.detection.findings import Findings
 from streamer.detection.options import DetectionOptions, Run
 from streamer.errors import UsageError
-from streamer.evaluation.evaluation import Evaluation, ask_swapped, load_evaluation, placed
+from streamer.evaluation.evaluation import Evaluation, ask_swapped, lambda_to_place, load_evaluation
 from streamer.measuring import runs
 from streamer.measuring.runs import EvaluatedVariant, Prepared, Progress, Records, Work
-from streamer.measuring.statistics import ADAPTER_ROW, ARRAYS, MEASURES, SequenceSums, telling
+from streamer.measuring.statistics import ADAPTER_ROW, ARRAYS, MEASURES, SequenceSums, critical_value
 from streamer.measuring.texts import GENERAL, TASK, Texts, TextSequences, read_texts, sample_digest
 from streamer.methods import UNCHANGED, NullSpace, RegMean, Shrink
 from streamer.options import EvaluateOptions, VariantOptions
@@ -59,23 +59,23 @@ def clear(evaluation: Evaluation) -> bool:
     sequences = len(task.tokens)
     if sequences <= BLOCK or best.reason != "forgets least" or best.variant is None:
         return False
-    chosen, errors = evaluation.variants.index(best.variant), telling(sequences)
-    for v in range(ADAPTER_ROW, len(evaluation.variants)):
-        kept, left = task.share("loss", v), general.share("kl", v)
+    chosen, errors = evaluation.variants.index(best.variant), critical_value(sequences)
+    for row in range(ADAPTER_ROW, len(evaluation.variants)):
+        kept, left = task.share("loss", row), general.share("kl", row)
         if max(kept.error, left.error) > KNOWN:
             return False
         lacks = kept.value + errors * kept.error < evaluation.keep
-        if v != chosen and not lacks and not general.mean("kl", chosen, v).is_negative:
+        if row != chosen and not lacks and not general.mean("kl", chosen, row).is_negative:
             return False
     kept = task.share("loss", chosen)
     return kept.value - errors * kept.error >= evaluation.keep or best.variant.keep is not None
 
 
-def _place(known: Evaluation, keep: float) -> float | None:
+def _next_lambda(known: Evaluation, keep: float) -> float | None:
     """Choose the λ of the shrink to place for a share; None if there is nothing to keep or to win, or a shrink is well placed."""
     if keep == 1 or known.best(keep).reason in ("not learned", "not forgotten"):
         return None
-    return placed(known, keep)
+    return lambda_to_place(known, keep)
 
 
 class BlockSweep(NamedTuple):
@@ -130,7 +130,7 @@ class PreparedEvaluation(Prepared[Evaluation]):
         """List the sweeps of a run that does not stop early; empty if nothing is missing."""
         missing, keep = self.missing(known), self.options.keep
         sweeps = [BlockSweep(block, 1 + len(missing)) for block in self.blocks()] if missing else []
-        again = known is not None and known.keep != keep and _place(known, keep) is not None
+        again = known is not None and known.keep != keep and _next_lambda(known, keep) is not None
         placing = keep < 1 and Shrink.name in [v.method for v in self.variants] and (bool(sweeps) or again)
         return sweeps + [BlockSweep(block, 2) for block in self.blocks() if placing]
 
@@ -199,9 +199,9 @@ class PreparedEvaluation(Prepared[Evaluation]):
         """Estimate the bytes of the whole file, and of the journal."""
         variants = len(self.variants) + 1 + (0 if known is None else len(known.variants))
         sequences = sum(len(text.ids) for text in self.texts.values())
-        writes = VARIANT_BYTES * (variants + 2) + VALUE_BYTES * (len(MEASURES) * variants + 1) * sequences
-        writes += len(json.dumps(self.facts, indent=1))
-        return writes, writes
+        values = VARIANT_BYTES * (variants + 2) + VALUE_BYTES * (len(MEASURES) * variants + 1) * sequences
+        nbytes = values + len(json.dumps(self.facts, indent=1))
+        return nbytes, nbytes
 
     def result(self, output: Path | None) -> Evaluation:
         """Measure the missing variants; write the evaluation to a file if an output is named."""
@@ -241,7 +241,7 @@ class PreparedEvaluation(Prepared[Evaluation]):
             evaluation = measure(known, (base, *missing))
         assert evaluation is not None
         again = bool(missing) or (known is not None and known.keep != keep)
-        if again and (lam := _place(evaluation, keep)) is not None:
+        if again and (lam := _next_lambda(evaluation, keep)) is not None:
             evaluation = measure(replace(evaluation, facts=facts), (base, Variant.of(Shrink(lam))))
         progress.finish()
         return replace(evaluation, facts=facts, keep=keep)
@@ -259,13 +259,14 @@ class PreparedEvaluation(Prepared[Evaluation]):
         sweeps = self.expected(known) or [BlockSweep(block, len(variants)) for block in blocks]
 
         def joined_to(known: Evaluation | None) -> Evaluation:
-            named, joint = [*map(EvaluatedVariant.of, variants)], sums
+            """Join the variants to those known, in the order of tables."""
+            evaluated, joint = [*map(EvaluatedVariant.of, variants)], sums
             if known is not None:
-                named, added = [*known.variants, *named[1:]], range(1, len(named))
+                evaluated, added = [*known.variants, *evaluated[1:]], range(1, len(evaluated))
                 joint = {text: known.sums[text].joined(new.take(added)) for text, new in sums.items()}
-            order = sorted(range(len(named)), key=lambda v: named[v].order)
-            ordered = {text: s.take(order) for text, s in joint.items()}
-            return Evaluation.of([named[v] for v in order], ordered, facts, keep)
+            order = sorted(range(len(evaluated)), key=lambda row: evaluated[row].order)
+            ordered = {text: text_sums.take(order) for text, text_sums in joint.items()}
+            return Evaluation.of([evaluated[row] for row in order], ordered, facts, keep)
 
         for number, block in enumerate(blocks):
             if sums and lengths is not None and all(len(s.tokens) >= lengths[name] for name, s in sums.items()):
@@ -279,10 +280,9 @@ class PreparedEvaluation(Prepared[Evaluation]):
                 rest = [runs.sweep_cost(model.size, sweep.work.riding) for sweep in sweeps[number:]]
                 progress.expect(sum(rest), len(rest) * (len(model.layers) + 1))
                 measures = runs.measure(model, held_out, progress, limits, states=records.states(key))
-                for name, s in measures.items():
-                    arrays = {kind: getattr(s, kind) for kind in ("tokens", *ARRAYS)}
-                    records.add(f"{key} {name}", arrays)
-            sums |= {name: sums[name].followed(s) if name in sums else s for name, s in measures.items()}
+                for name, new in measures.items():
+                    records.add(f"{key} {name}", {kind: getattr(new, kind) for kind in ("tokens", *ARRAYS)})
+            sums |= {name: sums[name].followed(new) if name in sums else new for name, new in measures.items()}
             if lengths is None and clear(joined_to(None)):
                 break
         return joined_to(known)

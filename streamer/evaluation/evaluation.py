@@ -129,7 +129,7 @@ def against_shrink(evaluation: Evaluation, variant: int) -> ShrinkComparison | N
     return ShrinkComparison(lam, between, estimate(general, "loss"), estimate(general, "kl"), estimate(task, "right"))
 
 
-def placed(evaluation: Evaluation, keep: float) -> float | None:
+def lambda_to_place(evaluation: Evaluation, keep: float) -> float | None:
     """Choose the λ of a shrink that keeps a share of the learning and little more, by interpolation between the measured shrinks.
 
     Returns
@@ -512,29 +512,29 @@ class Evaluation:
         if not general.mean("kl", ADAPTER_ROW, BASE_ROW).is_positive:
             return Suggestion(adapter, "not forgotten", keep)
 
-        def kept(v: int) -> float:
+        def share_kept(row: int) -> float:
             """Return the share that a variant keeps; if it was fitted to keep it on other text, two standard errors more."""
-            share, fitted = task.share("loss", v), variants[v].keep
+            share, fitted = task.share("loss", row), variants[row].keep
             return share.value + (2 * share.error if fitted is not None and fitted >= keep else 0.0)
 
         def least(rows: Sequence[int]) -> int:
-            return min(rows, key=lambda v: np.nansum(general.kl[v]))
+            return min(rows, key=lambda row: np.nansum(general.kl[row]))
 
-        keeping = [v for v in range(ADAPTER_ROW, len(variants)) if kept(v) >= keep]
-        forgets_less = [v for v in keeping if general.mean("kl", v, ADAPTER_ROW).is_negative]
+        keeping = [row for row in range(ADAPTER_ROW, len(variants)) if share_kept(row) >= keep]
+        forgets_less = [row for row in keeping if general.mean("kl", row, ADAPTER_ROW).is_negative]
         if not forgets_less:
             return Suggestion(adapter, "none better", keep)
-        worth_it = [v for v in forgets_less if Trade.of(self, v).worth_it]
+        worth_it = [row for row in forgets_less if Trade.of(self, row).worth_it]
         if not worth_it:
             return Suggestion(adapter, "not worth it", keep, declined=variants[least(forgets_less)])
         best = least(worth_it)
-        compared = against_shrink(self, best)
-        if compared is not None and compared.verdict == "worse":
-            shrinks = [v for v in worth_it if variants[v].method == Shrink.name]
-            if not shrinks or placed(self, keep) is not None:
-                return Suggestion(None, "a shrink is better", keep, shrink=compared)
-            best, compared = least(shrinks), None
-        return Suggestion(variants[best], "forgets least", keep, compared)
+        comparison = against_shrink(self, best)
+        if comparison is not None and comparison.verdict == "worse":
+            shrinks = [row for row in worth_it if variants[row].method == Shrink.name]
+            if not shrinks or lambda_to_place(self, keep) is not None:
+                return Suggestion(None, "a shrink is better", keep, shrink=comparison)
+            best, comparison = least(shrinks), None
+        return Suggestion(variants[best], "forgets least", keep, comparison)
 
     def reliable(self) -> ReliableRecord:
         """Return which shares have a large enough denominator; see `ReliableRecord`."""
@@ -846,7 +846,7 @@ def reasons(evaluation: Evaluation, suggestion: Suggestion) -> list[str]:
         small["top-1 kept"] = gain
     return lines + [
         f"{name} is not shown: the adapter's own change is only {cell(change)}, and a share needs over "
-        f"{2 * statistics.telling(change.sequences):.1f} standard errors; more text may help"
+        f"{2 * statistics.critical_value(change.sequences):.1f} standard errors; more text may help"
         for name, change in small.items()
     ]
 

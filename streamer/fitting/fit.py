@@ -31,7 +31,7 @@ from streamer.linalg.moments import GENERAL_RIDGE, RIDGE, Refit, System, TextInp
 from streamer.linalg.operators import LowRank
 from streamer.measuring import runs
 from streamer.measuring.runs import EvaluatedVariant, Part, Prepared, Progress, Records, Work
-from streamer.measuring.statistics import ADAPTER_ROW, BASE_ROW, Estimate, SequenceSums, defined, flat, telling
+from streamer.measuring.statistics import ADAPTER_ROW, BASE_ROW, Estimate, SequenceSums, critical_value, defined, flat
 from streamer.measuring.texts import GENERAL, TASK, Texts, TextSequences, read_texts, sample_digest
 from streamer.methods import UNCHANGED, RegMean, Shrink, share_name
 from streamer.methods.files import FIT, Coefficients, load_coefficients
@@ -123,7 +123,8 @@ def adapter_facts(evaluation: Evaluation, name: str) -> dict[str, Any]:
         raise MismatchError(
             f"{name}: there is no evidence that the adapter learned this text, so there is nothing to keep: its loss less the base's is "
             f"{-learning.value:.4f} ± {learning.error:.4f} on {learning.sequences} held-out sequences, where only "
-            f"{telling(learning.sequences):.1f} standard errors are evidence; give more text, raise --sequences, or give text of its task"
+            f"{critical_value(learning.sequences):.1f} standard errors are evidence; give more text, raise --sequences, or give text of "
+            "its task"
         )
     divergence = evaluation.general.mean("kl", ADAPTER_ROW)
     return {
@@ -326,7 +327,7 @@ class PreparedFit(Prepared[Coefficients]):
     def warn(self) -> None:
         """Warn of a text that is short for the widest matrix, or has too few held-out sequences to show anything."""
         warnings = [
-            f"the {name} text has {count} held-out sequences, so only differences of over {telling(count):.1f} standard errors are "
+            f"the {name} text has {count} held-out sequences, so only differences of over {critical_value(count):.1f} standard errors are "
             "evidence; give more text, or raise --sequences or --holdout"
             for name, text in self.texts.items()
             if (count := len(text.held_out.ids)) < FEW

@@ -131,12 +131,12 @@ class Estimate:
     @property
     def is_positive(self) -> bool:
         """Test whether the figure is significantly above zero."""
-        return self.value > telling(self.sequences) * self.error
+        return self.value > critical_value(self.sequences) * self.error
 
     @property
     def is_negative(self) -> bool:
         """Test whether the figure is significantly below zero."""
-        return -self.value > telling(self.sequences) * self.error
+        return -self.value > critical_value(self.sequences) * self.error
 
     @property
     def divides(self) -> bool:
@@ -144,13 +144,13 @@ class Estimate:
 
         For smaller figures, the ratio estimator understates the error of a share: Fieller's interval is over a third wider.
         """
-        return abs(self.value) > 2 * telling(self.sequences) * self.error
+        return abs(self.value) > 2 * critical_value(self.sequences) * self.error
 
 
-def telling(sequences: int) -> float:
+def critical_value(sequences: int) -> float:
     """Return the standard errors beyond which a difference over this many sequences is significant; see `LEVEL`.
 
-    >>> [round(telling(S), 1) for S in (2, 4, 16)]
+    >>> [round(critical_value(S), 1) for S in (2, 4, 16)]
     [12.7, 3.2, 2.1]
     """
     from scipy.special import stdtrit  # Student's t; scipy.stats takes half a second to import

@@ -7,7 +7,7 @@ import pytest
 from evaluations import CURVES, LAMBDAS, evaluation, text_of
 
 from streamer.evaluation.evaluate import BLOCK, clear, spread
-from streamer.evaluation.evaluation import EXCESS, STEPS, placed
+from streamer.evaluation.evaluation import EXCESS, STEPS, lambda_to_place
 from streamer.methods import Shrink
 from streamer.streaming.values import Variant, make_variants
 
@@ -29,7 +29,7 @@ def test_a_shrink_is_placed_that_keeps_the_share(curve: str, keep: float) -> Non
     """A cubic through shrinks a quarter apart is off by up to 0.02, of a quartic and where it leaves the adapter."""
     share = SMOOTH[curve]
     e = evaluation({"shrink": lambda x: (x**2, share(x))}, noise=0.0)
-    lam = placed(e, keep)
+    lam = lambda_to_place(e, keep)
     if lam is None:
         assert any(0 <= share(x) - keep <= EXCESS for x in (*LAMBDAS, 1.0))
         return
@@ -45,7 +45,7 @@ def test_a_shrink_is_placed_that_keeps_the_share(curve: str, keep: float) -> Non
 ])  # fmt: skip
 def test_where_nothing_is_to_be_placed(curves: dict[str, Shares]) -> None:
     e = evaluation(curves, noise=0.0)  # type: ignore[arg-type]
-    assert placed(e, 0.9) is None
+    assert lambda_to_place(e, 0.9) is None
 
 
 @pytest.mark.parametrize(("options", "is_clear"), [
