@@ -32,17 +32,7 @@ from streamer.json_types import Count, Difference, KeptShare, Keywords, Mean, Se
 from streamer.linalg.torch_state import has_fast_bfloat16
 from streamer.measuring import statistics
 from streamer.measuring.runs import Configs, EvaluatedVariant, Facts, Sums, input_options
-from streamer.measuring.statistics import (
-    ADAPTER_ROW,
-    BASE_ROW,
-    MEASURES,
-    BinsRecord,
-    Effect,
-    Estimate,
-    Floats,
-    SequenceSums,
-    record,
-)
+from streamer.measuring.statistics import ADAPTER_ROW, BASE_ROW, MEASURES, Estimate, Floats, SequenceSums, record
 from streamer.measuring.texts import GENERAL, TASK
 from streamer.methods import METHODS, MethodName, NullSpace, RegMean, Shrink, takes_findings
 from streamer.methods.files import CoefficientsRecord, MapRecord
@@ -314,7 +304,7 @@ class TextFigures(TypedDict):
     sequences: Annotated[Count, "Sequences that it ran on.", lambda sums, row: len(sums.tokens)]
     sums: Annotated[_SumsRecord, "Sums over the counted tokens of each sequence, from which all figures but quantiles follow.",
         lambda sums, row: {name: [statistics.defined(x) for x in getattr(sums, name)[row]] for name in MEASURES}]
-    kl_bins: Annotated[BinsRecord, "Counts of tokens by divergence.", lambda sums, row: statistics.to_record(sums.kl_bins[row])]
+    kl_bins: Annotated[statistics.BinsRecord, "Counts of tokens by divergence.", lambda sums, row: statistics.to_record(sums.kl_bins[row])]
 
 class OtherFigures(TextFigures):
     """Figures of a variant on another text."""
@@ -324,7 +314,7 @@ class OtherFigures(TextFigures):
 class OtherText(TypedDict):
     """Effect of the unchanged adapter on another text."""
     name: Annotated[str, "Name of its file.", lambda _, name: name]
-    effect: Annotated[Effect, "Whether the adapter's loss is above the base's or below it, by two standard errors."]
+    effect: Annotated[statistics.Effect, "Whether the adapter's loss is above the base's or below it, by two standard errors."]
     change: Annotated[Difference, "The adapter's mean loss minus the base's, in nats per token."]
     reliable: Annotated[bool, "Whether the change is over four standard errors, so that shares of it are meaningful.",
         lambda sums, _: sums.change.divides]
