@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,11 +60,8 @@ class Question(NamedTuple):
     scored: int
 
 
-class Answer(NamedTuple):
-    """Log-likelihood of a continuation, and whether all its tokens are the likeliest ones."""
-
-    log_likelihood: float
-    greedy: bool
+Answer = tuple[float, bool]  # not a class: the harness's cache pickles it
+"""Log-likelihood of a continuation, and whether all its tokens are the likeliest ones."""
 
 
 @register_model("streamer")
@@ -170,7 +168,7 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
             for request in requests
         ]  # fmt: skip
         answers = iter(self._loglikelihood_tokens([(None, *w) for of_text in windows for w in of_text], disable_tqdm))
-        totals = [sum(next(answers).log_likelihood for _ in of_text) for of_text in windows]
+        totals = [sum(log_likelihood for log_likelihood, _ in islice(answers, len(of_text))) for of_text in windows]
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
@@ -203,7 +201,7 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
     def _find(self, question: Question) -> Answer | None:
         key = self._key(self._variant, question)
         row = self._results.execute("select loss, greedy from results where key = ?", (key,)).fetchone()
-        return None if row is None else Answer(-row[0], bool(row[1]))
+        return None if row is None else (-row[0], bool(row[1]))
 
     def _key(self, variant: Variant, question: Question) -> bytes:
         tokens = question.scored.to_bytes(8, "little") + question.ids.astype("<i8").tobytes()
