@@ -540,14 +540,14 @@ class Evaluation:
     def command(self, variant: EvaluatedVariant, merges: bool = False) -> list[str]:
         """Return the command that makes a variant, with its options; the caller adds inputs, output and files.
 
-        The command is `mitigate` if the variant can be written as an adapter without loss, and no merge is asked for; else `merge`.
+        The command is `mitigate` if the variant can be written as an adapter without loss; else `merge`.
 
         Parameters
         ----------
         variant
-            One of the variants that were measured.
+            One of the `variants`.
         merges
-            Whether the command must write a model.
+            Return `merge` for every variant.
         """
         facts, lam = self.facts, variant.mitigation_lambda
         exact = facts["projected"] or (variant.method in METHODS and METHODS[variant.method].keeps_rank)
