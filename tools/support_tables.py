@@ -49,7 +49,7 @@ def support_table() -> str:
         Support(methods, "on the effective weight", "with `--to-lora RANK`; else refused", "yes"),
         EXPERTS,
         Support(
-            f"refused, with the reason: {refused}; LoHa and LoKr with cores (`use_effective_conv2d`); other "
+            f"refused, with the reason: {refused}; LoHa and LoKr with cores (`use_effective_conv2d`); MiSS with `mini`; other "
             f"methods; LoRA files of {OTHER_LIBRARIES}; adapters saved as pickles",
             "no",
             "no",
