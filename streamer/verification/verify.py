@@ -233,21 +233,15 @@ class Check:
         for _ in range(30):  # they estimate the largest singular value of the rest, from below
             powers = rest.T @ (rest @ np.linalg.qr(powers)[0])
         permitted = 2.02 * np.linalg.norm(rounding) + spread + 1e-6 * size + 1e-300
-        served = (
-            isinstance(self.files, AdapterFiles)
-            and self.record.get("for_server")
-            and P.terms == self.files.options["r"]
-        )
+        padded = isinstance(wanted, int) and self.record.get("for_server") and P.terms >= wanted
         # Factors that do not use their rank must leave nothing.
         used, rank = int(columns.sum()), wanted if isinstance(wanted, int) else 1
         least = 0.0 if used < min(rank, *P.shape) else float(values[-1])
         beyond, kept = math.sqrt(np.linalg.norm(powers, 2)) - least, np.sum(values**2) / (size or 1.0) ** 2
-        share = max(float(np.linalg.norm(rest @ V)), float(np.linalg.norm(Q.T @ rest)), float(beyond)) / float(
-            permitted
-        )
+        share = float(np.max([np.linalg.norm(rest @ V), np.linalg.norm(Q.T @ rest), beyond]) / permitted)
         if not share <= 1:
             self._differ(tensor, "the nearest factors to Δ' within one rounding", f"{share:.3g} times that")
-        elif P.terms != wanted and not served if isinstance(wanted, int) else size and kept < wanted - 1e-3:
+        elif (P.terms != wanted if isinstance(wanted, int) else size and kept < wanted - 1e-3) and not padded:
             self._differ(tensor, f"factors of rank {wanted}, or of that share of the energy", f"{P.terms}, {kept:.4g}")
         return share
 
