@@ -1,10 +1,8 @@
 """Detect in the matrices of adapters on one base, one at a time: here or on workers, into memory or into files, within a budget of memory.
 
-Read weights ahead: a thread reads the next ones from disk while the current one is in use. Quantized values, and weights in several
-tensors, are decoded on the CPU when they are needed.
-
-A findings file is written through a journal with a record for each matrix, so that a killed run resumes. The largest size of findings is
-estimated, and the free space checked, before the first matrix is read.
+A thread reads the next weights from disk while the current one is in use. Quantized values, and weights in several tensors, are decoded on
+the CPU when they are needed. A findings file is written through a journal with a record for each matrix, so that a killed run resumes. The
+largest size of the findings is estimated, and the free space checked, before the first matrix is read.
 """
 
 from __future__ import annotations
@@ -19,14 +17,14 @@ from contextvars import copy_context
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from streamer import __version__
 from streamer.detection import findings as findings_module
 from streamer.detection.findings import FILE_NAME, Findings, MatrixFinding, entries, fingerprint, load_findings
-from streamer.detection.intruders import Detection, decide
+from streamer.detection.intruders import Decision, Detection, decide
 from streamer.detection.options import DetectionOptions, Run
 from streamer.detection.solvers import Way, working_bytes
 from streamer.errors import FormatError, NumericError, OutputError, OutputExistsError, UsageError
@@ -109,13 +107,19 @@ def best_way(plan: Plan, target: Target, options: DetectionOptions, resident: in
     return next(way for way, size in ways.items() if fits(size, options.max_memory))
 
 
-def float64_way(plan: Plan, target: Target, options: DetectionOptions, resident: int,
-                solver: str) -> tuple[Way, int] | None:  # fmt: skip
-    """Choose the way to repeat a matrix in float64, and its peak memory.
+class FittingWay(NamedTuple):
+    """A way of detection that fits the allowed memory, and its peak memory."""
+
+    way: Way
+    peak_bytes: int
+
+
+def float64_way(plan: Plan, target: Target, options: DetectionOptions, resident: int, solver: str) -> FittingWay | None:
+    """Choose the way to repeat a matrix in float64.
 
     Returns
     -------
-    tuple or None
+    FittingWay or None
         The first of the solver's ways that fits the allowed memory. None if none fits, if the weight is already computed in float64,
         or for full SVDs of matrices beyond `is_repeated`.
     """
@@ -123,8 +127,8 @@ def float64_way(plan: Plan, target: Target, options: DetectionOptions, resident:
     if is_double or (solver == "dense" and not is_repeated(target.module.shape)):
         return None
     ways = detection_bytes(plan, target, options, resident, torch.float64.itemsize)
-    possible = (pair for pair in ways.items() if (pair[0] is Way.DENSE) == (solver == "dense"))
-    return next((pair for pair in possible if fits(pair[1], options.max_memory)), None)
+    of_solver = (FittingWay(way, size) for way, size in ways.items() if (way is Way.DENSE) == (solver == "dense"))
+    return next((way for way in of_solver if fits(way.peak_bytes, options.max_memory)), None)
 
 
 def is_repeated(shape: tuple[int, int]) -> bool:
@@ -181,8 +185,7 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
     if not plan.adapter.describes_model:  # a fine-tuned model's matrix has no fingerprint and is too large to keep
         tensors = {name: tensors[name].load() for name in module.tensor_names}
 
-    def decisions(device: torch.device, weight: Weight, way: Way,
-                  options: DetectionOptions) -> tuple[Detection, bool]:  # fmt: skip
+    def decided(device: torch.device, weight: Weight, way: Way, options: DetectionOptions) -> Decision:
         """Decide in the weight's computing dtype; the base is whole, or decoded a few rows at a time in each product."""
         W0 = None if way is Way.BLOCKS else weight.whole(device).reshape(weight.matrix)
         like = torch.empty(0, dtype=weight.compute, device=device)
@@ -198,12 +201,12 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
 
     def detected(device: torch.device) -> Detection:
         """Detect on a device, and again in float64 if only rounding leaves a direction open and memory allows it."""
-        detection, rounded = decisions(device, stored, best_way(plan, target, options, resident), options)
-        repeat = float64_way(plan, target, options, resident, detection.solver) if rounded else None
+        detection, may_settle = decided(device, stored, best_way(plan, target, options, resident), options)
+        repeat = float64_way(plan, target, options, resident, detection.solver) if may_settle else None
         if repeat is None:
             return detection
         double = replace(stored, compute=torch.float64)
-        precise, _ = decisions(device, double, repeat[0], replace(options, solver=detection.solver))
+        precise = decided(device, double, repeat.way, replace(options, solver=detection.solver)).detection
         vectors = {key: getattr(precise, key).to(stored.compute) for key in ("U", "S", "Vh")}
         return replace(precise, **vectors, escalated=detection.escalated, steps=detection.steps + precise.steps,
                        products=detection.products + precise.products)  # fmt: skip
@@ -224,18 +227,18 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
                          target.transposed, printed, found, time.perf_counter() - began)  # fmt: skip
 
 
-Groups = Sequence[Sequence[tuple[int, Target]]]
+Group = Sequence[tuple[int, Target]]
 """Matrices that are the same bytes of the base, each with its plan's number; see `AdapterBatch.matrices`."""
 
-Found = Generator[tuple[int, MatrixFinding], None, None]
+FindingStream = Generator[tuple[int, MatrixFinding], None, None]
 """Findings as they are made, each with its plan's number; closing the generator stops the work."""
 
 Begin = Callable[[int, Target], None]
 """Called before each matrix, or each task, with the number of the plan."""
 
 
-def detect_in_turn(batch: AdapterBatch, groups: Groups, options: DetectionOptions, device: torch.device,
-                   resident: int, counts: Sequence[int], monitor: Monitor, begin: Begin) -> Found:  # fmt: skip
+def detect_in_turn(batch: AdapterBatch, groups: Sequence[Group], options: DetectionOptions, device: torch.device,
+                   resident: int, counts: Sequence[int], monitor: Monitor, begin: Begin) -> FindingStream:  # fmt: skip
     """Detect in one matrix at a time, in this process.
 
     Parameters
@@ -249,7 +252,7 @@ def detect_in_turn(batch: AdapterBatch, groups: Groups, options: DetectionOption
     """
     plans = batch.plans
 
-    def load(group: Sequence[tuple[int, Target]]) -> Weight | None:
+    def load(group: Group) -> Weight | None:
         i, target = group[0]
         weight = plans[i].weights[target.tensor]
         in_memory = weight.remote or any(best_way(plans[i], t, options, resident) is not Way.BLOCKS for i, t in group)
@@ -283,31 +286,41 @@ def detect_groups(batch: AdapterBatch, monitor: Monitor, groups: Sequence[Sequen
     """Detect in the matrices of a task, each given by its plan's number and its tensor's name."""
     targets = [{target.tensor: target for target in plan.targets} for plan in batch.plans]
     todo, counts = [[(i, targets[i][name]) for i, name in group] for group in groups], [count] * len(batch.plans)
-    made = [*detect_in_turn(batch, todo, options, choose_device(device), resident, counts, monitor, lambda *_: None)]
-    for i in sorted({i for i, _ in made}):
+    device_here = choose_device(device)
+    findings = [*detect_in_turn(batch, todo, options, device_here, resident, counts, monitor, lambda *_: None)]
+    for i in sorted({i for i, _ in findings}):
         batch.plans[i].check_unchanged()
-    return made
+    return findings
 
 
-def detect_on_workers(batch: AdapterBatch, groups: Groups, options: DetectionOptions, run: Run, resident: int,
-                      counts: Sequence[int], begin: Begin) -> Found:  # fmt: skip
+def _divided(groups: Iterable[Group], options: DetectionOptions, enough: int) -> Iterator[list[Group]]:
+    """Divide groups among tasks: each but the last costs enough, or is full."""
+    task, done = list[Group](), 0
+    for group in groups:
+        task.append(group)
+        done += total_cost(group, options)
+        if done >= enough or len(task) == TASK_MATRICES:
+            yield task
+            task, done = [], 0
+    if task:
+        yield task
+
+
+def detect_on_workers(batch: AdapterBatch, groups: Sequence[Group], options: DetectionOptions, run: Run, resident: int,
+                      counts: Sequence[int], begin: Begin) -> FindingStream:  # fmt: skip
     """Detect as `detect_in_turn` does, but on workers: a task is matrices in the base's file order with one number of threads."""
     assert run.workers is not None
     inputs = Inputs.of(batch, run)
-    task = partial(detect_groups, options=options, device=str(run.device), resident=resident)
+    step = partial(detect_groups, options=options, device=str(run.device), resident=resident)
     tasks, firsts = dict[int, Task[list[tuple[int, MatrixFinding]]]](), list[tuple[int, Target]]()
     enough = min(TASK_COST, sum(total_cost(group, options) for group in groups) // (4 * run.workers.at_once))
     for count in sorted(set(counts)):
-        task_groups, done = list[list[tuple[int, Target]]](), 0
-        for group in groups:
-            if members := [(i, target) for i, target in group if counts[i] == count]:
-                task_groups.append(members)
-                done += total_cost(members, options)
-            if task_groups and (done >= enough or len(task_groups) == TASK_MATRICES or group is groups[-1]):
-                names = [[(i, target.tensor) for i, target in members] for members in task_groups]
-                tasks[len(tasks)] = Task(inputs, count, names[0][0][1], partial(task, groups=names, count=count))
-                firsts.append(task_groups[0][0])
-                task_groups, done = [], 0
+        with_count = ([(i, target) for i, target in group if counts[i] == count] for group in groups)
+        for task_groups in _divided(filter(None, with_count), options, enough):
+            names = [[(i, target.tensor) for i, target in group] for group in task_groups]
+            plan_number, first = task_groups[0][0]
+            tasks[len(tasks)] = Task(inputs, count, first.tensor, partial(step, groups=names, count=count))
+            firsts.append((plan_number, first))
     with contextlib.closing(run.workers.run(tasks, run.monitor, lambda number: begin(*firsts[number]))) as results:
         for _, findings in results:
             yield from findings
@@ -426,7 +439,7 @@ def findings_bytes(plan: Plan, options: DetectionOptions) -> int:
 
 
 def detect_all(batch: AdapterBatch, options: DetectionOptions, run: Run, resident: int,
-               writers: Sequence[FindingsWriter] = ()) -> Found:  # fmt: skip
+               writers: Sequence[FindingsWriter] = ()) -> FindingStream:  # fmt: skip
     """Detect in every target of a batch, in the base's file order, in this process or on the run's workers.
 
     A matrix that several plans change is read once for all of them.

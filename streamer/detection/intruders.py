@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import zlib
 from dataclasses import dataclass, fields
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -123,12 +123,19 @@ def _from_values(*values: Any) -> Detection:
 def detect(W0: Matrix, delta: Delta, options: DetectionOptions, rank: int | None = None, name: str = "",
            allow_dense: bool = True) -> Detection:  # fmt: skip
     """Find the intruder dimensions of ``W0 + Δ``, in the base's precision; see `decide`."""
-    return decide(W0, delta, options, rank, name, allow_dense)[0]
+    return decide(W0, delta, options, rank, name, allow_dense).detection
+
+
+class Decision(NamedTuple):
+    """A detection, and whether float64 may settle a direction that rounding left open."""
+
+    detection: Detection
+    may_settle_in_float64: bool
 
 
 def decide(W0: Matrix, delta: Delta, options: DetectionOptions, rank: int | None, name: str,
-           allow_dense: bool) -> tuple[Detection, bool]:  # fmt: skip
-    """Find the intruder dimensions of ``W0 + Δ``, and say whether more precision may settle a direction that rounding left open.
+           allow_dense: bool) -> Decision:  # fmt: skip
+    """Find the intruder dimensions of ``W0 + Δ``, and whether more precision may settle what is open.
 
     Parameters
     ----------
@@ -187,4 +194,4 @@ def decide(W0: Matrix, delta: Delta, options: DetectionOptions, rank: int | None
         products=result.products, cutoff=result.cutoff, delta_norm=norm, intruder_energy=min(1.0, share**2), dropped_at_zero=dropped,
         precision=str(W0.like.dtype).removeprefix("torch."), base_singular_values=tuple(result.base_values.tolist()),
     )  # fmt: skip
-    return detection, not (certified or result.limited)
+    return Decision(detection, may_settle_in_float64=not (certified or result.limited))
