@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -40,9 +40,17 @@ SIDE, COLUMNS = 2048, 64
 PROBE_SECONDS = 0.3
 """Seconds for which the product repeats, and for which the base's largest tensor is read and hashed."""
 
-SOLVER, VALUE, NORMS, SWEEP = 30, 30, 30, 1.2
-"""Multiply-adds of the timed product that take as long as a unit of `detection.solvers.cost`, a value that is converted or added, a
-multiply-add of the norms of a delta, and a multiplication of a sweep with its share of attention, norms and softmax."""
+MULTIPLY_ADDS_PER_SOLVER_UNIT = 30
+"""Multiply-adds of the timed product that take as long as a unit of `detection.solvers.cost`."""
+
+MULTIPLY_ADDS_PER_VALUE = 30
+"""Multiply-adds of the timed product that take as long as the conversion or addition of one value."""
+
+MULTIPLY_ADDS_PER_NORM_STEP = 30
+"""Multiply-adds of the timed product that take as long as one multiply-add of a delta's norms."""
+
+MULTIPLY_ADDS_PER_SWEEP_STEP = 1.2
+"""Multiply-adds of the timed product that take as long as one multiply-add of a sweep with its share of attention, norms and softmax."""
 
 START_SECONDS = 0.5
 """Time before a run's first sweep and after its last, in addition to a dry run's: the check of the logits, files."""
@@ -115,38 +123,47 @@ def forecast_detection(plan: Plan, options: DetectionOptions, device: torch.devi
     rates
         None gives no time, as does a device other than the CPU, whose rate is unknown.
     """
-    memory, escalated, products = zip(*(_detection_work(plan, t, options, resident) for t in plan.targets), strict=True)
-    base, nbytes = _base_bytes(plan), findings_bytes(plan, options)
-    read = _adapter_bytes(plan) + base
+    matrices = [_detection_work(plan, target, options, resident) for target in plan.targets]
+    products = [matrix.products for matrix in matrices if matrix.products is not None]
+    read = _adapter_bytes(plan) + _base_bytes(plan)
     seconds = None
-    if rates is not None and device == CPU and None not in products:
+    if rates is not None and device == CPU and len(products) == len(matrices):
         seconds = sum(products) / rates.products + read / rates.nbytes
-    network = network_bytes(plan, base)
-    return Forecast(max(memory), max(escalated), _identified_bytes(plan) + read, network, nbytes, nbytes, seconds)
+    nbytes = findings_bytes(plan, options)
+    return Forecast(
+        peak_memory_bytes=max(matrix.peak_bytes for matrix in matrices), temporary_bytes=nbytes, seconds=seconds,
+        escalated_memory_bytes=max(matrix.escalated_bytes for matrix in matrices), write_bytes=nbytes,
+        read_bytes=_identified_bytes(plan) + read, network_bytes=network_bytes(plan, _base_bytes(plan)),
+    )  # fmt: skip
 
 
-def _detection_work(plan: Plan, target: Target, options: DetectionOptions,
-                    resident: int) -> tuple[int, int, int | None]:  # fmt: skip
-    """Estimate the memory of detection in one matrix, the same if it escalates, and its multiply-adds.
+class DetectionWork(NamedTuple):
+    """Memory of detection in one matrix, the same if it escalates, and its multiply-adds: None if each product decodes the matrix."""
 
-    These are unknown for a quantized matrix that each product decodes again.
-    """
+    peak_bytes: int
+    escalated_bytes: int
+    products: int | None
+
+
+def _detection_work(plan: Plan, target: Target, options: DetectionOptions, resident: int) -> DetectionWork:
+    """Estimate the memory and the multiply-adds of detection in one matrix."""
     module, shape = target.module, target.module.shape
     m, n = shape
     k, ways = options.directions(shape), detection_bytes(plan, target, options, resident)
     way = best_way(plan, target, options, resident)
     solver = "dense" if k + OVERSAMPLING >= min(shape) else chosen_solver(shape, k, options.solver, way is Way.DENSE)
-    memory = ways[Way.WHOLE] if way is Way.DENSE and solver == "certified" else ways[way]
-    again = float64_way(plan, target, options, resident, "dense" if way is Way.DENSE else "certified")
-    escalated = max(ways[way], again[1] if again else 0)
-    products = SOLVER * cost(shape, k, solver) + VALUE * m * n
+    peak = ways[Way.WHOLE] if way is Way.DENSE and solver == "certified" else ways[way]
+    repeat = float64_way(plan, target, options, resident, "dense" if way is Way.DENSE else "certified")
+    escalated = max(ways[way], repeat.peak_bytes if repeat else 0)
+    products = MULTIPLY_ADDS_PER_SOLVER_UNIT * cost(shape, k, solver) + MULTIPLY_ADDS_PER_VALUE * m * n
     products += _norm_cost(shape, module.factor_rank) if module.low_rank else 0
-    return memory, escalated, None if way is Way.BLOCKS and plan.weights[target.tensor].quantized else products
+    decodes_again = way is Way.BLOCKS and plan.weights[target.tensor].quantized
+    return DetectionWork(peak, escalated, None if decodes_again else products)
 
 
 def _norm_cost(shape: tuple[int, int], rank: int) -> int:
     """Count the multiply-adds for the norms of a delta before and after, by thin QRs of its factors in float64 on one thread."""
-    return NORMS * (sum(shape) + 1000) * rank * (rank + 8)
+    return MULTIPLY_ADDS_PER_NORM_STEP * (sum(shape) + 1000) * rank * (rank + 8)
 
 
 def forecast_output(writer: Writer, resident: int, rates: Rates | None, detects: bool | None = None) -> Forecast:
@@ -164,24 +181,26 @@ def forecast_output(writer: Writer, resident: int, rates: Rates | None, detects:
     job, output = writer.job, writer.output
     plan = job.plan
     detects = job.detects if detects is None else detects
-    memory = escalated = max(estimate.nbytes for estimate in writer.estimates(resident))
+    peak = escalated = max(estimate.nbytes for estimate in writer.estimates(resident))
     network = writer.base_bytes
     read = network + _adapter_bytes(plan) + sum(p.stat().st_size for _, p in writer.copies)
     read += sum(f.nbytes for m in job.findings or () for f in (m.detection.U, m.detection.S, m.detection.Vh))
     seconds, works = None, [(t.module.shape, t.module.factor_rank + job.intruders(t)) for t in plan.targets]
     if rates is not None and all(target.module.low_rank for target in plan.targets):
-        added = sum(m * n * (VALUE + rank) for (m, n), rank in works) if writer.command == "merge" else 0
-        products = sum(_norm_cost(*work) for work in works) + added
+        products = sum(_norm_cost(*work) for work in works)
+        if writer.command == "merge":
+            products += sum(m * n * (MULTIPLY_ADDS_PER_VALUE + rank) for (m, n), rank in works)
         seconds = products / rates.products + (read + output.total_bytes) / rates.nbytes
     if detects:
         first = forecast_detection(plan, job.detection, job.device, resident, rates)
-        memory, escalated = max(memory, first.peak_memory_bytes), max(escalated, first.escalated_memory_bytes)
+        peak, escalated = max(peak, first.peak_memory_bytes), max(escalated, first.escalated_memory_bytes)
         read += _adapter_bytes(plan) + _base_bytes(plan)
         network += _base_bytes(plan)
         seconds = None if seconds is None or first.seconds is None else seconds + first.seconds
-    temporary = output.temporary_bytes if detects else 0
     return Forecast(
-        memory, escalated, _identified_bytes(plan) + read, network_bytes(plan, network), output.total_bytes, temporary, seconds
+        peak_memory_bytes=peak, escalated_memory_bytes=escalated, seconds=seconds, read_bytes=_identified_bytes(plan) + read,
+        network_bytes=network_bytes(plan, network), write_bytes=output.total_bytes,
+        temporary_bytes=output.temporary_bytes if detects else 0,
     )  # fmt: skip
 
 
@@ -206,19 +225,21 @@ def forecast_texts(prepared: Prepared[Any], output: Path) -> Forecast:
     known = prepared.known(output)
     sweeps, (writes, temporary) = prepared.sweeps(known), prepared.written_bytes(known)
     model, resident = prepared.model, prepared.resident + prepared.solving_bytes
-    job, read, seconds, there = model.job, model.size.read * (1 + len(sweeps)), None, 0  # with the check of the logits
-    plan, workers = job.plan, prepared.run.workers
+    plan, device, workers = model.job.plan, model.job.device, prepared.run.workers
+    read = model.size.read * (1 + len(sweeps))  # with the check of the logits
     away = max((work.away(model.size, prepared.resident, workers) for work in sweeps), default=0)
     needs = (work.nbytes(model.size, resident, prepared.limits_of(work)) for work in sweeps)
     peak = away + max(needs, default=resident)
-    if job.device != CPU:
-        there = peak - TRANSFORMERS_BYTES - resident
-    elif (rates := measure_rates(plan.base, prepared.run.monitor)) is not None:
+    seconds = None
+    if device == CPU and (rates := measure_rates(plan.base, prepared.run.monitor)) is not None:
         count = 1 if workers is None else workers.processes or 1
         products = sum(sweep_cost(model.size, work.fitted + work.riding // count) for work in sweeps)
         # The run needs the time that this process has used so far, mostly for imports, as well.
-        seconds = time.process_time() + START_SECONDS + SWEEP * products / rates.products
-    return Forecast(peak, peak, read, network_bytes(plan, read), writes, temporary, seconds, device_memory_bytes=there)
+        seconds = time.process_time() + START_SECONDS + MULTIPLY_ADDS_PER_SWEEP_STEP * products / rates.products
+    return Forecast(
+        peak_memory_bytes=peak, escalated_memory_bytes=peak, read_bytes=read, network_bytes=network_bytes(plan, read), seconds=seconds,
+        write_bytes=writes, temporary_bytes=temporary, device_memory_bytes=0 if device == CPU else peak - TRANSFORMERS_BYTES - resident,
+    )  # fmt: skip
 
 
 def _identified_bytes(plan: Plan) -> int:
@@ -264,12 +285,16 @@ def together(planned: Sequence[Forecast | None], shared: int = 0) -> Forecast | 
     shared
         Bytes that several of them count, except the first time.
     """
-    forecasts = [astuple(forecast)[:7] for forecast in planned if forecast is not None]
+    forecasts = [forecast for forecast in planned if forecast is not None]
     if not forecasts:
         return None
-    peak, escalated, read, network, write, temporary, seconds = zip(*forecasts, strict=True)
-    total = None if None in seconds else sum(seconds)
-    return Forecast(max(peak), max(escalated), sum(read) - shared, sum(network), sum(write), sum(temporary), total)
+    seconds = [f.seconds for f in forecasts if f.seconds is not None]
+    return Forecast(
+        peak_memory_bytes=max(f.peak_memory_bytes for f in forecasts), read_bytes=sum(f.read_bytes for f in forecasts) - shared,
+        escalated_memory_bytes=max(f.escalated_memory_bytes for f in forecasts), network_bytes=sum(f.network_bytes for f in forecasts),
+        write_bytes=sum(f.write_bytes for f in forecasts), temporary_bytes=sum(f.temporary_bytes for f in forecasts),
+        seconds=sum(seconds) if len(seconds) == len(forecasts) else None,
+    )  # fmt: skip
 
 
 def shared_by_detections(batch: AdapterBatch) -> int:
