@@ -1,4 +1,4 @@
-"""Define the findings, the result of detection for each matrix, with what determined it; store, show and match them.
+"""Findings, the result of detection for each matrix, with what determined it: their file, their summary, and the models that they fit.
 
 On disk they are one safetensors file. For the base tensor ``T`` it holds the intruders' triplets ``T/U`` (m, q), ``T/S`` (q,) and
 ``T/Vh`` (q, n); ``T/singular_values``, ``T/similarity``, ``T/similarity_low``, ``T/similarity_high``, ``T/base_singular_values`` (k,)
@@ -6,11 +6,10 @@ float64; and ``T/intruders`` (q,) int64. The metadata's ``findings`` is JSON: id
 detection runs, a journal beside the file holds a record for each matrix; a record is itself a safetensors file of the matrix's tensors,
 and the end of the run combines them.
 
-Recognise findings for a base other than the adapter's: its directions then look like random vectors.
-
-Let u be a random unit vector of R^m, and u⁰_1 … u⁰_p orthonormal. Each ⟨u, u⁰_i⟩² has the distribution Beta(1/2, (m − 1)/2). By the union
-bound, max_i |⟨u, u⁰_i⟩|, which is near √(2 ln p / m), is at most `random_overlap` with a probability of at least 1 − `ALPHA`.
-After training, most directions of a delta are closer than that to some singular vector of its own base.
+On a base other than the adapter's, its directions look like random vectors, which is how such findings are recognised. Let u be a random
+unit vector of R^m, and u⁰_1 … u⁰_p orthonormal. Each ⟨u, u⁰_i⟩² has the distribution Beta(1/2, (m − 1)/2). By the union bound,
+max_i |⟨u, u⁰_i⟩|, which is near √(2 ln p / m), is at most `random_overlap` with a probability of at least 1 − `ALPHA`. After training,
+most directions of a delta are closer than that to some singular vector of its own base.
 
 The same model may be in files and in memory, its tensors under other names, in shards or on devices, and in a wider dtype than stored.
 Findings for one apply to the other if every matrix has the same fingerprint.
@@ -131,8 +130,9 @@ COEFFICIENTS = "streamer.coefficients"
 
 DTYPE_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
 
-FIGURES = get_type_hints(MatrixFinding, include_extras=True) | get_type_hints(Detection, include_extras=True)
-FIGURES = {key: hint for key, hint in FIGURES.items() if key not in (*ARRAYS, "detection", "seconds")}
+_HINTS = get_type_hints(MatrixFinding, include_extras=True) | get_type_hints(Detection, include_extras=True)
+
+FIGURES = {key: hint for key, hint in _HINTS.items() if key not in (*ARRAYS, "detection", "seconds")}
 """The figures of a matrix in the metadata, with their types."""
 
 Entry = tuple[str, str, tuple[int, ...]]
@@ -158,8 +158,8 @@ ALPHA = 0.01
 #   the base of another seed                     0.88 … 1.00   with three to six intruders per matrix
 #   the base of another seed                     0.36 … 0.57   with two or three: it is not recognised
 # A planted direction is random on any base: adapters with one per matrix score 0, because a matrix needs two intruders.
-MOST = 2 / 3
-"""Least share of matrices for findings to look like another base's."""
+RANDOM_SHARE = 2 / 3
+"""Least share of matrices that look random for findings to look like another base's."""
 
 LEAST_MATRICES = 8
 """Least number of matrices that can be judged: a few may look random by chance."""
@@ -184,7 +184,7 @@ def look_random(matrices: Sequence[MatrixFinding], epsilon: float) -> bool | Non
     judged = [(d, overlap) for d, overlap in overlaps if overlap <= NARROW * epsilon]
     # One of several intruders, and not proven closer to the base than a random vector.
     random = [d for d, most in judged if len(d.intruders) >= 2 and d.intruders[0] == 0 and d.similarity_low[0] <= most]
-    return len(random) >= MOST * len(judged) if len(judged) >= LEAST_MATRICES else None
+    return len(random) >= RANDOM_SHARE * len(judged) if len(judged) >= LEAST_MATRICES else None
 
 
 def summary_lines(tree: FindingsRecord) -> list[str]:
