@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Unpack, cast
 import torch
 from torch import Tensor, nn
 
-from streamer.adapters.adapter import DeltaSource, PeftAdapter, normalize, sorted_adapter
+from streamer.adapters.adapter import DeltaSource, PeftAdapter, adapter_from_tensors, normalize
 from streamer.adapters.adapter_config import AdapterConfig, Stated, refuse_kinds
 from streamer.adapters.modules import MethodModule
 from streamer.api.calls import explained, watched
@@ -426,7 +426,7 @@ def plan_live(peft_model: nn.Module, adapter_name: str, ignore_keys: Sequence[st
     config = replace(live.adapter_config(), stated=Stated(True, "rank_major", ignore_keys))
     refuse_kinds(config)
     adapter_file = LiveFile(live.adapter_title, live.adapter_tensors())
-    loaded = sorted_adapter(Path(live.adapter_title), config, adapter_file)
+    loaded = adapter_from_tensors(Path(live.adapter_title), config, adapter_file)
     adapter = LiveAdapter(loaded.path, loaded.config, loaded.files, loaded.modules, loaded.carried, loaded.wrapped)
     tensors = dict(entries(live.base, "", base_only=True))
     first = {id(live_tensor.tensor): name for name, live_tensor in reversed(tensors.items())}

@@ -380,10 +380,10 @@ def open_adapter(path: str | Path, io: IOMode = "mmap", stated: Stated = rules.N
             raise lacks(path, name, advice)
     config = AdapterConfig(read_json_object(path / rules.CONFIG_NAME), path / rules.CONFIG_NAME, stated)
     rules.refuse_kinds(config)
-    return sorted_adapter(path, config, TensorFile(path / rules.WEIGHTS_NAME, io))
+    return adapter_from_tensors(path, config, TensorFile(path / rules.WEIGHTS_NAME, io))
 
 
-def sorted_adapter(path: Path, config: AdapterConfig, file: TensorFile) -> PeftAdapter:
+def adapter_from_tensors(path: Path, config: AdapterConfig, file: TensorFile) -> PeftAdapter:
     """Account for every tensor of an adapter; raises the same errors as `open_adapter`.
 
     Parameters
@@ -446,32 +446,27 @@ def _sort(file: TensorFile, method: PeftMethod | None) -> tuple[dict[str, dict[s
     shared: dict[str, str] = {}
     others: list[TensorRole] = []
     refused: list[str] = []
-    of_method = method and re.compile(rf"^(?P<module>.+)\.(?P<factor>{method.roles})(?:\.[^.]+)?(?:\.weight)?$")
     names = {normalize(name) for name in file.header.by_name}
     for info in file.header.tensors:
         name = normalize(info.name)
         # Until version 0.17, PEFT wrote copies of biases below a saved module, without the adapter's name.
-        name = plain if (plain := name.replace(".modules_to_save.", ".")) in names else name
-        match = of_method and of_method.match(name)
-        if method is not None and (last := name.rpartition(".")[2]) in method.shared:
+        plain = name.replace(".modules_to_save.", ".")
+        name = plain if plain in names else name
+        last = name.rpartition(".")[2]
+        if method is not None and last in method.shared:
             shared[last] = info.name
-            continue
-        if match:
-            factor = match["factor"]
+        elif (found := _factor_of(name, method)) is not None:
+            factors = factors_of.setdefault(found.module, {})
+            if found.factor in factors:
+                both = f"tensors {factors[found.factor]!r} and {info.name!r} are the same factor of one module"
+                raise FormatError(f"{file.path}: {both}; save one adapter at a time")
+            factors[found.factor] = info.name
         else:
             role, match = classify(name)
-            if role == "other" or (method is not None and role in FACTORS):
+            if role == "other" or role in FACTORS:  # another method's
                 refused.append(info.name)
-                continue
-            if role not in FACTORS:
+            else:
                 others.append(TensorRole(info.name, role, match))
-                continue
-            factor = "magnitude" if role == "magnitude" else match["factor"]
-        factors = factors_of.setdefault(match["module"], {})
-        if factor in factors:
-            both = f"tensors {factors[factor]!r} and {info.name!r} are the same factor of one module"
-            raise FormatError(f"{file.path}: {both}; save one adapter at a time")
-        factors[factor] = info.name
     if refused:
         rules.refuse_other_formats(file.path)
         what = f"{listed(map(repr, refused), 1)} of another method or of unknown meaning"
@@ -479,6 +474,23 @@ def _sort(file: TensorFile, method: PeftMethod | None) -> tuple[dict[str, dict[s
     if method is None:
         _check_pairs(file, factors_of)
     return {name: {**factors, **shared} for name, factors in factors_of.items()}, others
+
+
+class FactorName(NamedTuple):
+    """A module, and the role of one of its factors."""
+
+    module: str
+    factor: str
+
+
+def _factor_of(name: str, method: PeftMethod | None) -> FactorName | None:
+    """Find which factor a normalised name means, of LoRA or of another method; None for another tensor."""
+    if method is not None:
+        match = re.match(rf"^(?P<module>.+)\.(?P<factor>{method.roles})(?:\.[^.]+)?(?:\.weight)?$", name)
+        return FactorName(match["module"], match["factor"]) if match else None
+    role, found = classify(name)
+    factor = "magnitude" if role == "magnitude" else found.groupdict().get("factor")
+    return FactorName(found["module"], factor) if role in FACTORS and factor else None
 
 
 def _check_pairs(file: TensorFile, factors_of: Mapping[str, Mapping[str, str]]) -> None:
