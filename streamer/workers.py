@@ -33,10 +33,9 @@ from streamer.storage.files import difference
 if TYPE_CHECKING:
     from streamer.detection.options import Run
 
-Found = TypeVar("Found")
-Made = TypeVar("Made")
+Value = TypeVar("Value")
 
-KEPT = 2
+MOST_CACHED = 2
 """Number of inputs, and of values shared by tasks, that a process keeps: the last ones used."""
 
 
@@ -96,7 +95,7 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Task(Generic[Found]):
+class Task(Generic[Value]):
     """The work for a worker, with everything that determines its result; it is pickled.
 
     Attributes
@@ -112,27 +111,27 @@ class Task(Generic[Found]):
     inputs: Inputs
     threads: int
     name: str
-    step: Callable[[AdapterBatch, Monitor], Found]
+    step: Callable[[AdapterBatch, Monitor], Value]
 
 
-_held: dict[str, tuple[threading.RLock, dict[Any, Any]]] = {}
+_caches: dict[str, tuple[threading.RLock, dict[Any, Any]]] = {}
 
 
-def held(kind: str, key: Any, make: Callable[[], Made], fits: Callable[[Made], bool] = lambda _: True) -> Made:
-    """Return what this process has made for a key if it still fits, or make it; the last ones used of a kind are kept."""
-    lock, values = _held.setdefault(kind, (threading.RLock(), {}))
+def cached_in_process(kind: str, key: Any, make: Callable[[], Value],
+                      is_valid: Callable[[Value], bool] = lambda _: True) -> Value:  # fmt: skip
+    """Return the value that this process has for a key if it is still valid, or make it; the last ones used of a kind are kept."""
+    lock, values = _caches.setdefault(kind, (threading.RLock(), {}))
     with lock:
-        value = values.pop(key, None)
-        if value is None or not fits(value):
+        value: Value | None = values.pop(key, None)
+        if value is None or not is_valid(value):
             value = make()
         values[key] = value
-        for old in list(values)[:-KEPT]:
+        for old in list(values)[:-MOST_CACHED]:
             del values[old]
-        made: Made = value
-        return made
+        return value
 
 
-class Carried(Generic[Found]):
+class SharedValue(Generic[Value]):
     """A value that many tasks share: pickled once, and unpickled once in each process.
 
     Attributes
@@ -141,14 +140,14 @@ class Carried(Generic[Found]):
         SHA-256 of its bytes.
     """
 
-    def __init__(self, value: Found) -> None:
-        self._data = packed(value)
+    def __init__(self, value: Value) -> None:
+        self._data = pickled(value)
         self.digest = hashlib.sha256(self._data).hexdigest()
 
     @property
-    def value(self) -> Found:
+    def value(self) -> Value:
         """Return the value, unpickled once in this process."""
-        value: Found = held("value", self.digest, lambda: pickle.loads(self._data))  # noqa: S301  # our own bytes
+        value: Value = cached_in_process("value", self.digest, lambda: pickle.loads(self._data))  # noqa: S301  # our own bytes
         return value
 
 
@@ -162,7 +161,7 @@ class _Pickler(pickle.Pickler):
         return NotImplemented
 
 
-def packed(value: object) -> bytes:
+def pickled(value: object) -> bytes:
     """Pickle a value; torch would pass its tensors to other processes in shared memory, which ends with the process."""
     file = io.BytesIO()
     _Pickler(file, pickle.HIGHEST_PROTOCOL).dump(value)
@@ -191,7 +190,7 @@ def perform(task: Task[Any]) -> TaskResult:
 
     try:
         with task_threads(task.threads):
-            value = task.step(held("inputs", task.inputs, task.inputs.open, _unchanged), Monitor(note))
+            value = task.step(cached_in_process("inputs", task.inputs, task.inputs.open, _unchanged), Monitor(note))
     except Exception as e:  # the caller raises it; an exception that left this function would look like a dead worker
         try:
             pickle.loads(pickle.dumps(e))  # noqa: S301  # our own bytes
@@ -273,7 +272,7 @@ class Workers:
         return cls(lambda: contextlib.nullcontext(executor))
 
     @contextlib.contextmanager
-    def kept(self) -> Iterator[None]:
+    def kept_open(self) -> Iterator[None]:
         """Keep an executor opened inside the context for all runs there; close it at the end."""
         self._users += 1
         try:
@@ -310,8 +309,8 @@ class Workers:
         check_budget((replace(e, nbytes=caller_bytes + n * (-(-e.nbytes >> 20) << 20)) for e in needs), max_memory)
         return (max_memory - caller_bytes) // n >> 20 << 20
 
-    def run(self, tasks: Mapping[Key, Task[Found]], monitor: Monitor, begin: Callable[[Key], None],
-            at_once: int = AT_ONCE) -> Generator[tuple[Key, Found], None, None]:  # fmt: skip
+    def run(self, tasks: Mapping[Key, Task[Value]], monitor: Monitor, begin: Callable[[Key], None],
+            at_once: int = AT_ONCE) -> Generator[tuple[Key, Value], None, None]:  # fmt: skip
         """Give out tasks in order; yield each task's key and result as results arrive.
 
         A task whose worker died is run again, once.
@@ -333,7 +332,7 @@ class Workers:
         waiting, lost, broken = deque(tasks), set[Key](), False
         running: dict[Future[TaskResult], Key] = {}
         arrived: queue.SimpleQueue[Future[TaskResult]] = queue.SimpleQueue()
-        with self.kept():
+        with self.kept_open():
             try:
                 while waiting or running:
                     if broken and not running:  # all of its tasks have come back
@@ -402,6 +401,6 @@ def _lacks(executor: Executor) -> str:
     return executor.lacks() if isinstance(executor, Cluster) else ""
 
 
-def kept(workers: Workers | None) -> contextlib.AbstractContextManager[None]:
-    """Keep workers, if there are any, for all runs inside the context; see `Workers.kept`."""
-    return contextlib.nullcontext() if workers is None else workers.kept()
+def kept_open(workers: Workers | None) -> contextlib.AbstractContextManager[None]:
+    """Keep workers, if there are any, for all runs inside the context; see `Workers.kept_open`."""
+    return contextlib.nullcontext() if workers is None else workers.kept_open()

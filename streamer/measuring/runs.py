@@ -43,7 +43,7 @@ from streamer.streaming.model import LOGIT_BYTES, LoadedModel, ModelSize, requir
 from streamer.streaming.sweep import Checkpoint, Group, Solve, States, SweepModel, TargetWatch
 from streamer.streaming.values import BLOCK_BYTES, ROOM, Variant
 from streamer.units import counted, listed
-from streamer.workers import Workers, kept
+from streamer.workers import Workers, kept_open
 
 TRANSFORMERS_BYTES = 150 << 20
 """Anonymous memory for importing transformers and building a model, in addition to `plan.plan.resident_bytes`."""
@@ -698,7 +698,7 @@ class Prepared(ABC, Generic[Result]):
         if (count := records.threads) != torch.get_num_threads():
             words = f"goes on with {counted(count, 'thread')}, as it began; --no-resume starts over"
             self.run.monitor.note(words)
-        with threads(count), full_float32(), kept(self.run.workers):
+        with threads(count), full_float32(), kept_open(self.run.workers):
             return self.compute(records, output)
 
     def keep_finished(self, path: Path) -> Result:

@@ -29,13 +29,13 @@ from streamer.storage.checkpoint import read_json_object
 from streamer.storage.files import locked
 from streamer.storage.header import TensorInfo
 from streamer.storage.transaction import remove_leftovers
-from streamer.workers import Carried, Inputs, Task, Workers, held, kept
+from streamer.workers import Inputs, SharedValue, Task, Workers, cached_in_process, kept_open
 
 PartialShard = tuple[str, int, str, list[MitigatedMatrix]]
 """A complete, durable shard: the name of its partial file, its bytes, its SHA-256 (hex), and the metrics of its matrices."""
 
 
-def write_part(batch: AdapterBatch, monitor: Monitor, described: Carried[dict[str, Any]], number: int, path: str,
+def write_part(batch: AdapterBatch, monitor: Monitor, described: SharedValue[dict[str, Any]], number: int, path: str,
                name: str) -> PartialShard:  # fmt: skip
     """Write a shard of a merged model in a worker.
 
@@ -48,7 +48,7 @@ def write_part(batch: AdapterBatch, monitor: Monitor, described: Carried[dict[st
     """
     plan, metrics = batch.plans[number], list[MitigatedMatrix]()
     key, make = (described.digest, path), lambda: ModelWriter(Job(plan=plan, **described.value), Path(path))
-    writer = held("writer", key, make, lambda writer: writer.job.plan is plan)
+    writer = cached_in_process("writer", key, make, lambda writer: writer.job.plan is plan)
     shard = writer.shard(name, writer.job)
     with threads(), ShardFile(Path(path), shard, renames=False) as file:
         for info in shard.header.tensors:
@@ -133,7 +133,7 @@ def run_jobs(writers: Sequence[Writer], options: Run) -> list[Written]:
             for run, findings in zip(unjudged, detected, strict=True):
                 run.job = replace(run.job, findings=findings)
         inputs = Inputs.of(batch_of(todo), options) if todo and options.workers is not None else None
-        with threads(), kept(options.workers):
+        with threads(), kept_open(options.workers):
             for number, run in enumerate(runs):
                 run.write_small({**dict(run.writer.copies), **run.writer.texts})
                 if options.workers is not None and inputs is not None:
@@ -216,7 +216,7 @@ class _Run:
         names = [name for name in self.writer.shards if name not in self._finished and name != self._last]
         if not names:
             return
-        described = Carried({f.name: getattr(self.job, f.name) for f in fields(Job) if f.name != "plan"})
+        described = SharedValue({f.name: getattr(self.job, f.name) for f in fields(Job) if f.name != "plan"})
         step = partial(write_part, described=described, number=number, path=str(self.out.path.absolute()))
         tasks = {name: Task(inputs, 1, name, partial(step, name=name)) for name in names}
         with contextlib.closing(workers.run(tasks, self.monitor, self._begin)) as results:

@@ -50,7 +50,7 @@ from streamer.plan.tied_embeddings import find_ties
 from streamer.storage.files import MAX_CALL_BYTES, drop_cached, give_freed_memory_back, read_at, storage_errors
 from streamer.streaming.model import LoadedModel, quiet_transformers, refused_errors
 from streamer.streaming.values import LazyTensor, Reader, RunTimeTensor, VariantSet, WeightSource, layer_modules
-from streamer.workers import Carried, Inputs, Task, held, packed
+from streamer.workers import Inputs, SharedValue, Task, cached_in_process, pickled
 
 LINEAR_BY_NAME = {"FalconLinear", "Conv1D"}
 """Classes with a `forward` of their own that computes exactly ``x Wᵀ + b``, or ``x W + b``."""
@@ -616,12 +616,12 @@ class SweepModel(LoadedModel):
         within = [{*module.modules()} for module in layer_modules(self._model).values()]
         others = set[nn.Module]().union(*within) - set[nn.Module]().union(*within[layer : layer + 1])
         used = (t for module, parameters in self.modules if module not in others for t in parameters.values())
-        job = Carried(self.job.only({target.tensor for t in used for target, _ in t.targets(self.job.plan)}))
+        job = SharedValue(self.job.only({target.tensor for t in used for target, _ in t.targets(self.job.plan)}))
         inputs = Inputs.of(AdapterBatch(self.job.plan.base, (self.job.plan,)), run)
 
         def payload(group: Group) -> bytes:
             with group.at_hand(self.spool):
-                return packed((group.ids, group.variant, group.out))
+                return pickled((group.ids, group.variant, group.out))
 
         def task(groups: Sequence[Group], end: End | None) -> Task[RideResult]:
             name, room = f"layer {layer}" if end is None else "logits", self.values.cache.room
@@ -739,7 +739,7 @@ class RideResult(NamedTuple):
     read: set[str]
 
 
-def ride(batch: AdapterBatch, monitor: Monitor, job: Carried[dict[str, Any]], layer: int, riders: Sequence[bytes], end: End | None,
+def ride(batch: AdapterBatch, monitor: Monitor, job: SharedValue[dict[str, Any]], layer: int, riders: Sequence[bytes], end: End | None,
          room: int) -> RideResult:  # fmt: skip
     """Run a layer of riders, or compute from their results, on a model that the process keeps for later tasks.
 
@@ -760,7 +760,7 @@ def ride(batch: AdapterBatch, monitor: Monitor, job: Carried[dict[str, Any]], la
         plan, at = batch.plans[0], (job.digest, layer)
         variants = VariantSet(plan, **job.value)
         key = str(plan.base.path), str(plan.adapter.path), variants.rounds_products, variants.device
-        model = held("model", key, lambda: SweepModel(variants), lambda model: model.job.plan is plan)
+        model = cached_in_process("model", key, lambda: SweepModel(variants), lambda model: model.job.plan is plan)
         if at != model.at:
             model.use(variants)
             model.at = at
@@ -771,7 +771,7 @@ def ride(batch: AdapterBatch, monitor: Monitor, job: Carried[dict[str, Any]], la
         model.run(groups, monitor.checkpoint, after=(lambda _: next(steps)) if end is None else _nothing)
         value = None if end is None else end(model, groups)
         if end is None and model.resumable and groups[0].is_plain:
-            value = packed(groups[0].out)
+            value = pickled(groups[0].out)
         return RideResult(value, model.values.applied, model.values.read)
 
 
