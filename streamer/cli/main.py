@@ -55,14 +55,13 @@ def run_command(args: argparse.Namespace, monitor: Monitor) -> Result:
         return {**outcome}, demo_text(outcome, screen(args.all, args.legend))
     module, kind = REQUESTS[args.command].split(".")
     request = requested(getattr(import_module(f"streamer.api.{module}"), kind), args)
-    workers = None
+    run = request.forecast if getattr(args, "dry_run", False) else request.run
     if "workers" in args:
         from streamer.api.executors import open_workers
 
-        workers = open_workers(args.workers, args.executor, args.threads, monitor)
-    on = () if workers is None else (workers,)
-    dry = getattr(args, "dry_run", False)
-    outcome = request.forecast(monitor, *on) if dry else request.run(monitor, *on)
+        outcome = run(monitor, open_workers(args.workers, args.executor, args.threads, monitor))
+    else:
+        outcome = run(monitor)
     if args.command == "verify":  # needs no torch, which tables import
         return {**outcome}, verification_text(outcome)
     from streamer.cli.tables import result

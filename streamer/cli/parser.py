@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import difflib
 import functools
 import re
@@ -66,21 +67,32 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Help(argparse._HelpAction):
-    """Print the help: with `--help-all` all of it, else one list of what most people need, the first sentence of each."""
+    """Print the help and exit: all of it with `--help-all`, else what most people need."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
-        if option_string != "--help-all":
-            actions = [action for group in parser._action_groups for action in group._group_actions]
-            shown = [action for action in actions if action.option_strings and not getattr(action, "rare", False)]
-            for group in parser._action_groups:
-                group._group_actions = [action for action in group._group_actions if not action.option_strings]
-            parser._optionals._group_actions = shown
-            for action in actions:
-                action.help = re.sub(r"(?<=[\w)`])\. .*?(?= \(default|$)", "", action.help or "")
-            parser._actions = [action for action in actions if not action.option_strings or action.required]
-            parser.usage = f"{parser.format_usage().removeprefix('usage: ').rstrip()} [...]"
-            parser.epilog = (parser.epilog or "").removesuffix(EXIT_CODES).rstrip()
-        super().__call__(parser, namespace, values, option_string)
+        print(parser.format_help() if option_string == "--help-all" else _short_help(parser), end="")
+        parser.exit()
+
+
+def _short_help(parser: argparse.ArgumentParser) -> str:
+    """Format the arguments, and in one list the options that most people need, each with the first sentence of its help."""
+    actions = [copy.copy(action) for group in parser._action_groups for action in group._group_actions]
+    for action in actions:
+        action.help = re.sub(r"(?<=[\w)`])\. .*?(?= \(default|$)", "", action.help or "")
+    arguments = [action for action in actions if not action.option_strings]
+    common = [action for action in actions if action.option_strings and not getattr(action, "rare", False)]
+    usage, text = parser._get_formatter(), parser._get_formatter()
+    usage.add_usage(
+        None, [*arguments, *(action for action in actions if action.option_strings and action.required)], []
+    )
+    text.add_usage(f"{usage.format_help().removeprefix('usage: ').rstrip()} [...]", [], [])
+    text.add_text(parser.description)
+    for title, shown in (("positional arguments", arguments), ("options", common)):
+        text.start_section(title)
+        text.add_arguments(shown)
+        text.end_section()
+    text.add_text((parser.epilog or "").removesuffix(EXIT_CODES).rstrip())
+    return text.format_help()
 
 
 def _closest(word: str, names: Iterable[str]) -> str:
