@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,14 @@ class Report:
 
     def record(self) -> dict[str, Any]:
         """Make the object that `streamer report --json` prints: the subject's, and the page's path and state."""
-        subject: Any = self.subject
-        record = subject.record() if isinstance(subject, Findings) else subject
-        record = subject.to_dict() if isinstance(subject, Evaluation) else record
+        record: Mapping[str, Any]
+        match self.subject:
+            case Findings() as findings:
+                record = findings.record()
+            case Evaluation() as evaluation:
+                record = evaluation.to_dict()
+            case of_output:
+                record = of_output
         page = {} if self.written is None else {"output": str(self.output), "state": self.written.state}
         return {**record, **page}
 
