@@ -413,7 +413,10 @@ class MemoryEstimate:
 
 
 def fits(nbytes: int, max_memory: int | None) -> bool:
-    """Test whether a step may use so many bytes: whatever `--max-memory` decides, it decides by this."""
+    """Test whether a step may use so many bytes.
+
+    Whether a step may run is decided here; how much room or share it gets, in `runs.Work.limits` and `Workers.budget`.
+    """
     return max_memory is None or nbytes <= max_memory
 
 
