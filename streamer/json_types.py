@@ -1,13 +1,14 @@
-"""Define types that the keys of printed and written records share, and check what was read against them.
+"""Types of the keys of printed and written records, with their JSON Schema and their meaning.
 
-A record is a `TypedDict`, or a dataclass that `dataclasses.asdict` prints. ``tools/make_schemas.py`` makes ``streamer/schemas`` from the
-types of its keys. A type may be ``Annotated[type, …]`` with
+A record is a `TypedDict`, or a dataclass that `dataclasses.asdict` prints. The type of a key is ``Annotated[type, …]`` with one of these:
 
-- a text: the description of the key;
-- `Keywords`: further keywords of JSON Schema;
-- a function: computes the value (`statistics.record`);
-- a dataclass, for a ``dict[str, Any]``: that from which the object is made;
-- `Estimated`, in `Mean` and `Difference`: the key has a second one beside it, ``x_se``, its standard error (`statistics.flat`).
+- a text: the key's description;
+- `Keywords`: keywords of JSON Schema;
+- a function: it computes the key's value (`statistics.record`);
+- a dataclass: it describes a ``dict[str, Any]`` that is made from it.
+
+A key ``x`` of type `Mean` or `Difference` has its standard error beside it, in ``x_se`` (`statistics.flat`). ``tools/make_schemas.py``
+makes ``streamer/schemas`` from these types; `check` compares an object that was read with them.
 """
 
 from __future__ import annotations

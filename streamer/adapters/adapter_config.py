@@ -1,15 +1,13 @@
 """Read ``adapter_config.json`` by PEFT's rules for ranks, scalings and wrapped parameters, and refuse adapters of an unsupported kind.
 
-Find LoRA on parameters of a module, as PEFT's ``target_parameters`` writes it, typically for the experts of a mixture.
+PEFT's ``target_parameters`` puts LoRA on parameters of a module, typically on the experts of a mixture. PEFT wraps the module once for each
+parameter; the parameter registered first is innermost. The factors are stored under the module's name, with ``base_layer`` appended once or
+more for inner wrappers; which parameter each belongs to is not stored. lora_A is (E·r, in), and its row e·r + k is expert e's k-th. lora_B
+is (out, r·E), and its column k·E + e is expert e's k-th. Until September 2026 Unsloth stored that column at e·r + k. Shapes and norms are
+the same, so only the config or the user can say which.
 
-PEFT wraps the module once for each parameter; the parameter registered first is innermost. The factors are stored under the module's
-name, with ``base_layer`` appended once or more for inner wrappers; which parameter each belongs to is not stored. lora_A is (E·r, in),
-and its row e·r + k is expert e's k-th. lora_B is (out, r·E), and its column k·E + e is expert e's k-th. Until September 2026 Unsloth
-stored that column at e·r + k. Shapes and norms are the same, so only the config or the user can say which.
-
-Refuse adapters, and warn of them, by their own files. A new kind is an entry of `RULES`; a new key without effect, of `KNOWN_KEYS`.
-
-Any other key of ``adapter_config.json`` may change what the tensors mean, so it is refused unless it is empty or the user insists.
+Adapters are refused, or warned of, by their own files. A new kind is an entry of `RULES`; a new key without effect, of `KNOWN_KEYS`. Any
+other key of ``adapter_config.json`` may change what the tensors mean, so it is refused unless it is empty or the user insists.
 """
 
 from __future__ import annotations

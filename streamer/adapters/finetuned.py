@@ -6,8 +6,8 @@ another size) replace the base's tensors, as an adapter's saved modules do:
 A stack of experts yields one module for each expert:
 ``model.layers.0.mlp.experts.down_proj`` (8, m, n) → ``….down_proj[0]`` … ``….down_proj[7]``.
 
-For one adapter, the output is the path that the user names. For several, that path is a directory, and each output in it is named after its
-adapter's directory.
+`AdapterPaths` also places the outputs. For one adapter, the output is the path that the user names. For several, that path is a directory,
+and each output in it is named after its adapter's directory.
 """
 
 from __future__ import annotations

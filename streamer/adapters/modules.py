@@ -1,16 +1,13 @@
-"""Represent an adapter's modules: their tensors in the adapter's files, and the deltas computed from them.
+"""An adapter's modules: their tensors in the adapter's files, and the deltas computed from them, by the formulas of PEFT's own merge.
 
 Two classes share one interface: LoRA's factors, which may have DoRA's magnitudes, and the tensors of another PEFT method.
 
-Compute DoRA's delta: ``W' = m · (W0 + Δ) / ‖W0 + Δ‖``, which scales each row of the (out, in) matrix to its magnitude.
+DoRA scales each row of the (out, in) matrix to its magnitude: ``W' = m · (W0 + Δ) / ‖W0 + Δ‖``. By PEFT's convention, m has one entry for
+each row of the (out, in) matrix. For an embedding this is a column of the stored (vocabulary, dim); for a convolution it is an output
+channel, with the norm over all other dimensions. The norm includes the delta, without dropout's scaling.
 
-PEFT's convention: m has one entry for each row of the (out, in) matrix. For an embedding this is a column of the stored (vocabulary, dim);
-for a convolution it is an output channel, with the norm over all other dimensions. The norm includes the delta, without dropout's scaling.
-
-Compute the deltas of PEFT methods other than LoRA: one entry of `METHODS` for each method, by PEFT's ``peft_type``.
-
-An entry says which tensors a module has, which matrices they fit, and what they add to W0 (out, in); a convolution's kernel is flattened
-into its input. Every formula is the one of PEFT's own merge.
+The other PEFT methods are entries of `METHODS`, by PEFT's ``peft_type``. An entry says which tensors a module has, which matrices they fit,
+and what they add to W0 (out, in); a convolution's kernel is flattened into its input.
 """
 
 from __future__ import annotations

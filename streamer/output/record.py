@@ -1,7 +1,7 @@
-"""Describe an output: its record ``streamer.json``, the summary of it, and the model card.
+"""Describe an output: its record ``streamer.json``, the summary of it, and its model card.
 
-Write the ``README.md`` of an output: facts about how it was made, followed by the card of its input. The hub reads the YAML at the card's
-head. It is edited as text, key by key; a head of unexpected form stays unchanged.
+The card, ``README.md``, states how the output was made, followed by the card of its input. The hub reads the YAML at the card's head. It is
+edited as text, key by key; a head of unexpected form stays unchanged.
 """
 
 from __future__ import annotations

@@ -8,18 +8,14 @@ that fits every module. A module that finds no tensor, or several, has no match,
 ``language_model.model.layers.0.q_proj.weight`` (rename); ``model.layers.0.q_proj`` → ``layers.0.q_proj.weight``, if every module of the
 adapter is found after ``model.`` is removed (prefix).
 
-Rename tensors as transformers does on loading: name on disk → name in the loaded model.
-
+A rename leads from the name on disk to the name in the loaded model. transformers chooses the renames by the model's class and type;
+``tools/make_renames.py`` extracts them as facts from its table into ``renames.json``, so that reading them needs none of transformers'
+code. Names are compared at run time: every tensor's name is carried forward, and no pattern is ever inverted.
 ``language_model.model.layers.0.mlp.up_proj.weight`` → ``model.language_model.layers.0.mlp.up_proj.weight`` of a vision-language model;
 ``model.layers.0.mlp.experts.3.w1.weight`` → a part of ``model.layers.0.mlp.experts.gate_up_proj``, which is built from all experts.
 
-transformers chooses the renames by the model's class and type. ``tools/make_renames.py`` extracts them as facts from transformers' table
-into ``renames.json``; reading them needs none of transformers' code. They lead only from disk to run time, so names are compared there:
-every tensor's name is carried forward, and no pattern is ever inverted.
-
-Match the modules of a pipeline's adapter to tensors of its components: by their own names, or by kohya's names of other code bases.
-
-diffusers' names are the components' own. kohya joins a name's parts with underscores, so its names are made from the base's and looked up:
+In an adapter of a pipeline, diffusers' names are the components' own. kohya joins a name's parts with underscores, so its names are made
+from the base's and looked up:
 ``unet.down_blocks.0.attentions.0.proj_in`` → ``lora_unet_down_blocks_0_attentions_0_proj_in``. For SDXL and Flux, kohya trains the original
 code, whose names `_sdxl` and `_flux` make: ``unet.down_blocks.1.attentions.0.proj_in`` is ``input_blocks.4.1.proj_in`` there, and three
 layers of an attention are one, ``double_blocks.0.img_attn.qkv``. Such a fused matrix has its rows in several tensors of the base.

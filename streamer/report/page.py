@@ -1,11 +1,8 @@
 """Make a report's page: one HTML file that contains its style, script and data, and loads nothing.
 
-The subject of a report is findings, an evaluation, or the record of an output. Its curves are computed from findings: the number
-of intruders by threshold, and the norm that each λ removes.
-
-Sentences describe what was asked and found, how far it is proven, and what an evaluation suggests.
-
-The page is written atomically, and replaces nothing but reports.
+The subject of a report is findings, an evaluation, or the record of an output. Its curves are computed from findings: the number of
+intruders by threshold, and the norm that each λ removes. Its sentences describe what was asked and found, how far it is proven, and what an
+evaluation suggests. The page is written atomically, and replaces nothing but reports.
 """
 
 from __future__ import annotations

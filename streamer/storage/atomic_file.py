@@ -1,6 +1,4 @@
-"""Write a file that appears complete or not at all, from pieces of bytes in reused buffers.
-
-`transaction` handles several files that appear together.
+"""Write a file that appears complete or not at all, from pieces of bytes in reused buffers; for several files, see `transaction`.
 
 A planned file is a header and, for each tensor in offset order, pieces of bytes that the writer pulls and releases.
 """

@@ -7,7 +7,7 @@ DoRA: ``Δ = m·(W0 + s·B·A)/‖W0 + s·B·A‖ − W0`` with norms by row. A 
 singular triplets of ``W0 + Δ`` that the record calls intruders. ``regmean``: ``Δ' = L R'ᵀ`` for ``Δ = L Rᵀ``, with R' from the fit's file.
 ``nullspace``: ``Δ' = Δ (I + ν C)^(−1/4)``, with C from a map of the base's inputs, and ν such that the share λ of ``tr Δ C Δᵀ`` is left.
 
-Read tensors of safetensors files with numpy, as float64 rows of (out, in) matrices, and bound the effect of one rounding.
+Tensors of safetensors files are read with numpy, as float64 rows of (out, in) matrices; the effect of one rounding is bounded.
 """
 
 from __future__ import annotations

@@ -1,52 +1,9 @@
-"""Decode quantized weights: one class for each way to store them, with its formula.
+"""Decoders of quantized weights: one class for each way to store them, with its formula.
 
-Decode quantized values with one scale for each tensor, row (channel), or block of rows and columns: FP8 e4m3, and int8.
-
-``W = q · scale`` in float32, under every name of the scale: ``weight_scale`` and ``weight_scale_inv`` (the "inverse" of the quantizer's
-factor). Scales are stored as floating-point values or as e8m0 exponents.
-
-Decode FP4 (e2m1), two values in a byte, the first in the low bits: NVFP4 and MXFP4 matrices, and gpt-oss's MXFP4 expert stacks.
-
-A matrix is stored as (out, in / 2) bytes and one scale for each group of inputs. MXFP4 has groups of 32, whose scales are powers of two.
-NVFP4 has groups of 16, whose scales are e4m3, and one float32 scale for the tensor: ``W = q · (scale / weight_global_scale)`` in
-compressed-tensors, ``W = q · (scale · weight_scale_2)`` in ModelOpt, as NVIDIA's published source computes it.
-
-gpt-oss stores ``<name>_blocks`` (experts, out, in / 32, 16) and ``<name>_scales`` (experts, out, in / 32). The model's own tensor is
-(experts, in, out).
-
-Decode AWQ (gemm): 4-bit integers in 32-bit words, with a scale and a zero point for each group of inputs and each output.
-
-``W[out, in] = (q[in, out] − zero[g, out]) · scale[g, out]``, where g is the group of the input; stored transposed, inputs first. Values and
-zero points are packed along the outputs, eight to a word, in the order of `AWQ_ORDER`.
-
-Decode GPTQ: integers of 2, 3, 4 or 8 bits in 32-bit words, with a scale and a zero point for each group of inputs and each output.
-
-``W[out, in] = (q[in, out] − zero[g, out]) · scale[g, out]``, where g is the group of the input; stored transposed, inputs first. Values are
-packed along the inputs and zero points along the outputs; see `unpack`. The first version of the format stores zero points less one.
-GPTQModel subtracts a one from each by a subtraction of whole words: a zero point of 0 borrows from the next, which only the addition of
-the same words undoes. Zero points of 3 bits, some of which lie in two words, wrap around instead.
-
-The config's ``dynamic`` holds rules for single modules, which GPTQModel, vLLM and SGLang read in the same way: the first regular expression
-that matches a module's name from its start applies. They take the format from the config alone, whatever a rule says.
-
-Decode compressed-tensors' packed integers: 1 to 8 bits in 32-bit words, with a scale for each output and each group of inputs.
-
-``W[out, in] = (q[out, in] − zero[out, g]) · scale[out, g]``, where g is the group of the input. Values are packed along the inputs and zero
-points along the outputs; without stored zero points, the zero point is half of the range.
-
-Decode HQQ: integers of 1 to 8 bits, with a scale and a zero point for each group of the flattened matrix.
-
-``W = (q − zero) · scale``, in the dtype of the scales and rounded after each operation, as the library does. The values form a table: with
-axis 1 each row is a group, with axis 0 each column. A packed row holds as many rows of the table as fit its words: of k packed rows, the
-first holds rows 0, k, 2k, …, with row 0 in the highest bits. The shapes tell the axis, the group size and the packing, so that only
-``shape`` is read when a layer is opened. The library's decoder follows the settings instead: a layer is refused if these contradict its
-shapes.
-
-Decode bitsandbytes: 4-bit values with a scale for each block (NF4, FP4), and 8-bit values with a scale for each row.
-
-Four bits: ``W = quant_map[q] · absmax[block]`` over the flattened matrix, two values in a byte, the first in the high bits. With double
-quantization the scales are quantized too: ``absmax = nested_quant_map[q] · nested_absmax[block] + offset``. Eight bits:
-``W = q · SCB[row] / 127``. Values are decoded in float32; the library itself then rounds to the dtype that the model had.
+`Scaled`: one scale for each tensor, row (channel), or block of rows and columns, as in FP8 e4m3 and int8. `PackedFP4` and `MXFP4`: FP4
+(e2m1), two values in a byte, the first in the low bits. `AWQ`, `GPTQ`, `PackedIntegers` (compressed-tensors) and `HQQ`: integers with
+scales and zero points for groups. `FourBit` and `EightBit`: bitsandbytes, decoded in float32; the library itself then rounds to the dtype
+that the model had.
 """
 
 from __future__ import annotations
@@ -161,6 +118,9 @@ EXPONENTS = ("F8_E8M0", "U8")
 @dataclass(frozen=True)
 class Scaled(QuantizedWeight):
     """Quantized values with scales.
+
+    ``W = q · scale`` in float32, under every name of the scale: ``weight_scale`` and ``weight_scale_inv`` (the "inverse" of the quantizer's
+    factor). Scales are stored as floating-point values or as e8m0 exponents.
 
     Attributes
     ----------
@@ -288,6 +248,10 @@ _KINDS = {
 class PackedFP4(QuantizedWeight):
     """E2m1 values of a matrix.
 
+    It is stored as (out, in / 2) bytes and one scale for each group of inputs. MXFP4 has groups of 32, whose scales are powers of two.
+    NVFP4 has groups of 16, whose scales are e4m3, and one float32 scale for the tensor: ``W = q · (scale / weight_global_scale)`` in
+    compressed-tensors, ``W = q · (scale · weight_scale_2)`` in ModelOpt, as NVIDIA's published source computes it.
+
     Attributes
     ----------
     group_size
@@ -331,7 +295,11 @@ class PackedFP4(QuantizedWeight):
 
 @dataclass(frozen=True)
 class MXFP4(QuantizedWeight):
-    """E2m1 values and exponents of a stack of matrices."""
+    """E2m1 values and exponents of a stack of matrices.
+
+    gpt-oss stores ``<name>_blocks`` (experts, out, in / 32, 16) and ``<name>_scales`` (experts, out, in / 32). The model's own tensor is
+    (experts, in, out).
+    """
 
     @classmethod
     def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
@@ -423,6 +391,9 @@ AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 class AWQ(QuantizedWeight):
     """Four-bit values, packed along the outputs.
 
+    ``W[out, in] = (q[in, out] − zero[g, out]) · scale[g, out]``, where g is the group of the input; stored transposed, inputs first. Values
+    and zero points are packed along the outputs, eight to a word, in the order of `AWQ_ORDER`.
+
     Attributes
     ----------
     group_size
@@ -463,6 +434,14 @@ class AWQ(QuantizedWeight):
 @dataclass(frozen=True)
 class GPTQ(QuantizedWeight):
     """Quantized values packed along the inputs.
+
+    ``W[out, in] = (q[in, out] − zero[g, out]) · scale[g, out]``, where g is the group of the input; stored transposed, inputs first. Values
+    are packed along the inputs and zero points along the outputs; see `unpack`. The first version of the format stores zero points less
+    one. GPTQModel subtracts a one from each by a subtraction of whole words: a zero point of 0 borrows from the next, which only the
+    addition of the same words undoes. Zero points of 3 bits, some of which lie in two words, wrap around instead.
+
+    The config's ``dynamic`` holds rules for single modules, which GPTQModel, vLLM and SGLang read in the same way: the first regular
+    expression that matches a module's name from its start applies. They take the format from the config alone, whatever a rule says.
 
     Attributes
     ----------
@@ -564,6 +543,9 @@ def _rule(config: Mapping[str, Any], module: str, tensors: Mapping[str, StoredTe
 class PackedIntegers(QuantizedWeight):
     """Integers in 32-bit words, which compressed-tensors calls pack-quantized.
 
+    ``W[out, in] = (q[out, in] − zero[out, g]) · scale[out, g]``, where g is the group of the input. Values are packed along the inputs and
+    zero points along the outputs; without stored zero points, the zero point is half of the range.
+
     Attributes
     ----------
     bits
@@ -623,6 +605,12 @@ _PACKINGS = (("U8", 8, 1), ("U8", 4, 2), ("I32", 3, 10), ("U8", 2, 4), ("U8", 1,
 @dataclass(frozen=True)
 class HQQ(QuantizedWeight):
     """Packed integers and their groups.
+
+    ``W = (q − zero) · scale``, in the dtype of the scales and rounded after each operation, as the library does. The values form a table:
+    with axis 1 each row is a group, with axis 0 each column. A packed row holds as many rows of the table as fit its words: of k packed
+    rows, the first holds rows 0, k, 2k, …, with row 0 in the highest bits. The shapes tell the axis, the group size and the packing, so
+    that only ``shape`` is read when a layer is opened. The library's decoder follows the settings instead: a layer is refused if these
+    contradict its shapes.
 
     Attributes
     ----------
@@ -705,6 +693,9 @@ def _holds(packed: TensorInfo, table: tuple[int, int], dtype: str, bits: int, co
 class FourBit(QuantizedWeight):
     """NF4 or FP4 values.
 
+    ``W = quant_map[q] · absmax[block]`` over the flattened matrix, two values in a byte, the first in the high bits. With double
+    quantization the scales are quantized too: ``absmax = nested_quant_map[q] · nested_absmax[block] + offset``.
+
     Attributes
     ----------
     blocksize, nested_blocksize, offset
@@ -770,7 +761,10 @@ class FourBit(QuantizedWeight):
 
 @dataclass(frozen=True)
 class EightBit(QuantizedWeight):
-    """Int8 values with the largest magnitude of each row."""
+    """Int8 values with the largest magnitude of each row.
+
+    ``W = q · SCB[row] / 127``.
+    """
 
     @classmethod
     def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:

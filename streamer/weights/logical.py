@@ -1,18 +1,15 @@
-"""Find a base's logical weights under the names of a plain checkpoint, whatever tensors store them: `FORMATS` says which form one weight.
+"""A base's logical weights, under the names of a plain checkpoint, whatever tensors store them.
+
+`FORMATS` says which tensors form one weight. For GPTQ, ``q_proj.qweight``, ``q_proj.qzeros`` and ``q_proj.scales`` form ``q_proj.weight``.
+A tensor that no format claims is a weight by itself.
 
 The model's ``quantization_config`` must name a method of some format. Looking up a tensor of quantized values that no format claims is
 refused by name, so raw quantized values never reach a computation.
 
-Decode what torchao stores in safetensors: FP8 e4m3, integers of 1 to 8 bits in bytes, and packed int4.
-
-A weight is stored as ``<module>._weight_qdata``, ``<module>._weight_scale`` and others. The file's metadata states, under the weight's
-name, the library's class of tensor, its block and the tensors that it consists of.
-
-FP8 and integers in bytes: ``W = (q − zero) · scale`` in float32, by blocks as in `codes`. Packed int4 (plain layout): two values
-from −8 to 7 in a byte, the first in the low bits; ``W = q · scale + zero``, with scales and zero points as (groups of inputs, outputs).
-
-For GPTQ, the tensors ``q_proj.qweight``, ``q_proj.qzeros`` and ``q_proj.scales`` form the weight ``q_proj.weight``. A tensor that no
-format of `FORMATS` claims is a weight by itself.
+torchao stores a weight as ``<module>._weight_qdata``, ``<module>._weight_scale`` and others. The file's metadata states, under the weight's
+name, the library's class of tensor, its block and the tensors that it consists of. FP8 and integers in bytes: ``W = (q − zero) · scale`` in
+float32, by blocks as in `codes`. Packed int4 (plain layout): two values from −8 to 7 in a byte, the first in the low bits;
+``W = q · scale + zero``, with scales and zero points as (groups of inputs, outputs).
 """
 
 from __future__ import annotations
