@@ -604,9 +604,8 @@ def _modules(file: TensorFile, whose: str, stated: Stated) -> dict[str, Module]:
     return modules
 
 
-def _configs(
-    file: TensorFile, whose: str, tensors_of: Mapping[str, Mapping[str, str]], stated: Stated
-) -> dict[str, AdapterConfig | None]:
+def _configs(file: TensorFile, whose: str, tensors_of: Mapping[str, Mapping[str, str]],
+             stated: Stated) -> dict[str, AdapterConfig | None]:  # fmt: skip
     """Find the config of each module; None where nothing states a scaling, which is then 1.
 
     Raises

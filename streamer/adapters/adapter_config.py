@@ -195,9 +195,8 @@ class Wrapped:
         return f"{self.module}.{parameter}".removesuffix(".weight")
 
 
-def find_wrapped(
-    pairs: Mapping[str, Mapping[str, str]], config: AdapterConfig, is_matrix: Callable[[str, str], bool]
-) -> tuple[list[Wrapped], list[str]]:
+def find_wrapped(pairs: Mapping[str, Mapping[str, str]], config: AdapterConfig,
+                 is_matrix: Callable[[str, str], bool]) -> tuple[list[Wrapped], list[str]]:  # fmt: skip
     """Find the wrapped modules among those with factors, and everything that is wrong with them, one phrase each.
 
     Parameters

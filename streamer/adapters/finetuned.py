@@ -26,7 +26,8 @@ from streamer.errors import InputError, OutputExistsError, UsageError
 from streamer.storage import checkpoint
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
 from streamer.storage.files import AdapterIdentity
-from streamer.storage.header import IOMode, TensorInfo
+from streamer.storage.header import TensorInfo
+from streamer.storage.local_source import IOMode
 from streamer.storage.transaction import refuse_symlink
 from streamer.units import listed
 from streamer.weights.base import FLOATS, StoredTensor

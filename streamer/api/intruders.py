@@ -82,9 +82,8 @@ def detect_intruder_dimensions(
     base: str | Path, adapter: SeveralAdapters, output: str | Path | None = None, **options: Unpack[DetectKeywords]
 ) -> dict[str, Findings]: ...
 @explained(DetectOptions)
-def detect_intruder_dimensions(
-    base: str | Path, adapter: Adapters, output: str | Path | None = None, **options: Unpack[DetectKeywords]
-) -> Findings | dict[str, Findings]:
+def detect_intruder_dimensions(base: str | Path, adapter: Adapters, output: str | Path | None = None,
+                               **options: Unpack[DetectKeywords]) -> Findings | dict[str, Findings]:  # fmt: skip
     """Find the intruder dimensions of ``W0 + s·B·A`` in every matrix that the adapter changes.
 
     Several adapters share one pass over the base.
@@ -186,9 +185,8 @@ class OutputRequest(Request, MitigateOptions, MergeOptions):
             return ModelWriter(job, path)
         return AdapterWriter(job, path) if self.to_lora is None else LoraWriter(job, path, self.to_lora)
 
-    def _opened(
-        self, monitor: Monitor, workers: Workers | None = None, peek: bool = False
-    ) -> tuple[AdapterPaths, list[Writer], Run]:
+    def _opened(self, monitor: Monitor, workers: Workers | None = None,
+                peek: bool = False) -> tuple[AdapterPaths, list[Writer], Run]:  # fmt: skip
         base, adapters = found_inputs(self.located(monitor, peek), self.base, self.adapter)
         run = self.make_run(monitor, workers)
         jobs, paths = self.jobs(base, adapters, run), adapters.directories(Path(self.output))
@@ -210,9 +208,8 @@ def reduce_intruder_dimension(
     base: str | Path, adapter: SeveralAdapters, output: str | Path, **options: Unpack[ReduceKeywords]
 ) -> dict[str, Written]: ...
 @explained(MitigateOptions)
-def reduce_intruder_dimension(
-    base: str | Path, adapter: Adapters, output: str | Path, **options: Unpack[ReduceKeywords]
-) -> Written | dict[str, Written]:
+def reduce_intruder_dimension(base: str | Path, adapter: Adapters, output: str | Path,
+                              **options: Unpack[ReduceKeywords]) -> Written | dict[str, Written]:  # fmt: skip
     """Write a new LoRA adapter whose delta has its intruders scaled by `mitigation_lambda`.
 
     The mitigated delta is projected onto ``lora_A`` and ``lora_B`` at the adapter's own rank. The record states for each matrix the share
@@ -295,9 +292,8 @@ def merge_with_reduced_intruder_dimensions(
 
 
 @explained(IterateOptions)
-def iter_merged(
-    base: str | Path, adapter: str | Path, **options: Unpack[IterateKeywords]
-) -> Iterator[tuple[str, Tensor]]:
+def iter_merged(base: str | Path, adapter: str | Path,
+                **options: Unpack[IterateKeywords]) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
     """Yield ``(name, tensor)`` of the merged model in file order, one tensor in memory at a time, without writing files.
 
     The call itself opens and checks the inputs, before the first step.

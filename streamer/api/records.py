@@ -89,9 +89,8 @@ class SeveralRecord(TypedDict):
 # fmt: on
 
 
-def dry_run(
-    command: str, output: Path, state: str, matrices: int, files: int, nbytes: int | None, forecast: Forecast | None
-) -> DryRun:
+def dry_run(command: str, output: Path, state: str, matrices: int, files: int, nbytes: int | None,
+            forecast: Forecast | None) -> DryRun:  # fmt: skip
     """Describe the result of a dry run.
 
     Parameters
@@ -106,9 +105,8 @@ def dry_run(
             "free_bytes": free_bytes(output), "forecast": None if forecast is None else asdict(forecast)}  # fmt: skip
 
 
-def dry_runs(
-    adapters: AdapterPaths, output: Path, runs: Sequence[DryRun], forecast: Forecast | None
-) -> DryRun | SeveralRecord:
+def dry_runs(adapters: AdapterPaths, output: Path, runs: Sequence[DryRun],
+             forecast: Forecast | None) -> DryRun | SeveralRecord:  # fmt: skip
     """Join the results of dry runs; for several adapters, by name and with the forecast for all."""
     collected = adapters.collected(runs)
     if not isinstance(collected, ByName):

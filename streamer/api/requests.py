@@ -102,9 +102,8 @@ def found_inputs(remote: Remote, base: str | Path, adapter: Adapters) -> tuple[s
     return base, one_or_several(remote.paths(*adapter))
 
 
-def detection_options(
-    judged: Judged, max_memory: int | None = None, findings: Findings | None = None
-) -> DetectionOptions:
+def detection_options(judged: Judged, max_memory: int | None = None,
+                      findings: Findings | None = None) -> DetectionOptions:  # fmt: skip
     """Make the options of detection; missing ones come from the findings, or are the defaults. The memory always is this run's."""
     default = DetectionOptions() if findings is None else findings.options
     stated = {f.name: getattr(judged, f.name) for f in fields(Judged)}

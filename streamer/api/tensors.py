@@ -143,9 +143,8 @@ def _read(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
                 yield info.name, as_tensor(data, *in_memory(info))
 
 
-def _planned(
-    entries: Iterable[tuple[str, object, Sequence[int]]], metadata: Mapping[str, str], limit: float
-) -> list[atomic_file.ShardPlan]:
+def _planned(entries: Iterable[tuple[str, object, Sequence[int]]], metadata: Mapping[str, str],
+             limit: float) -> list[atomic_file.ShardPlan]:  # fmt: skip
     """Plan the files of a directory, which hold up to `limit` bytes of tensors each."""
     checked = [*map(_checked, entries)]
     try:

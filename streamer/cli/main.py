@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from streamer.api import shown
 from streamer.cli.parser import BadUsage, build_parser, named_as_option
-from streamer.cli.terminal import Progress, Result, say, screen, silence, standing, verification_text, write_line
+from streamer.cli.terminal import Progress, Result, presence, say, screen, silence, verification_text, write_line
 from streamer.errors import StorageError, StreamerError, UsageError, VerificationError, advice, one_line, printable
 from streamer.events import Event, Monitor
 from streamer.options import Threads, WorkerOptions
@@ -117,9 +117,8 @@ def stop_on_signals(monitor: Monitor, tell: Callable[[str], None], close: Callab
 ERROR_SCHEMA: Final = "streamer.error/1"
 
 
-def error_entry(
-    kind: str, exit_code: int, message: str, path: str | None = None, paths: Collection[str] = ()
-) -> ErrorEntry:
+def error_entry(kind: str, exit_code: int, message: str, path: str | None = None,
+                paths: Collection[str] = ()) -> ErrorEntry:  # fmt: skip
     """Describe one error.
 
     Parameters
@@ -251,7 +250,7 @@ def _run(args: argparse.Namespace, progress: Progress | JsonEvents) -> None:
             progress.close()
     if prints:
         _print(json.dumps(tree, indent=1) if args.json else "\n".join(map(printable, text.split("\n"))))
-    progress.finish(standing(tree))
+    progress.finish(presence(tree))
 
 
 def _paths(args: argparse.Namespace) -> list[str]:
@@ -282,9 +281,8 @@ def _described(e: Exception, paths: Sequence[str]) -> ErrorEntry | None:
     return None
 
 
-def _tell(
-    errors: Sequence[ErrorEntry], tree: Mapping[str, Any], as_json: bool, progress: Progress | JsonEvents
-) -> None:
+def _tell(errors: Sequence[ErrorEntry], tree: Mapping[str, Any], as_json: bool,
+          progress: Progress | JsonEvents) -> None:  # fmt: skip
     """Report errors, each in one line on stderr, and with `--json` print an object on stdout."""
     if as_json and sys.stdout is not None:
         with contextlib.suppress(StorageError):  # stdout is what failed

@@ -82,9 +82,8 @@ def _short_help(parser: argparse.ArgumentParser) -> str:
     arguments = [action for action in actions if not action.option_strings]
     common = [action for action in actions if action.option_strings and not getattr(action, "rare", False)]
     usage, text = parser._get_formatter(), parser._get_formatter()
-    usage.add_usage(
-        None, [*arguments, *(action for action in actions if action.option_strings and action.required)], []
-    )
+    required = [action for action in actions if action.option_strings and action.required]
+    usage.add_usage(None, [*arguments, *required], [])
     text.add_usage(f"{usage.format_help().removeprefix('usage: ').rstrip()} [...]", [], [])
     text.add_text(parser.description)
     for title, shown in (("positional arguments", arguments), ("options", common)):
@@ -102,9 +101,8 @@ def _closest(word: str, names: Iterable[str]) -> str:
     return f"; did you mean {by_letters[close[0]]}?" if close else ""
 
 
-def reader(
-    read: Callable[[str], Any], expected: str, meant: Callable[[str], str] = lambda text: ""
-) -> Callable[[str], Any]:
+def reader(read: Callable[[str], Any], expected: str,
+           meant: Callable[[str], str] = lambda text: "") -> Callable[[str], Any]:  # fmt: skip
     """Make the reader of an option's value; `meant` returns a suggestion for a text that cannot be read."""
 
     def read_or_refuse(text: str) -> Any:

@@ -95,9 +95,8 @@ MANY, SHOWN = 20, 10
 """A table with more than `MANY` rows shows the `SHOWN` most important ones, unless `--all` is given."""
 
 
-def findings_table(
-    findings: Findings, screen: Screen = NO_LIMIT, written: Path | None = None, state: str = "written"
-) -> str:
+def findings_table(findings: Findings, screen: Screen = NO_LIMIT, written: Path | None = None,
+                   state: str = "written") -> str:  # fmt: skip
     """Format findings: one line for each matrix, or the ten with the most intruder energy; totals; and the file written."""
     matrices = sorted(findings, key=lambda m: views.natural(m.tensor))
     chosen, cut = _most(matrices, lambda m: (m.detection.intruder_energy, len(m.detection.intruders)), screen)
@@ -119,11 +118,11 @@ def findings_table(
         ):
             summary += f"\n{short} of these for lack of memory: with a larger --max-memory, a full SVD or float64 may settle them"
     if written is not None:
-        summary += f"\n{stood(written, state)}: {format_size(written.stat().st_size)}"
+        summary += f"\n{state_line(written, state)}: {format_size(written.stat().st_size)}"
     return screen.join(table(findings.columns(chosen), screen), [_cut(cut, len(findings), "most energy")], [summary])
 
 
-def stood(where: object, state: str) -> str:
+def state_line(where: object, state: str) -> str:
     """State whether a run wrote an output, found it there, or only reads it."""
     return {"read": f"{where}", "present": f"{where} exists already"}.get(state, f"wrote {where}")
 
@@ -152,7 +151,7 @@ def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMI
     if record["command"] == "mitigate":
         about = "lost in projection: share of the mitigated delta that the adapter's rank cannot hold"
         columns.append(Column("lost", [f"{100 * m['dropped']:.2f}%" for m in chosen], about, priority=4))
-    lines = [*views.record_lines(record, stood(where, record["state"])), *record.get("measured", ())]
+    lines = [*views.record_lines(record, state_line(where, record["state"])), *record.get("measured", ())]
     return screen.join(table(columns, screen) if chosen else "", [_cut(cut, len(matrices), "largest change")], lines)
 
 
@@ -307,7 +306,7 @@ def map_text(record: Mapping[str, Any], base: str, screen: Screen) -> str:
     lines = [
         f"{counted(record['vectors'], 'leading vector')} of {inputs} of {matrices}, on {texts}",
         f"next, for any adapter of this base: streamer mitigate {shlex.quote(base)} ADAPTER -o OUTPUT --map {file}",
-        stood(Path(record["output"]), record["state"]),
+        state_line(Path(record["output"]), record["state"]),
     ]
     return screen.join(lines)
 
@@ -328,7 +327,7 @@ def repair_table(record: RepairRecord, written: Mapping[str, Any], inputs: tuple
     lines = [
         f"writes {record['why']}",
         *(f"{share} is not shown: {why}" for share, is_shown in shown_shares.items() if not is_shown),
-        *views.record_lines(written, stood(output, record["state"])),
+        *views.record_lines(written, state_line(output, record["state"])),
     ]
     if "lora" in record:
         lines.append(f"converted first: {adapter} is {inputs[1]} as a LoRA adapter, and was repaired in its place")
@@ -346,7 +345,8 @@ def report_text(report: Report, where: str, screen: Screen) -> str:
     """Format a report's subject, and state what was written or what to do next."""
     subject, page, next_lines = report.subject, "", ""
     if report.written is not None:
-        page = fit(f"{stood(report.output, report.written.state)}: {format_size(report.written.nbytes)}", screen.width)
+        written = report.written
+        page = fit(f"{state_line(report.output, written.state)}: {format_size(written.nbytes)}", screen.width)
     if isinstance(subject, views.Findings):
         text, next_lines = findings_table(subject, screen), next_step(subject, screen)
     elif isinstance(subject, views.Evaluation):
@@ -377,7 +377,7 @@ def result(outcome: Any, args: argparse.Namespace, monitor: Monitor) -> Result:
             return outcome.record(), report_text(outcome, args.findings, on)
         case "evaluate":
             tree = {**outcome.to_dict(), "output": output, "state": state}
-            return tree, evaluation_table(outcome, _names(args), on, stood(output, state))
+            return tree, evaluation_table(outcome, _names(args), on, state_line(output, state))
         case "map":
             tree = {**views.map_record(outcome, output, state)}
             return tree, map_text(tree, shown(args.base[0]), on)
@@ -420,5 +420,5 @@ def _each(outcome: Any, result: Callable[[Any, Screen], Result], output: str, on
         text = "\n\n".join(f"{name}\n{text}" for name, (_, text) in parts.items())
     else:
         present = all(tree["state"] == "present" for tree in trees.values())
-        text = f"{adapters_table(trees, on)}\n\n{stood(output, 'present' if present else 'written')}"
+        text = f"{adapters_table(trees, on)}\n\n{state_line(output, 'present' if present else 'written')}"
     return views.several(trees), text

@@ -214,7 +214,7 @@ def left_out(verification: Mapping[str, Any]) -> str:
     return f"not compared: {' and '.join(counts) or 'nothing'}{'' if tried else '; --sample all compares everything'}"
 
 
-def standing(tree: Mapping[str, Any]) -> str:
+def presence(tree: Mapping[str, Any]) -> str:
     """Say how many of a command's outputs existed before, from its JSON object; nothing if none did."""
     parts = list(tree["adapters"].values()) if "adapters" in tree else [tree]
     present = sum(part.get("state") == "present" for part in parts)

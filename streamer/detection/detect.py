@@ -499,7 +499,7 @@ def detect_to_files(batch: AdapterBatch, paths: Sequence[Path], options: Detecti
     todo = [writer for writer in writers if writer.finished is None]
     for writer in writers:
         if writer.finished is not None:
-            transaction.left(writer.path, monitor)
+            transaction.touch_finished(writer.path, monitor)
     with contextlib.ExitStack() as stack:
         for writer in todo:
             stack.enter_context(writer.begun())

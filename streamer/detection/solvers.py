@@ -141,9 +141,8 @@ class SolverResult:
 Solver = Callable[[Matrix, Delta, int, float, torch.Generator, bool], SolverResult]
 
 
-def solve_dense(
-    W0: Matrix, delta: Delta, k: int, epsilon: float, generator: torch.Generator, allow_dense: bool = True
-) -> SolverResult:
+def solve_dense(W0: Matrix, delta: Delta, k: int, epsilon: float, generator: torch.Generator,
+                allow_dense: bool = True) -> SolverResult:  # fmt: skip
     """Decide by LAPACK's full SVDs of the sum and the base, which are always formed."""
     power, base_power = _powers(W0, delta)
     triplets = dense_triplets(Sum(W0.scaled(power), delta.scaled(power)), k)
@@ -153,9 +152,8 @@ def solve_dense(
     return SolverResult(_unscaled(triplets, power), similarity, low, high, bounds.values / (base_power or 1.0), "dense")
 
 
-def solve_certified(
-    W0: Matrix, delta: Delta, k: int, epsilon: float, generator: torch.Generator, allow_dense: bool = True
-) -> SolverResult:
+def solve_certified(W0: Matrix, delta: Delta, k: int, epsilon: float, generator: torch.Generator,
+                    allow_dense: bool = True) -> SolverResult:  # fmt: skip
     """Decide by block Krylov triplets, then by bounds on the overlaps until each lies on one side of ε; else by the dense solver.
 
     A matrix with a degenerate direction goes to the dense solver at once: no bound on its overlaps would settle it. If the matrix may not

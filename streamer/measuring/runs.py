@@ -702,8 +702,8 @@ class Prepared(ABC, Generic[Result]):
             return self.compute(records, output)
 
     def keep_finished(self, path: Path) -> Result:
-        """Keep a file that is complete, say so, and return what it holds; see `left`."""
-        transaction.left(path, self.run.monitor, f"{path} holds {self.same} already; nothing to do")
+        """Keep a file that is complete, say so, and return what it holds; see `touch_finished`."""
+        transaction.touch_finished(path, self.run.monitor, f"{path} holds {self.same} already; nothing to do")
         return cast(Result, self.read(path))
 
     def _resumable(self, path: Path) -> ResumableFile:

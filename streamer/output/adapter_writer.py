@@ -245,9 +245,8 @@ class AdapterWriter(OneFileWriter):
         new = self._ready.pop(info.name, None)
         return file.chunks(info) if new is None else [Piece(as_bytes(new))]
 
-    def _served(
-        self, made: Mapping[str, Tensor | None], targets: Sequence[Target], metrics: Sequence[MitigatedMatrix]
-    ) -> dict[str, Tensor | None]:
+    def _served(self, made: Mapping[str, Tensor | None], targets: Sequence[Target],
+                metrics: Sequence[MitigatedMatrix]) -> dict[str, Tensor | None]:  # fmt: skip
         """Scale and extend factors, and add what rounding the scaled lora_B loses to the metrics of their targets."""
         tensors = self.job.plan.adapter.tensors
         values = {name: tensors[name].whole() if new is None else new for name, new in made.items()}

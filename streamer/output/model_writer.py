@@ -315,9 +315,8 @@ class MergedModel:
         return shards
 
 
-def plan_merged(
-    plan: Plan, dequantize: bool = False, dtype: MergedDtype | None = None, shard_bytes: int | None = None
-) -> MergedModel:
+def plan_merged(plan: Plan, dequantize: bool = False, dtype: MergedDtype | None = None,
+                shard_bytes: int | None = None) -> MergedModel:  # fmt: skip
     """Plan each tensor of the merged model from headers alone.
 
     Parameters

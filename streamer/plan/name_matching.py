@@ -317,9 +317,8 @@ class Match(NamedTuple):
 EXACT = "the module's own name"
 
 
-def match_names(
-    modules: Iterable[str], tensors: Iterable[str], renames: Renames, parameters: Iterable[str] = ()
-) -> dict[str, Match]:
+def match_names(modules: Iterable[str], tensors: Iterable[str], renames: Renames,
+                parameters: Iterable[str] = ()) -> dict[str, Match]:  # fmt: skip
     """Match every module to its ``.weight`` tensor.
 
     Parameters

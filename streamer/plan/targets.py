@@ -168,9 +168,8 @@ def _stored_as(classes: Sequence[Architecture], base: Checkpoint, biased: Mappin
     return {n for n, way in biased.items() if way} == conv1d & biased.keys() and {_stack_of(n) for n in conv1d} <= shown
 
 
-def match_targets(
-    weights: WeightView, adapter: DeltaSource, orientation: Orientation, names: Mapping[str, Match], renames: Renames
-) -> list[Target]:
+def match_targets(weights: WeightView, adapter: DeltaSource, orientation: Orientation, names: Mapping[str, Match],
+                  renames: Renames) -> list[Target]:  # fmt: skip
     """Match every module of the adapter to the base tensor that it changes, in the base's file order.
 
     Parameters
@@ -327,9 +326,8 @@ def match_experts(weights: WeightView, adapter: DeltaSource, config: ModelConfig
     return targets
 
 
-def _stack(
-    tensor: str, built: Mapping[str, list[Loaded]], weights: WeightView, config: ModelConfig, stored: set[str]
-) -> Stack | str:
+def _stack(tensor: str, built: Mapping[str, list[Loaded]], weights: WeightView, config: ModelConfig,
+           stored: set[str]) -> Stack | str:  # fmt: skip
     """Find the stack of this name, or describe what is wrong; `stored` are the orientations that the base's class may use."""
     shape = () if tensor in built else weights[tensor].shape
     if tensor not in built and len(shape) != 3:
@@ -450,9 +448,8 @@ def _by_version(stack: Stack, adapter: DeltaSource) -> bool:
     )
 
 
-def tensor_roles(
-    path: Path, base: Checkpoint, config: ModelConfig, orientation: Orientation
-) -> Callable[[TensorInfo], str]:
+def tensor_roles(path: Path, base: Checkpoint, config: ModelConfig,
+                 orientation: Orientation) -> Callable[[TensorInfo], str]:  # fmt: skip
     """Return a function that gives the role in its layer of a fine-tuned model's tensor; see `open_finetuned`.
 
     The base's class decides. If that is not known, or has no such layer under a usual config, common names of embeddings decide.

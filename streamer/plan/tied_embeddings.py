@@ -274,9 +274,8 @@ class TieEditor:
         return replace(edits, sources=sources, rows=rows, shifts=shifts, dropped={**edits.dropped, **gone})
 
 
-def without_copies(
-    base: Checkpoint, tuned: FinetunedModel, architecture: Architecture | None, renames: Renames
-) -> tuple[FinetunedModel, dict[str, str]]:
+def without_copies(base: Checkpoint, tuned: FinetunedModel, architecture: Architecture | None,
+                   renames: Renames) -> tuple[FinetunedModel, dict[str, str]]:  # fmt: skip
     """Omit a fine-tuned model's copies of tied tensors, which would otherwise be judged and mitigated separately.
 
     If embedding and ``lm_head`` have equal bytes in both models and are tied, only the embedding is judged and written.
@@ -374,9 +373,8 @@ def refuse_numbered_ties(ties: Iterable[TiedNames], base: Path, adapter: DeltaSo
             )
 
 
-def refuse_unknown_ties(
-    base: Checkpoint, config: ModelConfig, adapter: DeltaSource, edits: TensorEdits, matched: Mapping[str, str]
-) -> None:
+def refuse_unknown_ties(base: Checkpoint, config: ModelConfig, adapter: DeltaSource, edits: TensorEdits,
+                        matched: Mapping[str, str]) -> None:  # fmt: skip
     """Refuse changes to tensors that may be tied, in a model of an unknown class.
 
     A matrix outside layers may be tied if no other has its shape, as the base may store only one of the names. If the config states a

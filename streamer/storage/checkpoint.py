@@ -20,7 +20,8 @@ from typing import Any
 from streamer.errors import FormatError, InputError
 from streamer.storage.atomic_file import BufferRing, Piece
 from streamer.storage.files import BaseIdentity, absent, lacks, open_regular, storage_errors, strict_json
-from streamer.storage.header import DIGEST, NO_DIGEST, IOMode, LocalSource, TensorInfo
+from streamer.storage.header import DIGEST, NO_DIGEST, TensorInfo
+from streamer.storage.local_source import IOMode, LocalSource
 from streamer.storage.remote_source import RemoteSource, read_manifest
 from streamer.units import format_size, listed, quoted
 

@@ -1,4 +1,4 @@
-"""Validate safetensors headers, with the same validator for reading and writing, and read the bytes of local files.
+"""Validate safetensors headers, with the same validator for reading and writing.
 
 A file is an 8-byte little-endian length N, N bytes of JSON, then the data. The JSON maps each tensor's name to
 ``{"dtype", "shape", "data_offsets"}``, with offsets relative to the data, and ``__metadata__`` to a map of strings.
@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from streamer.errors import FormatError, InputChangedError, StorageError
+from streamer.errors import FormatError
 from streamer.storage import files
 from streamer.units import format_size, format_sizes, quoted
 
@@ -234,9 +233,8 @@ def read_header(fd: int, where: str) -> Header:
         return read_header_by(lambda at, length: files.read_bytes(fd, length, at), os.fstat(fd).st_size, where)
 
 
-def layout(
-    entries: Iterable[tuple[str, str, Iterable[int]]], metadata: Mapping[str, str] | None = None, length: int = 0
-) -> tuple[Header, bytes]:
+def layout(entries: Iterable[tuple[str, str, Iterable[int]]], metadata: Mapping[str, str] | None = None,
+           length: int = 0) -> tuple[Header, bytes]:  # fmt: skip
     """Lay out tensors in the given order without gaps, and make the header and its bytes.
 
     Parameters
@@ -268,104 +266,3 @@ def layout(
         raise FormatError(f"a header of {len(body)} bytes is over the format's limit of {MAX_HEADER_BYTES}")
     raw = len(body).to_bytes(8, "little") + body
     return parse_header(raw, len(raw) + at, "output"), raw
-
-
-IOMode = Literal["mmap", "pread"]
-
-
-class LocalSource:
-    """A file on a disk, opened once: reads see the planned file even if its name is replaced. `RemoteSource` has the same methods.
-
-    Attributes
-    ----------
-    io
-        Whether a view is a memory map (``mmap``) or a copy in anonymous memory (``pread``).
-    stamp
-        Identity that must not change while a plan is carried out.
-    """
-
-    remote = False
-    """Whether each read crosses a network: bytes that are read twice should then be kept."""
-
-    _fd = -1
-
-    def __init__(self, path: Path, io: IOMode) -> None:
-        self.path, self.io = path, io
-        self._fd, st = files.open_regular(path, "a safetensors file")
-        self.stamp = files.file_stamp(st)
-
-    def header(self) -> Header:
-        """Read and validate the header."""
-        return read_header(self._fd, str(self.path))
-
-    def close(self) -> None:
-        """Close the descriptor; existing views stay valid."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def check_unchanged(self) -> None:
-        """Raise `InputChangedError` unless the path still names the same, unmodified file."""
-        try:
-            now = files.file_stamp(os.stat(self.path))
-        except OSError as e:
-            raise InputChangedError.vanished(self.path) from e
-        if now != self.stamp:
-            raise InputChangedError.changed(self.path)
-
-    def view(self, at: int, length: int) -> memoryview:
-        """Map or read bytes.
-
-        Raises
-        ------
-        InputChangedError
-            If the file has become shorter than its header says. The size is checked before each map, because touching
-            a page beyond the end would kill the process.
-        """
-        if self.io == "pread":
-            out = memoryview(bytearray(length))
-            self.read_into(out, at)
-            return out
-        if length == 0:
-            return memoryview(b"")
-        self._check_size(at + length)
-        page = at % mmap.ALLOCATIONGRANULARITY
-        try:
-            # Private and writable, so that torch accepts it as a tensor without a copy; nobody writes to it.
-            window = mmap.mmap(self._fd, page + length, flags=mmap.MAP_PRIVATE,
-                               prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=at - page)  # fmt: skip
-        except ValueError:  # Python checks the size again
-            self._check_size(at + length)
-            raise
-        except OSError as e:
-            raise StorageError(f"{self.path}: cannot map {format_size(length)}: {e.strerror}; try --io pread") from e
-        return memoryview(window)[page:]
-
-    def read_pieces(self, pieces: Iterable[tuple[memoryview, int]]) -> None:
-        """Read small pieces throughout the file one after the other, each into its buffer from its offset."""
-        for out, at in pieces:
-            self.read_into(out, at)
-
-    def read_into(self, out: memoryview, at: int) -> None:
-        """Read bytes from offset `at` until `out` is full, repeating calls that return fewer."""
-        done = 0
-        while done < len(out):
-            with files.storage_errors(self.path, "read"):
-                n = files.read_at(self._fd, out[done:], at + done)
-            if n == 0:
-                self._check_size(at + len(out))
-                raise StorageError(f"{self.path}: the file ended early at byte {at + done}")
-            done += n
-
-    def prefetch(self, start: int, stop: int, end: int) -> None:
-        """Do nothing: for a disk the kernel reads ahead."""
-
-    def release(self, start: int, stop: int) -> None:
-        """Drop pages from the system's cache, including the page at `start`, whose beginning belongs to the previous piece."""
-        start -= start % mmap.PAGESIZE
-        files.drop_cached(self._fd, start, stop - start)
-
-    def _check_size(self, wanted: int) -> None:
-        have = os.fstat(self._fd).st_size
-        if have < wanted:
-            raise InputChangedError(f"{self.path}: shrank to {format_size(have)} during the run; get the file again")

@@ -36,7 +36,8 @@ from streamer.errors import InputChangedError, InputError, MissingPackageError, 
 from streamer.events import Monitor
 from streamer.packages import require_package
 from streamer.storage.files import Stamp, storage_errors
-from streamer.storage.header import Header, IOMode, read_header_by
+from streamer.storage.header import Header, read_header_by
+from streamer.storage.local_source import IOMode
 from streamer.units import format_size
 
 PLUGINS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs"}

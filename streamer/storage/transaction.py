@@ -226,7 +226,7 @@ def remove_leftovers(path: Path) -> None:
             states.unlink(missing_ok=True)
 
 
-def left(path: Path, monitor: Monitor, note: str = "") -> None:
+def touch_finished(path: Path, monitor: Monitor, note: str = "") -> None:
     """Keep a file that is complete, but set its time to now, and remove what a run that was killed just after renaming it left."""
     remove_leftovers(path)
     if note:
@@ -514,7 +514,7 @@ def remove_own_files(directory: Path, old: Sequence[OldFile], keep: Collection[s
     """
     for file in reversed(old):
         path = directory / file.file
-        if file.file in keep or not stands(directory, file):
+        if file.file in keep or not is_unchanged(directory, file):
             continue
         files.remove_file(path)
         for parent in path.relative_to(directory).parents[:-1]:
@@ -522,7 +522,7 @@ def remove_own_files(directory: Path, old: Sequence[OldFile], keep: Collection[s
                 (directory / parent).rmdir()
 
 
-def stands(directory: Path, file: OldFile) -> bool:
+def is_unchanged(directory: Path, file: OldFile) -> bool:
     """Test whether a file exists unchanged, under a plain name in the directory, with no symlink in its path."""
     path = directory / file.file
     if not _is_within(directory, file.file):
@@ -656,7 +656,7 @@ def inspect_output(plan: OutputPlan, overwrite: bool = False, resume: bool = Tru
         if state == "new":
             _refuse_foreign(plan, own, overwrite)
         for name in (name for name in names if name in plan.editable and is_taken(path / name)):
-            if not any(stands(path, file) for file in own if file.file == name):
+            if not any(is_unchanged(path, file) for file in own if file.file == name):
                 raise _foreign(path / name, "was edited since it was written")
         check_space(path, missing_bytes(plan, state), at_most=bool(plan.temporary))
     return state
@@ -724,7 +724,7 @@ def _refuse_foreign(plan: OutputPlan, own: Sequence[OldFile], overwrite: bool) -
             continue
         if name not in names:
             raise _foreign(path / name)
-        if not any(stands(path, file) for file in own if file.file == name):
+        if not any(is_unchanged(path, file) for file in own if file.file == name):
             what = "was changed since it was written, and a loader would read it as a part of this output"
             raise _foreign(path / name, what)
     is_ours = any((path / name).exists() for name in (RECORD_NAME, JOURNAL_NAME))
@@ -776,7 +776,7 @@ class OutputDirectory:
         if RECORD_NAME in self._entries:  # all files were complete, and some may have been renamed into place
             places.append(self._plan.path)
         entry = self._entries.get(name)
-        return entry if any(stands(place, file) for file in as_files([entry]) for place in places) else None
+        return entry if any(is_unchanged(place, file) for file in as_files([entry]) for place in places) else None
 
     def entry(self, name: str) -> dict[str, Any]:
         """Return the journal's entry of a file that this run has written or found finished."""
@@ -846,9 +846,8 @@ def _record_bytes(record: Mapping[str, Any]) -> bytes:
 
 
 @contextlib.contextmanager
-def open_outputs(
-    plans: Sequence[OutputPlan], overwrite: bool = False, resume: bool = True
-) -> Iterator[list[OutputDirectory]]:
+def open_outputs(plans: Sequence[OutputPlan], overwrite: bool = False,
+                 resume: bool = True) -> Iterator[list[OutputDirectory]]:  # fmt: skip
     """Lock the directories, resume interrupted runs or begin new ones, and keep the journals if the block raises.
 
     All are locked and checked before anything in any of them changes, so that a refusal leaves all of them unchanged.
@@ -858,9 +857,8 @@ def open_outputs(
 
 
 @contextlib.contextmanager
-def locked_outputs(
-    plans: Sequence[OutputPlan], overwrite: bool, resume: bool
-) -> Iterator[list[contextlib.AbstractContextManager[OutputDirectory]]]:
+def locked_outputs(plans: Sequence[OutputPlan], overwrite: bool,
+                   resume: bool) -> Iterator[list[contextlib.AbstractContextManager[OutputDirectory]]]:  # fmt: skip
     """Lock and check the directories. Entering a context begins or resumes its output's run; until then the old files stay unchanged.
 
     Raises

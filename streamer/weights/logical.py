@@ -76,9 +76,8 @@ def _stated(name: str, tensors: Mapping[str, StoredTensor]) -> tuple[str, dict[s
     raise FormatError(f"{codes.where(tensors)}: {fault}; get the file again")
 
 
-def _blocks(
-    cls: type[codes.Scaled], name: str, tensors: Mapping[str, StoredTensor], data: dict[str, Any]
-) -> codes.Scaled:
+def _blocks(cls: type[codes.Scaled], name: str, tensors: Mapping[str, StoredTensor],
+            data: dict[str, Any]) -> codes.Scaled:  # fmt: skip
     """Make a weight with scales of blocks that divide its rows and columns, as the metadata states them."""
     values, scale = (tensors[role].info for role in ("weight", "quant_scale"))
     codes.check_fit(len(values.shape) == 2 == len(scale.shape) and 0 not in scale.shape, tensors)

@@ -27,7 +27,7 @@ from streamer.storage.atomic_file import (
     write_atomic,
 )
 from streamer.storage.files import fsync_directory, make_directory
-from streamer.storage.header import LocalSource
+from streamer.storage.local_source import LocalSource
 from streamer.storage.transaction import Journal
 
 ADVICE = "run the same command again once the cause is gone"

@@ -27,7 +27,7 @@ from streamer.storage.checkpoint import (
     open_checkpoint,
     read_json_object,
 )
-from streamer.storage.header import LocalSource
+from streamer.storage.local_source import LocalSource
 
 
 @pytest.fixture
