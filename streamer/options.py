@@ -214,9 +214,7 @@ def declared(kind: type) -> Iterator[tuple[Any, Option, str]]:
 
 
 ONE_ADAPTER = "directory, hub name or address of a PEFT adapter; only one"
-ADAPTERS = (
-    "directory, hub name or address of a PEFT adapter. Several, or a directory of them, share one pass over the base"
-)
+ADAPTERS = "directory, hub name or address of a PEFT adapter. Several, or a directory of them, share one pass over the base"  # fmt: skip
 FINDINGS = "findings from `streamer detect`"
 RANK_OR_SHARE = "A share such as 0.95 uses the smallest rank that keeps this share of each delta's energy"
 SEVERAL = "for several adapters, a directory that gets one"

@@ -366,17 +366,13 @@ def open_adapter(path: str | Path, io: IOMode = "mmap", stated: Stated = rules.N
     if path.exists() and not ((path / rules.CONFIG_NAME).exists() and (path / rules.WEIGHTS_NAME).exists()):
         rules.refuse_other_formats(path)
     if path.is_file():
-        expected = (
-            f"the directory with {rules.CONFIG_NAME}, or a pipeline's LoRA with names such as unet.… or lora_unet_…"
-        )
+        expected = f"the directory with {rules.CONFIG_NAME}, or a pipeline's LoRA with names such as unet.… or lora_unet_…"  # fmt: skip
         raise InputError(f"{path}: expected {expected}; found another file")
     if not path.is_dir():
         raise absent(path, "adapter")
     for name in (rules.CONFIG_NAME, rules.WEIGHTS_NAME):
         if not (path / name).exists():
-            advice = (
-                "name an adapter in PEFT's form, in the order BASE ADAPTER; save one with a pickle again as safetensors"
-            )
+            advice = "name an adapter in PEFT's form, in the order BASE ADAPTER; save one with a pickle again as safetensors"  # fmt: skip
             raise lacks(path, name, advice)
     config = AdapterConfig(read_json_object(path / rules.CONFIG_NAME), path / rules.CONFIG_NAME, stated)
     rules.refuse_kinds(config)

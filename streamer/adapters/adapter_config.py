@@ -115,9 +115,7 @@ class AdapterConfig:
         stated = self.number("rank_pattern", "r", module, default=rank)
         if stated != rank:
             ranks = f"expected rank {stated:g} by the config, found {rank} rows in lora_A"
-            raise MismatchError(
-                f"{self.path}: module {module!r}: {ranks}; config and weights belong to different adapters"
-            )
+            raise MismatchError(f"{self.path}: module {module!r}: {ranks}; config and weights belong to different adapters")  # fmt: skip
         alpha = self.number("alpha_pattern", "lora_alpha", module)
         return self._finite(alpha / math.sqrt(rank) if self.values.get("use_rslora") else alpha / rank, module)
 

@@ -146,9 +146,7 @@ class DaskExecutor(Cluster):
 
     def lacks(self) -> str:
         """Return a message if the scheduler has no workers, else an empty string; raise if the scheduler, with its tasks, is lost."""
-        gone = (
-            f"dask:{self._address}: its scheduler does not answer any more; start one, then run the same command again"
-        )
+        gone = f"dask:{self._address}: its scheduler does not answer any more; start one, then run the same command again"  # fmt: skip
         if self._client.status != "running":
             raise WorkerError(gone)
         try:

@@ -233,9 +233,7 @@ def _run(args: argparse.Namespace, progress: Progress | JsonEvents) -> None:
         raise StorageError(f"the current directory: {e.strerror}; change to one that exists") from e
     prints = args.json or not args.quiet
     if prints and sys.stdout is None:
-        raise StorageError(
-            "stdout: is closed, and the result goes there; redirect it to a file or /dev/null, or pass --quiet"
-        )
+        raise StorageError("stdout: is closed, and the result goes there; redirect it to a file or /dev/null, or pass --quiet")  # fmt: skip
     with stop_on_signals(monitor, progress.tell, progress.close):
         try:
             _ = requested(Threads, args), requested(WorkerOptions, args)  # checks them
@@ -315,9 +313,7 @@ def _print(text: str = "") -> None:
     except OSError as e:
         silence(sys.stdout)
         if not isinstance(e, BrokenPipeError):
-            message = (
-                f"stdout: {e.strerror or e}; the result could not be printed, the files that were written are complete"
-            )
+            message = f"stdout: {e.strerror or e}; the result could not be printed, the files that were written are complete"  # fmt: skip
             raise StorageError(message) from e
 
 

@@ -219,9 +219,7 @@ class _PrintCompletion(argparse.Action):
         try:
             import shtab
         except ImportError:
-            parser.error(
-                f"{option_string}: needs shtab, which is not installed: pip install 'intruder-streamer[completion]'"
-            )
+            parser.error(f"{option_string}: needs shtab, which is not installed: pip install 'intruder-streamer[completion]'")  # fmt: skip
         completes = dict.fromkeys(("BASE", "FILE", "FINDINGS", "EVALUATION", "PAGE"), shtab.FILE)
         completes |= dict.fromkeys(("ADAPTER", "DIR"), shtab.DIRECTORY)
         (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))

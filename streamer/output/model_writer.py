@@ -335,9 +335,7 @@ def plan_merged(plan: Plan, dequantize: bool = False, dtype: MergedDtype | None 
     """
     if plan.config.pipeline and (dtype or shard_bytes):
         what = "dtype" if dtype else "max_shard_size"
-        raise UnsupportedError(
-            f"{plan.base.path}: {what}: a diffusers pipeline keeps its files and dtypes; leave it out"
-        )
+        raise UnsupportedError(f"{plan.base.path}: {what}: a diffusers pipeline keeps its files and dtypes; leave it out")  # fmt: skip
     _refuse_quantized(plan, dequantize)
     weights = plain_weights(plan.weights, plan.config) if dequantize else plan.weights
     if dtype is not None:

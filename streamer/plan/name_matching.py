@@ -510,9 +510,7 @@ def match_modules(base: Checkpoint, config: ModelConfig, adapter: DeltaSource, w
         If a component of a pipeline that the adapter changes is quantized.
     """
     if config.pipeline and config.architecture is not None:
-        raise UsageError(
-            "architecture: the base is a pipeline, whose components say their classes; leave the option out"
-        )
+        raise UsageError("architecture: the base is a pipeline, whose components say their classes; leave the option out")  # fmt: skip
     of_pipeline = isinstance(adapter, PipelineAdapter)
     if of_pipeline != config.pipeline:
         expected = f"{PIPELINE_NAME} and no {SINGLE_NAME} or its index in {base.path}" if of_pipeline else (

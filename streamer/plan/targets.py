@@ -224,9 +224,7 @@ def match_targets(weights: WeightView, adapter: DeltaSource, orientation: Orient
 def refuse_misfits(problems: Sequence[str], of: int, adapter: DeltaSource, weights: WeightView) -> None:
     """Raise `MismatchError` if modules do not fit the base; it describes two of the problems, or one if names are long."""
     if problems:
-        which = (
-            f"{len(problems)} of {of} modules do not fit {weights.checkpoint.path}: {listed(problems, 2, '; ', 200)}"
-        )
+        which = f"{len(problems)} of {of} modules do not fit {weights.checkpoint.path}: {listed(problems, 2, '; ', 200)}"  # fmt: skip
         raise MismatchError(f"{adapter.path}: {which}; is this the base that the adapter was trained on?")
 
 

@@ -172,9 +172,7 @@ def sentences(subject: Subject) -> list[str]:
         return []
     if not isinstance(subject, Findings):
         measured = subject.get("measured", ())
-        made = (
-            f"streamer {subject['version']} made this from “{_name(subject['adapter'])}” and “{_name(subject['base'])}”"
-        )
+        made = f"streamer {subject['version']} made this from “{_name(subject['adapter'])}” and “{_name(subject['base'])}”"  # fmt: skip
         lines = record_lines(subject, made)
         return [printable(line) for line in measured[1:]] + (lines if measured else [lines[0], *lines[2:]])
     sources, options = subject.sources, subject.options

@@ -237,9 +237,7 @@ class AtomicFile:
                     self.write(data)
         if self.written != self.size:
             wanted, found = format_sizes(self.size, self.written)
-            raise InputChangedError(
-                f"{source}: expected {wanted}, found {found}: it changed during the run; start again"
-            )
+            raise InputChangedError(f"{source}: expected {wanted}, found {found}: it changed during the run; start again")  # fmt: skip
 
     def complete(self) -> None:
         """Check the byte count and fsync, so that only the rename remains; a second call does nothing."""

@@ -366,9 +366,7 @@ def open_checkpoint(path: str | Path, io: IOMode = "mmap") -> Checkpoint:
         return model
     if is_pipeline(path):
         return _pipeline(path, io)
-    raise lacks(
-        path, SINGLE_NAME, "name a directory with that or an index, or the file itself, in the order BASE ADAPTER"
-    )
+    raise lacks(path, SINGLE_NAME, "name a directory with that or an index, or the file itself, in the order BASE ADAPTER")  # fmt: skip
 
 
 def is_pipeline(path: Path) -> bool:

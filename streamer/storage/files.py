@@ -307,9 +307,7 @@ def locked(path: Path, output: Path | None = None) -> Iterator[None]:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(fd)
-            raise errors.LockedError(
-                f"{output}: another run is writing here; wait for it, or choose another output"
-            ) from None
+            raise errors.LockedError(f"{output}: another run is writing here; wait for it, or choose another output") from None  # fmt: skip
         except OSError:
             pass  # a file system without locks: unique partial names still keep runs apart
         # The previous holder may have removed the file between our open and our lock.

@@ -163,9 +163,7 @@ def _tensor_info(name: str, entry: object) -> TensorInfo:
         raise ValueError(f"tensor {name!r}: {e}") from None
     start, end = offsets
     if end - start != nbytes:
-        raise ValueError(
-            f"tensor {name!r}: expected {nbytes} bytes for {dtype} {shape}, data_offsets give {end - start}"
-        )
+        raise ValueError(f"tensor {name!r}: expected {nbytes} bytes for {dtype} {shape}, data_offsets give {end - start}")  # fmt: skip
     return TensorInfo(name, dtype, tuple(shape), start, end)
 
 

@@ -188,9 +188,7 @@ def may_resume(path: Path, begun: Mapping[str, Any], head: Mapping[str, Any], *,
             f"{version}; finish it with that version, or pass --no-resume to start it over"
         )
     if begun.get("stamps") != json.loads(json.dumps(head["stamps"])):
-        raise InputChangedError(
-            f"{path}: an input was modified since this run was interrupted; --no-resume starts it over"
-        )
+        raise InputChangedError(f"{path}: an input was modified since this run was interrupted; --no-resume starts it over")  # fmt: skip
     return True
 
 
@@ -299,9 +297,7 @@ class ResumableFile:
 def refuse_symlink(path: Path) -> None:
     """Refuse an output that is a symlink."""
     if path.is_symlink():
-        raise OutputError(
-            f"{path}: is a symlink, and writing never follows one; name its target {os.path.realpath(path)}"
-        )
+        raise OutputError(f"{path}: is a symlink, and writing never follows one; name its target {os.path.realpath(path)}")  # fmt: skip
 
 
 def refuse_address(path: Path) -> None:

@@ -276,9 +276,7 @@ class PackedFP4(QuantizedWeight):
         stated = [(*map(w.get, keys), w.get("symmetric", True)) for w in stated_weights(config)]
         if (stated and (4, "float", size, True) not in stated) or config.get("group_size", size) != size:
             stated_as = f"(bits, type, group, symmetric) {stated or config['group_size']}"
-            raise unsupported(
-                tensors, f"{label} in groups of {size} that the quantization_config states as {stated_as}"
-            )
+            raise unsupported(tensors, f"{label} in groups of {size} that the quantization_config states as {stated_as}")  # fmt: skip
         return cls(name, (m, n), dict(tensors), label, torch.float32, None, size)
 
     def decode(self, i: int, j: int) -> Tensor:
@@ -347,9 +345,7 @@ class FP8(Scaled):
         for i, j in self._steps():
             values = merged(i, j)
             if not all_finite(values):
-                raise NumericError(
-                    f"tensor {self.name!r}: the result holds NaN or Inf; check the adapter's scale and lambda"
-                )
+                raise NumericError(f"tensor {self.name!r}: the result holds NaN or Inf; check the adapter's scale and lambda")  # fmt: skip
             largest = torch.nn.functional.pad(values.abs(), (0, -n % bn)).view(len(values), -1, bn).amax(2)
             grid.scatter_reduce_(0, (torch.arange(i, j) // bm)[:, None].expand_as(largest), largest, "amax")
         quant_scale = torch.where(grid > 0, grid / LARGEST, 1.0)
