@@ -161,9 +161,8 @@ def adapters_table(trees: Mapping[str, Mapping[str, Any]], screen: Screen = NO_L
     columns = [Column("adapter", list(trees), left=True, names=True, foot="all together"),
                _summed("matrices", [x["matrices"] for x in totals], "", 1)]  # fmt: skip
     if all("method" in tree for tree in trees.values()):
-        columns.append(
-            _summed("mitigated", [x["changed"] for x in totals], "matrices whose delta differs from the adapter's", 3)
-        )
+        changed = [x["changed"] for x in totals]
+        columns.append(_summed("mitigated", changed, "matrices whose delta differs from the adapter's", 3))
         if any(views.takes_findings(tree["method"]) for tree in trees.values()):
             columns.append(_summed("scaled", [x["intruders"] for x in totals], "intruders that were scaled", 5))
         columns += [
@@ -260,9 +259,8 @@ def inspect_table(tree: Mapping[str, Any], screen: Screen = NO_LIMIT) -> str:
     note = f"{omitted} matrices of {len(hidden_rows)} more kinds are not shown; " if omitted else ""
     note = f"{note}--all shows each matrix" if grouped else ""
     refused = [f"{command} is refused: {why}" for command, why in tree["refused"].items()]
-    return screen.join(
-        table(columns, screen), [note], carried, lines, forecast_table(tree["forecast"], screen), refused
-    )
+    forecasts = forecast_table(tree["forecast"], screen)
+    return screen.join(table(columns, screen), [note], carried, lines, forecasts, refused)
 
 
 def _most(items: Sequence[Any], weight: Any, screen: Screen) -> tuple[list[Any], int]:
@@ -370,9 +368,7 @@ def result(outcome: Any, args: argparse.Namespace, monitor: Monitor) -> Result:
         case "detect":
             return _detected(outcome, args, on, monitor)
         case "mitigate" | "merge":
-            return _each(
-                outcome, lambda record, on: ({**record}, record_table(record, record["output"], on)), output, on
-            )
+            return _each(outcome, lambda tree, on: ({**tree}, record_table(tree, tree["output"], on)), output, on)
         case "report":
             return outcome.record(), report_text(outcome, args.findings, on)
         case "evaluate":

@@ -477,11 +477,11 @@ def detect_all(batch: AdapterBatch, options: DetectionOptions, run: Run, residen
 
 def detect_in_memory(batch: AdapterBatch, options: DetectionOptions, run: Run) -> list[Findings]:
     """Detect and keep each plan's findings in memory, which the budget includes."""
-    kept = sum(kept_bytes(plan, t, options) for plan in batch.plans for t in plan.targets)
-    by_tensor = {(i, m.tensor): m for i, m in detect_all(batch, options, run, resident_bytes(batch) + kept)}
-    made = [Findings.of(p, options, [by_tensor[i, t.tensor] for t in p.targets]) for i, p in enumerate(batch.plans)]
-    run.monitor.warn(warning for findings in made for warning in findings.warnings)
-    return made
+    memory = sum(kept_bytes(plan, t, options) for plan in batch.plans for t in plan.targets)
+    by_tensor = {(i, m.tensor): m for i, m in detect_all(batch, options, run, resident_bytes(batch) + memory)}
+    results = [Findings.of(p, options, [by_tensor[i, t.tensor] for t in p.targets]) for i, p in enumerate(batch.plans)]
+    run.monitor.warn(warning for findings in results for warning in findings.warnings)
+    return results
 
 
 def detect_to_files(batch: AdapterBatch, paths: Sequence[Path], options: DetectionOptions, run: Run,
@@ -516,9 +516,9 @@ def detect_to_files(batch: AdapterBatch, paths: Sequence[Path], options: Detecti
         monitor.checkpoint()
     for writer in todo:
         monitor.outputs[writer.path] = "resumed" if writer.resumed else "written"
-    made = [writer.findings() for writer in writers]
-    monitor.warn(warning for findings in made for warning in findings.warnings)
-    return made
+    results = [writer.findings() for writer in writers]
+    monitor.warn(warning for findings in results for warning in findings.warnings)
+    return results
 
 
 @contextlib.contextmanager

@@ -116,8 +116,8 @@ class MatrixFinding:
         """Return the arrays by their names in a file, in its order: ``q.weight/U``, ``q.weight/S`` and so on."""
         d, dtypes = self.detection, {"intruders": torch.int64} | dict.fromkeys(NUMBERS, torch.float64)
         values = {key: getattr(d, key) for key in ARRAYS}
-        made = {key: torch.tensor(v, dtype=dtypes[key]) if key in dtypes else v for key, v in values.items()}
-        return {f"{self.tensor}/{key}": t for key, t in made.items()}
+        tensors = {key: torch.tensor(v, dtype=dtypes[key]) if key in dtypes else v for key, v in values.items()}
+        return {f"{self.tensor}/{key}": t for key, t in tensors.items()}
 
 
 SCHEMA: Final = "streamer.findings/1"

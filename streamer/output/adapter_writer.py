@@ -141,11 +141,11 @@ class MitigatedFactors:
         assert module is not None
         B, A, error = back_project(after, module.rank, module.scaling)
         A, B = (B.T, A.T) if module.delta_transposed else (A, B)
-        values, kept = dict(zip(names, (A, B, B.T, A.T), strict=False)), list[str]()
+        values, unchanged = dict(zip(names, (A, B, B.T, A.T), strict=False)), list[str]()
         if job.method.keeps_left:  # the factor of Δ that is B, or the transpose of A, and its copies
-            kept = names[::3] if module.delta_transposed else names[1:3]
+            unchanged = names[::3] if module.delta_transposed else names[1:3]
         dtypes = {name: FLOATS[job.plan.adapter.file.header.by_name[name].dtype] for name in names}
-        out = {name: encode(t, dtypes[name], t, name) for name, t in values.items() if name not in kept}
+        out = {name: encode(t, dtypes[name], t, name) for name, t in values.items() if name not in unchanged}
         written = module.product(out.get(module.a, A).double(), out.get(module.b, B).double())
         metrics.append(job.metrics(target, delta, written, error))
         return out
@@ -240,16 +240,16 @@ class AdapterWriter(OneFileWriter):
         file, info = job.plan.adapter.file, self._read[info.name]
         targets = self._factors.targets.get(info.name, ())
         if targets and info.name not in self._ready:
-            made = MitigatedFactors(job).tensors(targets, metrics)
-            self._ready |= self._served(made, targets, metrics[-len(targets) :]) if self._rank else made
+            factors = MitigatedFactors(job).tensors(targets, metrics)
+            self._ready |= self._served(factors, targets, metrics[-len(targets) :]) if self._rank else factors
         new = self._ready.pop(info.name, None)
         return file.chunks(info) if new is None else [Piece(as_bytes(new))]
 
-    def _served(self, made: Mapping[str, Tensor | None], targets: Sequence[Target],
+    def _served(self, factors: Mapping[str, Tensor | None], targets: Sequence[Target],
                 metrics: Sequence[MitigatedMatrix]) -> dict[str, Tensor | None]:  # fmt: skip
         """Scale and extend factors, and add what rounding the scaled lora_B loses to the metrics of their targets."""
         tensors = self.job.plan.adapter.tensors
-        values = {name: tensors[name].whole() if new is None else new for name, new in made.items()}
+        values = {name: tensors[name].whole() if new is None else new for name, new in factors.items()}
         out = {name: t.new_zeros(self._shape(tensors[name].info)) for name, t in values.items()}
         for target, row in zip(targets, metrics, strict=True):
             assert target.module.factors is not None
@@ -422,9 +422,9 @@ class LoraWriter(OneFileWriter):
             return AddDelta(self._plan.weights[target.tensor], target).pieces(lambda _: (delta, after))
         if info.name not in self._ready:
             self._ready |= self._factors(job, target, metrics)
-        made = self._ready.pop(info.name)
-        assert made is not None
-        return [Piece(as_bytes(made))]
+        factor = self._ready.pop(info.name)
+        assert factor is not None
+        return [Piece(as_bytes(factor))]
 
     def _factors(self, job: Job, target: Target, metrics: list[MitigatedMatrix]) -> dict[str, Tensor]:
         delta, after = job.mitigated(target)

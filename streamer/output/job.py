@@ -401,8 +401,8 @@ class Writer(ABC):
     @property
     def _file(self) -> str:
         """Return the name of the file of the coefficients or the map, which does not determine the output; empty if there is none."""
-        used = self.job.method.file
-        return "" if used is None else Path(used.name).name
+        file = self.job.method.file
+        return "" if file is None else Path(file.name).name
 
     @cached_property
     def items(self) -> dict[str, int]:

@@ -56,7 +56,7 @@ Mitigated = Callable[[Target], tuple[Delta, Delta]]
 
 MERGED_DTYPES: dict[MergedDtype, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-Kept = Callable[[Target, int, int], None]
+RoundingReport = Callable[[Target, int, int], None]
 """Receives, for a matrix, the number of its merged values, and the number of those that rounding left with the base's bytes."""
 
 
@@ -66,12 +66,12 @@ class Recipe(ABC):
     __slots__ = ()
 
     @abstractmethod
-    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
+    def pieces(self, mitigated: Mitigated, report: RoundingReport | None = None) -> Iterator[Piece]:
         """Yield its bytes in order, in pieces that the caller releases.
 
         Parameters
         ----------
-        kept
+        report
             Called at the end of each matrix that is added whole and whose Δ' is not zero; None counts nothing.
         """
 
@@ -82,7 +82,7 @@ class CopyBytes(Recipe):
 
     stored: StoredTensor
 
-    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
+    def pieces(self, mitigated: Mitigated, report: RoundingReport | None = None) -> Iterator[Piece]:
         """Yield the file's own bytes."""
         return self.stored.file.chunks(self.stored.info)
 
@@ -93,7 +93,7 @@ class Rows(Recipe):
 
     weight: Weight
 
-    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
+    def pieces(self, mitigated: Mitigated, report: RoundingReport | None = None) -> Iterator[Piece]:
         """Yield the rows."""
         for i, j, raw, values, out, piece in _rows(self.weight):
             self.fill(i, j, raw, values, out)
@@ -126,7 +126,7 @@ class AddDelta(Recipe):
     target: Target
     tuned: StoredTensor | None = None
 
-    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
+    def pieces(self, mitigated: Mitigated, report: RoundingReport | None = None) -> Iterator[Piece]:
         """Yield the rows of the sum."""
         delta, after = mitigated(self.target)
         if after is delta and self.tuned is not None:
@@ -142,13 +142,13 @@ class AddDelta(Recipe):
                 if not nothing:
                     change.add_rows(values, i, j)
                 encode(values, dtype, raw, self.weight.name, out)
-                if kept is not None:
+                if report is not None:
                     bits = f"i{out.itemsize}"  # numpy compares integers faster than torch compares floats
                     same = np.frombuffer(as_bytes(raw.to(dtype)), bits) == np.frombuffer(as_bytes(out), bits)
                     count += int(np.count_nonzero(same))
             yield piece
-        if kept is not None and not nothing and self.tuned is None and not self.weight.quantized:
-            kept(self.target, math.prod(self.weight.shape), count)
+        if report is not None and not nothing and self.tuned is None and not self.weight.quantized:
+            report(self.target, math.prod(self.weight.shape), count)
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class Requantize(Recipe):
     target: Target
     role: str
 
-    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
+    def pieces(self, mitigated: Mitigated, report: RoundingReport | None = None) -> Iterator[Piece]:
         """Yield the quantized values or their scales. Each pass computes the sum again, so that it is never in memory whole."""
         (_, delta), weight = mitigated(self.target), self.weight.at_hand()
         change = (delta.T if self.target.transposed else delta).to(weight.compute)
@@ -184,7 +184,7 @@ class RowSlice(Recipe):
     recipe: AddDelta | Requantize
     rows: tuple[int, int]
 
-    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
+    def pieces(self, mitigated: Mitigated, report: RoundingReport | None = None) -> Iterator[Piece]:
         """Yield the recipe's pieces; for part of a matrix, values that rounding leaves unchanged are not counted."""
 
         def sliced(target: Target) -> tuple[Delta, Delta]:
@@ -200,9 +200,9 @@ class Stack(Recipe):
 
     recipes: tuple[Recipe, ...]
 
-    def pieces(self, mitigated: Mitigated, kept: Kept | None = None) -> Iterator[Piece]:
+    def pieces(self, mitigated: Mitigated, report: RoundingReport | None = None) -> Iterator[Piece]:
         """Yield the pieces of each recipe, one after the other."""
-        return itertools.chain.from_iterable(recipe.pieces(mitigated, kept) for recipe in self.recipes)
+        return itertools.chain.from_iterable(recipe.pieces(mitigated, report) for recipe in self.recipes)
 
 
 @dataclass(frozen=True)
@@ -342,8 +342,8 @@ def plan_merged(plan: Plan, dequantize: bool = False, dtype: MergedDtype | None 
         weights = cast_weights(weights, MERGED_DTYPES[dtype])
     files: dict[str, list[OutputTensor]] = {}
     for name, file in plan.base.files.items():
-        made = (_of_file(plan, weights, t.name, StoredTensor(file, t), dequantize) for t in file.header.tensors)
-        files[name] = [output for output in made if output is not None]
+        outputs = (_of_file(plan, weights, t.name, StoredTensor(file, t), dequantize) for t in file.header.tensors)
+        files[name] = [output for output in outputs if output is not None]
     new = (name for name in plan.edits.sources if name not in plan.base.weight_map)
     files[next(reversed(files))] += [_output(plan, weights, name, None) for name in new]
     head = _head(plan, [o.name for outputs in files.values() for o in outputs])
@@ -520,9 +520,9 @@ class ModelWriter(Writer):
     def __init__(self, job: Job, path: Path) -> None:
         model = plan_merged(job.plan, job.dequantize, job.dtype, job.shard_bytes)
         # The files of a pipeline's components in which nothing changes are copied.
-        names = [n for n, made in model.files.items() if any(not isinstance(o.recipe, CopyBytes) for o in made)]
+        names = [n for n, outputs in model.files.items() if any(not isinstance(o.recipe, CopyBytes) for o in outputs)]
         changed = {"", *map(component_prefix, names)}
-        files = {n: made for n, made in model.files.items() if component_prefix(n) in changed}
+        files = {name: outputs for name, outputs in model.files.items() if component_prefix(name) in changed}
         self._model = model = replace(model, files=files)
         self._outputs = {output.name: output for outputs in files.values() for output in outputs}
         plan, base = job.plan, job.plan.base
@@ -583,10 +583,10 @@ class ModelWriter(Writer):
                 metrics.append(job.metrics(target, delta, after))
             return delta, after
 
-        def kept(target: Target, values: int, count: int) -> None:
+        def report(target: Target, values: int, count: int) -> None:
             metrics[-1]["values"], metrics[-1]["rounded_away"] = values, count
 
-        return recipe.pieces(mitigated, kept)
+        return recipe.pieces(mitigated, report)
 
 
 def merge_estimates(job: Job, model: MergedModel, resident: int) -> Iterator[MemoryEstimate]:

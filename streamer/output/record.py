@@ -251,18 +251,18 @@ def _blocks(head: str) -> dict[str, str] | None:
 def _merged_head(card: Card, sources: tuple[NameSource, NameSource], blocks: dict[str, str]) -> str:
     """Make the head of a merged model's card: our entries, and those of the base's that hold for it."""
     ids = [source["model_id"] for source in sources if "model_id" in source]
-    kept = {key: blocks[key] for key in KEPT if key in blocks}
+    base_entries = {key: blocks[key] for key in KEPT if key in blocks}
     # If its class differs from the base's, the model does not belong to the base's library (such as sentence-transformers).
-    if card.pipeline or "library_name" not in kept:
-        kept["library_name"] = f"library_name: {'diffusers' if card.diffusers else 'transformers'}\n"
+    if card.pipeline or "library_name" not in base_entries:
+        base_entries["library_name"] = f"library_name: {'diffusers' if card.diffusers else 'transformers'}\n"
     if card.pipeline:
-        kept["pipeline_tag"] = f"pipeline_tag: {card.pipeline}\n"
+        base_entries["pipeline_tag"] = f"pipeline_tag: {card.pipeline}\n"
     sources_head = ""
     if "model_id" in sources[0]:
         # In the hub's terms, a model from several is a merge, and a model trained from a base is a finetune.
         sources_head = _list("base_model", ids) + f"base_model_relation: {'merge' if len(ids) > 1 else 'finetune'}\n"
     of_adapter = () if card.tuned else ("lora",) if card.diffusers else ("peft", "lora")
-    return sources_head + _list("tags", [TAG, "merged", *of_adapter]) + "".join(kept.values())
+    return sources_head + _list("tags", [TAG, "merged", *of_adapter]) + "".join(base_entries.values())
 
 
 def _adapter_head(card: Card, sources: tuple[NameSource, NameSource], blocks: dict[str, str]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from streamer.detection.detect import detect_to_files, naming_inputs
 from streamer.detection.options import Run
@@ -31,8 +31,14 @@ from streamer.storage.header import TensorInfo
 from streamer.storage.transaction import remove_leftovers
 from streamer.workers import Inputs, SharedValue, Task, Workers, cached_in_process, kept_open
 
-PartialShard = tuple[str, int, str, list[MitigatedMatrix]]
-"""A complete, durable shard: the name of its partial file, its bytes, its SHA-256 (hex), and the metrics of its matrices."""
+
+class PartialShard(NamedTuple):
+    """A complete, durable shard: the name of its partial file, its size, its SHA-256 (hex), and the metrics of its matrices."""
+
+    partial_name: str
+    nbytes: int
+    sha256: str
+    matrices: list[MitigatedMatrix]
 
 
 def write_part(batch: AdapterBatch, monitor: Monitor, described: SharedValue[dict[str, Any]], number: int, path: str,
@@ -54,7 +60,7 @@ def write_part(batch: AdapterBatch, monitor: Monitor, described: SharedValue[dic
         for info in shard.header.tensors:
             file.add(info, writer.pieces(info, writer.job, metrics, monitor))
     plan.check_unchanged()
-    return file.partial.name, file.written, file.sha256, metrics
+    return PartialShard(file.partial.name, file.written, file.sha256, metrics)
 
 
 def batch_of(writers: Sequence[Writer]) -> AdapterBatch:
@@ -156,6 +162,23 @@ def run_jobs(writers: Sequence[Writer], options: Run) -> list[Written]:
     return records
 
 
+class OpenShard(NamedTuple):
+    """A shard's plan, its file, and what adds its next tensor."""
+
+    plan: ShardPlan
+    file: ShardFile
+    add: Callable[[TensorInfo], None]
+
+
+class Step(NamedTuple):
+    """A tensor to write: where the base's tensor starts, its place in its shard, the shard's number, and its entry."""
+
+    start: int
+    place: int
+    number: int
+    info: TensorInfo
+
+
 class _Run:
     """One output that is being written; `adapter` names it in events, and `progress` counts all outputs of the run.
 
@@ -220,16 +243,16 @@ class _Run:
         step = partial(write_part, described=described, number=number, path=str(self.out.path.absolute()))
         tasks = {name: Task(inputs, 1, name, partial(step, name=name)) for name in names}
         with contextlib.closing(workers.run(tasks, self.monitor, self._begin)) as results:
-            for name, (partial_name, nbytes, sha256, matrices) in results:
+            for name, part in results:
                 self.job.plan.check_unchanged()
-                self.out.take(name, partial_name, nbytes, sha256, matrices=matrices)
+                self.out.take(name, part.partial_name, part.nbytes, part.sha256, matrices=part.matrices)
                 self._finish(name)
         for shard in (self.out.path / name for name in names):
             remove_partials(shard.parent, {shard.name})  # of workers that died
 
     @contextlib.contextmanager
-    def shard(self, name: str) -> Iterator[tuple[ShardPlan, ShardFile, Callable[[TensorInfo], None]]]:
-        """Open a shard's file, with what adds its next tensor; at the end it is completed, journalled and renamed."""
+    def shard(self, name: str) -> Iterator[OpenShard]:
+        """Open a shard's file; at the end it is completed, journalled and renamed."""
         shard, metrics = self.writer.shard(name, self.job), list[MitigatedMatrix]()
 
         def add(info: TensorInfo) -> None:
@@ -238,7 +261,7 @@ class _Run:
             self._progress.add(info.nbytes)
 
         with ShardFile(self.out.path, shard) as file:
-            yield shard, file, add
+            yield OpenShard(shard, file, add)
             file.complete()
             self.job.plan.check_unchanged()
             self._progress.add(shard.nbytes - shard.header.data_bytes, 0)
@@ -286,23 +309,23 @@ def _write_shards(runs: Sequence[_Run]) -> None:
         for name in dict.fromkeys([*files, *(name for run in runs for name in run.writer.shards)]):
             group = [run for run in runs if name in run.writer.shards and run.is_missing(name)]
             # Shards that are not made from one file of the base start with its first file.
-            base, order = files.get(name, next(iter(files.values()))), list[tuple[int, int, int, TensorInfo]]()
+            base, steps = files.get(name, next(iter(files.values()))), list[Step]()
             starts = {info.name: info.start for info in base.header.tensors} if name in files else {}
             with contextlib.ExitStack() as opened:
                 # The context entered last is left first, and the first run must finish first.
                 shards = [opened.enter_context(run.shard(name)) for run in reversed(group)][::-1]
-                for number, (shard, *_) in enumerate(shards):
+                for number, shard in enumerate(shards):
                     start = 0
-                    for nth, info in enumerate(shard.header.tensors):
+                    for place, info in enumerate(shard.plan.header.tensors):
                         start = starts.get(info.name, start)
-                        order.append((start, nth, number, info))
-                for start, _, number, info in sorted(order, key=lambda step: step[:3]):
-                    _, file, add = shards[number]
+                        steps.append(Step(start, place, number, info))
+                for step in sorted(steps, key=lambda step: (step.start, step.place, step.number)):
+                    shard = shards[step.number]
                     if several:
-                        base.release_pages(start)
-                    add(info)
+                        base.release_pages(step.start)
+                    shard.add(step.info)
                     if several:
-                        file.flush()  # so that it holds no pieces while the others continue
+                        shard.file.flush()  # so that it holds no pieces while the others continue
                 if several and group:
                     base.release_pages(base.header.data_bytes)
 

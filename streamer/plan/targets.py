@@ -164,8 +164,9 @@ def _by_bias(base: Checkpoint) -> dict[str, bool]:
 def _stored_as(classes: Sequence[Architecture], base: Checkpoint, biased: Mapping[str, bool]) -> bool:
     """Test whether layers with biases are stored as in these classes, with at least one in every stack of layers that has a Conv1D."""
     conv1d = {name for name in base.weight_map if any(a.transposed(name.removesuffix(".weight")) for a in classes)}
-    shown = {_stack_of(name) for name in biased}
-    return {n for n, way in biased.items() if way} == conv1d & biased.keys() and {_stack_of(n) for n in conv1d} <= shown
+    transposed = {name for name, is_transposed in biased.items() if is_transposed}
+    stacks = {_stack_of(name) for name in conv1d}
+    return transposed == conv1d & biased.keys() and stacks <= {_stack_of(name) for name in biased}
 
 
 def match_targets(weights: WeightView, adapter: DeltaSource, orientation: Orientation, names: Mapping[str, Match],

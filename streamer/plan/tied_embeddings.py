@@ -187,8 +187,9 @@ class TieEditor:
             raise UnsupportedError(
                 f"{self.base.path}: has no config.json to say that {listed(map(repr, parted[0].names))} are no longer one tensor; add it"
             )
-        left = architecture_for(self.config.untied(untied), self.architecture.name) if parted else None
-        still = {name for tie in (left.ties if left else ()) if tie.tied for name in (tie.name, tie.source)}
+        architecture = architecture_for(self.config.untied(untied), self.architecture.name) if parted else None
+        ties_left = architecture.ties if architecture else ()
+        still = {name for tie in ties_left if tie.tied for name in (tie.name, tie.source)}
         edits = replace(self.edits, untied=untied)
         for tie in ties:
             if parted and not still & tie.on_disk.keys():
@@ -312,9 +313,9 @@ def without_copies(base: Checkpoint, tuned: FinetunedModel, architecture: Archit
             base_copies, base.path, f"the config of {tuned.path}", refuse
         )
         same = [name for name in tie.names if name in tuned_copies.keys() | base_copies and name not in apart]
-        kept = next((name for name in same if name in tuned_copies and name in base_copies), tie.stored)
-        copies |= {name for name in same if name in tuned_copies and name != kept}
-        dropped |= {name: BY_TIE for name in same if name in base_copies and name != kept}
+        tuned_name = next((name for name in same if name in tuned_copies and name in base_copies), tie.stored)
+        copies |= {name for name in same if name in tuned_copies and name != tuned_name}
+        dropped |= {name: BY_TIE for name in same if name in base_copies and name != tuned_name}
     return tuned.without(copies) if copies else tuned, dropped
 
 

@@ -68,9 +68,9 @@ class Removal(NamedTuple):
 def delta_energy(findings: Findings) -> tuple[float, float]:
     """Sum ``‖Δ‖²`` over all matrices, and compute the intruders' share of it."""
     norms = [m.detection.delta_norm**2 for m in findings]
-    taken = [m.detection.delta_norm**2 * m.detection.intruder_energy for m in findings]
+    by_intruders = [m.detection.delta_norm**2 * m.detection.intruder_energy for m in findings]
     total = math.fsum(norms)
-    return total, math.fsum(taken) / total if total > 0 else 0.0
+    return total, math.fsum(by_intruders) / total if total > 0 else 0.0
 
 
 def threshold_curve(findings: Findings) -> list[Threshold]:

@@ -663,9 +663,8 @@ def missing_bytes(plan: OutputPlan, state: str) -> int:
     stage = plan.path / STAGE_NAME
     leftovers = own_partials(plan) | {place / name for place in (plan.path, stage) for name, _ in plan.temporary}
     leftovers |= {*stage.rglob("*")} if state == "new" else set()
-    finished = (
-        {file.file for file in as_files([*Journal.peek(plan.path / JOURNAL_NAME)])} if state == "resume" else set()
-    )
+    entries = [*Journal.peek(plan.path / JOURNAL_NAME)] if state == "resume" else []
+    finished = {file.file for file in as_files(entries)}
     todo = sum(size for name, size in plan.files if name not in finished)
     return todo + plan.temporary_bytes - sum(map(allocated_bytes, leftovers))
 
@@ -795,12 +794,12 @@ class OutputDirectory:
 
     def take(self, name: str, partial: str | Path, nbytes: int, sha256: str, **detail: Any) -> None:
         """Accept a complete partial file that a worker left beside the final name, or one elsewhere: journal it and rename it."""
-        made = (self.path / name).parent / partial
-        found = size_of(made)
+        partial_path = (self.path / name).parent / partial
+        found = size_of(partial_path)
         if found != nbytes or nbytes != dict(self._plan.files)[name]:
-            raise StorageError(f"{made}: expected {nbytes} bytes, found {found}; run the same command again")
+            raise StorageError(f"{partial_path}: expected {nbytes} bytes, found {found}; run the same command again")
         self.announce(name, nbytes, sha256, **detail)
-        atomic_file.rename_partial(made, self.path / name)
+        atomic_file.rename_partial(partial_path, self.path / name)
 
     def commit(self, record: dict[str, Any]) -> None:
         """Write the record with its own digest and remove the journal, once all files exist.
@@ -824,14 +823,14 @@ class OutputDirectory:
         outputs. A kill leaves the old output, or what the same command completes by these steps.
         """
         path, names = self._plan.path, [*(name for name, _ in self._plan.files), RECORD_NAME]
-        left = [name for name in names if size_of(self.path / name) >= 0]
+        to_rename = [name for name in names if size_of(self.path / name) >= 0]
         old = as_files(json.loads(self._journal[0])[OLD])
         differing = {file.file for file in {*old} ^ {*as_files([*self._entries.values()])}}
-        if len(differing - self._plan.editable - {RECORD_NAME}) > 1 and names[-2] in left:
+        if len(differing - self._plan.editable - {RECORD_NAME}) > 1 and names[-2] in to_rename:
             files.remove_file(path / names[-2])
         remove_own_files(path, old, names)
         files.remove_file(path / RECORD_NAME)
-        for name in left:
+        for name in to_rename:
             files.make_directory((path / name).parent)
             atomic_file.rename_partial(self.path / name, path / name)
         shutil.rmtree(self.path, ignore_errors=True)
