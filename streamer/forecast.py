@@ -198,9 +198,8 @@ def forecast_output(writer: Writer, resident: int, rates: Rates | None, detects:
         network += _base_bytes(plan)
         seconds = None if seconds is None or first.seconds is None else seconds + first.seconds
     return Forecast(
-        peak_memory_bytes=peak, escalated_memory_bytes=escalated, seconds=seconds, read_bytes=_identified_bytes(plan) + read,
-        network_bytes=network_bytes(plan, network), write_bytes=output.total_bytes,
-        temporary_bytes=output.temporary_bytes if detects else 0,
+        peak_memory_bytes=peak, escalated_memory_bytes=escalated, seconds=seconds, network_bytes=network_bytes(plan, network),
+        write_bytes=output.total_bytes, temporary_bytes=output.temporary_bytes if detects else 0, read_bytes=_identified_bytes(plan) + read,
     )  # fmt: skip
 
 

@@ -22,9 +22,8 @@ class VerifyRequest(VerifyOptions):
         """Run the verification."""
         remote = Remote("cache", monitor=monitor)  # the verifying code reads only local files
         base, adapter = (None if path is None else remote.path(path) for path in (self.base, self.adapter))
-        return verify(
-            self.output, (base, adapter), self.sample, monitor, {"coefficients": self.coefficients, "map": self.map}
-        )
+        method_files = {"coefficients": self.coefficients, "map": self.map}
+        return verify(self.output, (base, adapter), self.sample, monitor, method_files)
 
 
 @explained(VerifyOptions)

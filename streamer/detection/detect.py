@@ -286,11 +286,10 @@ def detect_groups(batch: AdapterBatch, monitor: Monitor, groups: Sequence[Sequen
     """Detect in the matrices of a task, each given by its plan's number and its tensor's name."""
     targets = [{target.tensor: target for target in plan.targets} for plan in batch.plans]
     todo, counts = [[(i, targets[i][name]) for i, name in group] for group in groups], [count] * len(batch.plans)
-    device_here = choose_device(device)
-    findings = [*detect_in_turn(batch, todo, options, device_here, resident, counts, monitor, lambda *_: None)]
-    for i in sorted({i for i, _ in findings}):
+    results = [*detect_in_turn(batch, todo, options, choose_device(device), resident, counts, monitor, lambda *_: None)]
+    for i in sorted({i for i, _ in results}):
         batch.plans[i].check_unchanged()
-    return findings
+    return results
 
 
 def _divided(groups: Iterable[Group], options: DetectionOptions, enough: int) -> Iterator[list[Group]]:

@@ -97,7 +97,7 @@ def tokenizer_directory(plan: Plan) -> Path | None:
     adapter = plan.adapter.path
     if plan.adapter.describes_model:
         return adapter if any((adapter / name).is_file() for name in VOCABULARIES) else plan.base.directory
-    chosen = with_tokenizer([], plan.adapter, plan.base.directory, plan.config, plan.edits.vocabulary)[1]
+    chosen = with_tokenizer([], plan.adapter, plan.base.directory, plan.config, plan.edits.vocabulary).tokenizer
     return adapter if chosen == "adapter" else plan.base.directory
 
 

@@ -544,9 +544,8 @@ class ModelWriter(Writer):
         stale += stale_weights((name for name, _ in copies), components)
         copies = [c for c in copies if c[0] not in stale]
         copies, lacks = with_modules(copies, plan.adapter.path)
-        copies, tokenizer, lost, says = with_tokenizer(
-            copies, plan.adapter, plan.base.directory, plan.config, plan.edits.vocabulary
-        )
+        chosen = with_tokenizer(copies, plan.adapter, plan.base.directory, plan.config, plan.edits.vocabulary)
+        copies = chosen.copies
         written = {*base.files, INDEX_NAME, RECORD_NAME, *apart}
         skipped = [] if source is None else [name for name in skipped_files(source, adapter) if name not in written]
         # A loader would apply an adapter beside the model again.
@@ -558,10 +557,10 @@ class ModelWriter(Writer):
         ours = {*finals, *shards, *(name for name, _ in copies)}
         conflicting = tuple(name for name in conflicting_names if name not in ours)
         base_bytes = sum(base.files[name].header.data_bytes for name in shards) if components else base.data_bytes
-        notes = [*model.head.notes, *says, *_uncast(model, job.dtype)]
+        notes = [*model.head.notes, *chosen.notes, *_uncast(model, job.dtype)]
         super().__init__(
-            job, path, "merge", shards, finals, copies, stale + skipped, conflicting, base_bytes, model.texts, tokenizer,
-            warnings=[*job.warnings, *lacks, *lost], notes=notes, advice=list(model.head.advice),
+            job, path, "merge", shards, finals, copies, stale + skipped, conflicting, base_bytes, model.texts, chosen.tokenizer,
+            warnings=[*job.warnings, *lacks, *chosen.warnings], notes=notes, advice=list(model.head.advice),
             model_tensors=model.tensor_count, pipeline=model.head.pipeline,
         )  # fmt: skip
 

@@ -491,9 +491,8 @@ def _missing_of_head(entry: str, saved: set[str], config: ModelConfig, task: obj
     there = {name.rpartition(".")[0] for name in saved if is_below(name.rpartition(".")[0], entry)}
     tensors = set() if architecture is None else {*architecture.tensors} - saved
     lacking = {n: n.rpartition(".")[0] for n in tensors if "*" not in n and is_below(n.rpartition(".")[0], entry)}
-    return sorted(
-        n for n, m in lacking.items() if not any(m.startswith(f"{t}.") or t.startswith(f"{m}.") for t in there)
-    )
+    missing = (n for n, m in lacking.items() if not any(m.startswith(f"{t}.") or t.startswith(f"{m}.") for t in there))
+    return sorted(missing)
 
 
 def _is_behind(name: str, config: ModelConfig) -> bool:

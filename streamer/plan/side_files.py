@@ -12,9 +12,9 @@ import json
 import mmap
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypedDict, cast
 
 from streamer.json_types import Keywords
 from streamer.storage.atomic_file import PARTIAL
@@ -347,9 +347,21 @@ _TOKEN = re.compile(rb'\s*"(?:[^"\\]|\\.)*+"\s*:\s*(\d+)\s*([,}])')
 _PIECE = re.compile(rb'\s*\[\s*"(?:[^"\\]|\\.)*+"\s*,\s*[-+\d.eE]+\s*\]\s*([,\]])')
 
 
-def with_tokenizer(
-    copies: Copies, adapter: DeltaSource, base: Path | None, config: ModelConfig, grown: int | None
-) -> tuple[Copies, Literal["adapter", "base"] | None, list[str], list[str]]:
+class TokenizerChoice(NamedTuple):
+    """The files that a merged model takes along, and whose tokenizer they include.
+
+    If parts of an adapter's tokenizer were not used, the reason is a warning if that tokenizer may have tokens that the other one lacks,
+    else a note.
+    """
+
+    copies: Copies
+    tokenizer: Literal["adapter", "base"] | None
+    warnings: Sequence[str] = ()
+    notes: Sequence[str] = ()
+
+
+def with_tokenizer(copies: Copies, adapter: DeltaSource, base: Path | None, config: ModelConfig,
+                   grown: int | None) -> TokenizerChoice:  # fmt: skip
     """Replace the base's tokenizer by the adapter's among the files that a merged model takes along.
 
     Parameters
@@ -358,25 +370,19 @@ def with_tokenizer(
         The base's directory and config.
     grown
         The vocabulary's new size, if the adapter changes it.
-
-    Returns
-    -------
-    copies, tokenizer, warnings, notes
-        The files; whose tokenizer they include; and, if parts of an adapter's tokenizer were not used, the reason: a warning if that
-        tokenizer may have tokens that the other one lacks.
     """
     stays: Literal["adapter", "base"] | None = "base" if any(_is_tokenizer(name) for name, _ in copies) else None
     beside = adapter.path
     if adapter.describes_model:
-        return copies, "adapter" if stays else None, [], []
+        return TokenizerChoice(copies, "adapter" if stays else None)
     if config.pipeline:
-        return copies, None, [], []
+        return TokenizerChoice(copies, None)
     if base is not None and base.resolve() == beside.resolve():
-        return copies, stays, [], []
+        return TokenizerChoice(copies, stays)
     of_adapter = [c for c in other_files(beside) if _is_tokenizer(c[0])]
     if not of_adapter:
         says = f"the vocabulary has grown to {grown} rows, but the adapter has no tokenizer: the base's is kept"
-        return copies, stays, [], [says] if grown is not None and stays else []
+        return TokenizerChoice(copies, stays, notes=[says] if grown is not None and stays else [])
     has = {name for name, _ in of_adapter}
     tokens, rows = token_count(beside), grown or config.vocab_size
     lacks = "a vocabulary" if not has & VOCABULARIES else "" if TOKENIZER_CONFIG in has else TOKENIZER_CONFIG
@@ -387,12 +393,13 @@ def with_tokenizer(
         kept = "the tokenizer is the base's" if stays else "none is taken along"
         says = f"the adapter's tokenizer is not used, because {why}: {kept}"
         if has.isdisjoint(VOCABULARIES | {ADDED_TOKENS}):
-            return copies, stays, [], [says]
-        return copies, stays, [f"{says}, and the merged model does not know tokens that were added for training"], []
+            return TokenizerChoice(copies, stays, notes=[says])
+        warning = f"{says}, and the merged model does not know tokens that were added for training"
+        return TokenizerChoice(copies, stays, warnings=[warning])
     processor = [c for c in other_files(beside) if c[0] in PROCESSOR]
     drop = PROCESSOR if processor else set[str]()
     rest = [c for c in copies if not _is_tokenizer(c[0]) and c[0] not in drop]
-    return sorted([*rest, *of_adapter, *processor]), "adapter", [], []
+    return TokenizerChoice(sorted([*rest, *of_adapter, *processor]), "adapter")
 
 
 def _is_tokenizer(name: str) -> bool:
