@@ -8,6 +8,7 @@ import copy
 import difflib
 import functools
 import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING
 from itertools import takewhile
@@ -70,7 +71,8 @@ class _Help(argparse._HelpAction):
     """Print the help and exit: all of it with `--help-all`, else what most people need."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
-        print(parser.format_help() if option_string == "--help-all" else _short_help(parser), end="")
+        text = parser.format_help() if option_string == "--help-all" else _short_help(parser)
+        parser._print_message(text, sys.stdout)
         parser.exit()
 
 
@@ -82,8 +84,7 @@ def _short_help(parser: argparse.ArgumentParser) -> str:
     arguments = [action for action in actions if not action.option_strings]
     common = [action for action in actions if action.option_strings and not getattr(action, "rare", False)]
     usage, text = parser._get_formatter(), parser._get_formatter()
-    required = [action for action in actions if action.option_strings and action.required]
-    usage.add_usage(None, [*arguments, *required], [])
+    usage.add_usage(None, [action for action in actions if not action.option_strings or action.required], [])
     text.add_usage(f"{usage.format_help().removeprefix('usage: ').rstrip()} [...]", [], [])
     text.add_text(parser.description)
     for title, shown in (("positional arguments", arguments), ("options", common)):

@@ -342,8 +342,7 @@ def repair_table(record: RepairRecord, written: Mapping[str, Any], inputs: tuple
 def report_text(report: Report, where: str, screen: Screen) -> str:
     """Format a report's subject, and state what was written or what to do next."""
     subject, page, next_lines = report.subject, "", ""
-    if report.written is not None:
-        written = report.written
+    if (written := report.written) is not None:
         page = fit(f"{state_line(report.output, written.state)}: {format_size(written.nbytes)}", screen.width)
     if isinstance(subject, views.Findings):
         text, next_lines = findings_table(subject, screen), next_step(subject, screen)
