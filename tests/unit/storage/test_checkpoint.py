@@ -406,6 +406,6 @@ def test_a_read_that_brings_nothing(base: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_map_that_is_refused(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streamer.storage.header.mmap.mmap", failing(errno.ENODEV))
+    monkeypatch.setattr("streamer.storage.local_source.mmap.mmap", failing(errno.ENODEV))
     with pytest.raises(errors.StorageError, match=r"cannot map 16\.0 kB: No such device; try --io pread"):
         view(open_checkpoint(base), "c")
