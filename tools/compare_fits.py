@@ -295,7 +295,7 @@ def joined(whole: Evaluation, made: Evaluation) -> Evaluation:
 
 
 def first(sums: SequenceSums, count: int) -> SequenceSums:
-    """Take so many sequences, without the distribution over tokens."""
+    """Take so many sequences; the distribution over tokens stays that of all."""
     return SequenceSums(sums.tokens[:count], *(getattr(sums, name)[:, :count] for name in SUMS), kl_bins=sums.kl_bins)
 
 
