@@ -76,7 +76,6 @@ PATH = Bound("a path", lambda path: isinstance(path, str | os.PathLike))
 PATHS = Bound("a path, or a list of paths", lambda paths: all(map(PATH.holds, paths if _is_list(paths) else [paths])))
 ONE_BASE = Bound("one; to map several texts, join them in one file", lambda path: isinstance(path, str | os.PathLike))
 BYTES = Bound("a whole number of bytes", lambda size: isinstance(size, str) or type(size) is int)
-SIZE = Bound("a size from 1 byte", lambda size: isinstance(size, str) or (type(size) is int and size > 0))
 KEYS = Bound("a list of keys", lambda keys: _is_list(keys) and all(isinstance(key, str) for key in keys))
 
 
@@ -438,7 +437,7 @@ class MergeOptions(Dequantizing, WritingOptions):
     dtype: MergedDtype | None = option("write plain floating-point tensors in this dtype, but not those stored wider than most",
         choices=["bf16", "fp16", "fp32"], metavar="DTYPE", shown="the base's", detail="bf16, fp16 or fp32.")
     max_shard_size: str | int | None = option("largest size of a file, like 5GB", metavar="SIZE",
-        shown="the base's files", detail="GB is 1000³ bytes, as in transformers; GiB is 1024³.", bound=SIZE)
+        shown="the base's files", detail="GB is 1000³ bytes, as in transformers; GiB is 1024³.", bound=BYTES)
     executor: Executor | None = keyword("workers that write shards")
 
 

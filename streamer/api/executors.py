@@ -26,13 +26,10 @@ from streamer.workers import Cluster, Workers
 WAITED = 30
 """Seconds to wait for an engine's answer."""
 
-COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-"""Environment variables that set the number of threads."""
-
 
 def is_count_chosen() -> bool:
     """Test whether the environment sets the number of threads."""
-    return any(name in os.environ for name in COUNTS)
+    return any(name in os.environ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
 
 
 def set_threads(count: int | None, monitor: Monitor, elsewhere: bool) -> None:

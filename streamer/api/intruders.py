@@ -138,7 +138,7 @@ class OutputRequest(Request, MitigateOptions, MergeOptions):
     def shard_bytes(self) -> int | None:
         """Return the largest size of a merged model's file in bytes; None for the base's files."""
         size = None if self.max_shard_size is None else read_size("max_shard_size", self.max_shard_size, 1000)
-        if size == 0:
+        if size is not None and size < 1:
             raise UsageError(f"max_shard_size: expected a size from 1 byte, found {self.max_shard_size!r}")
         return size
 

@@ -470,27 +470,15 @@ def cast_weights(weights: WeightView, dtype: torch.dtype) -> WeightView:
 
     A weight that is stored wider than most of the base's values keeps its dtype: models store in float32 what they need in float32.
     """
-    infos = {
-        name: stored.tensors["weight"].info
-        for name, stored in weights.stored.items()
-        if stored.format is None and not is_activation_scale(name, weights)
-    }
-    floats = {name: info for name, info in infos.items() if info.dtype in FLOATS}
+    plain = {name: stored.tensors["weight"].info for name, stored in weights.stored.items() if stored.format is None}
+    floats = {n: i for n, i in plain.items() if i.dtype in FLOATS and not is_activation_scale(n, weights)}
     counts = Counter[str]()
     for info in floats.values():
         counts[info.dtype] += math.prod(info.shape)
     widest = max((FLOATS[usual].itemsize for usual, _ in counts.most_common(1)), default=0)
-    casts = {
-        name: dtype
-        for name, info in floats.items()
-        if FLOATS[info.dtype] != dtype and FLOATS[info.dtype].itemsize <= widest
-    }
-    added = {
-        name: dtype
-        for name, source in weights.replacements.items()
-        if name not in weights.stored and source.info.dtype in FLOATS
-    }
-    return replace(weights, casts=casts | added, written=weights.written and dtype)
+    names = {n for n, i in floats.items() if FLOATS[i.dtype] != dtype and FLOATS[i.dtype].itemsize <= widest}
+    names |= {n for n, new in weights.replacements.items() if n not in weights.stored and new.info.dtype in FLOATS}
+    return replace(weights, casts=dict.fromkeys(names, dtype), written=weights.written and dtype)
 
 
 def plain_weights(weights: WeightView, config: ModelConfig) -> WeightView:
