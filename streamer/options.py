@@ -444,6 +444,9 @@ class MergeOptions(Dequantizing, WritingOptions):
 class IterateOptions(Dequantizing, Mitigation):
     """Options of `iter_merged`."""
 
+    tensors: Callable[[str], bool] | None = keyword("function that tells from its name whether to make and yield a tensor",
+        Bound("a function that takes a name", callable))
+
 
 class Products(Computing, group="computing"):
     """Where and how a sweep multiplies."""

@@ -45,7 +45,7 @@ def keywords() -> str:
     assert imports is not None
     lines = [
         HEAD,
-        "from collections.abc import Sequence",
+        "from collections.abc import Callable, Sequence",
         "from pathlib import Path",
         *inspect.cleandoc(imports[1]).splitlines(),
         "from streamer.events import Monitor, OnEvent",

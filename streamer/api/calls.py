@@ -27,7 +27,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 Result_co = TypeVar("Result_co", covariant=True)
 
 TYPES = {
-    "Sequence": "collections.abc", "Executor": "concurrent.futures", "Path": "pathlib", "Literal": "typing",
+    "Callable": "collections.abc", "Sequence": "collections.abc", "Executor": "concurrent.futures", "Path": "pathlib", "Literal": "typing",
     "LoraBLayout": "streamer.adapters.adapter_config", "FindingsOrPath": "streamer.output.job", "IOMode": "streamer.storage.checkpoint",
     "Findings": "streamer.detection.findings", "ProductDtype": "streamer.evaluation.evaluation", "RemoteMode": "streamer.remote.inputs",
     "Monitor": "streamer.events", "OnEvent": "streamer.events", "Selection": "streamer.json_types", "MethodName": "streamer.methods",

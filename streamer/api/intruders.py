@@ -115,7 +115,7 @@ def detect_intruder_dimensions(base: str | Path, adapter: Adapters, output: str 
     return call(DetectRequest(base=base, adapter=adapter, output=output, **options))
 
 
-class OutputRequest(Request, MitigateOptions, MergeOptions):
+class OutputRequest(Request, MitigateOptions, MergeOptions, IterateOptions):
     """A requested mitigation or merge.
 
     Attributes
@@ -311,8 +311,7 @@ def iter_merged(base: str | Path, adapter: str | Path,
     Yields
     ------
     name, tensor
-        Tensors in the dtype that `merge_with_reduced_intruder_dimensions` would write. If torch lacks a dtype, the tensor is its bytes, as
-        flat uint8.
+        Tensors as `merge_with_reduced_intruder_dimensions` writes them; of a dtype that torch lacks, the bytes, as flat uint8.
 
     Raises
     ------
@@ -324,7 +323,6 @@ def iter_merged(base: str | Path, adapter: str | Path,
     with watched(request) as monitor:  # the progress bar closes with the last tensor
         run = request.make_run(monitor)
     remote = request.located(monitor)
-    base, only = remote.path(base), AdapterPaths.of_one(remote.path(adapter))
-    (job,) = request.jobs(base, only, run)
+    (job,) = request.jobs(remote.path(base), AdapterPaths.of_one(remote.path(adapter)), run)
     monitor.warn(job.plan.warnings)
-    return merged_tensors(job, monitor)
+    return merged_tensors(job, monitor, request.tensors)

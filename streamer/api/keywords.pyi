@@ -1,6 +1,6 @@
 """Types of the keywords that functions accept as ``**options``; ``tools/make_keywords.py`` writes them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from concurrent.futures import Executor
 from typing import Literal, TypedDict
@@ -120,6 +120,7 @@ class IterateKeywords(TypedDict, total=False):
     keep: float | None
     findings: FindingsOrPath
     dequantize: bool
+    tensors: Callable[[str], bool] | None
 
 class EvaluateKeywords(TypedDict, total=False):
     on_event: OnEvent | None

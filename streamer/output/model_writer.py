@@ -36,7 +36,7 @@ from streamer.plan.plan import AdapterBatch, MemoryEstimate, Plan, check_budget,
 from streamer.plan.side_files import other_files, skipped_files, stale_weights, with_modules, with_tokenizer
 from streamer.plan.targets import Target
 from streamer.storage.atomic_file import BufferRing, Piece, ShardPlan, component_prefix, gather, index_bytes, plan_shard
-from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, component_files
+from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, component_files, shard_names
 from streamer.storage.header import TensorInfo, tensor_nbytes
 from streamer.storage.transaction import RECORD_NAME
 from streamer.units import counted
@@ -375,9 +375,7 @@ def _divided(outputs: Iterable[OutputTensor], shard_bytes: int) -> dict[str, tup
         current.append(output)
         room -= nbytes
     shards += [current] if current else []
-    count = len(shards)
-    names = [SINGLE_NAME] if count == 1 else [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
-    return dict(zip(names, map(tuple, shards), strict=True))
+    return dict(zip(shard_names(len(shards)), map(tuple, shards), strict=True))
 
 
 def _of_file(plan: Plan, weights: WeightView, name: str, stored: StoredTensor, dequantize: bool) -> OutputTensor | None:
@@ -574,11 +572,10 @@ class ModelWriter(Writer):
         Values that rounding leaves unchanged are counted while the bytes are made, and are in the metrics after the last piece.
         """
         recipe = self._outputs[info.name].recipe
-        repeats = _repeats(recipe)
 
         def mitigated(target: Target) -> tuple[Delta, Delta]:
             delta, after = job.mitigated(target)
-            if not repeats:
+            if not _repeats(recipe):
                 metrics.append(job.metrics(target, delta, after))
             return delta, after
 
@@ -607,10 +604,13 @@ def _repeats(recipe: Recipe) -> bool:
     return isinstance(recipe, Requantize) and recipe.role != "weight"
 
 
-def merged_tensors(job: Job, monitor: Monitor) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of the merged model, in file order and one at a time in memory; the call itself raises any refusal."""
+def merged_tensors(job: Job, monitor: Monitor, wanted: Callable[[str], bool] | None) -> Iterator[tuple[str, Tensor]]:
+    """Yield the merged model's tensors, or those wanted, in file order and one at a time in memory; the call itself raises any refusal."""
     model = plan_merged(job.plan, job.dequantize)
-    most = max(info.nbytes for shard in model.shards().values() for info in shard.header.tensors)
+    recipes = {output.name: output.recipe for outputs in model.files.values() for output in outputs}
+    infos = (info for shard in model.shards().values() for info in shard.header.tensors)
+    made = [(info, recipes[info.name]) for info in infos if wanted is None or wanted(info.name)]
+    most = max((info.nbytes for info, _ in made), default=0)
     resident = resident_bytes(AdapterBatch(job.plan.base, (job.plan,)), model.tensor_count)
     detecting = detection_estimates([job.plan], job.detection, resident + most) if job.detects else ()
     check_budget(itertools.chain(detecting, merge_estimates(job, model, resident + most)), job.detection.max_memory)
@@ -623,19 +623,17 @@ def merged_tensors(job: Job, monitor: Monitor) -> Iterator[tuple[str, Tensor]]:
                 args = job.plan, targets[tensor], job.detection, job.device, resident
                 return detect_matrix(*args, monitor=monitor).detection
 
-        return _tensors(replace(job, detect=lambda target: detected(target.tensor)), model, monitor)
-    return _tensors(job, model, monitor)
+        return _tensors(replace(job, detect=lambda target: detected(target.tensor)), made, monitor)
+    return _tensors(job, made, monitor)
 
 
-def _tensors(job: Job, model: MergedModel, monitor: Monitor) -> Iterator[tuple[str, Tensor]]:
-    shards = model.shards()
-    progress = Progress(monitor, "write", sum(s.header.data_bytes for s in shards.values()), model.tensor_count)
-    for shard in shards.values():
-        for info, output in zip(shard.header.tensors, model.files[shard.name], strict=True):
-            progress.begin(info.name)
-            job.plan.check_unchanged()
-            with threads():
-                data = gather(output.recipe.pieces(job.mitigated), info.nbytes)
-            yield info.name, as_tensor(data, *in_memory(info))
-            progress.add(info.nbytes)
+def _tensors(job: Job, made: list[tuple[TensorInfo, Recipe]], monitor: Monitor) -> Iterator[tuple[str, Tensor]]:
+    progress = Progress(monitor, "write", sum(info.nbytes for info, _ in made), len(made))
+    for info, recipe in made:
+        progress.begin(info.name)
+        job.plan.check_unchanged()
+        with threads():
+            data = gather(recipe.pieces(job.mitigated), info.nbytes)
+        yield info.name, as_tensor(data, *in_memory(info))
+        progress.add(info.nbytes)
     progress.end()

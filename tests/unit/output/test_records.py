@@ -11,7 +11,7 @@ from helpers import metadata, stamp
 from safetensors.torch import load_file
 
 import streamer
-from streamer.errors import InputChangedError, OutputError
+from streamer.errors import InputChangedError, OutputError, UsageError
 from streamer.events import Event
 from streamer.plan.side_files import base_source
 from streamer.units import format_size
@@ -170,6 +170,20 @@ def test_iter_merged_tells_of_each_tensor(job: Job) -> None:
     assert [e.name for e in events if e.stage == "write"] == [*sizes, ""]
     assert [e.done for e in events if e.stage == "write"] == [0, *itertools.accumulate(sizes.values())]
     assert {e.total for e in events} == {sum(sizes.values())}
+
+
+def test_iter_merged_makes_only_the_tensors_that_are_wanted(job: Job) -> None:
+    base, adapter = job
+    every, events = dict(streamer.iter_merged(base, adapter, mitigation_lambda=0.5)), list[Event]()
+    *_, last = (name for name in every if name.endswith("proj.weight"))
+    found = streamer.iter_merged(base, adapter, mitigation_lambda=0.5, tensors=last.__eq__, on_event=events.append)
+    ((name, tensor),) = found
+    assert name == last
+    assert torch.equal(tensor, every[last])
+    assert [e.total for e in events if e.stage == "write"] == [tensor.nbytes] * 2
+    assert list(streamer.iter_merged(base, adapter, max_memory="4G", tensors=lambda name: name not in every)) == []
+    with pytest.raises(UsageError, match=r"^tensors: expected a function that takes a name, found \['a'\]$"):
+        streamer.iter_merged(base, adapter, tensors=["a"])  # type: ignore[arg-type]
 
 
 def test_progress_of_several_outputs_counts_each_tensor_once_it_is_written(job: Job, tmp_path: Path) -> None:
