@@ -20,6 +20,7 @@ from compressed_tensors.entrypoints.convert import Converter
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils.safetensors_load import get_checkpoint_files, get_weight_map
 from llmcompressor import model_free_ptq
+from transformers import AutoConfig
 
 import streamer
 
@@ -49,6 +50,8 @@ class Merge(Converter):
         names = get_weight_map(get_checkpoint_files(base))
         for name, _ in self.merged(tensors=lambda name: name not in names):
             refuse(name, "the merged model has it, the base does not")
+        if AutoConfig.from_pretrained(base).get_text_config().tie_word_embeddings and "lm_head.weight" in names:
+            refuse("lm_head.weight", "the base has it though it is tied, and a merge may untie it in the config")
 
     def process(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Replace the tensors by merged ones, one at a time."""
@@ -57,10 +60,8 @@ class Merge(Converter):
             for name, merged in self.merged(tensors=left.copy().__contains__):
                 base = tensors[name]
                 if (merged.dtype, merged.shape) != (base.dtype, base.shape):
-                    refuse(
-                        name,
-                        f"{base.dtype} {[*base.shape]} in the base, {merged.dtype} {[*merged.shape]} in the merged model",
-                    )
+                    before, after = (f"{t.dtype} {[*t.shape]}" for t in (base, merged))
+                    refuse(name, f"{before} in the base, {after} in the merged model")
                 tensors[name] = merged.to(base.device)
                 left.remove(name)
         for name in left:

@@ -17,7 +17,7 @@ from causal_models import make_adapter
 from command_line import ENV
 from pairs import merge
 from paths import ROOT
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from seeds import vary
 
 pytest.importorskip(
@@ -92,3 +92,7 @@ def test_what_the_example_cannot_merge_is_refused(tmp_path: Path) -> None:
         converter.process({**loaded, name: loaded[name].float()})
     with pytest.raises(SystemExit, match=r"^extra: the base has it, the merged model does not"):
         converter.process({**loaded, "extra": loaded[name]})
+    save_file({**loaded, "lm_head.weight": loaded["model.embed_tokens.weight"].clone()}, base / "model.safetensors")
+    assert '"tie_word_embeddings": true' in (base / "config.json").read_text()
+    with pytest.raises(SystemExit, match=r"^lm_head.weight: the base has it though it is tied"):
+        example().Merge(base, adapter, mitigation_lambda=0.25)
