@@ -17,18 +17,13 @@ import torch
 from streamer.detection.detect import best_way, detection_bytes, findings_bytes, float64_way
 from streamer.detection.options import DetectionOptions
 from streamer.detection.solvers import Way, chosen_solver, cost
-from streamer.errors import UnsupportedError
 from streamer.events import Event, Monitor
 from streamer.json_types import Amount, Count, Keywords
 from streamer.linalg.svd import OVERSAMPLING
 from streamer.linalg.torch_state import CPU
 from streamer.measuring.runs import TRANSFORMERS_BYTES, Prepared, sweep_cost
-from streamer.methods import Paper
-from streamer.output.adapter_writer import AdapterWriter
-from streamer.output.job import Job, Writer
-from streamer.output.model_writer import ModelWriter
-from streamer.output.write import resident_of
-from streamer.plan.plan import AdapterBatch, Plan, resident_bytes
+from streamer.output.job import Writer
+from streamer.plan.plan import AdapterBatch, Plan
 from streamer.plan.targets import Target
 from streamer.storage.atomic_file import views
 from streamer.storage.checkpoint import Checkpoint, sampled_bytes
@@ -166,7 +161,7 @@ def _norm_cost(shape: tuple[int, int], rank: int) -> int:
     return MULTIPLY_ADDS_PER_NORM_STEP * (sum(shape) + 1000) * rank * (rank + 8)
 
 
-def forecast_output(writer: Writer, resident: int, rates: Rates | None, detects: bool | None = None) -> Forecast:
+def forecast_output(writer: Writer, resident: int, rates: Rates | None) -> Forecast:
     """Forecast what `mitigate` or `merge` needs.
 
     Parameters
@@ -175,12 +170,9 @@ def forecast_output(writer: Writer, resident: int, rates: Rates | None, detects:
         Bytes in memory between two steps; see `resident_of`.
     rates
         None gives no time; neither does a delta that is not low-rank.
-    detects
-        Whether it detects first; by default as in the job. False forecasts as if findings existed.
     """
     job, output = writer.job, writer.output
     plan = job.plan
-    detects = job.detects if detects is None else detects
     peak = escalated = max(estimate.nbytes for estimate in writer.estimates(resident))
     network = writer.base_bytes
     read = network + _adapter_bytes(plan) + sum(p.stat().st_size for _, p in writer.copies)
@@ -191,7 +183,7 @@ def forecast_output(writer: Writer, resident: int, rates: Rates | None, detects:
         if writer.command == "merge":
             products += sum(m * n * (MULTIPLY_ADDS_PER_VALUE + rank) for (m, n), rank in works)
         seconds = products / rates.products + (read + output.total_bytes) / rates.nbytes
-    if detects:
+    if job.detects:
         first = forecast_detection(plan, job.detection, job.device, resident, rates)
         peak, escalated = max(peak, first.peak_memory_bytes), max(escalated, first.escalated_memory_bytes)
         read += _adapter_bytes(plan) + _base_bytes(plan)
@@ -199,24 +191,8 @@ def forecast_output(writer: Writer, resident: int, rates: Rates | None, detects:
         seconds = None if seconds is None or first.seconds is None else seconds + first.seconds
     return Forecast(
         peak_memory_bytes=peak, escalated_memory_bytes=escalated, seconds=seconds, network_bytes=network_bytes(plan, network),
-        write_bytes=output.total_bytes, temporary_bytes=output.temporary_bytes if detects else 0, read_bytes=_identified_bytes(plan) + read,
+        write_bytes=output.total_bytes, temporary_bytes=output.temporary_bytes, read_bytes=_identified_bytes(plan) + read,
     )  # fmt: skip
-
-
-def forecast_commands(plan: Plan, device: torch.device, rates: Rates | None) -> dict[str, Forecast | UnsupportedError]:
-    """Forecast each command with its defaults, `mitigate` and `merge` from findings; or return the error that refuses it."""
-    detection = DetectionOptions()
-    job = Job(plan, Paper(), detection, device)
-    resident = resident_bytes(AdapterBatch(plan.base, (plan,)))
-    commands = dict[str, Forecast | UnsupportedError]()
-    commands["detect"] = forecast_detection(plan, detection, device, resident, rates)
-    for command, kind in (("mitigate", AdapterWriter), ("merge", ModelWriter)):
-        try:
-            writer: Writer = kind(job, Path("output"))
-            commands[command] = forecast_output(writer, resident_of([writer]), rates, detects=False)
-        except UnsupportedError as e:
-            commands[command] = e
-    return commands
 
 
 def forecast_texts(prepared: Prepared[Any], output: Path) -> Forecast:

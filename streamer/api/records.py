@@ -10,24 +10,26 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
 
 from streamer.adapters.finetuned import AdapterPaths, ByName
 from streamer.api.requests import Request
-from streamer.detection.detect import choose_device
 from streamer.detection.findings import FindingsRecord
 from streamer.detection.options import DetectionOptions
 from streamer.errors import UnsupportedError
 from streamer.events import Monitor
-from streamer.forecast import Forecast, ForecastRecord, forecast_commands, measure_rates
+from streamer.forecast import Forecast, ForecastRecord
 from streamer.json_types import Amount, Count, Keywords, MatrixHead, ModuleName, OutputPath, TensorName
+from streamer.linalg.torch_state import CPU
+from streamer.methods import Paper
 from streamer.options import InspectOptions
+from streamer.output.adapter_writer import AdapterWriter
+from streamer.output.job import Job
+from streamer.output.model_writer import ModelWriter
 from streamer.output.record import Written
 from streamer.plan.carried_tensors import CarriedRecord
 from streamer.plan.plan import Plan, make_plan
 from streamer.plan.side_files import AdapterSource, BaseSource
 from streamer.storage.transaction import free_bytes
 
-# fmt: off
-CommandForecast = Annotated[ForecastRecord | None, "What the command needs, from the beginning; null if there is nothing to do or the "
-    "command is refused."]
 
+# fmt: off
 class _PlanTotals(TypedDict):
     tensors: Annotated[Count, "Tensors of the base."]
     base_bytes: Annotated[Count, "Their bytes, without headers."]
@@ -50,14 +52,9 @@ class PlannedMatrix(MatrixHead):
     transposed: Annotated[bool, "Whether it is stored as (inputs, outputs)."]
     matched: Annotated[str, "The rule that found it; see `names`."]
 
-class _Forecasts(TypedDict):
-    detect: CommandForecast
-    mitigate: CommandForecast
-    merge: CommandForecast
-
 class PlanRecord(TypedDict):
-    """What `streamer inspect --json` prints: the inputs, and what a run would need."""
-    schema: Literal["streamer.plan/1"]
+    """What `streamer inspect --json` prints: the inputs, and what each module changes."""
+    schema: Literal["streamer.plan/2"]
     base: Annotated[BaseSource, "The base model: its name, and what identifies it, wherever it is stored."]
     adapter: Annotated[AdapterSource, "The adapter, or the fine-tuned model in its place, described in the same way."]
     totals: Annotated[_PlanTotals, "Sums."]
@@ -65,8 +62,7 @@ class PlanRecord(TypedDict):
     names: Annotated[list[NameRule], "The rules that found modules in the base."]
     matrices: Annotated[list[PlannedMatrix], "One entry per matrix, in the base's file order."]
     carried: Annotated[list[CarriedRecord], "Tensors of the adapter other than factors; of a model, those that differ."]
-    forecast: Annotated[_Forecasts, "For each command, with its defaults; for mitigate and merge, from findings."]
-    refused: Annotated[dict[str, str], "For each command without a forecast: why it is refused, in one line."]
+    refused: Annotated[dict[str, str], "For each command that is refused with its defaults: why, in one line."]
 
 class DryRun(TypedDict):
     """What `--dry-run --json` prints of detect, mitigate, merge, evaluate, map and repair: all checks passed, nothing was written."""
@@ -78,7 +74,7 @@ class DryRun(TypedDict):
     files: Annotated[Count, "Files that the output has, or will have, without the record."]
     bytes: Annotated[Count | None, "Their bytes; null if unknown in advance."]
     free_bytes: Annotated[Count, "Free bytes on the output's disk."]
-    forecast: CommandForecast
+    forecast: Annotated[ForecastRecord | None, "What the command needs, from the beginning; null if there is nothing to do."]
 
 class SeveralRecord(TypedDict):
     """What detect, mitigate and merge print for several adapters: one object for each."""
@@ -155,16 +151,21 @@ class InspectRequest(Request, InspectOptions):
     """A requested inspection of a base and an adapter."""
 
     def run(self, monitor: Monitor) -> PlanRecord:
-        """Open the inputs and forecast the commands."""
+        """Open the inputs, and find out which commands are refused."""
         base, adapter = self.located(monitor, peek=True).paths(self.base, self.adapter)
         plan = make_plan(base, adapter, self.io, self.stated, self.architecture)
         monitor.warn(plan.warnings)
-        rates = measure_rates(plan.base, monitor)
-        return inspection_record(plan, forecast_commands(plan, choose_device("auto"), rates))
+        return inspection_record(plan)
 
 
-def inspection_record(plan: Plan, forecasts: Mapping[str, Forecast | UnsupportedError]) -> PlanRecord:
-    """Describe the inputs, and forecast each command; a refused command has null and the reason."""
+def inspection_record(plan: Plan) -> PlanRecord:
+    """Describe the inputs, and say which outputs are refused."""
+    job, refused = Job(plan, Paper(), DetectionOptions(), CPU), dict[str, str]()
+    for command, kind in (("mitigate", AdapterWriter), ("merge", ModelWriter)):
+        try:
+            kind(job, Path("output"))
+        except UnsupportedError as e:
+            refused[command] = str(e)
     matrices: list[PlannedMatrix] = [
         {"tensor": t.tensor, "module": t.module.name, "shape": t.module.shape, "dtype": plan.weights[t.tensor].label,
          "rank": t.module.rank, "scale": t.module.scaling, "transposed": t.transposed, "matched": t.match.rule}
@@ -177,7 +178,7 @@ def inspection_record(plan: Plan, forecasts: Mapping[str, Forecast | Unsupported
     ]
     largest = max(plan.targets, key=lambda t: plan.weights[t.tensor].nbytes)
     return {
-        "schema": "streamer.plan/1",
+        "schema": "streamer.plan/2",
         "base": plan.sources[0],
         "adapter": plan.sources[1],
         "totals": {
@@ -187,12 +188,11 @@ def inspection_record(plan: Plan, forecasts: Mapping[str, Forecast | Unsupported
             "adapted_bytes": sum(plan.weights[t.tensor].nbytes for t in plan.targets),
             "largest_matrix": largest.tensor,
             "largest_matrix_bytes": plan.weights[largest.tensor].nbytes,
-            "detection_cost": sum(DetectionOptions().cost(t.module.shape) for t in plan.targets),
+            "detection_cost": sum(job.detection.cost(t.module.shape) for t in plan.targets),
         },
         "warnings": list(plan.warnings),
         "names": names,
         "matrices": matrices,
         "carried": plan.edits.listed(plan.base, plan.adapter.describes_model),
-        "forecast": cast(_Forecasts, {c: asdict(f) if isinstance(f, Forecast) else None for c, f in forecasts.items()}),
-        "refused": {c: str(f) for c, f in forecasts.items() if isinstance(f, UnsupportedError)},
+        "refused": refused,
     }

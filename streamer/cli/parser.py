@@ -154,7 +154,7 @@ lost workers, 7 numeric or verification failure, 8 input changed during the run,
 FIRST_RUN = """\
 a first run:
   streamer inspect BASE ADAPTER
-      see which tensor each module changes, and what a run would need
+      see which tensor each module changes
   streamer repair BASE ADAPTER --task TEXT --general TEXT -o DIR
       write an adapter that forgets less, as measured on your texts
   streamer mitigate BASE ADAPTER --method shrink --lambda 0.75 -o DIR
@@ -246,7 +246,7 @@ RUNS = (options.DryRuns, options.Threads)
 DIVIDED = (*RUNS, options.WorkerOptions)
 
 COMMANDS: dict[str, tuple[str, tuple[type, ...]]] = {
-    "inspect": ("show which tensor each module of an adapter changes, and forecast the cost", (options.InspectOptions,)),
+    "inspect": ("show which tensor each module of an adapter changes", (options.InspectOptions,)),
     "detect": ("find the intruder dimensions and write them to a file", (options.DetectOptions, *DIVIDED)),
     "mitigate": ("write a mitigated adapter", (options.MitigateOptions, *RUNS)),
     "merge": ("write the base with the mitigated adapter merged in", (options.MergeOptions, *DIVIDED)),

@@ -24,31 +24,6 @@ if TYPE_CHECKING:
     from streamer.evaluation.evaluation import Evaluation
 
 
-def forecast_table(forecasts: Mapping[str, Mapping[str, Any] | None], screen: Screen) -> str:
-    """Format the forecasts of all commands, one line for each."""
-    rows = []
-    for command, f in forecasts.items():
-        if f is None:
-            rows.append([command, "refused", "", "", ""])
-            continue
-        bound = "at most " if command == "detect" else ""
-        memory = format_size(f["peak_memory_bytes"])
-        if f["escalated_memory_bytes"] > f["peak_memory_bytes"]:
-            memory += f" to {format_size(f['escalated_memory_bytes'])}"
-        read, written = _read(f), bound + format_size(f["write_bytes"])
-        rows.append([command, memory, read, written, _time(f["seconds"])])
-    cells = list(zip(*rows, strict=True)) if rows else [()] * 5
-    threads = next((f" on {counted(f['threads'], 'thread')}" for f in forecasts.values() if f), "")
-    columns = [
-        Column("forecast", cells[0], "what each command needs; mitigate and merge with findings", left=True),
-        Column("memory", cells[1], "at its peak; the larger number if the dense solver, or float64, must decide", priority=3),
-        Column("read", cells[2], priority=1),
-        Column("written", cells[3], "--dry-run shows the free disk", priority=2),
-        Column("time", cells[4], f"work by this load's rates{threads}, within a factor of 3; add a second to start", 4),
-    ]  # fmt: skip
-    return table(columns, screen)
-
-
 def forecast_text(command: str, forecast: Mapping[str, Any], free: int) -> str:
     """Format one command's forecast in one line."""
     usual, escalated, on_device = (forecast[f"{what}_memory_bytes"] for what in ("peak", "escalated", "device"))
@@ -259,8 +234,7 @@ def inspect_table(tree: Mapping[str, Any], screen: Screen = NO_LIMIT) -> str:
     note = f"{omitted} matrices of {len(hidden_rows)} more kinds are not shown; " if omitted else ""
     note = f"{note}--all shows each matrix" if grouped else ""
     refused = [f"{command} is refused: {why}" for command, why in tree["refused"].items()]
-    forecasts = forecast_table(tree["forecast"], screen)
-    return screen.join(table(columns, screen), [note], carried, lines, forecasts, refused)
+    return screen.join(table(columns, screen), [note], carried, lines, refused)
 
 
 def _most(items: Sequence[Any], weight: Any, screen: Screen) -> tuple[list[Any], int]:

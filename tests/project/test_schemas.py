@@ -93,7 +93,7 @@ def test_the_check_can_fail() -> None:
 def test_what_every_command_prints(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     run = server().run
     f = tmp_path / "f.safetensors"
-    check(run("inspect", *inputs, "--json"), "streamer.plan/1")
+    check(run("inspect", *inputs, "--json"), "streamer.plan/2")
     check(run("detect", *inputs, "-o", f, "--dry-run", "--json"), "streamer.dry-run/1")
     for state in ("written", "present"):
         assert check(run("detect", *inputs, "-o", f, "--json"), "streamer.findings/1")["state"] == state

@@ -135,7 +135,7 @@ def config(home: Path) -> Target:
 def use(base: Path, adapter: Path) -> None:
     """Everything that the commands do with inputs short of writing: the plan and its table, findings, merged tensors, both ways."""
     plan = make_plan(base, adapter)
-    inspect_table(inspection_record(plan, {}))
+    inspect_table(inspection_record(plan))
     plan.digest()
     refused = 0
     for dequantize in (False, True):
