@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 
 from streamer.errors import printable
 
@@ -159,12 +160,8 @@ def _ways(names: Sequence[str]) -> list[Callable[[str], str]]:
     def bare(name: str) -> str:
         return name.removesuffix(tail)
 
-    split = [bare(name).split(".") for name in names]
-    alike = 0
-    while all(
-        len(parts) > alike + 1 and not parts[alike].isdigit() and parts[alike] == split[0][alike] for parts in split
-    ):
-        alike += 1
+    columns = zip(*(bare(name).split(".")[:-1] for name in names), strict=False)
+    alike = sum(1 for _ in takewhile(lambda parts: len({*parts}) == 1 and not parts[0].isdigit(), columns))
 
     def without_start(name: str, count: int) -> str:
         return "…" + ".".join(bare(name).split(".")[count:])

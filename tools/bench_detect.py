@@ -41,7 +41,7 @@ from make_checkpoint import power_law
 from measure import kilobytes, machine
 from torch import Tensor
 
-from streamer.detection.intruders import Detection, detect
+from streamer.detection.intruders import Detection, decide
 from streamer.detection.options import DetectionOptions
 from streamer.detection.solvers import triplets_columns
 from streamer.linalg.operators import Dense, LowRank, RowBlocks, Sum
@@ -107,7 +107,7 @@ def run_ours(case: Case, solver: str, k: int, epsilon: float) -> Detection:
     """Detection, mitigation and back-projection with one of the package's solvers."""
     base = row_blocks(case.weight) if solver == "blocks" else upcast(case.weight)
     options = DetectionOptions(k, epsilon, "certified" if solver == "blocks" else solver)
-    found = detect(base, case.delta, options, name="bench")
+    found = decide(base, case.delta, options, name="bench").detection
     mitigated = Paper(0.75).mitigated(LowRank(*(t.cpu() for t in (case.delta.L, case.delta.R))), found)
     back_project(mitigated, case.A.shape[0], SCALE)
     return found

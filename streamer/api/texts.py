@@ -496,9 +496,8 @@ def _line(row: RepairRow, reliable: Mapping[str, bool]) -> str:
 
     interpolated = " (interpolated)" if row["what"] == "shrink" else ""
     kept = share("kept", "keeps {} of what was learned") + share("top1_kept", " ({} of the gain in top-1)")
-    left = share("divergence", "leaves {} of the divergence from the base") + share(
-        "forgetting", " and {} of the rise of the loss"
-    )
+    left = share("divergence", "leaves {} of the divergence from the base")
+    left += share("forgetting", " and {} of the rise of the loss")
     return f"{row['name']}{interpolated}: {', '.join(filter(None, (kept, left)))}"
 
 

@@ -140,24 +140,16 @@ def adapters_table(trees: Mapping[str, Mapping[str, Any]], screen: Screen = NO_L
         columns.append(_summed("mitigated", changed, "matrices whose delta differs from the adapter's", 3))
         if any(views.takes_findings(tree["method"]) for tree in trees.values()):
             columns.append(_summed("scaled", [x["intruders"] for x in totals], "intruders that were scaled", 5))
-        columns += [
-            *_norms(totals, priority=2),
-            Column(
-                "size",
-                [format_size(x["bytes"]) for x in totals],
-                "",
-                6,
-                foot=format_size(sum(x["bytes"] for x in totals)),
-            ),
-        ]
+        sizes = [x["bytes"] for x in totals]
+        columns += _norms(totals, priority=2)
+        columns.append(Column("size", [*map(format_size, sizes)], "", 6, foot=format_size(sum(sizes))))
     else:
         with_intruders = [sum(bool(m["intruders"]) for m in tree["matrices"]) for tree in trees.values()]
+        intruders, certified = ([x[key] for x in totals] for key in ("intruders", "certified"))
         columns += [
             _summed("with any", with_intruders, "matrices with intruders", 3),
-            _summed(
-                "intruders", [x["intruders"] for x in totals], "leading directions that resemble none of the base's", 5
-            ),
-            _summed("certified", [x["certified"] for x in totals], "matrices in which every decision is proven", 4),
+            _summed("intruders", intruders, "leading directions that resemble none of the base's", 5),
+            _summed("certified", certified, "matrices in which every decision is proven", 4),
         ]
     return screen.join(table(columns, screen), ["--all shows each adapter's matrices"])
 

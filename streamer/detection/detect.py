@@ -384,7 +384,7 @@ class FindingsWriter:
             check(figures, findings_module.FIGURES)
             if header.by_name.keys() == {f"{figures['tensor']}/{key}" for key in findings_module.ARRAYS}:
                 return header, figures
-        raise self._journal.foreign(i)
+        raise OutputError(f"{self._journal.path}: its record {i} is of another version; --no-resume starts over")
 
     def __contains__(self, tensor: str) -> bool:
         return tensor in self._records

@@ -36,7 +36,7 @@ from scipy.special import betaincinv
 from torch import Tensor
 
 from streamer import errors, json_types
-from streamer.adapters.modules import LoraModule, MethodModule, values_of
+from streamer.adapters.modules import LoraModule, values_of
 from streamer.detection.intruders import Detection
 from streamer.detection.options import STAMP, DetectionOptions, OptionsRecord, detection_record, stamp
 from streamer.errors import printable
@@ -648,7 +648,6 @@ def fingerprint(plan: Plan, target: Target, tensors: Mapping[str, StoredTensor] 
         parts = zip(("A", "B", "magnitude"), module.tensor_names, slices, strict=False)
         values = ((role, values_of(tensors[name], index)) for role, name, index in parts)
     else:  # the numbers in the config of a method other than LoRA count, too
-        assert isinstance(module, MethodModule)
         stated = sorted((k, float(v)) for k, v in module.config.values.items() if isinstance(v, int | float))
         numbers = ((key, torch.tensor(value)) for key, value in stated if key not in _NOT_OF_DELTA)
         by_role = ((role, values_of(module.stored(tensors[name]))) for role, name in sorted(module.tensors.items()))

@@ -120,12 +120,6 @@ def _from_values(*values: Any) -> Detection:
     return Detection(*read)
 
 
-def detect(W0: Matrix, delta: Delta, options: DetectionOptions, rank: int | None = None, name: str = "",
-           allow_dense: bool = True) -> Detection:  # fmt: skip
-    """Find the intruder dimensions of ``W0 + Δ``, in the base's precision; see `decide`."""
-    return decide(W0, delta, options, rank, name, allow_dense).detection
-
-
 class Decision(NamedTuple):
     """A detection, and whether float64 may settle a direction that rounding left open."""
 
@@ -133,9 +127,9 @@ class Decision(NamedTuple):
     may_settle_in_float64: bool
 
 
-def decide(W0: Matrix, delta: Delta, options: DetectionOptions, rank: int | None, name: str,
-           allow_dense: bool) -> Decision:  # fmt: skip
-    """Find the intruder dimensions of ``W0 + Δ``, and whether more precision may settle what is open.
+def decide(W0: Matrix, delta: Delta, options: DetectionOptions, rank: int | None = None, name: str = "",
+           allow_dense: bool = True) -> Decision:  # fmt: skip
+    """Find the intruder dimensions of ``W0 + Δ``, in the base's precision, and whether more of it may settle what is open.
 
     Parameters
     ----------

@@ -602,18 +602,11 @@ class Evaluation:
         })  # fmt: skip
 
     def shown_variants(self) -> list[dict[str, Any]]:
-        """Make the JSON of all variants, with null for shares that tables leave out."""
-        tree = self.to_dict()
-        hidden = (f"{name}{end}" for name, reliable in tree["reliable"].items() if not reliable for end in ("", "_se"))
-        no_shares, shown = dict.fromkeys(hidden), [text["reliable"] for text in tree.get("others", [])]
-
-        def others(v: VariantRecord) -> list[dict[str, Any]]:
-            pairs = zip(shown, v.get("others", []), strict=True)
-            return [
-                {**figures} if reliable else {**figures, "share": None, "share_se": None} for reliable, figures in pairs
-            ]
-
-        return [{**v, **no_shares, "others": others(v)} for v in tree["variants"]]
+        """Make the JSON of all variants, with null for shares of the two texts that tables leave out."""
+        shares = self.reliable().items()
+        hidden = (f"{name}{end}" for name, reliable in shares if not reliable for end in ("", "_se"))
+        no_shares = dict.fromkeys(hidden)
+        return [{**self._record(row), **no_shares} for row in range(len(self.variants))]
 
     def to_json(self, keep: float | None = None) -> str:
         """Return the JSON object as text."""

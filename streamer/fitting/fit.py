@@ -743,7 +743,6 @@ class FitRun:
 
     def _evaluation(self, names: Sequence[str]) -> Evaluation:
         """Return the sums on both texts for the base, the unchanged adapter, and measured variants."""
-        assert (BASE_ROW, ADAPTER_ROW) == (0, 1)
         rows = [self._rows[name] for name in (BASE, ADAPTER, *names)]
         general, task = (rows[0][text].joined(*(row[text] for row in rows[1:])) for text in (GENERAL, TASK))
         return Evaluation((), general, task, {})

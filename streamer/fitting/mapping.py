@@ -127,11 +127,6 @@ class PreparedMap(Prepared[InputMap]):
         nbytes = sum((t.shape[0] if t.stacked else 1) * (2 * t.shape[-1] * vectors + HEADER_BYTES) for t in matrices)
         return nbytes, nbytes
 
-    def result(self, output: Path | None) -> InputMap:
-        """Make the map in memory, or in a file if an output is given."""
-        input_map = super().result(output)
-        return input_map if output is None or input_map.source is not None else load_map(output)
-
     def compute(self, records: Records, output: Path | None) -> InputMap:
         """Sweep the text through the base, and keep the leading vectors of each input."""
         monitor, plan, model = self.run.monitor, self.plan, self.model
@@ -166,7 +161,7 @@ class PreparedMap(Prepared[InputMap]):
                 f"the map lacks the inputs of {counted(len(lacking), 'matrix')}, {listed(map(repr, lacking))}: no token of the text "
                 "reached them, or their inputs cannot be collected; an adapter's deltas there will stay unchanged",
             ))  # fmt: skip
-        return InputMap(entries, {**self.facts, "lacking": lacking})
+        return InputMap(entries, {**self.facts, "lacking": lacking}, output)
 
 
 def prepare_map(base: str | Path, text: Path, options: MappingOptions, max_memory: int | None, run: Run) -> PreparedMap:

@@ -81,7 +81,6 @@ def reduced(delta: Delta, spectrum: Spectrum, share: float) -> Delta:
     gains, of_rest = _gains(spectrum, _find_nu(spectrum, energies, rest, share))
     if isinstance(delta, LowRank):
         return LowRank(delta.L.double(), _scaled(delta.R.double(), spectrum, gains, of_rest))
-    assert isinstance(delta, Dense)
     return Dense(_scaled(delta.dense().T, spectrum, gains, of_rest).T)
 
 
@@ -93,7 +92,6 @@ def _energies(delta: Delta, spectrum: Spectrum) -> tuple[Tensor, float]:
         known = core @ (right.T if V is None else right.T @ V)
         norm = torch.linalg.matrix_norm(core @ right.T)
     else:
-        assert isinstance(delta, Dense)
         known = delta.dense() if V is None else delta.matmat(V.to(delta.like)).double()
         norm = torch.tensor(delta.norm())
     squares = torch.linalg.vector_norm(known, dim=0, dtype=torch.float64) ** 2

@@ -294,9 +294,8 @@ def _read_line(where: str, raw: bytes, tokenizer: Tokenizer, length: int) -> Tok
     marks = [any(end > first and begin < last for first, last in spans) for begin, end in offsets]
     ids, marks = [*start, *ids], [*(False for _ in start), *marks]
     first = next((i for i, counts in enumerate(marks) if counts and i), 0)
-    if (
-        first >= length
-    ):  # the prompt loses its beginning, but no start token, so that up to half of the sequence is answer
+    # A long prompt loses its beginning, but no start token, so that up to half of the sequence is answer.
+    if first >= length:
         begin = len(tokenizer.start) if tuple(ids[: len(tokenizer.start)]) == tokenizer.start else 0
         end = begin + min(first - max(begin, length // 2), len(ids) - length)
         del ids[begin:end], marks[begin:end]

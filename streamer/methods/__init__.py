@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
 from numbers import Real
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from streamer.errors import UsageError
 from streamer.json_types import Selection
@@ -175,8 +175,6 @@ class _Scaling(Method):
     )
 
     def __post_init__(self) -> None:
-        if self.select not in get_args(Selection):
-            raise UsageError(f"select: expected one of {', '.join(get_args(Selection))}, found {self.select!r}")
         _check_lambda(self, self.amplify)
 
     def mitigated(self, delta: Delta, detection: Detection | None, tensor: str = "") -> Delta:

@@ -268,11 +268,6 @@ class MappedInput:
     vectors: Tensor | None
 
     @property
-    def key(self) -> tuple[str, bool]:
-        """Return a unique key; a tied matrix has two entries, one as the embedding and one as the head."""
-        return self.names[0], self.vectors is None
-
-    @property
     def spectrum(self) -> Spectrum:
         """Return what is known of C, with the rounded vectors made orthonormal again."""
         if self.vectors is None:
@@ -323,7 +318,8 @@ class InputMap:
     def digest(self) -> str:
         """Hash (SHA-256, hex) all arrays, their names, and the figures beside them."""
         digest = hashlib.sha256()
-        for entry in sorted(self.inputs, key=lambda entry: entry.key):
+        # A tied matrix has two entries, one as the embedding and one as the head.
+        for entry in sorted(self.inputs, key=lambda entry: (entry.names[0], entry.vectors is None)):
             digest.update(f"{entry.names} {entry.tokens} {entry.size} {entry.trace!r}\n".encode())
             for array in (entry.values, entry.vectors):
                 digest.update(b"" if array is None else as_bytes(array))

@@ -309,9 +309,8 @@ def without_copies(base: Checkpoint, tuned: FinetunedModel, architecture: Archit
         tuned_copies = {name: tuned.tensors[name] for name in tie.names if name in tuned.tensors}
         base_copies = {name: StoredTensor(*base.locate(name)) for name in tie.names if name in base.weight_map}
         refuse = bool(tie.keys) or tuned.model_config.tied is not False
-        apart = _unequal(tuned_copies, tuned.path, "the config", refuse) | _unequal(
-            base_copies, base.path, f"the config of {tuned.path}", refuse
-        )
+        apart = _unequal(tuned_copies, tuned.path, "the config", refuse)
+        apart |= _unequal(base_copies, base.path, f"the config of {tuned.path}", refuse)
         same = [name for name in tie.names if name in tuned_copies.keys() | base_copies and name not in apart]
         tuned_name = next((name for name in same if name in tuned_copies and name in base_copies), tie.stored)
         copies |= {name for name in same if name in tuned_copies and name != tuned_name}

@@ -51,10 +51,6 @@ class Journal:
         self._stale = False
         atomic_file.remove_partials(path.parent, {path.name})
 
-    def foreign(self, record: int) -> OutputError:
-        """Make the error for a record that another version wrote."""
-        return OutputError(f"{self.path}: its record {record} is of another version; --no-resume starts over")
-
     @staticmethod
     def peek(path: Path) -> Iterator[dict[str, Any]]:
         """Read a journal's records without changing it: JSON objects, up to the first torn or different record.

@@ -23,7 +23,7 @@ from streamer.errors import MismatchError, UnsupportedError, UsageError
 from streamer.json_types import Selection
 from streamer.linalg.operators import Delta, LowRank
 from streamer.linalg.torch_state import CPU
-from streamer.methods import METHODS, UNCHANGED, Method, MethodName, NullSpace, Paper, RegMean, make_method, options_of
+from streamer.methods import METHODS, UNCHANGED, Method, MethodName, NullSpace, RegMean, make_method, options_of
 from streamer.methods.files import Coefficients, InputMap
 from streamer.output.adapter_writer import back_project
 from streamer.plan.architectures import architecture_for, architectures_for
@@ -287,7 +287,6 @@ def make_variants(methods: Sequence[MethodName], lambdas: Sequence[float], selec
             raise UsageError(f"{what}: expected different values, found {list(values)}")
     if 1 in lambdas:
         raise UsageError("lambda: 1 is the unchanged adapter, which is always evaluated; omit it")
-    Paper(select=select)  # refuses a bad selection, whatever the methods
     if mapped is not None and NullSpace.name not in methods:
         methods = (*methods, NullSpace.name)
     if coefficients is not None:

@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import numpy as np
 import torch
-from helpers import spectrum_matrix
+from helpers import detect, spectrum_matrix
 from seeds import vary
 
-from streamer.detection.intruders import Detection, detect
+from streamer.detection.intruders import Detection
 from streamer.detection.options import DetectionOptions
 from streamer.linalg.operators import Dense, LowRank
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from gallery import BASES, DELTAS, EPSILONS, Tally, cases, ingredients, judge, make_case, run, truth
+from helpers import detect
 
-from streamer.detection.intruders import Detection, detect
+from streamer.detection.intruders import Detection
 from streamer.detection.options import DetectionOptions
 from streamer.linalg.operators import Dense
 from streamer.linalg.torch_state import threads

@@ -5,17 +5,24 @@ import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from seeds import vary
 
+from streamer.detection.intruders import Detection, decide
 from streamer.storage.atomic_file import ShardPlan, plan_shard
 from streamer.storage.checkpoint import Checkpoint
 from streamer.storage.header import Header
 
 Factors = tuple[torch.Tensor, torch.Tensor]
+
+
+def detect(*matrices_and_options: Any, **named: Any) -> Detection:
+    """What `decide` finds in one matrix."""
+    return decide(*matrices_and_options, **named).detection
 
 
 def view(checkpoint: Checkpoint, name: str) -> memoryview:

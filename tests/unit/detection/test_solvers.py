@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from helpers import intruding_factors, power_law, spectrum_matrix
+from helpers import detect, intruding_factors, power_law, spectrum_matrix
 from planted import oracle, problem
 from seeds import vary
 
 from streamer.detection import intruders
-from streamer.detection.intruders import Detection, detect
+from streamer.detection.intruders import Detection
 from streamer.detection.options import DetectionOptions
 from streamer.detection.solvers import SOLVERS, SolverResult, Way, cheaper, cost, working_bytes
 from streamer.errors import NumericError, UsageError
@@ -289,7 +289,6 @@ def test_top_k_as_a_count_or_a_share() -> None:
     (lambda: DetectionOptions(threshold_epsilon="0.5"), r"threshold_epsilon: expected a number in .*, found '0.5'"),
     (lambda: DetectionOptions(solver="magic"), "solver: expected one of auto, certified, dense"),
     (lambda: make_method("papre", mitigation_lambda=0.5), "method: expected one of paper, project, shrink"),
-    (lambda: make_method("paper", select="some"), "select: expected one of all, first"),
 ])  # fmt: skip
 def test_options_that_make_no_sense_are_refused(options, words: str) -> None:
     with pytest.raises(UsageError, match=words):

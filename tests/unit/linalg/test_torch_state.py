@@ -7,9 +7,8 @@ from threading import Event
 
 import pytest
 import torch
-from helpers import intruding_factors, power_law
+from helpers import detect, intruding_factors, power_law
 
-from streamer.detection.intruders import detect
 from streamer.detection.options import DetectionOptions
 from streamer.linalg.operators import Dense, LowRank
 from streamer.linalg.torch_state import (

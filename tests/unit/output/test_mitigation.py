@@ -5,10 +5,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from helpers import power_law
+from helpers import detect, power_law
 from planted import oracle, problem
 
-from streamer.detection.intruders import detect
 from streamer.detection.options import DetectionOptions
 from streamer.linalg.operators import Dense
 from streamer.methods import METHODS, Paper, Project, Shrink

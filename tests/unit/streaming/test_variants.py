@@ -72,4 +72,4 @@ def test_names_and_scale_are_checked_beside_coefficients() -> None:
     ):
         make_variants(("papr", "shrink"), (0.5,), "all", coefficients)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="select: expected one of all, first, found 'some'"):
-        make_variants(("regmean",), (0.5,), "some", coefficients)  # type: ignore[arg-type]
+        EvaluateRequest(base="b", adapter="a", general="g", task="t", select="some", coefficients=coefficients)
