@@ -118,30 +118,22 @@ def forecast_detection(plan: Plan, options: DetectionOptions, device: torch.devi
     rates
         None gives no time, as does a device other than the CPU, whose rate is unknown.
     """
-    matrices = [_detection_work(plan, target, options, resident) for target in plan.targets]
-    products = [matrix.products for matrix in matrices if matrix.products is not None]
+    works = [_detection_work(plan, target, options, resident) for target in plan.targets]
+    peaks, escalated, products = zip(*works, strict=True)
     read = _adapter_bytes(plan) + _base_bytes(plan)
     seconds = None
-    if rates is not None and device == CPU and len(products) == len(matrices):
+    if rates is not None and device == CPU and None not in products:
         seconds = sum(products) / rates.products + read / rates.nbytes
     nbytes = findings_bytes(plan, options)
     return Forecast(
-        peak_memory_bytes=max(matrix.peak_bytes for matrix in matrices), temporary_bytes=nbytes, seconds=seconds,
-        escalated_memory_bytes=max(matrix.escalated_bytes for matrix in matrices), write_bytes=nbytes,
+        peak_memory_bytes=max(peaks), temporary_bytes=nbytes, seconds=seconds,
+        escalated_memory_bytes=max(escalated), write_bytes=nbytes,
         read_bytes=_identified_bytes(plan) + read, network_bytes=network_bytes(plan, _base_bytes(plan)),
     )  # fmt: skip
 
 
-class DetectionWork(NamedTuple):
-    """Memory of detection in one matrix, the same if it escalates, and its multiply-adds: None if each product decodes the matrix."""
-
-    peak_bytes: int
-    escalated_bytes: int
-    products: int | None
-
-
-def _detection_work(plan: Plan, target: Target, options: DetectionOptions, resident: int) -> DetectionWork:
-    """Estimate the memory and the multiply-adds of detection in one matrix."""
+def _detection_work(plan: Plan, target: Target, options: DetectionOptions, resident: int) -> tuple[int, int, int | None]:  # fmt: skip
+    """Estimate for one matrix the memory, the same if it escalates, and the multiply-adds: None if each product decodes the matrix."""
     module, shape = target.module, target.module.shape
     m, n = shape
     k, ways = options.directions(shape), detection_bytes(plan, target, options, resident)
@@ -149,11 +141,11 @@ def _detection_work(plan: Plan, target: Target, options: DetectionOptions, resid
     solver = "dense" if k + OVERSAMPLING >= min(shape) else chosen_solver(shape, k, options.solver, way is Way.DENSE)
     peak = ways[Way.WHOLE] if way is Way.DENSE and solver == "certified" else ways[way]
     repeat = float64_way(plan, target, options, resident, "dense" if way is Way.DENSE else "certified")
-    escalated = max(ways[way], repeat.peak_bytes if repeat else 0)
+    escalated = max(ways[way], repeat[1] if repeat else 0)
     products = MULTIPLY_ADDS_PER_SOLVER_UNIT * cost(shape, k, solver) + MULTIPLY_ADDS_PER_VALUE * m * n
     products += _norm_cost(shape, module.factor_rank) if module.low_rank else 0
     decodes_again = way is Way.BLOCKS and plan.weights[target.tensor].quantized
-    return DetectionWork(peak, escalated, None if decodes_again else products)
+    return peak, escalated, None if decodes_again else products
 
 
 def _norm_cost(shape: tuple[int, int], rank: int) -> int:

@@ -452,11 +452,12 @@ def _sort(file: TensorFile, method: PeftMethod | None) -> tuple[dict[str, dict[s
         if method is not None and last in method.shared:
             shared[last] = info.name
         elif (found := _factor_of(name, method)) is not None:
-            factors = factors_of.setdefault(found.module, {})
-            if found.factor in factors:
-                both = f"tensors {factors[found.factor]!r} and {info.name!r} are the same factor of one module"
+            module, factor = found
+            factors = factors_of.setdefault(module, {})
+            if factor in factors:
+                both = f"tensors {factors[factor]!r} and {info.name!r} are the same factor of one module"
                 raise FormatError(f"{file.path}: {both}; save one adapter at a time")
-            factors[found.factor] = info.name
+            factors[factor] = info.name
         else:
             role, match = classify(name)
             if role == "other" or role in FACTORS:  # another method's
@@ -472,21 +473,14 @@ def _sort(file: TensorFile, method: PeftMethod | None) -> tuple[dict[str, dict[s
     return {name: {**factors, **shared} for name, factors in factors_of.items()}, others
 
 
-class FactorName(NamedTuple):
-    """A module, and the role of one of its factors."""
-
-    module: str
-    factor: str
-
-
-def _factor_of(name: str, method: PeftMethod | None) -> FactorName | None:
-    """Find which factor a normalised name means, of LoRA or of another method; None for another tensor."""
+def _factor_of(name: str, method: PeftMethod | None) -> tuple[str, str] | None:
+    """Find the module and the factor that a normalised name means, of LoRA or of another method; None for another tensor."""
     if method is not None:
         match = re.match(rf"^(?P<module>.+)\.(?P<factor>{method.roles})(?:\.[^.]+)?(?:\.weight)?$", name)
-        return FactorName(match["module"], match["factor"]) if match else None
+        return (match["module"], match["factor"]) if match else None
     role, found = classify(name)
     factor = "magnitude" if role == "magnitude" else found.groupdict().get("factor")
-    return FactorName(found["module"], factor) if role in FACTORS and factor else None
+    return (found["module"], factor) if role in FACTORS and factor else None
 
 
 def _check_pairs(file: TensorFile, factors_of: Mapping[str, Mapping[str, str]]) -> None:

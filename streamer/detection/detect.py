@@ -17,7 +17,7 @@ from contextvars import copy_context
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -107,28 +107,23 @@ def best_way(plan: Plan, target: Target, options: DetectionOptions, resident: in
     return next(way for way, size in ways.items() if fits(size, options.max_memory))
 
 
-class FittingWay(NamedTuple):
-    """A way of detection that fits the allowed memory, and its peak memory."""
-
-    way: Way
-    peak_bytes: int
-
-
-def float64_way(plan: Plan, target: Target, options: DetectionOptions, resident: int, solver: str) -> FittingWay | None:
+def float64_way(
+    plan: Plan, target: Target, options: DetectionOptions, resident: int, solver: str
+) -> tuple[Way, int] | None:
     """Choose the way to repeat a matrix in float64.
 
     Returns
     -------
-    FittingWay or None
-        The first of the solver's ways that fits the allowed memory. None if none fits, if the weight is already computed in float64,
-        or for full SVDs of matrices beyond `is_repeated`.
+    tuple of Way and int, or None
+        The first of the solver's ways that fits the allowed memory, and its peak memory. None if none fits, if the weight is already
+        computed in float64, or for full SVDs of matrices beyond `is_repeated`.
     """
     is_double = plan.weights[target.tensor].compute == torch.float64
     if is_double or (solver == "dense" and not is_repeated(target.module.shape)):
         return None
     ways = detection_bytes(plan, target, options, resident, torch.float64.itemsize)
-    of_solver = (FittingWay(way, size) for way, size in ways.items() if (way is Way.DENSE) == (solver == "dense"))
-    return next((way for way in of_solver if fits(way.peak_bytes, options.max_memory)), None)
+    of_solver = ((way, size) for way, size in ways.items() if (way is Way.DENSE) == (solver == "dense"))
+    return next(((way, size) for way, size in of_solver if fits(size, options.max_memory)), None)
 
 
 def is_repeated(shape: tuple[int, int]) -> bool:
@@ -206,7 +201,7 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
         if repeat is None:
             return detection
         double = replace(stored, compute=torch.float64)
-        precise = decided(device, double, repeat.way, replace(options, solver=detection.solver)).detection
+        precise = decided(device, double, repeat[0], replace(options, solver=detection.solver)).detection
         vectors = {key: getattr(precise, key).to(stored.compute) for key in ("U", "S", "Vh")}
         return replace(precise, **vectors, escalated=detection.escalated, steps=detection.steps + precise.steps,
                        products=detection.products + precise.products)  # fmt: skip

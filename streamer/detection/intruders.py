@@ -165,12 +165,12 @@ def decide(W0: Matrix, delta: Delta, options: DetectionOptions, rank: int | None
             result = SOLVERS[solver](W0, delta, k, options.threshold_epsilon, generator, allow_dense)
     except torch.linalg.LinAlgError as e:  # type: ignore[attr-defined]  # torch's stubs do not export it
         raise NumericError(f"the {solver} solver did not converge ({e}); the matrix may be badly scaled") from e
-    triplets, low, high = result.triplets, result.low, result.high
+    triplets, bounds = result.triplets, result.bounds
     if not all_finite(triplets.S):
         raise NumericError("base + delta overflows; check the adapter's scale")
     error = triplets.angle_error_estimate
     chosen = torch.nonzero(result.similarity < options.threshold_epsilon).flatten()
-    on_one_side = (low >= options.threshold_epsilon) | (high < options.threshold_epsilon)
+    on_one_side = (bounds.low >= options.threshold_epsilon) | (bounds.high < options.threshold_epsilon)
     degenerate = torch.nonzero(error > DEGENERATE).flatten()
     index = chosen.to(triplets.U.device)
     U, S, Vh = triplets.U[:, index].cpu(), triplets.S[index].cpu(), triplets.Vh[index].cpu()
@@ -182,10 +182,10 @@ def decide(W0: Matrix, delta: Delta, options: DetectionOptions, rank: int | None
     certified = bool(on_one_side.all()) and len(degenerate) == 0
     detection = Detection(
         singular_values=tuple(triplets.S.double().tolist()), similarity=tuple(result.similarity.tolist()),
-        similarity_low=tuple(low.tolist()), similarity_high=tuple(high.tolist()), intruders=tuple(chosen.tolist()),
+        similarity_low=tuple(bounds.low.tolist()), similarity_high=tuple(bounds.high.tolist()), intruders=tuple(chosen.tolist()),
         U=U.contiguous(), S=S.contiguous(), Vh=Vh.contiguous(), certified=certified,
-        degenerate=tuple(degenerate.tolist()), solver=result.solver, escalated=result.escalated, steps=result.steps,
-        products=result.products, cutoff=result.cutoff, delta_norm=norm, intruder_energy=min(1.0, share**2), dropped_at_zero=dropped,
-        precision=str(W0.like.dtype).removeprefix("torch."), base_singular_values=tuple(result.base_values.tolist()),
+        degenerate=tuple(degenerate.tolist()), solver=result.solver, escalated=result.escalated, steps=bounds.steps,
+        products=bounds.products, cutoff=bounds.cutoff, delta_norm=norm, intruder_energy=min(1.0, share**2), dropped_at_zero=dropped,
+        precision=str(W0.like.dtype).removeprefix("torch."), base_singular_values=tuple(bounds.values.tolist()),
     )  # fmt: skip
     return Decision(detection, may_settle_in_float64=not (certified or result.limited))

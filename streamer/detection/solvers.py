@@ -116,25 +116,20 @@ class SolverResult:
     ----------
     triplets
         The k leading triplets of base + delta.
-    similarity, low, high
-        (k,) float64: the best estimate, and an interval that holds for the true singular vectors, widened by the angle error
-        of the triplets.
-    base_values
-        (k,) float64: the largest singular values of the base, never above the true ones; see `OverlapBounds.values`.
+    similarity
+        (k,) float64: the best estimate.
+    bounds
+        Intervals around it that hold for the true singular vectors, widened by the angle error of the triplets; their cost includes the
+        triplets', and their values are the base's, never above the true ones.
     limited
         Whether the intervals are wide because the process stopped early; higher precision would not narrow them.
     """
 
     triplets: Triplets
     similarity: Tensor
-    low: Tensor
-    high: Tensor
-    base_values: Tensor
+    bounds: OverlapBounds
     solver: str
     escalated: bool = False
-    steps: int = 0
-    products: int = 0
-    cutoff: float = 0.0
     limited: bool = False
 
 
@@ -149,7 +144,8 @@ def solve_dense(W0: Matrix, delta: Delta, k: int, epsilon: float, generator: tor
     bounds, similarity = dense_overlaps(W0.scaled(base_power), triplets.U, generator)
     distance = triplets.distance_estimate
     low, high = (bounds.low - distance).clamp_min(0), (bounds.high + distance).clamp_max(1)
-    return SolverResult(_unscaled(triplets, power), similarity, low, high, bounds.values / (base_power or 1.0), "dense")
+    bounds = replace(bounds, low=low, high=high, values=bounds.values / (base_power or 1.0))
+    return SolverResult(_unscaled(triplets, power), similarity, bounds, "dense")
 
 
 def solve_certified(W0: Matrix, delta: Delta, k: int, epsilon: float, generator: torch.Generator,
@@ -182,9 +178,10 @@ def solve_certified(W0: Matrix, delta: Delta, k: int, epsilon: float, generator:
         if not allow_dense or settled:
             similarity = torch.where(low >= epsilon, low, high)
             exact = settled or (krylov.converged and process is not None and process.settles_without_rounding(epsilon))
-            return SolverResult(_unscaled(triplets, power), similarity, low, high, bounds.values / (base_power or 1.0), "certified",
-                                steps=steps, products=products, cutoff=bounds.cutoff, limited=not exact)  # fmt: skip
-    return replace(solve_dense(W0, delta, k, epsilon, generator), escalated=True, steps=steps, products=products)
+            bounds = replace(bounds, steps=steps, products=products, values=bounds.values / (base_power or 1.0))
+            return SolverResult(_unscaled(triplets, power), similarity, bounds, "certified", limited=not exact)
+    dense = solve_dense(W0, delta, k, epsilon, generator)
+    return replace(dense, escalated=True, bounds=replace(dense.bounds, steps=steps, products=products))
 
 
 def _settle(process: OverlapProcess, epsilon: float, columns: int) -> OverlapBounds:

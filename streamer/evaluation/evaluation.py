@@ -256,7 +256,7 @@ class TextFacts(TypedDict):
     """A text."""
     name: Annotated[str, "Name of the file; never a path."]
     sequences: Annotated[Count, "Sequences taken from it."]
-    tokens: Annotated[Count, "Their tokens whose losses count."]
+    tokens: Annotated[Count, "Their tokens that count, never the first of a sequence."]
     length: Annotated[Count, "Tokens of the longest sequence."]
     sha256: Annotated[Sha256, "Digest of the token ids and of the positions that count (SHA-256, hexadecimal)."]
 

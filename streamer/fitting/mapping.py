@@ -17,6 +17,7 @@ from torch import Tensor
 
 from streamer.detection.options import Run
 from streamer.errors import NumericError, UnsupportedError
+from streamer.evaluation.evaluation import TextFacts
 from streamer.json_types import Count, OutputPath, Sha256, State, TensorName
 from streamer.linalg.moments import MORE, ROWS, leading_vectors
 from streamer.measuring import runs
@@ -39,13 +40,8 @@ HEADER_BYTES = 200
 
 
 # fmt: off
-class MappedText(TypedDict):
+class MappedText(TextFacts):
     """A text from which a map was made."""
-    name: Annotated[str, "Name of its file."]
-    sequences: Annotated[Count, "Sequences taken from it."]
-    tokens: Annotated[Count, "Their tokens, without the first token of each."]
-    length: Annotated[Count, "Tokens of the longest sequence."]
-    sha256: Annotated[Sha256, "Digest of the sequences (SHA-256, hexadecimal)."]
     sample_sha256: Annotated[Sha256, "Digest of a sample of the file (SHA-256, hexadecimal)."]
 
 class MapFacts(TypedDict):

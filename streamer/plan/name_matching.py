@@ -101,8 +101,9 @@ class Conversion:
         """Return the loaded name of a tensor, or None if it is not a source of this conversion."""
         for at, source in enumerate(self.sources):
             if renamed := _replace(name, source, self.to[0] if self.to else "", self.scope):
-                numbers = re.findall(r"(?<=\.)\d+(?=\.)", renamed.replaced)
-                return Loaded(tensor, renamed.name, self, at, int(numbers[-1]) if numbers else None)
+                new, replaced = renamed
+                numbers = re.findall(r"(?<=\.)\d+(?=\.)", replaced)
+                return Loaded(tensor, new, self, at, int(numbers[-1]) if numbers else None)
         return None
 
 
@@ -145,28 +146,21 @@ class Rename:
         for name in names:
             renamed = (_replace(name, pattern, to, self.scope) for pattern, to in self.pairs)
             if first := next(filter(None, renamed), None):
-                out[name] = first.name
+                out[name], _ = first
         if len(self.pairs) > 1 and not any(self.pairs[0][0].search(name) for name in out):
             return {}  # the checkpoint is already converted
         return out
 
 
-class Renamed(NamedTuple):
-    """A new name, and the part of the old one that was replaced."""
-
-    name: str
-    replaced: str
-
-
-def _replace(name: str, pattern: re.Pattern[str], to: str, scope: re.Pattern[str] | None) -> Renamed | None:
-    """Rename by one pattern; None if nothing matches."""
+def _replace(name: str, pattern: re.Pattern[str], to: str, scope: re.Pattern[str] | None) -> tuple[str, str] | None:
+    """Rename by one pattern, and return the new name and the part of the old one that was replaced; None if nothing matches."""
     scoped = None if scope is None else scope.match(name)
     start = scoped.end() if scoped else 0
     match = pattern.search(name[start:]) if scoped or scope is None else None
     if match is None:
         return None
     replacement = to.replace(r"\1", match[1]) if r"\1" in to else to
-    return Renamed(name[:start] + name[start:].replace(match[0], replacement, 1), match[0])
+    return name[:start] + name[start:].replace(match[0], replacement, 1), match[0]
 
 
 @dataclass(frozen=True)

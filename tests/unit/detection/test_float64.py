@@ -152,8 +152,8 @@ def test_without_room_for_float64_a_matrix_stays_open(tmp_path: Path) -> None:
     needed = float64_way(plan, target, options, resident(plan), "dense")
     assert needed is not None
     assert needed == (Way.DENSE, detection_bytes(plan, target, options, resident(plan), 8)[Way.DENSE])
-    assert needed.peak_bytes > detection_bytes(plan, target, options, resident(plan))[Way.DENSE]
-    enough, short = (replace(options, max_memory=needed.peak_bytes - less) for less in (0, 1))
+    assert needed[1] > detection_bytes(plan, target, options, resident(plan))[Way.DENSE]
+    enough, short = (replace(options, max_memory=needed[1] - less) for less in (0, 1))
     assert best_way(plan, target, short, resident(plan)) is Way.DENSE
     assert float64_way(plan, target, short, resident(plan), "dense") is None
     settled, open_ = (detected(plan, epsilon, max_memory=o.max_memory) for o in (enough, short))

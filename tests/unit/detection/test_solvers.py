@@ -36,29 +36,30 @@ def test_triplets_and_intervals_are_right(name: str, shape: tuple[int, int], dty
     assert float(found.triplets.residuals.max()) < 1e-4
     angle = 1 - np.abs((found.triplets.U.double().numpy() * U).sum(0))
     assert (angle <= found.triplets.angle_error_estimate.numpy() ** 2 + 50 * eps).all()
-    assert (found.low.numpy() <= similarity + 1e-5).all()
-    assert (found.high.numpy() >= similarity - 1e-5).all()
-    assert bool(((found.low >= 0.5) | (found.high < 0.5)).all())
-    assert (found.steps > 0) == (found.products > 0) == (name == "certified")
-    of_base, values = np.linalg.svd(base.matrix.double().numpy(), compute_uv=False)[:10], found.base_values.numpy()
+    assert (found.bounds.low.numpy() <= similarity + 1e-5).all()
+    assert (found.bounds.high.numpy() >= similarity - 1e-5).all()
+    assert bool(((found.bounds.low >= 0.5) | (found.bounds.high < 0.5)).all())
+    assert (found.bounds.steps > 0) == (found.bounds.products > 0) == (name == "certified")
+    of_base, values = np.linalg.svd(base.matrix.double().numpy(), compute_uv=False)[:10], found.bounds.values.numpy()
     assert (values <= of_base * (1 + 100 * eps)).all()
     np.testing.assert_allclose(values, of_base, rtol=0.05 if name == "certified" else 100 * eps)
 
 
 def test_values_of_a_base_are_on_its_own_scale() -> None:
     base, delta = problem(96, 64)
-    usual = solve("certified", base, delta).base_values
-    small = solve("certified", Dense(base.matrix * 2.0**-40), LowRank(delta.L * 2.0**-40, delta.R)).base_values
+    usual = solve("certified", base, delta).bounds.values
+    small = solve("certified", Dense(base.matrix * 2.0**-40), LowRank(delta.L * 2.0**-40, delta.R)).bounds.values
     np.testing.assert_allclose(small, usual * 2.0**-40, rtol=1e-5)
-    assert solve("dense", Dense(torch.zeros(96, 64)), delta).base_values.tolist() == [0.0] * 10
+    assert solve("dense", Dense(torch.zeros(96, 64)), delta).bounds.values.tolist() == [0.0] * 10
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_same_seed_same_bits_another_seed_the_same_decisions(shape: tuple[int, int]) -> None:
     base, delta = problem(*shape)
     first, again, other = (solve("certified", base, delta, seed=seed) for seed in (0, 0, 1))
-    for name in ("low", "high", "similarity"):
-        assert torch.equal(getattr(first, name), getattr(again, name))
+    for name in ("low", "high"):
+        assert torch.equal(getattr(first.bounds, name), getattr(again.bounds, name))
+    assert torch.equal(first.similarity, again.similarity)
     for name in ("U", "S", "Vh", "residuals"):
         assert torch.equal(getattr(first.triplets, name), getattr(again.triplets, name))
     assert torch.equal(first.similarity < 0.5, other.similarity < 0.5)
@@ -87,7 +88,7 @@ def test_a_base_far_below_the_delta_is_judged_on_its_own_scale(ratio: float) -> 
     found = solve("certified", base, delta, k=1)
     similarity = oracle(base, delta, 1)[3]
     assert found.solver == "certified"
-    assert float(found.low[0]) - 1e-5 <= similarity[0] <= float(found.high[0]) + 1e-5
+    assert float(found.bounds.low[0]) - 1e-5 <= similarity[0] <= float(found.bounds.high[0]) + 1e-5
 
 
 @pytest.mark.parametrize(
@@ -164,9 +165,9 @@ def test_without_a_copy_of_the_matrix_the_answer_is_the_same(shape: tuple[int, i
     found = SOLVERS["certified"](blocks, delta, 10, 0.5, torch.Generator().manual_seed(vary(0)), False)
     assert found.solver == "certified"
     np.testing.assert_allclose(found.triplets.S, S, rtol=1e-5)
-    assert (found.low.numpy() <= similarity + 1e-5).all()
-    assert (found.high.numpy() >= similarity - 1e-5).all()
-    assert bool(((found.low >= 0.5) | (found.high < 0.5)).all())
+    assert (found.bounds.low.numpy() <= similarity + 1e-5).all()
+    assert (found.bounds.high.numpy() >= similarity - 1e-5).all()
+    assert bool(((found.bounds.low >= 0.5) | (found.bounds.high < 0.5)).all())
     assert torch.equal(found.similarity < 0.5, torch.from_numpy(similarity < 0.5))
 
 
@@ -185,7 +186,7 @@ def test_what_only_the_dense_solver_could_settle_stays_open_where_there_is_no_ro
     delta = LowRank(40 * u[:, None].float(), v)
     found = SOLVERS["certified"](blocks, delta, 1, 0.5, torch.Generator().manual_seed(vary(0)), False)
     assert found.solver == "certified"
-    assert float(found.low[0]) < 0.5 <= float(found.high[0])
+    assert float(found.bounds.low[0]) < 0.5 <= float(found.bounds.high[0])
     assert float(found.similarity[0]) >= 0.5  # not proven to be an intruder, so not called one
     assert found.limited  # for want of steps, not of precision
     allowed = solve("certified", Dense(W0.float()), delta, k=1)
@@ -205,7 +206,7 @@ def test_without_room_for_it_no_path_forms_the_matrix(shape: tuple[int, int], k:
         for stored in (blocks, flipped.T):
             found = SOLVERS["certified"](stored, delta, k, 0.5, torch.Generator().manual_seed(vary(0)), False)
             assert found.solver == "certified"
-            assert len(found.low) == k
+            assert len(found.bounds.low) == k
 
 
 def test_the_ways_that_memory_leaves() -> None:
