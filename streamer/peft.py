@@ -655,13 +655,7 @@ def _changed(live_plan: LivePlan) -> list[OutputTensor]:
                 f"{plan.base.path}: {output.name!r} is not a parameter of the model; merge its files with `streamer merge`"
             )
         outputs.append(output)
-    ties = {
-        name
-        for tie in (plan.architecture.ties if plan.architecture else ())
-        if tie.tied
-        for name in (tie.name, tie.source)
-    }
-    ties |= {output.name for output in outputs}
+    ties = (plan.architecture.tied_names if plan.architecture else set()) | {output.name for output in outputs}
     shared = {_place(tensor): name for name, tensor in live_plan.tensors.items() if name not in ties}
     for output in outputs:
         if output.name in plan.base.weight_map and (other := shared.get(_place(live_plan.tensors[output.name]))):

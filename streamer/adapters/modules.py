@@ -420,12 +420,6 @@ class LoraModule:
         """Return ``scaling · B @ A`` as (out, in) factors, transposed if `delta_transposed`; A (r, n), B (m, r)."""
         return LowRank(A.T * self.scaling, B) if self.delta_transposed else LowRank(B * self.scaling, A.T)
 
-    def low_rank_delta(self, tensors: Mapping[str, StoredTensor], double: bool = False) -> LowRank:
-        """Return the product of the LoRA factors alone, as (out, in) factors."""
-        slices = zip((self.a, self.b), self.expert_slices, strict=True)
-        A, B = (values_of(tensors[name], index).flatten(1) for name, index in slices)
-        return self.product(A.double(), B.double()) if double else self.product(A, B)
-
     def delta(self, tensors: Mapping[str, StoredTensor], W0: Tensor | None, *, double: bool = False) -> Delta:
         """Compute Δ (m, n), with ``W' = W0 + Δ``: ``scaling · B @ A`` as factors, or DoRA's in W0's dtype.
 
@@ -438,7 +432,9 @@ class LoraModule:
         double
             Whether to compute in float64, including the scaling of the factors; W0 is then float64.
         """
-        product = self.low_rank_delta(tensors, double)
+        slices = zip((self.a, self.b), self.expert_slices, strict=True)
+        A, B = (values_of(tensors[name], index).flatten(1) for name, index in slices)
+        product = self.product(A.double(), B.double()) if double else self.product(A, B)
         if self.low_rank:
             return product
         assert W0 is not None

@@ -27,25 +27,17 @@ if TYPE_CHECKING:
 def forecast_text(command: str, forecast: Mapping[str, Any], free: int) -> str:
     """Format one command's forecast in one line."""
     usual, escalated, on_device = (forecast[f"{what}_memory_bytes"] for what in ("peak", "escalated", "device"))
+    seconds, far = forecast["seconds"], forecast["network_bytes"]
     memory = f", {format_size(escalated)} if the dense solver, or float64, must decide" if escalated > usual else ""
     memory = memory or (f", of it {format_size(on_device)} on the GPU" if on_device else "")
     beside = f" and at most {format_size(held)} temporarily" if (held := forecast["temporary_bytes"]) else ""
     pace = f", on {counted(forecast['threads'], 'thread')}, within a factor of 3 if load and disk stay as they are"
+    read = format_size(forecast["read_bytes"]) + (f" ({format_size(far)} over the network)" if far else "")
+    took = "not estimated" if seconds is None else f"about {format_duration(seconds)}"
     return (
-        f"forecast: memory {format_size(usual)}{memory}; reads {_read(forecast)}, writes {'at most ' if command == 'detect' else ''}"
-        f"{format_size(forecast['write_bytes'])}{beside}; "
-        f"{format_size(free)} free; time {_time(forecast['seconds'])}{pace if forecast['seconds'] else ''}"
+        f"forecast: memory {format_size(usual)}{memory}; reads {read}, writes {'at most ' if command == 'detect' else ''}"
+        f"{format_size(forecast['write_bytes'])}{beside}; {format_size(free)} free; time {took}{pace if seconds else ''}"
     )
-
-
-def _read(forecast: Mapping[str, Any]) -> str:
-    """Format the bytes to read, with those that cross the network."""
-    far = forecast["network_bytes"]
-    return format_size(forecast["read_bytes"]) + (f" ({format_size(far)} over the network)" if far else "")
-
-
-def _time(seconds: float | None) -> str:
-    return "not estimated" if seconds is None else f"about {format_duration(seconds)}"
 
 
 def dry_run_text(record: Mapping[str, Any], command: str, screen: Screen) -> str:

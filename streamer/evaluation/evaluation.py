@@ -412,17 +412,14 @@ class EvaluationHead(TypedDict):
     schema: Literal["streamer.evaluation/1"]
     verdict: Annotated[str, "Which variant to use, in one line."]
 
-class ModelFacts(TypedDict):
-    """Inputs of a run on texts."""
+class EvaluationFacts(TypedDict):
+    """Inputs and options of an evaluation."""
     version: Version
     transformers: Annotated[str, "Version of transformers."]
     base: Annotated[BaseSource, "The base model: its name, and what identifies it, wherever it is stored."]
     adapter: Annotated[AdapterSource, "The adapter, or the fine-tuned model in its place, described in the same way."]
     factored: Annotated[bool, "Whether all deltas are products of LoRA factors, so that mitigate can write them."]
     quantized: Annotated[bool, "Whether a merge must write a quantized base as a plain one (--dequantize)."]
-
-class EvaluationFacts(ModelFacts):
-    """Inputs and options of an evaluation."""
     configs: NotRequired[Configs]
     detection: Annotated[OptionsRecord | None, "How the intruders were found; null if none were needed (only method shrink)."]
     scale: Annotated[Selection, "Which intruders are scaled: all, or the highest-ranked one of each matrix."]

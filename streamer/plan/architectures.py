@@ -167,6 +167,11 @@ class Architecture:
     unsaved: frozenset[str]
     parts: tuple[Part, ...]
 
+    @property
+    def tied_names(self) -> set[str]:
+        """Return the patterns of the names that are tied to others."""
+        return {name for tie in self.ties if tie.tied for name in (tie.name, tie.source)}
+
     def has_tensor(self, name: str) -> bool:
         """Test whether a loaded model has a tensor of this name, possibly in another layer."""
         return (pattern := pattern_of(name)) in self.tensors or pattern in self.saved_buffers

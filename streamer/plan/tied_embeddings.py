@@ -188,8 +188,7 @@ class TieEditor:
                 f"{self.base.path}: has no config.json to say that {listed(map(repr, parted[0].names))} are no longer one tensor; add it"
             )
         architecture = architecture_for(self.config.untied(untied), self.architecture.name) if parted else None
-        ties_left = architecture.ties if architecture else ()
-        still = {name for tie in ties_left if tie.tied for name in (tie.name, tie.source)}
+        still = architecture.tied_names if architecture else set()
         edits = replace(self.edits, untied=untied)
         for tie in ties:
             if parted and not still & tie.on_disk.keys():

@@ -337,21 +337,18 @@ class BaseIdentity(TypedDict):
     architecture: NotRequired[Annotated[str, "Class of the base, if the user named it (--architecture)."]]
     in_memory: NotRequired[Annotated[bool, "True if the model was in memory; its tensors are listed as one file. Otherwise absent."]]
 
-class DigestedAdapter(TypedDict):
-    """Identity of an adapter, or of a fine-tuned model used as one."""
-    weights_sha256: NotRequired[Annotated[Sha256, "Digest of all tensors of an adapter (SHA-256, hexadecimal)."]]
-    config_sha256: NotRequired[Annotated[Sha256, "Digest of its adapter_config.json (SHA-256, hexadecimal)."]]
-    modules: Annotated[Count, "Modules that it changes."]
-    base_model_name_or_path: NotRequired[Annotated[str | None, "The base's name in its config; in findings it may be a path."]]
-
 class StatedIdentity(TypedDict):
     """Facts about an adapter that the user states if its files do not; see `streamer.adapters.adapter_config`."""
     base_is_residual: NotRequired[Annotated[bool, "True if --base-is-residual stated that the base is the adapter's residual."]]
     lora_b_layout: NotRequired[Annotated[Literal["rank_major", "grouped_by_expert"], "Stated order of lora_B's columns."]]
     ignored_keys: NotRequired[Annotated[list[str], "Unknown keys of adapter_config.json that the user ignored (--ignore-key)."]]
 
-class AdapterIdentity(DigestedAdapter, StatedIdentity):
+class AdapterIdentity(StatedIdentity):
     """Identity of an adapter, or of a fine-tuned model used as one."""
+    weights_sha256: NotRequired[Annotated[Sha256, "Digest of all tensors of an adapter (SHA-256, hexadecimal)."]]
+    config_sha256: NotRequired[Annotated[Sha256, "Digest of its adapter_config.json (SHA-256, hexadecimal)."]]
+    modules: Annotated[Count, "Modules that it changes."]
+    base_model_name_or_path: NotRequired[Annotated[str | None, "The base's name in its config; in findings it may be a path."]]
     files: NotRequired[Annotated[list[FileIdentity], "Its safetensors files; only for a fine-tuned model."]]
 # fmt: on
 
