@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
 import threading
 import time
@@ -30,13 +31,7 @@ Result = tuple[Mapping[str, Any], str]
 
 def screen(every: bool = False, legend: bool = True) -> Screen:
     """Describe stdout: width from `COLUMNS` or the terminal, unlimited for a pipe or file."""
-    columns = os.environ.get("COLUMNS", "")
-    if columns.isdecimal() and int(columns) > 0:
-        return Screen(max(20, int(columns)), every, legend)
-    try:
-        width = os.get_terminal_size(sys.stdout.fileno()).columns
-    except (OSError, ValueError, AttributeError):
-        return Screen(None, every, legend)
+    width = shutil.get_terminal_size((0, 0)).columns
     return Screen(max(20, width) if width else None, every, legend)
 
 

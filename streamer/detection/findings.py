@@ -213,13 +213,11 @@ def _decided(m: MatrixFinding) -> str:
 
 def _ranks(ranks: Sequence[int]) -> str:
     """Format 0-based ranks as 1-based; runs of more than two are abbreviated."""
-    runs: list[list[int]] = []
-    for j in ranks:
-        if runs and j == runs[-1][1] + 1:
-            runs[-1][1] = j
-        else:
-            runs.append([j, j])
-    parts = [f"{a + 1}" if a == b else f"{a + 1} {b + 1}" if b == a + 1 else f"{a + 1}-{b + 1}" for a, b in runs]
+    # In a run, each rank exceeds its place by the same number.
+    groups = itertools.groupby(enumerate(ranks), lambda pair: pair[1] - pair[0])
+    runs = [[j for _, j in group] for _, group in groups]
+    ends = ((run[0], run[-1]) for run in runs)
+    parts = [f"{a + 1}" if a == b else f"{a + 1} {b + 1}" if b == a + 1 else f"{a + 1}-{b + 1}" for a, b in ends]
     return " ".join(parts) or "-"
 
 

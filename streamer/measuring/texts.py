@@ -557,9 +557,8 @@ def _cut_text(path: Path, tokenizer: Tokenizer, sequences: int, length: int, lea
 def _next_word(fd: int, at: int) -> int:
     """Find where the next word begins, or the next character if no word begins within `LONGEST_WORD` bytes."""
     near = read_bytes(fd, LONGEST_WORD, at)
-    for i, byte in enumerate(near):
-        if bytes([byte]).isspace():
-            return at + i + 1
+    if (space := re.search(rb"\s", near)) is not None:
+        return at + space.end()
     return at + next((i for i, byte in enumerate(near) if byte & 0xC0 != 0x80), 0)
 
 
@@ -589,10 +588,8 @@ def _tokenize_from(path: Path, fd: int, at: int, tokenizer: Tokenizer, wanted: i
 def _decode(path: Path, raw: bytes, at: int, whole: bool) -> str:
     """Decode UTF-8; if a part ends within a character, leave that character out."""
     try:
-        return raw.decode()
+        return codecs.getincrementaldecoder("utf-8")().decode(raw, whole)
     except UnicodeDecodeError as e:
-        if not whole and e.start > len(raw) - 4 and e.reason == "unexpected end of data":
-            return raw[: e.start].decode()
         raise unexpected(path, "text in UTF-8", f"another byte at {at + e.start}; convert it") from e
 
 
