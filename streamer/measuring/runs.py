@@ -215,7 +215,7 @@ class _Accumulator:
     """Sums over the vocabulary for each token; shapes are (variants, sequences, length), with the base as the first variant."""
 
     def __init__(self, variants: int, text: TextSequences, device: torch.device) -> None:
-        ids, self.counted = map(torch.from_numpy, text.padded(text.longest))
+        ids, self.counted = text.padded()
         shape = (variants, *ids.shape)
         self.labels = torch.roll(ids, -1, 1).to(device)
         self.largest = torch.full(shape, -torch.inf, device=device)

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from streamer.errors import FormatError, MissingInputError, UnsupportedError, UsageError
 from streamer.events import Monitor
@@ -171,7 +172,7 @@ class TextSequences:
         chosen = tuple(rows)
         return TextSequences(tuple(self.ids[i] for i in chosen), tuple(self.counted[i] for i in chosen), self.name)
 
-    def padded(self, length: int) -> TokenSequence:
+    def padded(self) -> tuple[Tensor, Tensor]:
         """Put all sequences into one batch, with zeros at their ends, where no counted token attends to them.
 
         Returns
@@ -179,17 +180,14 @@ class TextSequences:
         ids, counted
             (sequences, length): tokens, and whether the loss of predicting the next token counts.
         """
-        ids = np.zeros((len(self.ids), length), np.int64)
-        counted = np.zeros((len(self.ids), length), np.bool_)
-        for row, (tokens, counts) in enumerate(zip(self.ids, self.counted, strict=True)):
-            ids[row, : len(tokens)] = tokens
-            counted[row, : len(tokens) - 1] = counts[1:]
-        return ids, counted
+        ids = map(torch.from_numpy, self.ids)
+        counted = (torch.from_numpy(np.append(counts[1:], False)) for counts in self.counted)
+        return pad_sequence([*ids], batch_first=True), pad_sequence([*counted], batch_first=True)
 
     @property
     def padded_ids(self) -> Tensor:
         """Return all sequences in one batch, (sequences, length); see `padded`."""
-        return torch.from_numpy(self.padded(self.longest)[0])
+        return self.padded()[0]
 
     @property
     def tokens(self) -> int:

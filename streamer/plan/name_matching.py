@@ -29,7 +29,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, takewhile
 from typing import Any, NamedTuple
 
 from streamer.adapters.adapter import DeltaSource, PipelineAdapter
@@ -418,9 +418,8 @@ def prefix_exchange(module: str, stem: str) -> tuple[str, str]:
     ``model.layers.0.q``, ``transformer.layers.0.q`` → ``("model.", "transformer.")``.
     """
     of_module, of_stem = module.split("."), stem.split(".")
-    n = 0
-    while n < min(len(of_module), len(of_stem)) and of_module[-1 - n] == of_stem[-1 - n]:
-        n += 1
+    from_the_end = zip(reversed(of_module), reversed(of_stem), strict=False)
+    n = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], from_the_end))
     strip, add = ("".join(p + "." for p in parts[: len(parts) - n]) for parts in (of_module, of_stem))
     return strip, add
 

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -233,8 +234,7 @@ class AtomicFile:
             except FileNotFoundError as e:
                 raise InputChangedError.vanished(source) from e
             with file:
-                while data := file.read(8 << 20):
-                    self.write(data)
+                shutil.copyfileobj(file, self, 8 << 20)
         if self.written != self.size:
             wanted, found = format_sizes(self.size, self.written)
             raise InputChangedError(f"{source}: expected {wanted}, found {found}: it changed during the run; start again")  # fmt: skip
