@@ -434,6 +434,8 @@ class MergeOptions(Dequantizing, WritingOptions):
     """Options of `merge_with_reduced_intruder_dimensions`."""
 
     output: str | Path = written(f"model directory to write; {SEVERAL} subdirectory NAME per adapter", "DIR")
+    requantize: InputMap | str | Path | None = option("if the base is in 4 bits, write merged weights in its codes again; needs a map of "
+        "BASE from `streamer map`", metavar="MAP", rare=True)
     dtype: MergedDtype | None = option("write plain floating-point tensors in this dtype, but not those stored wider than most",
         choices=["bf16", "fp16", "fp32"], metavar="DTYPE", shown="the base's", detail="bf16, fp16 or fp32.")
     max_shard_size: str | int | None = option("largest size of a file, like 5GB", metavar="SIZE",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack, overload
 
@@ -19,6 +20,7 @@ from streamer.detection.findings import Findings
 from streamer.detection.options import DetectionOptions, Run
 from streamer.errors import UsageError
 from streamer.events import Monitor
+from streamer.methods.files import InputMap, load_map
 from streamer.options import Adapters, DetectOptions, IterateOptions, MergeOptions, MitigateOptions, SeveralAdapters
 from streamer.output import write
 from streamer.output.adapter_writer import AdapterWriter, LoraWriter
@@ -133,6 +135,13 @@ class OutputRequest(Request, MitigateOptions, MergeOptions, IterateOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         _ = self.chosen, self.shard_bytes
+        if self.dequantize and self.requantize is not None:
+            raise UsageError("requantize: writes codes, and dequantize writes none; give one of them")
+
+    @cached_property
+    def input_map(self) -> InputMap | None:
+        """Return the map by which 4-bit weights are written."""
+        return load_map(self.requantize) if isinstance(self.requantize, str | Path) else self.requantize
 
     @property
     def shard_bytes(self) -> int | None:
@@ -174,8 +183,8 @@ class OutputRequest(Request, MitigateOptions, MergeOptions, IterateOptions):
         jobs = open_jobs(base, adapters, findings, self.chosen, detection, run)
         return [
             replace(
-                job, dequantize=self.dequantize, dtype=self.dtype, shard_bytes=self.shard_bytes, for_server=self.for_server,
-                card=self.model_card, measured=self.measured,
+                job, dequantize=self.dequantize, dtype=self.dtype, shard_bytes=self.shard_bytes, requantize=self.input_map,
+                for_server=self.for_server, card=self.model_card, measured=self.measured,
             ) for job in jobs
         ]  # fmt: skip
 
@@ -261,7 +270,8 @@ def merge_with_reduced_intruder_dimensions(
 
     Tensor order, metadata and all other files are the base's. So are shard names and dtypes, and unchanged tensors keep their bytes, unless
     `max_shard_size` or `dtype` is given. The delta is not truncated. FP8 weights are quantized again with new scales: each value is rounded
-    to 4 significant bits. Other quantized weights need `dequantize`. Several adapters share one pass over the base.
+    to 4 significant bits. Other quantized weights need `dequantize` or, in 4 bits, `requantize`. Several adapters
+    share one pass over the base.
 
     Parameters
     ----------
@@ -273,6 +283,10 @@ def merge_with_reduced_intruder_dimensions(
         None detects first, into a findings file in the output.
     dequantize
         Write all quantized weights as plain tensors of the config's dtype, and remove the quantization from ``config.json``.
+    requantize
+        Map from `map_inputs` of the base, or the path of its file: merged weights in 4 bits become codes again, with the base's own scales,
+        and are rounded so that the response to the map's inputs changes least. The record states for each matrix the share of the update
+        that survives (``survives``, ``rounding_error``).
     executor
         Workers that write shards, as for `detect_intruder_dimensions`; they need the output at the same path. The bytes are the same.
 

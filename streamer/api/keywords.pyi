@@ -92,6 +92,7 @@ class MergeKeywords(TypedDict, total=False):
     overwrite: bool
     model_card: bool
     dequantize: bool
+    requantize: InputMap | str | Path | None
     dtype: MergedDtype | None
     max_shard_size: str | int | None
     executor: Executor | None

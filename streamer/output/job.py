@@ -54,7 +54,7 @@ class Job:
         Findings; None if the run makes them first, in its own file. Used only if the method needs them.
     dequantize
         Whether a merged model of a quantized base is written as a plain one.
-    dtype, shard_bytes
+    dtype, shard_bytes, requantize
         See `plan_merged`.
     for_server
         See `AdapterWriter`.
@@ -74,6 +74,7 @@ class Job:
     dequantize: bool = False
     dtype: MergedDtype | None = None
     shard_bytes: int | None = None
+    requantize: InputMap | None = None
     for_server: bool = False
     card: bool = True
     measured: tuple[str, ...] = ()
@@ -147,7 +148,8 @@ class Job:
     @property
     def form(self) -> dict[str, Any]:
         """Return the options that give the output another form than its input's."""
-        return {key: value for key in ("dtype", "shard_bytes", "for_server") if (value := getattr(self, key))}
+        form = {key: value for key in ("dtype", "shard_bytes", "for_server") if (value := getattr(self, key))}
+        return form if self.requantize is None else {**form, "requantize": self.requantize.record()}
 
     @property
     def bits(self) -> str:

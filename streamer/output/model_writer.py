@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,11 +25,13 @@ from streamer.adapters.adapter_config import CONFIG_NAME, WEIGHTS_NAME
 from streamer.adapters.finetuned import FinetunedModel
 from streamer.detection.detect import detect_matrix, detection_estimates
 from streamer.detection.intruders import Detection
-from streamer.errors import NumericError, UnsupportedError
+from streamer.errors import MismatchError, NumericError, UnsupportedError
 from streamer.events import Monitor, Progress
 from streamer.linalg.operators import Delta, all_finite
+from streamer.linalg.rounding import Feedback, round_rows
 from streamer.linalg.torch_state import threads
-from streamer.output.job import Job, Writer
+from streamer.methods.files import InputMap, MappedInput
+from streamer.output.job import Job, Writer, refuse_other_base
 from streamer.output.record import MergedDtype, MitigatedMatrix
 from streamer.plan.architectures import architectures_for, pattern_of
 from streamer.plan.carried_tensors import Head, implied_head
@@ -39,9 +42,9 @@ from streamer.storage.atomic_file import BufferRing, Piece, ShardPlan, component
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, component_files, shard_names
 from streamer.storage.header import TensorInfo, tensor_nbytes
 from streamer.storage.transaction import RECORD_NAME
-from streamer.units import counted
+from streamer.units import counted, listed
 from streamer.weights.base import FLOATS, SPELLINGS, Plain, StoredTensor, Weight, as_bytes, as_tensor, encode, in_memory
-from streamer.weights.codes import FP8, GPTQ
+from streamer.weights.codes import FP8, GPTQ, NOT_FINITE, Recodable
 from streamer.weights.logical import STALE, WeightView, cast_weights, is_activation_scale, plain_metadata, plain_weights
 from streamer.weights.model_config import MODEL_CONFIG
 
@@ -56,8 +59,17 @@ Mitigated = Callable[[Target], tuple[Delta, Delta]]
 
 MERGED_DTYPES: dict[MergedDtype, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-RoundingReport = Callable[[Target, int, int], None]
-"""Receives, for a matrix, the number of its merged values, and the number of those that rounding left with the base's bytes."""
+RECODED_BYTES = 32 << 20
+"""Rows of this many float32 bytes are coded at a time: a column takes as long for a few rows as for many."""
+
+RECODED = 12
+"""Most copies of these rows in float32: stored, merged, rounded and transposed values, scales and codes."""
+
+FEEDBACK = 48
+"""Bytes for each value of an input's vectors while they are prepared, in float64 and float32."""
+
+Report = Callable[..., None]
+"""Receives keys of `MitigatedMatrix`: what rounding did to the matrix."""
 
 
 class Recipe(ABC):
@@ -66,7 +78,7 @@ class Recipe(ABC):
     __slots__ = ()
 
     @abstractmethod
-    def pieces(self, mitigated: Mitigated, report: RoundingReport | None = None) -> Iterator[Piece]:
+    def pieces(self, mitigated: Mitigated, report: Report | None = None) -> Iterator[Piece]:
         """Yield its bytes in order, in pieces that the caller releases.
 
         Parameters
@@ -82,7 +94,7 @@ class CopyBytes(Recipe):
 
     stored: StoredTensor
 
-    def pieces(self, mitigated: Mitigated, report: RoundingReport | None = None) -> Iterator[Piece]:
+    def pieces(self, mitigated: Mitigated, report: Report | None = None) -> Iterator[Piece]:
         """Yield the file's own bytes."""
         return self.stored.file.chunks(self.stored.info)
 
@@ -93,7 +105,7 @@ class Rows(Recipe):
 
     weight: Weight
 
-    def pieces(self, mitigated: Mitigated, report: RoundingReport | None = None) -> Iterator[Piece]:
+    def pieces(self, mitigated: Mitigated, report: Report | None = None) -> Iterator[Piece]:
         """Yield the rows."""
         for i, j, raw, values, out, piece in _rows(self.weight):
             self.fill(i, j, raw, values, out)
@@ -126,7 +138,7 @@ class AddDelta(Recipe):
     target: Target
     tuned: StoredTensor | None = None
 
-    def pieces(self, mitigated: Mitigated, report: RoundingReport | None = None) -> Iterator[Piece]:
+    def pieces(self, mitigated: Mitigated, report: Report | None = None) -> Iterator[Piece]:
         """Yield the rows of the sum."""
         delta, after = mitigated(self.target)
         if after is delta and self.tuned is not None:
@@ -148,7 +160,7 @@ class AddDelta(Recipe):
                     count += int(np.count_nonzero(same))
             yield piece
         if report is not None and not nothing and self.tuned is None and not self.weight.quantized:
-            report(self.target, math.prod(self.weight.shape), count)
+            report(values=math.prod(self.weight.shape), rounded_away=count)
 
 
 @dataclass(frozen=True)
@@ -159,7 +171,7 @@ class Requantize(Recipe):
     target: Target
     role: str
 
-    def pieces(self, mitigated: Mitigated, report: RoundingReport | None = None) -> Iterator[Piece]:
+    def pieces(self, mitigated: Mitigated, report: Report | None = None) -> Iterator[Piece]:
         """Yield the quantized values or their scales. Each pass computes the sum again, so that it is never in memory whole."""
         (_, delta), weight = mitigated(self.target), self.weight.at_hand()
         change = (delta.T if self.target.transposed else delta).to(weight.compute)
@@ -178,13 +190,53 @@ class Requantize(Recipe):
 
 
 @dataclass(frozen=True)
+class Recode(Recipe):
+    """Makes the codes of ``W0 + Δ'`` with the base's own scales, by the inputs of a map; a zero delta leaves W0's bytes."""
+
+    weight: Recodable
+    target: Target
+    entry: MappedInput
+
+    def pieces(self, mitigated: Mitigated, report: Report | None = None) -> Iterator[Piece]:
+        """Yield the codes, and report what is left of the response to the map's inputs."""
+        (_, change), weight = mitigated(self.target), self.weight.at_hand()
+        stored = weight.tensors["weight"]
+        if change.is_zero():
+            yield from stored.file.chunks(stored.info)
+            return
+        change, feedback = change.to(weight.compute), _feedback(self.entry)
+        m, n = weight.shape[::-1] if weight.turned else weight.shape
+        wanted = got = error = 0.0
+        step = max(2, RECODED_BYTES // (8 * n) * 2)  # two rows of four bits always fill their bytes
+        for i in range(0, m, step):
+            j = min(m, i + step)
+            before = weight.coded_rows(i, j)
+            change.add_rows(values := before.clone(), i, j)
+            if not all_finite(values):
+                raise NumericError(f"tensor {weight.name!r}: {NOT_FINITE}")
+            indices, rounded = round_rows(values, weight.grid(i, j), feedback)
+            update, made = values.sub_(before), rounded - before
+            wanted += feedback.energy(update, update)
+            got += feedback.energy(update, made)
+            error += feedback.energy(made.sub_(update), made)
+            yield Piece(as_bytes(weight.packed(indices)))
+        if report is not None and wanted:
+            report(survives=got / wanted, rounding_error=math.sqrt(error / wanted))
+
+
+@lru_cache(maxsize=1)  # q, k and v, gate and up have the same inputs and follow each other
+def _feedback(entry: MappedInput) -> Feedback:
+    return Feedback.of(entry.spectrum)
+
+
+@dataclass(frozen=True)
 class RowSlice(Recipe):
     """Makes a tensor that holds some rows of a matrix, by a recipe with these rows of the delta."""
 
-    recipe: AddDelta | Requantize
+    recipe: AddDelta | Requantize | Recode
     rows: tuple[int, int]
 
-    def pieces(self, mitigated: Mitigated, report: RoundingReport | None = None) -> Iterator[Piece]:
+    def pieces(self, mitigated: Mitigated, report: Report | None = None) -> Iterator[Piece]:
         """Yield the recipe's pieces; for part of a matrix, values that rounding leaves unchanged are not counted."""
 
         def sliced(target: Target) -> tuple[Delta, Delta]:
@@ -200,7 +252,7 @@ class Stack(Recipe):
 
     recipes: tuple[Recipe, ...]
 
-    def pieces(self, mitigated: Mitigated, report: RoundingReport | None = None) -> Iterator[Piece]:
+    def pieces(self, mitigated: Mitigated, report: Report | None = None) -> Iterator[Piece]:
         """Yield the pieces of each recipe, one after the other."""
         return itertools.chain.from_iterable(recipe.pieces(mitigated, report) for recipe in self.recipes)
 
@@ -316,7 +368,7 @@ class MergedModel:
 
 
 def plan_merged(plan: Plan, dequantize: bool = False, dtype: MergedDtype | None = None,
-                shard_bytes: int | None = None) -> MergedModel:  # fmt: skip
+                shard_bytes: int | None = None, requantize: InputMap | None = None) -> MergedModel:  # fmt: skip
     """Plan each tensor of the merged model from headers alone.
 
     Parameters
@@ -327,6 +379,8 @@ def plan_merged(plan: Plan, dequantize: bool = False, dtype: MergedDtype | None 
         Write plain weights, and dequantized ones, in this dtype; see `cast_weights`.
     shard_bytes
         Divide the tensors among files as transformers does; see `_divided`.
+    requantize
+        Write merged 4-bit weights as codes again, by this map of the base's inputs; see `Recode`.
 
     Raises
     ------
@@ -336,13 +390,14 @@ def plan_merged(plan: Plan, dequantize: bool = False, dtype: MergedDtype | None 
     if plan.config.pipeline and (dtype or shard_bytes):
         what = "dtype" if dtype else "max_shard_size"
         raise UnsupportedError(f"{plan.base.path}: {what}: a diffusers pipeline keeps its files and dtypes; leave it out")  # fmt: skip
-    _refuse_quantized(plan, dequantize)
+    _refuse_quantized(plan, dequantize, requantize)
     weights = plain_weights(plan.weights, plan.config) if dequantize else plan.weights
     if dtype is not None:
         weights = cast_weights(weights, MERGED_DTYPES[dtype])
     files: dict[str, list[OutputTensor]] = {}
     for name, file in plan.base.files.items():
-        outputs = (_of_file(plan, weights, t.name, StoredTensor(file, t), dequantize) for t in file.header.tensors)
+        tensors = ((t.name, StoredTensor(file, t)) for t in file.header.tensors)
+        outputs = (_of_file(plan, weights, *tensor, dequantize, requantize) for tensor in tensors)
         files[name] = [output for output in outputs if output is not None]
     new = (name for name in plan.edits.sources if name not in plan.base.weight_map)
     files[next(reversed(files))] += [_output(plan, weights, name, None) for name in new]
@@ -378,7 +433,8 @@ def _divided(outputs: Iterable[OutputTensor], shard_bytes: int) -> dict[str, tup
     return dict(zip(shard_names(len(shards)), map(tuple, shards), strict=True))
 
 
-def _of_file(plan: Plan, weights: WeightView, name: str, stored: StoredTensor, dequantize: bool) -> OutputTensor | None:
+def _of_file(plan: Plan, weights: WeightView, name: str, stored: StoredTensor, dequantize: bool,
+             requantize: InputMap | None) -> OutputTensor | None:  # fmt: skip
     """Plan the output of a base's tensor; None if it is omitted."""
     if name in plan.edits.dropped or (dequantize and is_activation_scale(name, weights)):
         return None
@@ -393,10 +449,12 @@ def _of_file(plan: Plan, weights: WeightView, name: str, stored: StoredTensor, d
         return OutputTensor(logical, SPELLINGS[_written(weight)], weight.shape, recipe)
     if logical not in plan.by_weight or role not in ("weight", "quant_scale"):
         return OutputTensor(name, stored.info.dtype, stored.info.shape, CopyBytes(stored))
-    return OutputTensor(name, stored.info.dtype, stored.info.shape, _merged(plan, weights[logical], role))
+    recipe = _merged(plan, weights[logical], role, requantize=requantize)
+    return OutputTensor(name, stored.info.dtype, stored.info.shape, recipe)
 
 
-def _merged(plan: Plan, weight: Weight, role: str | None = None, stands: StoredTensor | None = None) -> Recipe:
+def _merged(plan: Plan, weight: Weight, role: str | None = None, stands: StoredTensor | None = None,
+            requantize: InputMap | None = None) -> Recipe:  # fmt: skip
     """Make the recipe of a weight that the adapter changes.
 
     Parameters
@@ -405,21 +463,33 @@ def _merged(plan: Plan, weight: Weight, role: str | None = None, stands: StoredT
         If the weight is quantized, the role of the tensor to make.
     stands
         If it is not, the tensor whose dtype is written.
+    requantize
+        See `plan_merged`.
     """
     recipes = list[Recipe]()
     for target, slice_ in plan.by_weight[weight.name]:
         own = weight if slice_.index is None else weight.slice(slice_.index)
         tuned = None if stands is None else plan.adapter.stored_sum(target.module)
         same = tuned is not None and stands is not None and tuned.info.dtype == SPELLINGS[_written(weight)]
-        recipe: AddDelta | Requantize = AddDelta(own, target, tuned if same else None)
-        if role is not None:
-            assert isinstance(own, FP8)
+        recipe: AddDelta | Requantize | Recode = AddDelta(own, target, tuned if same else None)
+        if role is not None and isinstance(own, FP8):
             recipe = Requantize(own, target, role)
+        elif role is not None:
+            entry = _entry(requantize, target)
+            assert isinstance(own, Recodable)
+            assert entry is not None
+            recipe = Recode(own, target, entry)
         recipes.append(recipe if slice_.rows is None else RowSlice(recipe, slice_.rows))
     return recipes[0] if plan.by_weight[weight.name][0][1].index is None else Stack(tuple(recipes))
 
 
-def _refuse_quantized(plan: Plan, dequantize: bool) -> None:
+def _entry(requantize: InputMap | None, target: Target) -> MappedInput | None:
+    """Find a matrix's inputs in the map; None if it lacks them."""
+    entry = None if requantize is None else requantize.find(target.tensor, target.module.shape[1])
+    return None if entry is None or entry.vectors is None else entry
+
+
+def _refuse_quantized(plan: Plan, dequantize: bool, requantize: InputMap | None) -> None:
     """Refuse changes that do not fit quantized weights; one line for all."""
     quantized, base, instead = plan.weights.quantized_names, plan.base.path, "merge into the 16-bit base"
     replaced = [name for name in plan.edits.sources if name in quantized]
@@ -427,6 +497,20 @@ def _refuse_quantized(plan: Plan, dequantize: bool) -> None:
         saves = f"{plan.adapter.file.path}: saves {replaced[0]!r} (modules_to_save)"
         raise UnsupportedError(f"{saves}, which stands quantized in {base}; {instead}")
     refused = [name for name in plan.by_weight if name in quantized and not plan.weights.requantizes(name)]
+    if requantize is not None:
+        refuse_other_base(requantize, requantize.facts["base"], {**plan.base_identity})
+        kinds = {
+            n: w for n in refused if isinstance(w := plan.weights[n], Recodable) and n not in plan.weights.replacements
+        }
+        coded = {n for n, w in kinds.items() if all(t.transposed == w.turned for t, _ in plan.by_weight[n])}
+        lacks = [t.tensor for name in coded for t, _ in plan.by_weight[name] if _entry(requantize, t) is None]
+        if lacks:
+            what = f"has no inputs of {counted(len(lacks), 'matrix')}, {listed(map(repr, lacks))}"
+            raise MismatchError(f"{requantize.name}: {what}; make a map with more text, or use --dequantize")
+        if not coded:
+            what = "requantize: the adapter changes no weight that is stored in 4 bits with a scale for each group"
+            raise UnsupportedError(f"{base}: {what}; leave it out")
+        refused = [name for name in refused if name not in coded]
     refused += [name for name in plan.edits.rows if name in quantized]
     architectures = architectures_for(plan.config)
     if dequantize and quantized and any(a.conv1d for a in architectures):
@@ -441,6 +525,8 @@ def _refuse_quantized(plan: Plan, dequantize: bool) -> None:
     if refused and not dequantize:
         what = f"{len(refused)} of the weights to merge into are quantized, {refused[0]!r} first ({plan.weights[refused[0]].label})"
         do = f"and merged weights do not fit their codes; --dequantize writes a plain model, or {instead}"
+        if any(isinstance(plan.weights[name], Recodable) for name in refused):
+            do = f"and merged weights do not fit their codes; --dequantize writes a plain model, --requantize new codes, or {instead}"
         raise UnsupportedError(f"{base}: {what}, {do}")
 
 
@@ -516,7 +602,7 @@ class ModelWriter(Writer):
     """Writer of the base with the mitigated deltas merged in."""
 
     def __init__(self, job: Job, path: Path) -> None:
-        model = plan_merged(job.plan, job.dequantize, job.dtype, job.shard_bytes)
+        model = plan_merged(job.plan, job.dequantize, job.dtype, job.shard_bytes, job.requantize)
         # The files of a pipeline's components in which nothing changes are copied.
         names = [n for n, outputs in model.files.items() if any(not isinstance(o.recipe, CopyBytes) for o in outputs)]
         changed = {"", *map(component_prefix, names)}
@@ -579,8 +665,8 @@ class ModelWriter(Writer):
                 metrics.append(job.metrics(target, delta, after))
             return delta, after
 
-        def report(target: Target, values: int, count: int) -> None:
-            metrics[-1]["values"], metrics[-1]["rounded_away"] = values, count
+        def report(**found: Any) -> None:
+            metrics[-1] = cast(MitigatedMatrix, {**metrics[-1], **found})
 
         return recipe.pieces(mitigated, report)
 
@@ -589,6 +675,8 @@ def merge_estimates(job: Job, model: MergedModel, resident: int) -> Iterator[Mem
     """Estimate the peak memory for each tensor of a merged model, including `resident` bytes already in use."""
     for target in job.plan.targets:
         size = job.mitigation_bytes(target) + rows_bytes(job.plan.weights[target.tensor])
+        if (entry := _entry(job.requantize, target)) is not None:
+            size += RECODED * RECODED_BYTES + FEEDBACK * entry.size * len(entry.values)
         yield MemoryEstimate(target.tensor, target.module.shape, resident + size)
     for output in (o for outputs in model.files.values() for o in outputs):
         rows = rows_bytes(output.recipe.weight) if isinstance(output.recipe, Rows) else 0

@@ -42,6 +42,8 @@ class MitigatedMatrix(TypedDict):
     dropped: Annotated[Amount, "Share of the mitigated delta's Frobenius norm lost in projection onto the written rank; 0 for a merge."]
     values: NotRequired[Annotated[Count, "For a merge: values of the matrix, if one tensor of the base's dtype holds it, not a copy."]]
     rounded_away: NotRequired[Annotated[Count, "How many of them rounding to the dtype left as in the base although the delta is not 0."]]
+    survives: NotRequired[Annotated[float, "With --requantize: share of the update's response to the map's inputs that the codes hold."]]
+    rounding_error: NotRequired[Annotated[Amount, "Size of what rounding to codes added to that response, relative to the update's."]]
 
 class Totals(TypedDict):
     """Totals over all matrices."""
@@ -80,6 +82,7 @@ Record = TypedDict("Record", {
     "file": NotRequired[Annotated[str, "Name of the file of coefficients or map, if there is one; else `coefficients` or `map`."]],
     "to_lora": Annotated[float | None, Keywords(exclusiveMinimum=0), "Rank or share of the energy given with --to-lora, or null."],
     "dequantize": Annotated[bool, "Whether a quantized base is written as a plain one."],
+    "requantize": NotRequired[Annotated[MapRecord, "The map given with --requantize, if any: 4-bit weights were written as codes again."]],
     "dtype": NotRequired[Annotated[MergedDtype | None, "Dtype given with --dtype, if any."]],
     "for_server": NotRequired[Annotated[bool, "Whether an adapter has one rank and scale 1; absent if not."]],
     "shard_bytes": NotRequired[Annotated[Count | None, "Bytes given with --max-shard-size, if any."]],
@@ -166,6 +169,10 @@ def record_lines(record: Mapping[str, Any], title: str | None = None) -> list[st
     if share >= 0.05:  # not 0.0%
         unchanged = f"rounding left {share:.1f}% of the values in these matrices unchanged"
         lines.append(f"{unchanged}: the result is not exactly base + delta")
+    if coded := [m for m in record["matrices"] if "survives" in m]:
+        kept, error = (100 * sum(m[key] for m in coded) / len(coded) for key in ("survives", "rounding_error"))
+        response = f"of the update's response to the map's inputs, {kept:.0f}% survives, with an error of {error:.0f}%"
+        lines.append(f"{counted(len(coded), 'matrix')} written in the base's codes: {response} (means)")
     if record["command"] == "mitigate":
         most = f"lost in projection: at most {100 * t['dropped_max']:.2f}% of a matrix's mitigated delta"
         worst = max(record["matrices"], key=lambda m: m["dropped"], default={"dropped": 0.0})
@@ -367,6 +374,8 @@ def command_line(record: Record) -> str:
         words.append("--amplify")
     if record["dequantize"]:
         words.append("--dequantize")
+    if record.get("requantize"):
+        words += ["--requantize", "MAP"]
     if record.get("for_server"):
         words.append("--for-server")
     if dtype := record.get("dtype"):

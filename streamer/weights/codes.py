@@ -10,20 +10,25 @@ from __future__ import annotations
 
 import math
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Self, TypeGuard
+from typing import Any, ClassVar, Self, TypeGuard
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from streamer.errors import FormatError, NumericError, UnsupportedError
 from streamer.linalg.operators import all_finite
+from streamer.linalg.rounding import Grid
 from streamer.storage.files import strict_json
 from streamer.storage.header import TensorInfo
 from streamer.units import listed
 from streamer.weights.base import DECODED_BYTES, TORCH_DTYPES, QuantizedWeight, StoredTensor
+
+NOT_FINITE = "the result holds NaN or Inf; check the adapter's scale and lambda"
 
 SCALE_DTYPES = ("F16", "BF16", "F32")
 """Dtypes of scales; the product of a value and a 16-bit scale is exact in float32."""
@@ -110,6 +115,31 @@ def check_fit(fits: bool, tensors: Mapping[str, StoredTensor], also: str = "its 
 def unsupported(tensors: Mapping[str, StoredTensor], what: str) -> UnsupportedError:
     """Make the error for a weight that is stored in a way that nothing here decodes."""
     return UnsupportedError(f"{where(tensors)}: {what} is not supported; use the 16-bit model")
+
+
+class Recodable(QuantizedWeight):
+    """Quantized weight that can hold other values with its own scales."""
+
+    turned: ClassVar[bool] = False
+    """Whether codes are stored by columns of the model's matrix."""
+
+    @abstractmethod
+    def grid(self, i: int, j: int) -> Grid:
+        """Return the values that the codes of rows i to j, as stored, represent."""
+
+    @abstractmethod
+    def packed(self, indices: Tensor) -> Tensor:
+        """Pack codes of whole rows, given as indices of their levels, as they are stored."""
+
+    def coded_rows(self, i: int, j: int) -> Tensor:
+        """Decode rows i to j as stored, float32, into new memory."""
+        return self.decode(i, j)
+
+
+def pack(values: Tensor, bits: int) -> Tensor:
+    """Pack uint8 values of at most `bits` bits along the rows, lowest bits first, into bytes; the inverse of `unpack`."""
+    streams = np.unpackbits(values.numpy()[..., None], axis=-1, count=bits, bitorder="little").reshape(len(values), -1)
+    return torch.from_numpy(np.packbits(streams, axis=-1, bitorder="little"))
 
 
 EXPONENTS = ("F8_E8M0", "U8")
@@ -235,6 +265,8 @@ def _blocks(shape: tuple[int, ...], grid: tuple[int, ...], stated: Sequence[tupl
 GROUP = 32
 
 _E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+_ASCENDING = torch.tensor([*range(15, 8, -1), *range(8)], dtype=torch.uint8)
+"""The codes of `_E2M1` by their values, without −0."""
 
 _KINDS = {
     # Dtype of the scales and role of the tensor's own scale → name, inputs in a group, shapes of the tensor's scale.
@@ -244,8 +276,16 @@ _KINDS = {
 }
 
 
+class _E2M1Codes(Recodable):
+    """E2m1 values with a scale for each group of inputs, two in a byte."""
+
+    def packed(self, indices: Tensor) -> Tensor:
+        """Pack two codes into each byte, the first in the low bits."""
+        return pack(_ASCENDING[indices.int()], 4)
+
+
 @dataclass(frozen=True)
-class PackedFP4(QuantizedWeight):
+class PackedFP4(_E2M1Codes):
     """E2m1 values of a matrix.
 
     It is stored as (out, in / 2) bytes and one scale for each group of inputs. MXFP4 has groups of 32, whose scales are powers of two.
@@ -281,23 +321,33 @@ class PackedFP4(QuantizedWeight):
 
     def decode(self, i: int, j: int) -> Tensor:
         """Compute ``e2m1 · scale``."""
+        scales = self._scales(i, j)
+        values = _values(self.tensors["weight"].rows(i, j)).view(*scales.shape, self.group_size)
+        return values.mul_(scales[..., None]).flatten(1)
+
+    def _scales(self, i: int, j: int) -> Tensor:
         stored = self.tensors["scales"].rows(i, j)
         scales = exponents(stored) if stored.dtype == torch.uint8 else stored.to(torch.float32)
         if "divisor" in self.tensors:
             scales /= self.tensors["divisor"].whole()
         if "factor" in self.tensors:
             scales *= self.tensors["factor"].whole()
-        values = _values(self.tensors["weight"].rows(i, j)).view(*scales.shape, self.group_size)
-        return values.mul_(scales[..., None]).flatten(1)
+        return scales
+
+    def grid(self, i: int, j: int) -> Grid:
+        """Return e2m1's values and the scale of each."""
+        return Grid(_E2M1[_ASCENDING.int()], self._scales(i, j).repeat_interleave(self.group_size, 1))
 
 
 @dataclass(frozen=True)
-class MXFP4(QuantizedWeight):
+class MXFP4(_E2M1Codes):
     """E2m1 values and exponents of a stack of matrices.
 
     gpt-oss stores ``<name>_blocks`` (experts, out, in / 32, 16) and ``<name>_scales`` (experts, out, in / 32). The model's own tensor is
     (experts, in, out).
     """
+
+    turned: ClassVar[bool] = True
 
     @classmethod
     def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
@@ -314,6 +364,14 @@ class MXFP4(QuantizedWeight):
         values = _values(self.tensors["weight"].whole()[:, first:last])  # (out, groups, 32)
         values.mul_(exponents(self.tensors["scales"].whole()[:, first:last])[..., None])
         return values.flatten(1).T[i - first * GROUP : j - first * GROUP].contiguous()
+
+    def grid(self, i: int, j: int) -> Grid:
+        """Return e2m1's values and the scale of each."""
+        return Grid(_E2M1[_ASCENDING.int()], exponents(self.tensors["scales"].rows(i, j)).repeat_interleave(GROUP, 1))
+
+    def coded_rows(self, i: int, j: int) -> Tensor:
+        """Decode outputs i to j of one expert."""
+        return _values(self.tensors["weight"].rows(i, j)).flatten(1).mul_(self.grid(i, j).scales)
 
 
 def _values(packed: Tensor) -> Tensor:
@@ -345,7 +403,7 @@ class FP8(Scaled):
         for i, j in self._steps():
             values = merged(i, j)
             if not all_finite(values):
-                raise NumericError(f"tensor {self.name!r}: the result holds NaN or Inf; check the adapter's scale and lambda")  # fmt: skip
+                raise NumericError(f"tensor {self.name!r}: {NOT_FINITE}")
             largest = torch.nn.functional.pad(values.abs(), (0, -n % bn)).view(len(values), -1, bn).amax(2)
             grid.scatter_reduce_(0, (torch.arange(i, j) // bm)[:, None].expand_as(largest), largest, "amax")
         quant_scale = torch.where(grid > 0, grid / LARGEST, 1.0)
@@ -536,7 +594,7 @@ def _rule(config: Mapping[str, Any], module: str, tensors: Mapping[str, StoredTe
 
 
 @dataclass(frozen=True)
-class PackedIntegers(QuantizedWeight):
+class PackedIntegers(Recodable):
     """Integers in 32-bit words, which compressed-tensors calls pack-quantized.
 
     ``W[out, in] = (q[out, in] − zero[out, g]) · scale[out, g]``, where g is the group of the input. Values are packed along the inputs and
@@ -576,15 +634,24 @@ class PackedIntegers(QuantizedWeight):
 
     def decode(self, i: int, j: int) -> Tensor:
         """Compute ``(q − zero) · scale``."""
+        grid, values = self.grid(i, j), unpack(self.tensors["weight"].rows(i, j).T, self.bits, 0, self.shape[1]).T
+        return values.to(torch.float32).sub_(grid.zeros).mul_(grid.scales)
+
+    def grid(self, i: int, j: int) -> Grid:
+        """Return the range of the integers, with the scale and the zero point of each value."""
         n, scales = self.shape[1], self.tensors["scales"].rows(i, j).to(torch.float32)
-        values = unpack(self.tensors["weight"].rows(i, j).T, self.bits, 0, n).T
         count = scales.shape[1]
         group, stated = torch.arange(n) // -(-n // count), self.tensors.get("groups")
         if stated is not None and not bool((stated.whole() < 0).any()):  # −1 marks an unused g_idx
             group = group_indices(stated, count)
-        stored = self.tensors.get("zeros")
-        zeros = unpack(stored.whole(), self.bits, i, j)[:, group] if stored else 1 << (self.bits - 1)
-        return values.sub(zeros).to(torch.float32).mul_(scales[:, group])
+        stored, half = self.tensors.get("zeros"), float(1 << (self.bits - 1))
+        zeros = unpack(stored.whole(), self.bits, i, j)[:, group].to(torch.float32) if stored else half
+        return Grid(torch.arange(2.0 * half), scales[:, group], zeros)
+
+    def packed(self, indices: Tensor) -> Tensor:
+        """Pack each row into 32-bit words."""
+        row = pack(indices, self.bits)
+        return torch.nn.functional.pad(row, (0, -row.shape[1] % 4))
 
 
 SETTINGS = ("packing", "compute_dtype", "axis", "group_size", "view_as_float", "channel_wise", "quant_zero", "quant_scale", "nbits",
@@ -686,7 +753,7 @@ def _holds(packed: TensorInfo, table: tuple[int, int], dtype: str, bits: int, co
 
 
 @dataclass(frozen=True)
-class FourBit(QuantizedWeight):
+class FourBit(Recodable):
     """NF4 or FP4 values.
 
     ``W = quant_map[q] · absmax[block]`` over the flattened matrix, two values in a byte, the first in the high bits. With double
@@ -732,17 +799,24 @@ class FourBit(QuantizedWeight):
         a, b = i * n, j * n
         packed = self.tensors["weight"].bytes(a // 2, -(-b // 2))
         quantized = torch.stack([packed >> 4, packed & 15], 1).flatten()[a % 2 :][: b - a]
-        values = self.tensors["map"].flat(0, 16)[quantized.int()]
-        size, first = self.blocksize, a // self.blocksize
-        scales = self._absmax(first, -(-b // size))
-        head = min(-a % size, b - a)  # number of values before the first whole block
-        values[:head] *= scales[0]
-        whole = (b - a - head) // size
-        at = 1 if a % size else 0
-        values[head : head + whole * size].view(whole, size).mul_(scales[at : at + whole, None])
-        if head + whole * size < b - a:
-            values[head + whole * size :] *= scales[-1]
-        return values.view(j - i, n)
+        return self.tensors["map"].flat(0, 16)[quantized.int()].view(j - i, n).mul_(self._scales(i, j))
+
+    def _scales(self, i: int, j: int) -> Tensor:
+        """Decode the scale of each value of rows i to j."""
+        n, size = self.shape[1], self.blocksize
+        first = i * n // size
+        blocks = self._absmax(first, -(-j * n // size)).repeat_interleave(size)
+        return blocks[i * n - first * size :][: (j - i) * n].view(j - i, n)
+
+    def grid(self, i: int, j: int) -> Grid:
+        """Return the ascending values of the table, and the scale of each value."""
+        return Grid(self.tensors["map"].flat(0, 16).sort()[0], self._scales(i, j))
+
+    def packed(self, indices: Tensor) -> Tensor:
+        """Pack two codes into each byte, the first in the high bits."""
+        codes = self.tensors["map"].flat(0, 16).argsort().to(torch.uint8)[indices.int()].flatten()
+        pairs = torch.nn.functional.pad(codes, (0, len(codes) % 2)).view(-1, 2)
+        return pairs[:, 0] << 4 | pairs[:, 1]
 
     def _absmax(self, i: int, j: int) -> Tensor:
         """Decode the scales of blocks i to j, (j − i,) float32."""
