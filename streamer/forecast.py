@@ -161,7 +161,7 @@ def forecast_output(writer: Writer, resident: int, rates: Rates | None) -> Forec
     resident
         Bytes in memory between two steps; see `resident_of`.
     rates
-        None gives no time; neither does a delta that is not low-rank.
+        None gives no time; neither do a delta that is not low-rank, and rounding to codes.
     """
     job, output = writer.job, writer.output
     plan = job.plan
@@ -170,7 +170,7 @@ def forecast_output(writer: Writer, resident: int, rates: Rates | None) -> Forec
     read = network + _adapter_bytes(plan) + sum(p.stat().st_size for _, p in writer.copies)
     read += sum(f.nbytes for m in job.findings or () for f in (m.detection.U, m.detection.S, m.detection.Vh))
     seconds, works = None, [(t.module.shape, t.module.factor_rank + job.intruders(t)) for t in plan.targets]
-    if rates is not None and all(target.module.low_rank for target in plan.targets):
+    if rates is not None and job.requantize is None and all(target.module.low_rank for target in plan.targets):
         products = sum(_norm_cost(*work) for work in works)
         if writer.command == "merge":
             products += sum(m * n * (MULTIPLY_ADDS_PER_VALUE + rank) for (m, n), rank in works)

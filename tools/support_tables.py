@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from streamer.adapters.adapter_config import OTHER_LIBRARIES, RESIDUAL, RULES
 from streamer.adapters.modules import METHODS
-from streamer.weights.logical import FORMATS
+from streamer.weights.codes import Recodable
+from streamer.weights.logical import FORMATS, QuantizationFormat
 
 
 class Support(NamedTuple):
@@ -59,6 +60,11 @@ def support_table() -> str:
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
 
+def _merged(one: QuantizationFormat) -> str:
+    codes = issubclass(getattr(one.make, "__self__", object), Recodable)
+    return ("encoded again, or " if one.requantizes else "`--requantize MAP`, or " if codes else "") + "`--dequantize`"
+
+
 def encodings_table() -> str:
     """The rows of the bases' table in Markdown: encoding, tensors on disk, what `detect` and `mitigate` do, what `merge` does."""
     rows = [
@@ -68,7 +74,7 @@ def encodings_table() -> str:
                 one.title,
                 one.stored,
                 "read",
-                "encoded again, or `--dequantize`" if one.requantizes else "`--dequantize`",
+                _merged(one),
             )
             for one in FORMATS
         ),
