@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast, dataclass_tra
 
 from streamer.errors import UsageError
 from streamer.events import Monitor, OnEvent
-from streamer.methods import DEFAULT, METHODS, WITHOUT_FILES, Method, NullSpace, make_method, share_name
+from streamer.methods import DEFAULT, METHODS, WITHOUT_FILES, Method, NullSpace, make_method
 from streamer.storage.files import available_cores
 from streamer.units import MOST_THREADS, quoted
 
@@ -373,8 +373,6 @@ class MethodOptions(Scaling, group="mitigation"):
     method: MethodName | None = option("; ".join(f"{name}: {METHODS[name].about}" for name in WITHOUT_FILES) + ". With --coefficients "
         "or --map, the file sets the method", metavar="NAME", choices=[*METHODS], shown=DEFAULT.name, detail="The mitigated delta "
         "is Δ + (λ − 1) U Σ Vᵀ (paper), (I − (1 − λ) U Uᵀ) Δ (project), λ Δ (shrink) or L R'ᵀ with new right factors (regmean).")
-    keep: float | None = option("share of the learning that the factors in --coefficients keep; others are refused", metavar="SHARE",
-        bound=SHARE, rare=True)
 
     @cached_property
     def chosen(self) -> Method:
@@ -383,16 +381,10 @@ class MethodOptions(Scaling, group="mitigation"):
         Raises
         ------
         UsageError
-            If coefficients are combined with a λ or another method, if they do not keep the share `keep`, or if λ is refused.
+            If coefficients are combined with a λ or another method, or if λ is refused.
         """
         given = {f.name: value for f in fields(MethodOptions) if (value := getattr(self, f.name)) != f.default}
         given |= self.files()
-        if (keep := given.pop("keep", None)) is not None:
-            if (fit := given.get("coefficients")) is None:
-                raise UsageError(f"keep: belongs to coefficients, found {keep!r} but no coefficients; give them, or omit keep")
-            if share_name(keep) != share_name(fit.keep):
-                share = share_name(fit.keep)
-                raise UsageError(f"{fit.name}: holds no coefficients that keep {keep:g}; the share in it is {share}")
         return make_method(given.pop("method", None), **given)
 
 

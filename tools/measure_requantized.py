@@ -134,7 +134,9 @@ def main() -> int:
                     quantize(plain, out, code, stated)
             base, mapped = work / kind, work / f"{kind}.map.safetensors"
             if not mapped.exists():
-                streamer.map_inputs(base, output=mapped, general=home / "texts" / "general.txt")
+                streamer.map_inputs(
+                    base, output=mapped, general=home / "texts" / "general.txt", vectors=128, sequences=64
+                )
             ours, nearest = work / f"{name}-{kind}-requantized", work / f"{name}-{kind}-nearest"
             record = streamer.merge_with_reduced_intruder_dimensions(
                 base, adapter, ours, mitigation_lambda=1.0, requantize=mapped, overwrite=True

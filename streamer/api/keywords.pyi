@@ -57,7 +57,6 @@ class ReduceKeywords(TypedDict, total=False):
     select: Selection
     mitigation_lambda: float | None
     method: MethodName | None
-    keep: float | None
     findings: FindingsOrPath
     resume: bool
     overwrite: bool
@@ -86,7 +85,6 @@ class MergeKeywords(TypedDict, total=False):
     select: Selection
     mitigation_lambda: float | None
     method: MethodName | None
-    keep: float | None
     findings: FindingsOrPath
     resume: bool
     overwrite: bool
@@ -118,7 +116,6 @@ class IterateKeywords(TypedDict, total=False):
     select: Selection
     mitigation_lambda: float | None
     method: MethodName | None
-    keep: float | None
     findings: FindingsOrPath
     dequantize: bool
     tensors: Callable[[str], bool] | None
@@ -225,5 +222,4 @@ class LiveKeywords(TypedDict, total=False):
     map: InputMap | str | Path | None
     select: Selection
     method: MethodName | None
-    keep: float | None
     findings: Findings | str | Path | None

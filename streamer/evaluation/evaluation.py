@@ -551,7 +551,7 @@ class Evaluation:
         mitigates = variant.method is not None and exact and facts["factored"] and not merges
         words = ["mitigate" if mitigates else "merge"]
         words += [] if variant.keep is None and lam is None else ["--method", str(variant.method)]
-        words += ["--lambda", repr(1 if lam is None else lam)] if variant.keep is None else ["--keep", f"{variant.keep!r}"]
+        words += ["--lambda", repr(1 if lam is None else lam)] if variant.keep is None else []
         if takes_findings(variant.method):
             words += ["--select", "first"] if facts["scale"] == "first" else []
             default, used = DetectionOptions(), facts["detection"]

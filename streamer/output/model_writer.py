@@ -524,9 +524,7 @@ def _refuse_quantized(plan: Plan, dequantize: bool, requantize: InputMap | None)
         raise UnsupportedError(f"{base}: {what}, which is not supported; {instead}")
     if refused and not dequantize:
         what = f"{len(refused)} of the weights to merge into are quantized, {refused[0]!r} first ({plan.weights[refused[0]].label})"
-        do = f"and merged weights do not fit their codes; --dequantize writes a plain model, or {instead}"
-        if any(isinstance(plan.weights[name], Recodable) for name in refused):
-            do = f"and merged weights do not fit their codes; --dequantize writes a plain model, --requantize new codes, or {instead}"
+        do = f"--dequantize writes a plain model, in 4 bits --requantize writes new codes, or {instead}"
         raise UnsupportedError(f"{base}: {what}, {do}")
 
 

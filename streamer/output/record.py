@@ -360,7 +360,7 @@ def command_line(record: Record) -> str:
     words = ["streamer", record["command"], record["base"]["name"], record["adapter"]["name"], "-o", "OUTPUT"]
     lam, fitted = record["lambda"], record["coefficients"]
     if fitted is not None:
-        words += ["--method", record["method"], *_file_option(record), "--keep", _number(fitted["keep"])]
+        words += ["--method", record["method"], *_file_option(record)]
     else:
         assert lam is not None
         words += ["--lambda", _number(lam), "--method", record["method"]]

@@ -33,7 +33,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
 def test_an_output_says_how_it_was_made(inputs: tuple[Path, Path, Path], tmp_path: Path, command: str) -> None:
     base, adapter, file = inputs
     out = tmp_path / "out"
-    line = (command, base, adapter, "-o", out, "--coefficients", file, "--keep", "0.9")
+    line = (command, base, adapter, "-o", out, "--coefficients", file)
     check(server().run(*line, "--dry-run", "--json"), "streamer.dry-run/1")
     record = check(server().run(*line, "--json"), "streamer.output/2")
     one = streamer.load_coefficients(file)
@@ -44,7 +44,7 @@ def test_an_output_says_how_it_was_made(inputs: tuple[Path, Path, Path], tmp_pat
     (shard, *_) = out.glob("*.safetensors")
     assert helpers.stamp(shard)["coefficients"] == record["coefficients"]
     assert record["file"] == "c.safetensors"
-    assert "--coefficients c.safetensors --keep 0.9" in (out / "README.md").read_text()
+    assert "--coefficients c.safetensors" in (out / "README.md").read_text()
     # `--method regmean` says no more than the coefficients do, and a λ of another run stands in the way of nothing.
     assert check(server().run(*line, "--method", "regmean", "--json"), "streamer.output/2")["state"] == "present"
     other = fitted.coefficients_file(tmp_path / "c.safetensors", base, adapter, 0.95)
@@ -60,7 +60,7 @@ def test_an_output_says_how_it_was_made(inputs: tuple[Path, Path, Path], tmp_pat
 
 def test_a_fitted_adapter_is_known_as_mitigated(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
     base, adapter, file = inputs
-    streamer.reduce_intruder_dimension(base, adapter, tmp_path / "a", coefficients=file, keep=0.9)
+    streamer.reduce_intruder_dimension(base, adapter, tmp_path / "a", coefficients=file)
     with pytest.warns(streamer.StreamerWarning, match="mitigated already, by `streamer mitigate` with method regmean:"):
         streamer.reduce_intruder_dimension(base, tmp_path / "a", tmp_path / "b", method="shrink")
 
@@ -92,19 +92,17 @@ def test_refusals(inputs: tuple[Path, Path, Path], tmp_path: Path, command: str)
     def nothing(tree: dict[str, Any], arrays: dict[str, torch.Tensor]) -> None:
         del tree["base"]
 
-    keep: list[object] = ["--keep", "0.9"]
     cases: list[tuple[int, list[object], str]] = [
         (3, [findings], f"{findings}: expected coefficients (streamer.coefficients/3), found findings; make"),
         (3, [adapter / "adapter_model.safetensors"], "found another safetensors file; make coefficients with `streamer repair`"),
         (3, [files / "none.safetensors"], "none.safetensors: no such file"),
         (3, [of_other], f"streamer: {of_other}: coefficients of another base ("),
         (3, [of_tuned], f"streamer: {of_tuned}: coefficients of another adapter (weights_sha256 differ); give the"),
-        (3, [helpers.tampered(file, files / "base", FIT.key, another_base), *keep], "of another base (the content of model-00001-of-"),
-        (3, [helpers.tampered(file, files / "no", FIT.key, nothing), *keep], "do not say which base they were fitted to"),
-        (2, [file, "--keep", "0.8"], f"streamer: {file}: holds no coefficients that keep 0.8; the share in it is 0.9"),
-        (2, [file, *keep, "--lambda", "0.5"], "--lambda: method 'regmean' has no such option; leave it out"),
-        (2, [file, *keep, "--lambda", "0.75"], "--lambda: method 'regmean' has no such option; leave it out"),
-        (2, [file, *keep, "--method", "project"], "--coefficients: method 'project' has no such option"),
+        (3, [helpers.tampered(file, files / "base", FIT.key, another_base)], "of another base (the content of model-00001-of-"),
+        (3, [helpers.tampered(file, files / "no", FIT.key, nothing)], "do not say which base they were fitted to"),
+        (2, [file, "--lambda", "0.5"], "--lambda: method 'regmean' has no such option; leave it out"),
+        (2, [file, "--lambda", "0.75"], "--lambda: method 'regmean' has no such option; leave it out"),
+        (2, [file, "--method", "project"], "--coefficients: method 'project' has no such option"),
     ]  # fmt: skip
     for code, options, words in cases:
         line = refuse(command, base, adapter, home, code, "--coefficients", *options)
@@ -113,9 +111,6 @@ def test_refusals(inputs: tuple[Path, Path, Path], tmp_path: Path, command: str)
     assert line == (
         f"streamer: {file}: expected findings (streamer.findings/1), found coefficients; pass them with --coefficients (coefficients=), "
         "and make findings with `streamer detect`\n"
-    )
-    assert "--keep: belongs to coefficients, found 0.9 but no coefficients" in refuse(
-        command, base, adapter, home, 2, *keep
     )
     words = "streamer: method 'regmean' needs coefficients; make them with `streamer repair`\n"
     assert refuse(command, base, adapter, home, 2, "--method", "regmean") == words
@@ -135,7 +130,7 @@ def test_factors_that_are_not_finite_are_refused_in_memory_too(inputs: tuple[Pat
 def test_several_adapters_take_none(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
     base, adapter, file = inputs
     two = Path(shutil.copytree(adapter, tmp_path / "two"))
-    done = server().run("merge", base, adapter, two, "-o", tmp_path / "out", "--coefficients", file, "--keep", "0.9")
+    done = server().run("merge", base, adapter, two, "-o", tmp_path / "out", "--coefficients", file)
     assert done.code == 2
     assert done.err == (
         f"streamer: {file}: coefficients belong to one adapter, found 2: adapter, two; take them one at a time, each with its own\n"

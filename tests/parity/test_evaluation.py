@@ -312,7 +312,7 @@ def test_losses_are_those_of_the_merged_model(kind: str, tmp_path: Path) -> None
     reference, tokens = answer(precisions(cls, base), ids), ours.tokens.sum()
     for v, factors in enumerate(coefficients, 2):
         keep, merged = factors.keep, tmp_path / f"merged-{factors.keep}"
-        streamer.merge_with_reduced_intruder_dimensions(base, adapter, merged, coefficients=factors, keep=keep)
+        streamer.merge_with_reduced_intruder_dimensions(base, adapter, merged, coefficients=factors)
         own = answer(precisions(cls, merged), ids)
         assert_sums(ours.loss[v].sum(), ours.kl[v].sum(), own, reference, ids, keep)
     assert min(abs(ours.kl[a].sum() - ours.kl[b].sum()) for a, b in ((1, 2), (2, 3))) / tokens > 1e-4, "variants differ"

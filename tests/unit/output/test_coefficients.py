@@ -8,11 +8,10 @@ from helpers import tampered
 from planted import problem
 from safetensors.numpy import load_file
 
-from streamer.errors import FormatError, MismatchError, UsageError
+from streamer.errors import FormatError, MismatchError
 from streamer.linalg.operators import Dense, LowRank
 from streamer.methods import RegMean
 from streamer.methods.files import FIT, Coefficients, load_coefficients
-from streamer.options import MethodOptions
 
 FACTS = {"base": {"files": []}, "adapter": {"modules": 2}, "grain": "inputs"}
 
@@ -44,14 +43,6 @@ def test_mitigate_takes_them_by_the_name_of_the_matrix() -> None:
     for other in (Dense(delta.dense()), LowRank(delta.L, delta.R[:7])):
         with pytest.raises(MismatchError, match="the factor of 'x' does not have this adapter's shape; fit it to this"):
             options.mitigated(other, None, "x")
-
-
-def test_the_share_is_compared_as_tables_and_commands_write_it(tmp_path: Path) -> None:
-    options = MethodOptions(coefficients=made(1 / 3), keep=0.333333)
-    assert options.chosen.label == "regmean 0.333333"
-    made(0.9).save(path := tmp_path / "c.safetensors")
-    with pytest.raises(UsageError, match=r"c.safetensors: holds no coefficients that keep 0.8; the share in it is 0.9"):
-        _ = MethodOptions(coefficients=path, keep=0.8).chosen
 
 
 def test_digests_tell_coefficients_apart() -> None:
