@@ -150,7 +150,8 @@ class Scaled(QuantizedWeight):
     """Quantized values with scales.
 
     ``W = q · scale`` in float32, under every name of the scale: ``weight_scale`` and ``weight_scale_inv`` (the "inverse" of the quantizer's
-    factor). Scales are stored as floating-point values or as e8m0 exponents.
+    factor). Scales are stored as floating-point values or as e8m0 exponents. torchao's integers may have zero points, of the scales' shape:
+    ``W = (q − zero) · scale``.
 
     Attributes
     ----------
@@ -192,8 +193,10 @@ class Scaled(QuantizedWeight):
         return cls(name, weight.shape, dict(tensors), f"{weight.dtype} ({kind})", torch.float32, None, block, powers)
 
     def decode(self, i: int, j: int) -> Tensor:
-        """Compute ``q · scale``."""
+        """Compute ``(q − zero) · scale``."""
         values = self.tensors["weight"].rows(i, j).to(torch.float32)
+        if (zeros := self.tensors.get("zero_points")) is not None:
+            self.by_block(values, zeros.whole().to(torch.float32), i, torch.Tensor.sub_)
         return self.by_block(values, self.grid(), i, torch.Tensor.mul_)
 
     def grid(self) -> Tensor:

@@ -31,13 +31,13 @@ from streamer.weights import codes
 from streamer.weights.base import FLOATS, Plain, QuantizedWeight, StoredTensor, Weight
 from streamer.weights.model_config import ModelConfig
 
-_TORCHAO_OPTIONAL = {"zeros": ("._weight_zero_point",)} | {
+_TORCHAO_OPTIONAL = {"zero_points": ("._weight_zero_point",)} | {
     part: (f"._weight_{part}",)
     for part in ("scale_and_zero", "per_tensor_scale", "act_pre_scale", "act_quant_scale", "act_quant_zero_point")
 }
 """Roles of the tensors that some classes have, and their endings."""
 
-_PARTS = {"qdata": "weight", "scale": "quant_scale", "zero_point": "zeros"} | {
+_PARTS = {"qdata": "weight", "scale": "quant_scale", "zero_point": "zero_points"} | {
     part: part
     for part in ("act_quant_scale", "act_quant_zero_point")  # only activations need them
 }
@@ -84,37 +84,24 @@ def _blocks(cls: type[codes.Scaled], name: str, tensors: Mapping[str, StoredTens
     block = [m // k for m, k in zip(values.shape, scale.shape, strict=True)]
     fits = [k * b for k, b in zip(scale.shape, block, strict=True)] == [*values.shape]
     codes.check_fit(fits and data.get("block_size") == block and scale.dtype in codes.SCALE_DTYPES, tensors)
-    pair = {role: tensors[role] for role in ("weight", "quant_scale")}
-    return replace(cls.of(name, pair, {"weight_block_size": block}), tensors=dict(tensors))
+    return cls.of(name, tensors, {"weight_block_size": block})
 
 
 def _fp8(name: str, tensors: Mapping[str, StoredTensor], data: dict[str, Any]) -> codes.Scaled:
-    codes.check_fit(tensors["weight"].info.dtype == "F8_E4M3", tensors)
+    codes.check_fit(tensors["weight"].info.dtype == "F8_E4M3" and "zero_points" not in tensors, tensors)
     return _blocks(codes.FP8, name, tensors, data)
 
 
 def _integers(name: str, tensors: Mapping[str, StoredTensor], data: dict[str, Any]) -> codes.Scaled:
-    zeros = tensors.get("zeros", tensors["weight"]).info
+    zeros = tensors.get("zero_points", tensors["weight"]).info
     if zeros.dtype in codes.SCALE_DTYPES:
         raise codes.unsupported(tensors, f"torchao's zero point in {zeros.dtype}")
     fits = tensors["weight"].info.dtype == zeros.dtype == "I8"
-    codes.check_fit(fits and ("zeros" not in tensors or zeros.shape == tensors["quant_scale"].info.shape), tensors)
+    fits &= "zero_points" not in tensors or zeros.shape == tensors["quant_scale"].info.shape
+    codes.check_fit(fits, tensors)
     stated = data.get("target_dtype", {"_data": "int8"})
     codes.check_fit(isinstance(stated, dict) and isinstance(stated.get("_data"), str), tensors, "its metadata")
-    return replace(_blocks(ShiftedIntegers, name, tensors, data), label=f"{stated['_data'].upper()} (torchao)")
-
-
-@dataclass(frozen=True)
-class ShiftedIntegers(codes.Scaled):
-    """Integers in bytes, with a scale and a zero point for each block."""
-
-    def decode(self, i: int, j: int) -> Tensor:
-        """Compute ``(q − zero) · scale``."""
-        values, grid = self.tensors["weight"].rows(i, j).to(torch.float32), self.grid()
-        if "zeros" in self.tensors:
-            zeros = self.tensors["zeros"].whole().to(torch.float32)
-            self.by_block(values, zeros, i, torch.Tensor.sub_)
-        return self.by_block(values, grid, i, torch.Tensor.mul_)
+    return replace(_blocks(codes.Scaled, name, tensors, data), label=f"{stated['_data'].upper()} (torchao)")
 
 
 @dataclass(frozen=True)
@@ -125,20 +112,20 @@ class PackedInt4(QuantizedWeight):
     def of(cls, name: str, tensors: Mapping[str, StoredTensor], data: dict[str, Any]) -> Self:
         """Check that the tensors fit together and to the metadata, and make the weight that they store."""
         packed = tensors["weight"].info
-        fits = {"quant_scale", "zeros"} <= tensors.keys() and packed.dtype == "I8" and len(packed.shape) == 2
+        fits = {"quant_scale", "zero_points"} <= tensors.keys() and packed.dtype == "I8" and len(packed.shape) == 2
         codes.check_fit(fits, tensors)
         (m, half), scale = packed.shape, tensors["quant_scale"].info
         codes.check_fit(len(scale.shape) == 2 and scale.shape[1] == m and scale.shape[0] > 0 and half > 0, tensors)
         size = 2 * half // scale.shape[0]
         fits = data.get("shape") == [m, 2 * half] and data.get("block_size") == [1, size]
-        fits &= (tensors["zeros"].info.dtype, tensors["zeros"].info.shape) == (scale.dtype, scale.shape)
+        fits &= (tensors["zero_points"].info.dtype, tensors["zero_points"].info.shape) == (scale.dtype, scale.shape)
         codes.check_fit(fits and scale.dtype in codes.SCALE_DTYPES and size * scale.shape[0] == 2 * half, tensors)
         return cls(name, (m, 2 * half), dict(tensors), "INT4 (torchao)", torch.float32, None)
 
     def decode(self, i: int, j: int) -> Tensor:
         """Compute ``q · scale + zero``."""
         scale, zero = (
-            self.tensors[role].whole()[:, i:j].T.to(torch.float32)[..., None] for role in ("quant_scale", "zeros")
+            self.tensors[role].whole()[:, i:j].T.to(torch.float32)[..., None] for role in ("quant_scale", "zero_points")
         )
         packed = self.tensors["weight"].rows(i, j)
         values = torch.stack([packed << 4 >> 4, packed >> 4], -1).to(torch.float32)
