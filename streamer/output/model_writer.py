@@ -453,28 +453,27 @@ def _of_file(plan: Plan, weights: WeightView, name: str, stored: StoredTensor, d
     return OutputTensor(name, stored.info.dtype, stored.info.shape, recipe)
 
 
-def _merged(plan: Plan, weight: Weight, role: str | None = None, stands: StoredTensor | None = None,
-            requantize: InputMap | None = None) -> Recipe:  # fmt: skip
+def _merged(plan: Plan, weight: Weight, role: str = "", requantize: InputMap | None = None) -> Recipe:
     """Make the recipe of a weight that the adapter changes.
 
     Parameters
     ----------
     role
-        If the weight is quantized, the role of the tensor to make.
-    stands
-        If it is not, the tensor whose dtype is written.
+        If the weight stays quantized, the role of the tensor to make.
     requantize
         See `plan_merged`.
     """
     recipes = list[Recipe]()
     for target, slice_ in plan.by_weight[weight.name]:
         own = weight if slice_.index is None else weight.slice(slice_.index)
-        tuned = None if stands is None else plan.adapter.stored_sum(target.module)
-        same = tuned is not None and stands is not None and tuned.info.dtype == SPELLINGS[_written(weight)]
-        recipe: AddDelta | Requantize | Recode = AddDelta(own, target, tuned if same else None)
-        if role is not None and isinstance(own, FP8):
+        recipe: AddDelta | Requantize | Recode
+        if not role:
+            tuned = plan.adapter.stored_sum(target.module)
+            same = tuned is not None and tuned.info.dtype == SPELLINGS[_written(weight)]
+            recipe = AddDelta(own, target, tuned if same else None)
+        elif isinstance(own, FP8):
             recipe = Requantize(own, target, role)
-        elif role is not None:
+        else:
             entry = _entry(requantize, target)
             assert isinstance(own, Recodable)
             assert entry is not None
@@ -499,9 +498,7 @@ def _refuse_quantized(plan: Plan, dequantize: bool, requantize: InputMap | None)
     refused = [name for name in plan.by_weight if name in quantized and not plan.weights.requantizes(name)]
     if requantize is not None:
         refuse_other_base(requantize, requantize.facts["base"], {**plan.base_identity})
-        kinds = {
-            n: w for n in refused if isinstance(w := plan.weights[n], Recodable) and n not in plan.weights.replacements
-        }
+        kinds = {name: weight for name in refused if isinstance(weight := plan.weights[name], Recodable)}
         coded = {n for n, w in kinds.items() if all(t.transposed == w.turned for t, _ in plan.by_weight[n])}
         lacks = [t.tensor for name in coded for t, _ in plan.by_weight[name] if _entry(requantize, t) is None]
         if lacks:
@@ -533,14 +530,13 @@ def _output(plan: Plan, weights: WeightView, name: str, stored: StoredTensor | N
     edits = plan.edits
     source = edits.sources.get(name, stored)
     assert source is not None
-    stands = stored or source
     recipe: Recipe
     if name in plan.by_weight:
-        recipe = _merged(plan, weights[name], stands=stands)
+        recipe = _merged(plan, weights[name])
     elif name in edits.shifts:
         shift, scaling = edits.shifts[name]
         recipe = AddBias(weights[name], Plain.of(shift), scaling)
-    elif name in edits.rows or source.info.dtype != stands.info.dtype or name in weights.casts:
+    elif name in edits.rows or (stored or source).info.dtype != source.info.dtype or name in weights.casts:
         recipe = _unmerged(plan, weights[name])
     else:
         return OutputTensor(name, source.info.dtype, source.info.shape, CopyBytes(source))
@@ -585,15 +581,12 @@ def _texts(plan: Plan, head: Head, dequantize: bool, dtype: MergedDtype | None) 
     return {MODEL_CONFIG: (json.dumps(config.values, indent=2, ensure_ascii=False) + "\n").encode()}
 
 
-def _uncast(model: MergedModel, dtype: MergedDtype | None) -> list[str]:
+def _uncast(model: MergedModel, dtype: MergedDtype) -> list[str]:
     """Note the floating-point tensors that do not get the requested dtype."""
-    wanted = None if dtype is None else SPELLINGS[MERGED_DTYPES[dtype]]
-    stay = [o.name for outputs in model.files.values() for o in outputs if o.dtype in FLOATS and o.dtype != wanted]
-    if wanted is None or not stay:
-        return []
-    return [
-        f"not written in {dtype}: {counted(len(stay), 'tensor')} of quantized weights or stored wider than most, {stay[0]!r} first"
-    ]
+    dtypes = {o.name: o.dtype for outputs in model.files.values() for o in outputs}
+    stay = [name for name, own in dtypes.items() if own in FLOATS and own != SPELLINGS[MERGED_DTYPES[dtype]]]
+    what = f"{counted(len(stay), 'tensor')} of quantized weights or stored wider than most"
+    return [f"not written in {dtype}: {what}, {stay[0]!r} first"] if stay else []
 
 
 class ModelWriter(Writer):
@@ -639,7 +632,7 @@ class ModelWriter(Writer):
         ours = {*finals, *shards, *(name for name, _ in copies)}
         conflicting = tuple(name for name in conflicting_names if name not in ours)
         base_bytes = sum(base.files[name].header.data_bytes for name in shards) if components else base.data_bytes
-        notes = [*model.head.notes, *chosen.notes, *_uncast(model, job.dtype)]
+        notes = [*model.head.notes, *chosen.notes, *(_uncast(model, job.dtype) if job.dtype else ())]
         super().__init__(
             job, path, "merge", shards, finals, copies, stale + skipped, conflicting, base_bytes, model.texts, chosen.tokenizer,
             warnings=[*job.warnings, *lacks, *chosen.warnings], notes=notes, advice=list(model.head.advice),
