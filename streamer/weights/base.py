@@ -109,7 +109,7 @@ def encode(values: Tensor, dtype: torch.dtype, source: Tensor, name: str, out: T
 
 
 DECODED_BYTES = 4 << 20
-"""Bytes of rows that `Weight.whole` decodes at a time."""
+"""Bytes of rows that are decoded at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,12 +233,14 @@ class Weight(ABC):
 
     def at_hand(self) -> Self:
         """Prepare for a loop over the rows that must not read any byte twice."""
-        return self.load() if self.remote and not self.prefetched else self
+        far = any(stored.file.remote and stored.prefetched is None for stored in self.tensors.values())
+        return self.load() if far else self
 
-    @property
-    def prefetched(self) -> bool:
-        """Return whether the bytes have been read ahead."""
-        return all(stored.prefetched is not None for stored in self.tensors.values())
+    def steps(self) -> Iterator[tuple[int, int]]:
+        """Divide the rows into ranges of about `DECODED_BYTES` in the computing dtype."""
+        m, n = self.matrix
+        step = max(1, DECODED_BYTES // max(1, n * self.compute.itemsize))
+        return ((i, min(m, i + step)) for i in range(0, m, step))
 
     def blocks(self, rows: int) -> Iterator[tuple[int, int, Tensor]]:
         """Yield all rows in order, `rows` at a time, as (from, to, values); values are valid until the next block is asked for."""
@@ -258,11 +260,8 @@ class Weight(ABC):
 
     def whole(self, device: torch.device) -> Tensor:
         """Decode all values into a new tensor of the computing dtype and logical shape."""
-        source, (m, n) = self.at_hand(), self.matrix
-        out = empty_matrix((m, n), self.compute, device)
-        step = max(1, DECODED_BYTES // max(1, n * self.compute.itemsize))
-        for i in range(0, m, step):
-            j = min(m, i + step)
+        source, out = self.at_hand(), empty_matrix(self.matrix, self.compute, device)
+        for i, j in self.steps():
             out[i:j] = source.rows(i, j)
         return out.reshape(self.shape)
 

@@ -26,7 +26,7 @@ from streamer.linalg.rounding import Grid
 from streamer.storage.files import strict_json
 from streamer.storage.header import TensorInfo
 from streamer.units import listed
-from streamer.weights.base import DECODED_BYTES, TORCH_DTYPES, QuantizedWeight, StoredTensor
+from streamer.weights.base import TORCH_DTYPES, QuantizedWeight, StoredTensor
 
 NOT_FINITE = "the result holds NaN or Inf; check the adapter's scale and lambda"
 
@@ -403,7 +403,7 @@ class FP8(Scaled):
         """
         (bm, bn), n = self.block, self.shape[1]
         grid = torch.zeros_like(self.grid())
-        for i, j in self._steps():
+        for i, j in self.steps():
             values = merged(i, j)
             if not all_finite(values):
                 raise NumericError(f"tensor {self.name!r}: {NOT_FINITE}")
@@ -424,14 +424,9 @@ class FP8(Scaled):
             dtype = self.tensors["quant_scale"].info.dtype
             yield _exponent_bytes(grid) if dtype in EXPONENTS else grid.to(TORCH_DTYPES[dtype])
             return
-        for i, j in self._steps():
+        for i, j in self.steps():
             scaled = self.by_block(merged(i, j), grid, i, torch.Tensor.div_)
             yield scaled.clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
-
-    def _steps(self) -> Iterator[tuple[int, int]]:
-        m, n = self.matrix
-        step = max(1, DECODED_BYTES // (4 * n))
-        return ((i, min(m, i + step)) for i in range(0, m, step))
 
 
 def _exponent_bytes(values: Tensor) -> Tensor:
