@@ -170,15 +170,6 @@ class OpenShard(NamedTuple):
     add: Callable[[TensorInfo], None]
 
 
-class Step(NamedTuple):
-    """A tensor to write: where the base's tensor starts, its place in its shard, the shard's number, and its entry."""
-
-    start: int
-    place: int
-    number: int
-    info: TensorInfo
-
-
 class _Run:
     """One output that is being written; `adapter` names it in events, and `progress` counts all outputs of the run.
 
@@ -309,7 +300,9 @@ def _write_shards(runs: Sequence[_Run]) -> None:
         for name in dict.fromkeys([*files, *(name for run in runs for name in run.writer.shards)]):
             group = [run for run in runs if name in run.writer.shards and run.is_missing(name)]
             # Shards that are not made from one file of the base start with its first file.
-            base, steps = files.get(name, next(iter(files.values()))), list[Step]()
+            base = files.get(name, next(iter(files.values())))
+            # Of each tensor to write: where the base's tensor starts, its place in its shard, and the shard's number.
+            steps = list[tuple[int, int, int]]()
             starts = {info.name: info.start for info in base.header.tensors} if name in files else {}
             with contextlib.ExitStack() as opened:
                 # The context entered last is left first, and the first run must finish first.
@@ -318,12 +311,12 @@ def _write_shards(runs: Sequence[_Run]) -> None:
                     start = 0
                     for place, info in enumerate(shard.plan.header.tensors):
                         start = starts.get(info.name, start)
-                        steps.append(Step(start, place, number, info))
-                for step in sorted(steps, key=lambda step: (step.start, step.place, step.number)):
-                    shard = shards[step.number]
+                        steps.append((start, place, number))
+                for start, place, number in sorted(steps):
+                    shard = shards[number]
                     if several:
-                        base.release_pages(step.start)
-                    shard.add(step.info)
+                        base.release_pages(start)
+                    shard.add(shard.plan.header.tensors[place])
                     if several:
                         shard.file.flush()  # so that it holds no pieces while the others continue
                 if several and group:
