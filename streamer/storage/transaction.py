@@ -371,9 +371,11 @@ def check_file_path(path: Path, example: str, longest: str, what: str = "file") 
 
 def not_own(path: Path, what: str) -> OutputExistsError:
     """Make the error for an output of a kind that this command does not replace."""
-    return OutputExistsError(
-        f"{path}: exists and is not {what}, and no other file is replaced; choose another name, or move it away", path
-    )
+    return _foreign(path, f"exists and is not {what}, and no other file is replaced")
+
+
+def _foreign(path: Path, what: str = "exists and is not ours") -> OutputExistsError:
+    return OutputExistsError(f"{path}: {what}; choose another output, or move it away", path)
 
 
 def holds(path: Path, what: str) -> OutputExistsError:
@@ -724,10 +726,6 @@ def _refuse_foreign(plan: OutputPlan, own: Sequence[OldFile], overwrite: bool) -
             f"{path}: holds other files ({listed(others)}); choose another directory, or pass --overwrite, which leaves them there",
             path,
         )
-
-
-def _foreign(path: Path, what: str = "exists and is not ours") -> OutputExistsError:
-    return OutputExistsError(f"{path}: {what}; choose another output, or move it away", path)
 
 
 def _check_stands(plan: OutputPlan, record: dict[str, Any]) -> Literal["done", "new"]:

@@ -102,7 +102,7 @@ def test_findings_over_a_foreign_file(job: tuple[Path, Path], tmp_path: Path) ->
     base, adapter = job
     out = tmp_path / "out.safetensors"
     out.write_text("mine")
-    words = "exists and is not findings, and no other file is replaced; choose another name, or move it away"
+    words = "exists and is not findings, and no other file is replaced; choose another output, or move it away"
     for content in (b"mine", (adapter / "adapter_model.safetensors").read_bytes()):
         out.write_bytes(content)
         for options in ([], ["--overwrite"]):

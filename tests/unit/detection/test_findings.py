@@ -223,7 +223,7 @@ def test_saving_replaces_nothing_unasked(findings: Findings, tmp_path: Path) -> 
         findings.save(path)
     with pytest.raises(
         errors.OutputExistsError,
-        match=r"f: exists and is not findings, and no other file is replaced; choose another name, or move it away$",
+        match=r"f: exists and is not findings, and no other file is replaced; choose another output, or move it away$",
     ):
         findings.save(path, overwrite=True)
     assert path.read_text() == "mine"
