@@ -259,11 +259,8 @@ def hub_id(stated: object, path: Path) -> str | None:
 
 def cached_model(path: Path) -> tuple[str, str] | None:
     """Return the id and revision of a model in the hub's cache, ``models--OWNER--NAME/snapshots/REVISION``; else None."""
-    parts = path.resolve().parts
-    for at in range(len(parts) - 2):
-        if parts[at].startswith("models--") and parts[at + 1] == "snapshots":
-            return parts[at].removeprefix("models--").replace("--", "/"), parts[at + 2]
-    return None
+    match = re.search(r"/models--([^/]+)/snapshots/([^/]+)", str(path.resolve()))
+    return (match[1].replace("--", "/"), match[2]) if match else None
 
 
 def other_base(stated: object, path: Path, config: ModelConfig) -> list[str]:
