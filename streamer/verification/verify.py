@@ -485,9 +485,7 @@ def _digests(file: Path, of_adapter: bool) -> dict[str, Any]:
         start, of_header = 8 + len(header), hashlib.sha256(length + header).hexdigest()
         digest = hashlib.sha256(of_header.encode())
         if of_adapter:
-            while piece := f.read(PIECE_BYTES):
-                digest.update(piece)
-            return {"weights_sha256": digest.hexdigest()}
+            return {"weights_sha256": hashlib.file_digest(f, lambda: digest).hexdigest()}
         places = (tensor["data_offsets"] for name, tensor in json.loads(header).items() if name != "__metadata__")
         for first, last in sorted(places):
             f.seek(start + first + max(0, (last - first - SAMPLE_BYTES) // 2))
