@@ -52,7 +52,7 @@ from streamer.plan.name_matching import Match, Renames, renames_for
 from streamer.plan.plan import AdapterBatch, Plan, match_plan
 from streamer.plan.targets import Orientation, Target
 from streamer.storage.atomic_file import Piece, gather
-from streamer.storage.checkpoint import SAMPLE_BYTES, Checkpoint, TensorFile, open_checkpoint
+from streamer.storage.checkpoint import SAMPLE_BYTES, Checkpoint, TensorFile, checkpoint_identity, open_checkpoint
 from streamer.storage.files import AdapterIdentity, BaseIdentity
 from streamer.storage.header import Header, TensorInfo, tensor_nbytes
 from streamer.units import listed
@@ -326,9 +326,10 @@ def quiet_peft() -> Iterator[None]:
 class LiveBase(Checkpoint):
     """Base in memory, with the interface of its files."""
 
+    @cached_property
     def identity(self) -> BaseIdentity:
         """Return names, dtypes, shapes and samples of its tensors, and the fact that it is in memory."""
-        return {"in_memory": True, **self._identity}
+        return {"in_memory": True, **checkpoint_identity(self.files)}
 
 
 class LiveAdapter(PeftAdapter):
@@ -554,7 +555,7 @@ def live_job(live_plan: LivePlan, method: Method, settings: LiveMitigation, moni
                 f"{inputs.name}: is a map of a base's files, but the model's files are unknown; load the model from their directory"
             )
         mapped_base = {key: value for key, value in inputs.facts["base"].items() if key != "architecture"}
-        refuse_other_base(inputs, mapped_base, {**live_plan.files.identity()})
+        refuse_other_base(inputs, mapped_base, {**live_plan.files.identity})
         renamed = (replace(entry, names=tuple(names[n] for n in entry.names if n in names)) for entry in inputs.inputs)
         inputs = replace(inputs, inputs=tuple(entry for entry in renamed if entry.names))
         monitor.warn(lacking_inputs(plan, inputs))

@@ -392,13 +392,8 @@ class Writer(ABC):
                 "warnings": [*job.plan.notes, *self.warnings], "notes": self.notes, "advice": self.advice, "left_out": self.skipped_files,
                 "carried": job.plan.edits.listed(job.plan.base, job.plan.adapter.describes_model), "tokenizer": self.tokenizer,
                 "matrices": matrices}  # fmt: skip
-        if "map" in options:
-            record["map"] = options["map"]
-        if self._file:
-            record["file"] = self._file
-        if job.measured:
-            record["measured"] = list(job.measured)
-        return cast(Record, {**record, **job.form})
+        if_any = {"map": options.get("map"), "file": self._file, "measured": list(job.measured)}
+        return cast(Record, {**record, **{key: value for key, value in if_any.items() if value}, **job.form})
 
     @property
     def _file(self) -> str:

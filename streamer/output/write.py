@@ -24,7 +24,7 @@ from streamer.output.model_writer import ModelWriter
 from streamer.output.record import CARD_NAME, MitigatedMatrix, Record, Written, WrittenView
 from streamer.plan.plan import AdapterBatch, check_budget, resident_bytes
 from streamer.storage import transaction
-from streamer.storage.atomic_file import ShardFile, ShardPlan, remove_partials
+from streamer.storage.atomic_file import ShardFile, remove_partials
 from streamer.storage.checkpoint import read_json_object
 from streamer.storage.files import locked
 from streamer.storage.header import TensorInfo
@@ -162,12 +162,8 @@ def run_jobs(writers: Sequence[Writer], options: Run) -> list[Written]:
     return records
 
 
-class OpenShard(NamedTuple):
-    """A shard's plan, its file, and what adds its next tensor."""
-
-    plan: ShardPlan
-    file: ShardFile
-    add: Callable[[TensorInfo], None]
+OpenShard = tuple[ShardFile, Callable[[TensorInfo], None]]
+"""A shard's file, and what adds its next tensor."""
 
 
 class _Run:
@@ -252,7 +248,7 @@ class _Run:
             self._progress.add(info.nbytes)
 
         with ShardFile(self.out.path, shard) as file:
-            yield OpenShard(shard, file, add)
+            yield file, add
             file.complete()
             self.job.plan.check_unchanged()
             self._progress.add(shard.nbytes - shard.header.data_bytes, 0)
@@ -307,18 +303,18 @@ def _write_shards(runs: Sequence[_Run]) -> None:
             with contextlib.ExitStack() as opened:
                 # The context entered last is left first, and the first run must finish first.
                 shards = [opened.enter_context(run.shard(name)) for run in reversed(group)][::-1]
-                for number, shard in enumerate(shards):
+                for number, (file, _) in enumerate(shards):
                     start = 0
-                    for place, info in enumerate(shard.plan.header.tensors):
+                    for place, info in enumerate(file.plan.header.tensors):
                         start = starts.get(info.name, start)
                         steps.append((start, place, number))
                 for start, place, number in sorted(steps):
-                    shard = shards[number]
+                    file, add = shards[number]
                     if several:
                         base.release_pages(start)
-                    shard.add(shard.plan.header.tensors[place])
+                    add(file.plan.header.tensors[place])
                     if several:
-                        shard.file.flush()  # so that it holds no pieces while the others continue
+                        file.flush()  # so that it holds no pieces while the others continue
                 if several and group:
                     base.release_pages(base.header.data_bytes)
 

@@ -132,7 +132,7 @@ class Plan:
     @cached_property
     def base_identity(self) -> BaseIdentity:
         """Return `Checkpoint.identity`, plus the base's class if the user named it."""
-        identity, name = self.base.identity(), self.config.architecture
+        identity, name = self.base.identity, self.config.architecture
         return identity if name is None else {"architecture": name, **identity}
 
     @cached_property

@@ -362,7 +362,7 @@ class ShardFile(AtomicFile):
     def __init__(self, directory: Path, plan: ShardPlan, renames: bool = True) -> None:
         files.make_directory((directory / plan.name).parent)
         super().__init__(directory / plan.name, plan.nbytes, plan.raw_header, renames)
-        self._plan, self._following = plan, iter(plan.header.tensors)
+        self.plan, self._following = plan, iter(plan.header.tensors)
 
     def add(self, info: TensorInfo, pieces: Iterable[Piece]) -> None:
         """Pull the next tensor's pieces, hash and write them, and check their total size."""
@@ -377,7 +377,7 @@ class ShardFile(AtomicFile):
     def complete(self) -> None:
         """Check and fsync, then read the header back from disk with the strict reader: it must equal the plan's."""
         super().complete()
-        if read_header(self._fd, str(self.path)).digest != self._plan.header.digest:
+        if read_header(self._fd, str(self.path)).digest != self.plan.header.digest:
             raise NumericError(f"{self.path}: the header read back differs from what was written; check the disk")
 
 

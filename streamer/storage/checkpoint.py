@@ -278,12 +278,9 @@ class Checkpoint:
         for file in self.files.values():
             file.check_unchanged()
 
-    def identity(self) -> BaseIdentity:
-        """Return the identity of the model, independent of its path and computed once; see `checkpoint_identity`."""
-        return self._identity
-
     @cached_property
-    def _identity(self) -> BaseIdentity:
+    def identity(self) -> BaseIdentity:
+        """Return the identity of the model, independent of its path; see `checkpoint_identity`."""
         return checkpoint_identity(self.files)
 
     def stamps(self) -> dict[str, Sequence[int]]:

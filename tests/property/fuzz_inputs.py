@@ -105,7 +105,7 @@ def index(home: Path) -> Target:
     def run(data: bytes) -> None:
         path.write_bytes(data)
         checkpoint = open_checkpoint(base)
-        checkpoint.identity()
+        assert checkpoint.identity
         for name in checkpoint.weight_map:
             view(checkpoint, name)
 

@@ -47,7 +47,7 @@ def test_shards(base: Path, io: IOMode) -> None:
     assert bytes(view(checkpoint, "c")) == torch.arange(4000, dtype=torch.int32).numpy().tobytes()
     assert bytes(view(checkpoint, "b")) == torch.arange(5).numpy().tobytes()
     other = open_checkpoint(base)
-    assert (checkpoint.identity(), checkpoint.stamps()) == (other.identity(), other.stamps())
+    assert (checkpoint.identity, checkpoint.stamps()) == (other.identity, other.stamps())
     checkpoint.check_unchanged()
 
 
@@ -57,7 +57,7 @@ def test_one_file_by_directory_or_by_name(tmp_path: Path) -> None:
     for checkpoint in (by_directory, by_name):
         assert checkpoint.index is None
         assert checkpoint.weight_map == {"a": SINGLE_NAME}
-        assert checkpoint.identity() == by_directory.identity()
+        assert checkpoint.identity == by_directory.identity
     assert by_directory.directory == tmp_path
     assert by_name.directory is None
 
@@ -71,7 +71,7 @@ def test_a_hub_cache_is_read_through_its_symlinks(base: Path, tmp_path: Path) ->
         shutil.copy(path, blobs / f"{i:064}")
         (snapshot / path.name).symlink_to(Path("..", "..", "blobs", f"{i:064}"))
     checkpoint = open_checkpoint(snapshot)
-    assert checkpoint.identity() == open_checkpoint(base).identity()
+    assert checkpoint.identity == open_checkpoint(base).identity
     checkpoint.check_unchanged()
     assert f"expected {SINGLE_NAME}, found blobs, snapshots; name " in refusal(errors.MissingInputError, entry)
     (snapshot / SHARDS[1]).unlink()
@@ -383,11 +383,11 @@ def everything(checkpoint: Checkpoint) -> list[bytes]:
 @pytest.mark.parametrize("io", MODES)
 def test_short_reads_are_read_on(base: Path, monkeypatch: pytest.MonkeyPatch, io: IOMode) -> None:
     checkpoint = open_checkpoint(base, io)
-    expected, sample = everything(checkpoint), checkpoint.identity()
+    expected, sample = everything(checkpoint), checkpoint.identity
     real = os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: real(fd, [buffers[0][:13]], at))
     assert everything(checkpoint) == expected
-    assert checkpoint.identity() == sample
+    assert checkpoint.identity == sample
 
 
 def test_a_read_error(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
