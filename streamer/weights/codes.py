@@ -87,9 +87,7 @@ def group_indices(stored: StoredTensor, count: int) -> Tensor:
     """
     group = stored.whole()
     if bool(((group < 0) | (group >= count)).any()):
-        raise FormatError(
-            f"{stored.file.path}: tensor {stored.info.name!r}: names groups that do not exist; get the file again"
-        )
+        raise FormatError(f"{stored.file.path}: tensor {stored.info.name!r}: names absent groups; get the file again")
     return group
 
 
@@ -736,10 +734,8 @@ class HQQ(QuantizedWeight):
                 raw = bytes(stored.bytes(0, min(stored.info.nbytes, 16)).tolist())
                 found = raw.decode("latin-1") if role == "packing" else int.from_bytes(raw, "little")
                 if found != expected:
-                    raise FormatError(
-                        f"{self.where}: tensor {stored.info.name!r}: expected {expected!r} by the shapes of its HQQ layer, "
-                        f"found {found!r}; get the file again"
-                    )
+                    fault = f"expected {expected!r} by the shapes of its HQQ layer, found {found!r}"
+                    raise FormatError(f"{self.where}: tensor {stored.info.name!r}: {fault}; get the file again")
 
 
 def _holds(packed: TensorInfo, table: tuple[int, int], dtype: str, bits: int, count: int) -> bool:

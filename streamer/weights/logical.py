@@ -124,9 +124,8 @@ class PackedInt4(QuantizedWeight):
 
     def decode(self, i: int, j: int) -> Tensor:
         """Compute ``q · scale + zero``."""
-        scale, zero = (
-            self.tensors[role].whole()[:, i:j].T.to(torch.float32)[..., None] for role in ("quant_scale", "zero_points")
-        )
+        parts = (self.tensors[role].whole()[:, i:j].T for role in ("quant_scale", "zero_points"))
+        scale, zero = (part.to(torch.float32)[..., None] for part in parts)
         packed = self.tensors["weight"].rows(i, j)
         values = torch.stack([packed << 4 >> 4, packed >> 4], -1).to(torch.float32)
         return values.view(j - i, scale.shape[1], -1).mul_(scale).add_(zero).flatten(1)
@@ -268,9 +267,8 @@ def supported_method(quantization: Mapping[str, Any], where: str) -> str | None:
                 break
         else:
             return str(method)
-    raise UnsupportedError(
-        f"{where}: config.json: bases quantized by {kind} are not supported (supported: {', '.join(known)}); use the 16-bit model"
-    )
+    what = f"bases quantized by {kind} are not supported (supported: {', '.join(known)})"
+    raise UnsupportedError(f"{where}: config.json: {what}; use the 16-bit model")
 
 
 _VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -479,10 +477,8 @@ def plain_weights(weights: WeightView, config: ModelConfig) -> WeightView:
     for name, info in ((t.name, t) for f in weights.checkpoint.files.values() for t in f.header.tensors):
         quantized = _QUANTIZED.match(info.dtype) or (info.dtype in _INTEGERS and len(info.shape) > 1)
         if quantized and name not in weights.owners and not is_activation_scale(name, weights):
-            raise UnsupportedError(
-                f"{weights.checkpoint.path}: tensor {name!r}: dtype {info.dtype} with no scale or table that could decode it; "
-                "use the 16-bit model"
-            )
+            what = f"tensor {name!r}: dtype {info.dtype} with no scale or table that could decode it"
+            raise UnsupportedError(f"{weights.checkpoint.path}: {what}; use the 16-bit model")
     # The config states a dtype as ``torch.float16`` or ``float16``.
     stated = (_DTYPES.get(str(value).removeprefix("torch.")) for value in config.stated("dtype", "torch_dtype"))
     return replace(weights, written=FLOATS[next(filter(None, stated), "BF16")])

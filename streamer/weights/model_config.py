@@ -123,9 +123,7 @@ class ModelConfig:
         """State another dtype wherever the config or a part of it states one."""
 
         def stated(part: Mapping[str, Any]) -> dict[str, Any]:
-            inner = {
-                key: stated(value) for key, value in part.items() if key.endswith("_config") and isinstance(value, dict)
-            }
+            inner = {k: stated(v) for k, v in part.items() if k.endswith("_config") and isinstance(v, dict)}
             return {**part, **inner, **dict.fromkeys(part.keys() & {"dtype", "torch_dtype"}, dtype)}
 
         return replace(self, values=stated(self.values))

@@ -200,7 +200,7 @@ BROKEN = {
         f"gptq: unreadable rules {n}": (packed(), GPTQ | {"dynamic": rules}, 'cannot read "dynamic"')
         for n, rules in enumerate(({"(": {}}, {"w": 3}, ["w"], {"w{9999999999}": {}}, {"(" * 9999 + ")" * 9999: {}}))
     },
-    "gptq: a group that is not there": (packed(g_idx=torch.ones(64, dtype=torch.int32)), GPTQ, "groups that do not exist"),
+    "gptq: a group that is not there": (packed(g_idx=torch.ones(64, dtype=torch.int32)), GPTQ, "names absent groups"),
     "awq: gemv": (packed(qweight=AWQ_WORDS), {"quant_method": "awq", "version": "gemv"}, "AWQ .* version='gemv'"),
     "hqq: other rows": (HQQ | {"w.W_q": torch.zeros(128, 32, dtype=torch.uint8)}, BY_HQQ, "do not fit"),
     "hqq: words of another dtype": (HQQ | {"w.W_q": torch.zeros(96, 32, dtype=torch.int8)}, BY_HQQ, "do not fit"),
