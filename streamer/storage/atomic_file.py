@@ -293,11 +293,9 @@ def partial_name(name: str) -> str:
 def partials_of(directory: Path, names: set[str]) -> list[Path]:
     """List the partial files that a killed run left for these final names."""
     with os.scandir(directory) as entries:
-        return [
-            Path(entry.path)
-            for entry in entries
-            if (match := PARTIAL.match(entry.name)) and match["name"] in names and entry.is_file(follow_symlinks=False)
-        ]
+        matches = ((PARTIAL.match(entry.name), entry) for entry in entries)
+        own = (entry for match, entry in matches if match and match["name"] in names)
+        return [Path(entry.path) for entry in own if entry.is_file(follow_symlinks=False)]
 
 
 def remove_partials(directory: Path, names: set[str]) -> None:

@@ -156,9 +156,8 @@ class TensorFile:
         """
         stated = self.header.metadata.get(DIGEST)
         if stated is None:
-            raise FormatError(
-                f"{self.path}: expected a SHA-256 of the file in its metadata, found none, as in files of versions before 0.2; {again}"
-            )
+            found = "found none, as in files of versions before 0.2"
+            raise FormatError(f"{self.path}: expected a SHA-256 of the file in its metadata, {found}; {again}")
         source, at, end = self.source, self.header.data_start, self.header.file_bytes
         header = bytes(source.view(0, at))
         digest = hashlib.sha256(header.replace(stated.encode(), NO_DIGEST.encode(), 1))
@@ -169,9 +168,8 @@ class TensorFile:
             digest.update(piece)
             at += len(piece)
         if (found := digest.hexdigest()) != stated:
-            raise FormatError(
-                f"{self.path}: is damaged: expected SHA-256 {stated[:16]}… by its metadata, found {found[:16]}…; copy it again, or {again}"
-            )
+            fault = f"expected SHA-256 {stated[:16]}… by its metadata, found {found[:16]}…"
+            raise FormatError(f"{self.path}: is damaged: {fault}; copy it again, or {again}")
 
     def sample(self) -> str:
         """Compute the SHA-256 (hex) of the header and the middle `SAMPLE_BYTES` of every tensor.
@@ -390,9 +388,8 @@ def _pipeline(path: Path, io: IOMode) -> Checkpoint:
         weight_map |= {tensor: f"{component}/{name}" for tensor, name in part.weight_map.items()}
         warnings += part.warnings
     if not files:
-        raise InputError(
-            f"{path}: is a diffusers pipeline without safetensors under plain names in any of {', '.join(COMPONENTS)}; save it again"
-        )
+        lacks = f"without safetensors under plain names in any of {', '.join(COMPONENTS)}"
+        raise InputError(f"{path}: is a diffusers pipeline {lacks}; save it again")
     return Checkpoint(path, files, weight_map, None, warnings)
 
 

@@ -265,13 +265,8 @@ def strict_json(raw: bytes, surrogates: bool = False) -> Any:
         Whether strings may contain lone surrogates, as paths that are not UTF-8 do; Python cannot encode them.
     """
     try:
-        value = json.loads(
-            raw.decode("utf-8"),
-            object_pairs_hook=_unique,
-            parse_constant=_finite,
-            parse_float=_finite,
-            parse_int=_integer,
-        )
+        hooks: dict[str, Any] = {"parse_constant": _finite, "parse_float": _finite, "parse_int": _integer}
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, **hooks)
         if b"\\u" in raw and not surrogates:  # Python's parser accepts them
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except RecursionError:

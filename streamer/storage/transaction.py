@@ -179,10 +179,9 @@ def may_resume(path: Path, begun: Mapping[str, Any], head: Mapping[str, Any], *,
     if not resume or begun.get("bits", "") != head.get("bits", "") or (overwrite and began != version):
         return False
     if began != version:
-        raise OutputError(
-            f"{f'{journal}: is of' if journal else f'{path}: holds'} a run that version {began or 'before 0.2'} began, and this is "
-            f"{version}; finish it with that version, or pass --no-resume to start it over"
-        )
+        holds_run = f"{journal}: is of a run" if journal else f"{path}: holds a run"
+        what = f"{holds_run} that version {began or 'before 0.2'} began, and this is {version}"
+        raise OutputError(f"{what}; finish it with that version, or pass --no-resume to start it over")
     if begun.get("stamps") != json.loads(json.dumps(head["stamps"])):
         raise InputChangedError(f"{path}: an input was modified since this run was interrupted; --no-resume starts it over")  # fmt: skip
     return True
@@ -440,10 +439,8 @@ def check_space(path: Path, needed: int, at_most: bool = False) -> None:
     free = free_bytes(path)
     if needed > free:
         wanted, found = format_sizes(needed, free)
-        raise StorageError(
-            f"{path}: needs {'up to ' if at_most else ''}{wanted}, the disk has {found} free; free some space, "
-            "or choose another disk"
-        )
+        what = f"needs {'up to ' if at_most else ''}{wanted}, the disk has {found} free"
+        raise StorageError(f"{path}: {what}; free some space, or choose another disk")
 
 
 def allocated_bytes(path: Path) -> int:
@@ -679,12 +676,8 @@ def own_partials(plan: OutputPlan) -> set[Path]:
     names = [RECORD_NAME, *plan.conflicting_names, *(name for name, _ in plan.files)]
     names += [name for name in (*planned, *old) if _is_within(plan.path, name)]  # a record may come from elsewhere
     paths = [place / name for place in (plan.path, plan.path / STAGE_NAME) for name in names]
-    directories = {path.parent for path in paths if path.parent.is_dir()}
-    return {
-        partial
-        for directory in directories
-        for partial in atomic_file.partials_of(directory, {path.name for path in paths})
-    }
+    directories, last_names = {path.parent for path in paths if path.parent.is_dir()}, {path.name for path in paths}
+    return {path for directory in directories for path in atomic_file.partials_of(directory, last_names)}
 
 
 def _recorded_state(plan: OutputPlan, overwrite: bool, resume: bool) -> Literal["new", "resume", "done"]:
@@ -722,10 +715,8 @@ def _refuse_foreign(plan: OutputPlan, own: Sequence[OldFile], overwrite: bool) -
             raise _foreign(path / name, what)
     is_ours = any((path / name).exists() for name in (RECORD_NAME, JOURNAL_NAME))
     if not (overwrite or is_ours) and (others := sorted(p.name for p in path.glob("[!.]*") if is_taken(p))):
-        raise OutputExistsError(
-            f"{path}: holds other files ({listed(others)}); choose another directory, or pass --overwrite, which leaves them there",
-            path,
-        )
+        do = "choose another directory, or pass --overwrite, which leaves them there"
+        raise OutputExistsError(f"{path}: holds other files ({listed(others)}); {do}", path)
 
 
 def _check_stands(plan: OutputPlan, record: dict[str, Any]) -> Literal["done", "new"]:
@@ -742,11 +733,9 @@ def _check_stands(plan: OutputPlan, record: dict[str, Any]) -> Literal["done", "
             raise holds(plan.path, "another output")
         if size > 0:
             expected, is_now = format_sizes(wanted, size)
-            raise OutputExistsError(
-                f"{plan.path / name}: was changed since it was written, expected {expected}, found {is_now}; remove it to have the "
-                "output made again, choose another output, or pass --overwrite",
-                plan.path / name,
-            )
+            fault = f"was changed since it was written, expected {expected}, found {is_now}"
+            do = "remove it to have the output made again, choose another output, or pass --overwrite"
+            raise OutputExistsError(f"{plan.path / name}: {fault}; {do}", plan.path / name)
         missing = True
     return "new" if missing else "done"
 
