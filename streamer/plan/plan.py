@@ -244,12 +244,8 @@ def match_plan(checkpoint: Checkpoint, weights: WeightView, config: ModelConfig,
         adapter, dropped = tied.without_copies(checkpoint, adapter, tuned_class, renames)
     # For a fine-tuned model, the output takes the model's own config, which states the ties.
     ties = () if adapter.describes_model else tied.find_ties(checkpoint.weight_map, architecture, renames)
-    aliases = {
-        name: StoredTensor(*checkpoint.locate(tie.stored))
-        for tie in ties
-        for name in tie.others
-        if name not in checkpoint.weight_map
-    }
+    absent = {name: tie.stored for tie in ties for name in tie.others if name not in checkpoint.weight_map}
+    aliases = {name: StoredTensor(*checkpoint.locate(stored)) for name, stored in absent.items()}
     parameters = adapter.parameters
     matches = match_modules(checkpoint, config, adapter, weights.replaced(aliases), renames, parameters)
     if architecture is None and not config.pipeline:

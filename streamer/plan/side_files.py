@@ -132,9 +132,8 @@ def with_modules(copies: list[tuple[str, Path]], adapter: Path) -> tuple[list[tu
 
 def read_beside(directory: Path, names: Collection[str]) -> list[str]:
     """List the top-level files that a loader would read beside an output's own; for an adapter, neither code nor ``config.json``."""
-    names_read = {
-        p.name for pattern in READ for p in directory.glob(pattern) if p.is_file() and not p.name.startswith(".")
-    }
+    paths = (path for pattern in READ for path in directory.glob(pattern) if path.is_file())
+    names_read = {path.name for path in paths if not path.name.startswith(".")}
     of_model = {name for name in names_read if name == "config.json" or name.endswith(".py")}
     return sorted(names_read - {*names, *(of_model if "adapter_config.json" in names else ())})
 

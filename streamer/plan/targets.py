@@ -394,17 +394,13 @@ def _sides(factors: tuple[str, str], adapter: DeltaSource) -> Sides:
 
 def _assign(wrapped: Wrapped, stacks: Mapping[str, Stack], adapter: DeltaSource) -> tuple[str, ...] | str:
     """Assign each wrapper its parameter, innermost first, or describe what is wrong."""
-    fits = [
-        order
-        for order in itertools.permutations(stacks)
-        if all(_fit(stacks[p], *_sides(factors, adapter)) for p, factors in zip(order, wrapped.factors, strict=True))
-    ]
+    sides, orders = [_sides(factors, adapter) for factors in wrapped.factors], itertools.permutations(stacks)
+    fits = [order for order in orders if all(_fit(stacks[p], *s) for p, s in zip(order, sides, strict=True))]
     if len(fits) == 1:
         return fits[0]
     registered = tuple(sorted(stacks, key=lambda p: REGISTERED.index(p) if p in REGISTERED else len(REGISTERED)))
     if registered in fits and all(p in REGISTERED for p in stacks):
         return registered
-    sides = [_sides(factors, adapter) for factors in wrapped.factors]
     shapes = listed((f"lora_A {list(a)}, lora_B {list(b)}" for a, b in sides), separator="; ")
     wanted = listed(f"{p} with {len(s.experts)} experts of {list(s.shape)}" for p, s in stacks.items())
     why = "fit in more than one way" if fits else "do not fit"
