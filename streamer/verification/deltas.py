@@ -576,9 +576,7 @@ def read_fit(path: Path, record: Mapping[str, Any]) -> Formula:
     """Read the right factors of the fit that a record names, (n, r) by matrix; raise `MismatchError` if it is another file."""
     end = ".right_factor"  # of the names of arrays (1, n, r)
     files, digest, sha256 = TensorFiles([path]), hashlib.sha256(), record["coefficients"]["sha256"]
-    arrays = {
-        name.removesuffix(end) for name, stored in files.stored.items() if name.endswith(end) and any(stored.shape)
-    }
+    arrays = {n.removesuffix(end) for n, stored in files.stored.items() if n.endswith(end) and any(stored.shape)}
     for tensor in sorted(arrays):
         digest.update(f"{tensor}\n".encode() + files.values(tensor + end, 0).astype("<f4").tobytes())
     if digest.hexdigest() != sha256:

@@ -146,11 +146,8 @@ class Check:
         """Recompute the matrix of one row of the record, and return the largest error in units of what is permitted."""
         tensor = row["tensor"]
         W0, delta = self.adapter.delta(row, self._source(tensor))
-        mitigated, spread = (
-            deltas.by_method(self.record, row, W0, delta)
-            if self._formula is None
-            else (self._formula(tensor, delta), 0.0)
-        )
+        by_file = self._formula and (self._formula(tensor, delta), 0.0)
+        mitigated, spread = by_file or deltas.by_method(self.record, row, W0, delta)
         written = f"base_model.model.{row['module']}.weight" if isinstance(self.files, AdapterFiles) else tensor
         if not isinstance(self.files, AdapterFiles) or written in self.files.stored:
             return self._compare(tensor, written, W0, mitigated, spread)
@@ -189,11 +186,8 @@ class Check:
         stored = Matrix(self.base, tensor).dtype if keeps or self._cast else ""
         dtypes = {stored, self._cast} if stored else {written.dtype}
         if written.stored_shape != W0.stored_shape or written.dtype not in dtypes:
-            self._differ(
-                tensor,
-                f"{' or '.join(sorted(filter(None, dtypes)))} {[*W0.stored_shape]}",
-                f"{written.dtype} {[*written.stored_shape]}",
-            )
+            expected = f"{' or '.join(sorted(filter(None, dtypes)))} {[*W0.stored_shape]}"
+            self._differ(tensor, expected, f"{written.dtype} {[*written.stored_shape]}")
             return math.inf
         # A copy or a cast is exact.
         terms = delta.terms + 8 if delta is not None else 8 * (W0.added is not None or W0.dtype == FP8)
