@@ -346,7 +346,7 @@ class RepairRequest(Request, RepairOptions):
     def _output(self, **changes: Any) -> OutputRequest:
         """Return a request that writes the adapter mitigated as the changes say."""
         command = "merge" if self.merge else "mitigate"
-        unset = {"keep": None, "to_lora": None, "device": "cpu", "dtype": None, "command": command}
+        unset = {"to_lora": None, "device": "cpu", "dtype": None, "command": command}
         return take(OutputRequest, vars(self), **{**unset, **changes})
 
     @property
