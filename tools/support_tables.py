@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from streamer.adapters.adapter_config import OTHER_LIBRARIES, RESIDUAL, RULES
-from streamer.adapters.modules import METHODS
+from streamer.adapters.modules import PEFT_METHODS
 from streamer.weights.codes import Recodable
 from streamer.weights.logical import FORMATS, QuantizationFormat
 
@@ -40,7 +40,7 @@ EXPERTS = Support("a fully fine-tuned mixture with stacks of experts, of a class
 def support_table() -> str:
     """The table in Markdown."""
     refused = ", ".join(dict.fromkeys(rule.kind for rule in RULES if rule.kind != RESIDUAL and rule.method == "LORA"))
-    methods = ", ".join(method.title for method in METHODS.values())
+    methods = ", ".join(method.title for method in PEFT_METHODS.values())
     flag = "with `--base-is-residual`"
     rows = [
         Support("kind of adapter", "`detect`", "`mitigate`", "`merge`"),

@@ -30,7 +30,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from streamer.adapters import adapter_config as rules
 from streamer.adapters.adapter_config import AdapterConfig, Stated
-from streamer.adapters.modules import INDICES, METHODS, LoraModule, MethodModule, Module, PeftMethod
+from streamer.adapters.modules import INDICES, PEFT_METHODS, LoraModule, MethodModule, Module, PeftMethod
 from streamer.errors import FormatError, InputError, MismatchError, UnsupportedError
 from streamer.storage.atomic_file import views
 from streamer.storage.checkpoint import IOMode, TensorFile, read_json_object
@@ -387,7 +387,7 @@ def adapter_from_tensors(path: Path, config: AdapterConfig, file: TensorFile) ->
     file
         The adapter's tensors, under the names that PEFT saves.
     """
-    method = METHODS.get(str(config.peft_type))
+    method = PEFT_METHODS.get(str(config.peft_type))
     factors_of, others = _sort(file, method)
 
     def is_matrix(parameter: str, a: str) -> bool:

@@ -21,7 +21,7 @@ from typing import TypeVar
 
 from streamer.adapters.adapter import Carried, DeltaSource
 from streamer.adapters.adapter_config import CONFIG_NAME, LORA_NAME, WEIGHTS_NAME, AdapterConfig
-from streamer.adapters.modules import METHODS, MethodModule, Module
+from streamer.adapters.modules import PEFT_METHODS, MethodModule, Module
 from streamer.errors import InputError, OutputExistsError, UsageError
 from streamer.storage import checkpoint
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
@@ -132,9 +132,11 @@ def open_finetuned(path: Path, base: Checkpoint, role_of: Callable[[TensorInfo],
                 kind, stored = "weight" if role == "out,in" else "conv1d", info.shape[1:]
                 m, n = stored if role == "out,in" else stored[::-1]
                 named, shapes = {kind: info.name}, {kind: stored}
-                stacks.append(MethodModule(info.name, METHODS[METHOD], config, named, shapes, shape=(m, n)))
+                stacks.append(MethodModule(info.name, PEFT_METHODS[METHOD], config, named, shapes, shape=(m, n)))
             elif role:
-                modules[module] = MethodModule(module, METHODS[METHOD], config, {role: info.name}, {role: info.shape})
+                modules[module] = MethodModule(
+                    module, PEFT_METHODS[METHOD], config, {role: info.name}, {role: info.shape}
+                )
             else:
                 carried.append(Carried("saved", module, parameter, info.name))
                 matrix = info.dtype in FLOATS and sum(n > 1 for n in info.shape) > 1

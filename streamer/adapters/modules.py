@@ -6,7 +6,7 @@ DoRA scales each row of the (out, in) matrix to its magnitude: ``W' = m · (W0 +
 each row of the (out, in) matrix. For an embedding this is a column of the stored (vocabulary, dim); for a convolution it is an output
 channel, with the norm over all other dimensions. The norm includes the delta, without dropout's scaling.
 
-The other PEFT methods are entries of `METHODS`, by PEFT's ``peft_type``. An entry says which tensors a module has, which matrices they fit,
+The other PEFT methods are entries of `PEFT_METHODS`, by PEFT's ``peft_type``. An entry says which tensors a module has, which matrices they fit,
 and what they add to W0 (out, in); a convolution's kernel is flattened into its input.
 """
 
@@ -283,7 +283,7 @@ def _full(p: MethodInputs, W0: Tensor) -> Delta:
     return Dense((weight.flatten(1) if role == "weight" else weight.T) - W0)
 
 
-METHODS: dict[str, PeftMethod] = {
+PEFT_METHODS: dict[str, PeftMethod] = {
     "LOHA": PeftMethod("LoHa", r"hada_w[12]_[ab]", _loha_fits, _loha, scaled=True, matrices=4),
     "LOKR": PeftMethod("LoKr", r"lokr_w[12](?:_[ab])?", _lokr_fits, _lokr, scaled=True),
     "ADALORA": PeftMethod("AdaLoRA", r"lora_[ABE]|ranknum", _adalora_fits, _adalora, low_rank=True),
@@ -457,7 +457,7 @@ class LoraModule:
 
 @dataclass(frozen=True)
 class MethodModule:
-    """Module of a method other than LoRA (see `METHODS`).
+    """Module of a method other than LoRA (see `PEFT_METHODS`).
 
     Attributes
     ----------

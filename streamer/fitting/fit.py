@@ -93,7 +93,7 @@ NEAR_SHRINK = 0.9
 """A fit that leaves at least this share of a shrink's forgetting has gained little: texts of one kind give a shrink."""
 
 MISSED = 0.01
-"""A set misses its share if it keeps less by more than this."""
+"""A fit misses its share if it keeps less by more than this."""
 
 
 def adapter_facts(evaluation: Evaluation, name: str) -> dict[str, Any]:
@@ -204,7 +204,8 @@ def doubts(facts: Mapping[str, Any]) -> list[str]:
 
 def misses(facts: Mapping[str, Any]) -> list[str]:
     """Warn if the factors keep less than requested, or diverge nearly as much as the shrink that keeps as much."""
-    (fitted,), lines = facts["sets"], list[str]()
+    (fitted,) = facts["sets"]  # a list in the file
+    lines = list[str]()
     if not facts["reliable"]["kept"]:
         return lines
     share, shrink = f"{100 * fitted['keep']:g}%", fitted["shrink"]

@@ -187,7 +187,7 @@ class Group:
         return self.ids.numel()
 
     def put_away(self, spool: Spool) -> None:
-        """Move the tensors with which the group enters a layer to a spool; whatever refers to them finds them there again later."""
+        """Move the tensors with which the group enters a layer to a spool; their storage is emptied in place, so references hold."""
         # Clones: a tensor that has lent its memory to NumPy, as writing does, cannot be resized any more.
         self._place = spool.write([bits.clone() for bits in self._state], self._place)
         for bits in self._state:
@@ -584,6 +584,7 @@ class SweepModel(LoadedModel):
                     for group in riders:  # they begin again: what else a layer needs is not known
                         group.skips, group.out = 0, None
                 for group in () if away else riders:
+                    # A rider that starts late catches up with the layers that were done without it.
                     for _ in range(1 if runs[group] else 1 + max(0, done - group.skips)):
                         if not runs[group].dead:
                             advance(group)
