@@ -14,7 +14,7 @@ from scipy.linalg import block_diag
 
 import streamer
 from streamer.adapters.adapter_config import AdapterConfig
-from streamer.adapters.modules import METHODS, MethodInputs
+from streamer.adapters.modules import PEFT_METHODS, MethodInputs
 from streamer.errors import FormatError, InputError, MismatchError, UnsupportedError
 from streamer.plan.plan import make_plan
 
@@ -96,7 +96,7 @@ def test_a_rotation_keeps_the_singular_values(role: str) -> None:
     W0 = torch.randn(12, 8, dtype=torch.float64)
     length = 12 if role == "oft_embedding_R" else 8
     R = torch.randn(length // 4, 6, dtype=torch.float64)
-    W1 = W0 + METHODS["OFT"].delta(parts({role: R}, (12, 8)), W0).dense()
+    W1 = W0 + PEFT_METHODS["OFT"].delta(parts({role: R}, (12, 8)), W0).dense()
     torch.testing.assert_close(torch.linalg.svdvals(W1), torch.linalg.svdvals(W0))
     assert (W1 - W0).abs().max() > 0.1
     kept = W1 @ W1.T - W0 @ W0.T if role == "oft_R" else W1.T @ W1 - W0.T @ W0
@@ -111,9 +111,9 @@ def test_the_neumann_series_comes_near_the_exact_rotation(terms: int) -> None:
     halves the last one, Qᵗ⁻¹: what it leaves out is Qᵗ⁻¹ + 2Qᵗ + … = Qᵗ⁻¹R, whose norm is ‖Q‖ᵗ⁻¹. It computes four terms for three.
     """
     W0, vectors = torch.randn(12, 8, dtype=torch.float64), 0.02 * torch.randn(2, 6, dtype=torch.float64)
-    exact = METHODS["OFT"].delta(parts({"oft_R": -vectors}, (12, 8)), W0).dense()
+    exact = PEFT_METHODS["OFT"].delta(parts({"oft_R": -vectors}, (12, 8)), W0).dense()
     options = {"use_cayley_neumann": True, "num_cayley_neumann_terms": terms}
-    series = METHODS["OFT"].delta(parts({"oft_R": vectors}, (12, 8), **options), W0).dense()
+    series = PEFT_METHODS["OFT"].delta(parts({"oft_R": vectors}, (12, 8), **options), W0).dense()
 
     blocks = np.zeros((2, 4, 4))
     blocks[:, *np.triu_indices(4, 1)] = vectors.numpy()
