@@ -6,8 +6,8 @@ DoRA scales each row of the (out, in) matrix to its magnitude: ``W' = m · (W0 +
 each row of the (out, in) matrix. For an embedding this is a column of the stored (vocabulary, dim); for a convolution it is an output
 channel, with the norm over all other dimensions. The norm includes the delta, without dropout's scaling.
 
-The other PEFT methods are entries of `PEFT_METHODS`, by PEFT's ``peft_type``. An entry says which tensors a module has, which matrices they fit,
-and what they add to W0 (out, in); a convolution's kernel is flattened into its input.
+The other PEFT methods are entries of `PEFT_METHODS`, by PEFT's ``peft_type``. An entry says which tensors a module has, which matrices they
+fit, and what they add to W0 (out, in); a convolution's kernel is flattened into its input.
 """
 
 from __future__ import annotations

@@ -14,10 +14,10 @@ only values whose successor has converged too: in the bulk a Ritz vector can be 
 rests on the random columns of the start block. A missed vector would have to be orthogonal to all of them, which has probability zero;
 the nearer to orthogonal it must be, the less likely it is. This is the only step without a proof.
 
-**Upper bound.** It comes from the Christoffel function of a block Krylov space. Let M be the base or its transpose, oriented so that its right side is the smaller one. The block Golub–Kahan process starts from a block
-that contains the given vectors and yields ``B = X S Yᵀ`` and T = BᵀB. Let v be *any* unit right singular vector of M, with value σ and
-coordinates ŷ = YᵀPᵀv and z = P₊ᵀv. Multiplying the process' invariant by v from the left gives, for each Ritz value s_l and
-``g_l = s_l tail_l``,
+**Upper bound.** It comes from the Christoffel function of a block Krylov space. Let M be the base or its transpose, oriented so that its
+right side is the smaller one. The block Golub–Kahan process starts from a block that contains the given vectors and yields ``B = X S Yᵀ``
+and T = BᵀB. Let v be *any* unit right singular vector of M, with value σ and coordinates ŷ = YᵀPᵀv and z = P₊ᵀv. Multiplying the process'
+invariant by v from the left gives, for each Ritz value s_l and ``g_l = s_l tail_l``,
 
     ŷ_l (s_l² − σ²) = −g_lᵀ z − (σ f_l + s_l f'_l),      ‖ŷ‖² + ‖z‖² ≤ 1,
 
