@@ -489,7 +489,7 @@ def _entry(requantize: InputMap | None, target: Target) -> MappedInput | None:
 
 
 def _refuse_quantized(plan: Plan, dequantize: bool, requantize: InputMap | None) -> None:
-    """Refuse changes that do not fit quantized weights; one line for all."""
+    """Refuse changes that do not fit quantized weights; a message names the first weight, and counts them."""
     quantized, base, instead = plan.weights.quantized_names, plan.base.path, "merge into the 16-bit base"
     replaced = [name for name in plan.edits.sources if name in quantized]
     if replaced:
@@ -603,7 +603,8 @@ class ModelWriter(Writer):
         plan, base = job.plan, job.plan.base
         shards = model.shards(job.stamp("merge"))
         finals = {}
-        if len(files) > 1 if job.shard_bytes is not None else base.index is not None:
+        needs_index = base.index is not None if job.shard_bytes is None else len(files) > 1
+        if needs_index:
             base_index = base.index or {"weight_map": {}}
             stated, where = base_index["weight_map"], {o.name: name for name, made in files.items() for o in made}
             # Keep the base's order; new names come last.
