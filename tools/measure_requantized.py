@@ -1,4 +1,4 @@
-"""Measure what of an adapter survives in a 4-bit base's own codes: `streamer merge --requantize` against rounding to the nearest code.
+"""Measure what of an adapter survives in a 4-bit base's own codes: `streamer merge --requantize` against quantizing the merged weights.
 
     pip install bitsandbytes compressed-tensors, and what measure_forgetting.py asks for
     python tools/measure_requantized.py DIRECTORY --adapters qa          DIRECTORY as measure_forgetting.py left it; 30 CPU minutes each
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -141,6 +142,7 @@ def main() -> int:
             record = streamer.merge_with_reduced_intruder_dimensions(
                 base, adapter, ours, mitigation_lambda=1.0, requantize=mapped, overwrite=True
             )
+            shutil.rmtree(ours.with_name(f"{ours.name}-decoded"), ignore_errors=True)  # of an earlier version
             plain = decode(base, adapter, work / f"{kind}-decoded")
             if not nearest.exists():
                 sums = work / f"{name}-{kind}-sum"
@@ -148,7 +150,7 @@ def main() -> int:
                     base, adapter, sums, mitigation_lambda=1.0, dequantize=True, dtype="fp32", overwrite=True
                 )
                 quantize(sums, nearest, code, stated)
-            places |= {"merged, nearest codes": nearest, "merged, --requantize": ours}
+            places |= {"merged, then quantized again": nearest, "merged, --requantize": ours}
             trained = measured(plain, adapter, texts)
             rows = [
                 record["matrices"][i][key]

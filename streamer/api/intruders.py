@@ -141,7 +141,7 @@ class OutputRequest(Request, MitigateOptions, MergeOptions, IterateOptions):
     @cached_property
     def input_map(self) -> InputMap | None:
         """Return the map by which 4-bit weights are written."""
-        return load_map(self.requantize) if isinstance(self.requantize, str | Path) else self.requantize
+        return self.requantize if isinstance(self.requantize, InputMap | None) else load_map(self.requantize)
 
     @property
     def shard_bytes(self) -> int | None:
@@ -285,8 +285,8 @@ def merge_with_reduced_intruder_dimensions(
         Write all quantized weights as plain tensors of the config's dtype, and remove the quantization from ``config.json``.
     requantize
         Map from `map_inputs` of the base, or the path of its file: merged weights in 4 bits become codes again, with the base's own scales,
-        and are rounded so that the response to the map's inputs changes least. The record states for each matrix the share of the update
-        that survives (``survives``, ``rounding_error``).
+        and are rounded so that the response to the map's inputs changes least. The record states the share of the update that survives, for
+        each matrix that is stored as one tensor (``survives``, ``rounding_error``).
     executor
         Workers that write shards, as for `detect_intruder_dimensions`; they need the output at the same path. The bytes are the same.
 

@@ -220,11 +220,15 @@ class Recode(Recipe):
             got += feedback.energy(update, made)
             error += feedback.energy(made.sub_(update), made)
             yield Piece(as_bytes(weight.packed(indices)))
+        if not math.isfinite(error):
+            raise NumericError(
+                f"{weight.where}: the map has no finite inputs of {self.target.tensor!r}; make it again with `streamer map`"
+            )
         if report is not None and wanted:
             report(survives=got / wanted, rounding_error=math.sqrt(error / wanted))
 
 
-@lru_cache(maxsize=1)  # q, k and v, gate and up have the same inputs and follow each other
+@lru_cache(maxsize=1)  # matrices with the same inputs, such as gate and up, often follow each other
 def _feedback(entry: MappedInput) -> Feedback:
     return Feedback.of(entry.spectrum)
 
@@ -521,7 +525,8 @@ def _refuse_quantized(plan: Plan, dequantize: bool, requantize: InputMap | None)
         raise UnsupportedError(f"{base}: {what}, which is not supported; {instead}")
     if refused and not dequantize:
         what = f"{len(refused)} of the weights to merge into are quantized, {refused[0]!r} first ({plan.weights[refused[0]].label})"
-        do = f"--dequantize writes a plain model, in 4 bits --requantize writes new codes, or {instead}"
+        codes = any(isinstance(plan.weights[name], Recodable) for name in refused)
+        do = f"--dequantize writes a plain model, {'`merge --requantize` new codes, ' * codes}or {instead}"
         raise UnsupportedError(f"{base}: {what}, {do}")
 
 
@@ -668,7 +673,9 @@ def merge_estimates(job: Job, model: MergedModel, resident: int) -> Iterator[Mem
     for target in job.plan.targets:
         size = job.mitigation_bytes(target) + rows_bytes(job.plan.weights[target.tensor])
         if (entry := _entry(job.requantize, target)) is not None:
-            size += RECODED * RECODED_BYTES + FEEDBACK * entry.size * len(entry.values)
+            size += RECODED * min(RECODED_BYTES, 4 * math.prod(target.module.shape)) + FEEDBACK * entry.size * len(
+                entry.values
+            )
         yield MemoryEstimate(target.tensor, target.module.shape, resident + size)
     for output in (o for outputs in model.files.values() for o in outputs):
         rows = rows_bytes(output.recipe.weight) if isinstance(output.recipe, Rows) else 0

@@ -43,7 +43,7 @@ class MitigatedMatrix(TypedDict):
     values: NotRequired[Annotated[Count, "For a merge: values of the matrix, if one tensor of the base's dtype holds it, not a copy."]]
     rounded_away: NotRequired[Annotated[Count, "How many of them rounding to the dtype left as in the base although the delta is not 0."]]
     survives: NotRequired[Annotated[float, "With --requantize: share of the update's response to the map's inputs that the codes hold."]]
-    rounding_error: NotRequired[Annotated[Amount, "Size of what rounding to codes added to that response, relative to the update's."]]
+    rounding_error: NotRequired[Annotated[Amount, "Size of the error of that response, relative to the update's."]]
 
 class Totals(TypedDict):
     """Totals over all matrices."""
@@ -172,7 +172,7 @@ def record_lines(record: Mapping[str, Any], title: str | None = None) -> list[st
     if coded := [m for m in record["matrices"] if "survives" in m]:
         kept, error = (100 * sum(m[key] for m in coded) / len(coded) for key in ("survives", "rounding_error"))
         response = f"of the update's response to the map's inputs, {kept:.0f}% survives, with an error of {error:.0f}%"
-        lines.append(f"{counted(len(coded), 'matrix')} written in the base's codes: {response} (means)")
+        lines.append(f"written in the base's codes: {response} (means of {counted(len(coded), 'matrix')})")
     if record["command"] == "mitigate":
         most = f"lost in projection: at most {100 * t['dropped_max']:.2f}% of a matrix's mitigated delta"
         worst = max(record["matrices"], key=lambda m: m["dropped"], default={"dropped": 0.0})
@@ -347,7 +347,9 @@ def _number(x: float) -> str:
 
 
 def verify_line(base: str, adapter: str, record: Mapping[str, Any]) -> str:
-    """Write the command that recomputes an output."""
+    """Write the command that recomputes an output, or checks its digests if it holds codes."""
+    if record.get("requantize"):
+        return "streamer verify OUTPUT"
     return shlex.join(["streamer", "verify", "OUTPUT", base, adapter, "--sample", "all", *_file_option(record)])
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenized_texts
 import torch
 from causal_models import make_adapter, make_base
 from command_line import ENV
@@ -34,7 +35,12 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Outco
     """The directory in which all recipes have run, one after the other, and what each command printed."""
     home = tmp_path_factory.mktemp("recipes")
     cls = make_base("llama", home / "base")
+    tokenized_texts.save(home / "base", "words")
+    config = json.loads((home / "base" / "config.json").read_text())
+    (home / "base" / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 256}))
+    (home / "general.txt").write_text(tokenized_texts.prose(4000))
     nf4(home / "base-nf4", home / "base")
+    tokenized_texts.save(home / "base-nf4", "words")
     make_adapter(cls, home / "base", home / "adapter", TARGETS, r=8)
     make_adapter(cls, home / "base", home / "dora", TARGETS, use_dora=True)
     make_adapter(cls, home / "base", home / "saved", TARGETS, r=8, modules_to_save=["lm_head"])

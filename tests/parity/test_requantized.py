@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ from quantized import Quantized, Tensors, by_linear, floats_config, small_floats
 from quantized_cases import all_tensors
 from safetensors.torch import load_file, save_file
 from seeds import vary
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import streamer
-from streamer.errors import MismatchError, UnsupportedError, UsageError
+from streamer.errors import MismatchError, NumericError, UnsupportedError, UsageError
 
 
 def mxfp4(directory: Path, plain: Path) -> Quantized:
@@ -35,16 +36,28 @@ def mxfp4(directory: Path, plain: Path) -> Quantized:
     return Quantized(write(directory, plain, tensors, floats_config("mxfp4-pack-quantized")), decoded)
 
 
-MAKERS = {**{name: quantized.MAKERS[name] for name in ("nf4", "packed", "nvfp4", "modelopt")}, "mxfp4": mxfp4}
+def fp4(directory: Path, plain: Path) -> Quantized:
+    """bitsandbytes' table of FP4 does not ascend."""
+    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
+    return quantized.by_bitsandbytes(directory, plain, options)
 
-CODES = {"nf4": ".weight", "modelopt": ".weight"}
+
+MAKERS = {
+    **{name: quantized.MAKERS[name] for name in ("nf4", "packed", "nvfp4", "modelopt")},
+    "fp4": fp4,
+    "mxfp4": mxfp4,
+}
+
+BITSANDBYTES = ("nf4", "fp4")
+
+CODES = {"nf4": ".weight", "fp4": ".weight", "modelopt": ".weight"}
 """The tensor of codes after the module's name; `.weight_packed` in compressed-tensors."""
 
 
 def decode(encoding: str, stem: str, tensors: Tensors, codes: torch.Tensor) -> torch.Tensor:
     """What the library decodes, of these codes, float32."""
     parts = {key.removeprefix(f"{stem}."): t for key, t in tensors.items() if key.startswith(f"{stem}.")}
-    if encoding == "nf4":
+    if encoding in BITSANDBYTES:
         stored = {key.removeprefix("weight."): t for key, t in parts.items() if key != "weight"}
         state = QuantState.from_dict(stored, device="cpu")
         state.dtype = torch.float32
@@ -122,7 +135,7 @@ def test_codes_are_those_of_gptq_with_the_base_s_scales(
     for name, W in made.decoded.items():
         stem = name.removesuffix(".weight")
         key = stem + CODES.get(encoding, ".weight_packed")
-        if encoding != "nf4":
+        if encoding not in BITSANDBYTES:
             assert torch.equal(decode(encoding, stem, before, before[key]), W)
         decoded = decode(encoding, stem, before, before[key]).double().numpy()
         A, B = (factors[f"base_model.model.{stem}.lora_{x}.weight"].double().numpy() for x in "AB")
@@ -141,7 +154,7 @@ def test_codes_are_those_of_gptq_with_the_base_s_scales(
         assert same == (name not in changed), name
     configs = [json.loads((at / "config.json").read_text()) for at in (made.base, tmp_path / "out")]
     assert configs[0] == configs[1]
-    if encoding == "nf4":  # the other bases lack what transformers asks of their libraries
+    if encoding in BITSANDBYTES:  # the other bases lack what transformers asks of their libraries
         model = opened(AutoModelForCausalLM, tmp_path / "out", dtype=torch.float32, device_map="cpu")
         for name, module in model.named_modules():
             if isinstance(module, bnb.nn.Linear4bit):
@@ -209,6 +222,12 @@ REFUSALS: dict[str, tuple[Callable[[Path, Path], Quantized], dict[str, Any], typ
     "int8": (quantized.MAKERS["int8"], {}, UnsupportedError, "stored in 4 bits"),
     "another base": (MAKERS["nf4"], {}, MismatchError, "is a map of another base"),
     "lacks": (MAKERS["packed"], {}, MismatchError, "has no inputs of 1 matrix"),
+    "zeros": (
+        MAKERS["packed"],
+        {},
+        NumericError,
+        "the map has no finite inputs of 'model.layers.1.mlp.down_proj.weight'",
+    ),
 }
 
 
@@ -217,9 +236,10 @@ def test_what_cannot_be_coded_is_refused(case: str, plain: tuple[Path, Path], tm
     make, options, error, words = REFUSALS[case]
     made = make(tmp_path / "base", plain[0])
     inputs = mapped(plain[0] if case == "another base" else made.base, tmp_path)
-    if case == "lacks":
+    if case in ("lacks", "zeros"):
         (down,) = (entry for entry in inputs.inputs if "model.layers.1.mlp.down_proj.weight" in entry.names)
-        inputs = streamer.InputMap(tuple(entry for entry in inputs.inputs if entry is not down), inputs.facts)
+        zeros = [replace(down, trace=0.0, values=torch.zeros_like(down.values))] if case == "zeros" else []
+        inputs = streamer.InputMap((*(entry for entry in inputs.inputs if entry is not down), *zeros), inputs.facts)
     with pytest.raises(error, match=words):
         merge(made.base, plain[1], tmp_path / "out", 1, requantize=inputs, **options)
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
