@@ -68,7 +68,7 @@ def mapped(plan: Plan, ids: torch.Tensor, device: torch.device) -> Arrays:
     prepared = prepare_map(
         plan.base.path, text, MapRequest(base=plan.base.path, vectors=4), None, Run(CPU, model_device=device)
     )
-    return {f"{one.key}": one.values.numpy() for one in prepared.result(None).inputs}
+    return {f"{one.names[0]} {one.vectors is None}": one.values.numpy() for one in prepared.result(None).inputs}
 
 
 COMMANDS = {"evaluate": evaluated, "fit": fitted, "map": mapped}
