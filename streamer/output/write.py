@@ -110,9 +110,11 @@ def run_jobs(writers: Sequence[Writer], options: Run) -> list[Written]:
         monitor.emit(Event("warning", line))
     for path, output in ((w.path, w.output) for w, state in zip(writers, states, strict=True) if state == "done"):
         monitor.note(f"{path} holds this very output already; nothing to do")
-        if (path / transaction.LOCK_NAME).exists():  # of a run that was killed at its end
+        if any(
+            (path / name).exists() for name in (transaction.LOCK_NAME, OWN_FINDINGS)
+        ):  # of a run that was killed at its end
             with locked(path / transaction.LOCK_NAME):
-                pass
+                discard_own_findings(path)
         # For `make`: the files, then the commit point, the record and the directory.
         transaction.touch([*(path / name for name, _ in output.files), path / transaction.RECORD_NAME, path], monitor)
     todo = [writer for writer, state in zip(writers, states, strict=True) if state != "done"]

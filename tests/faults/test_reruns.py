@@ -50,6 +50,17 @@ def test_a_finished_output_is_left_alone(bench: Bench, command: str, tmp_path: P
     assert {p: p.stat().st_ino for p in out.rglob("*")} == stats
 
 
+def test_findings_that_a_power_cut_brought_back_go(job: tuple[Path, Path], tmp_path: Path) -> None:
+    """The cut kept the record and the removal of the journal, and lost that of the findings, which came before."""
+    out, left = tmp_path / "out", tmp_path / "out" / ".streamer.findings.safetensors"
+    assert streamer.merge_with_reduced_intruder_dimensions(*job, out)["state"] == "written"
+    before = tree_digest(out)
+    left.write_bytes(b"findings")
+    assert streamer.merge_with_reduced_intruder_dimensions(*job, out)["state"] == "present"
+    assert tree_digest(out) == before
+    assert sorted(p.name for p in out.glob(".*")) == []
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_run_that_takes_up_another_says_so(bench: Bench, command: str, tmp_path: Path) -> None:
     """How much of it is done is where its progress begins."""
