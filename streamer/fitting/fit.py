@@ -694,8 +694,8 @@ class FitRun:
                 f"convolution, for example; first: {unused[0]!r}), so their inputs cannot be collected; use `mitigate --method shrink`"
             )
         if unseen:
-            self.monitor.warn((f"{counted(len(unseen), 'matrix')} received no tokens from one of the texts, or lack a solution; "
-                               f"their deltas stay: {listed(map(repr, unseen))}",))  # fmt: skip
+            self.monitor.warn((f"no tokens from one of the texts, or no solution, for {counted(len(unseen), 'matrix')}, "
+                               f"{listed(map(repr, unseen))}: what the adapter adds there stays",))  # fmt: skip
         return [Point(0.0, unchanged_factors), *points], unseen
 
     def _choose(self, points: Sequence[Point]) -> Point:

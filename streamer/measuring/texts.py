@@ -337,16 +337,16 @@ def _conversation(where: str, messages: Any, tokenizer: Tokenizer) -> tuple[str,
         if message["role"] == "assistant":
             before = messages[:i]
             prompt, plain = (rendered(before, True), rendered(before)) if before else ("", "")
-            behind = rendered(messages[: i + 1]).rstrip("\n")
+            answered = rendered(messages[: i + 1]).rstrip("\n")
             # Some templates have no generation prompt. In others, it opens a thought that the rendered answer lacks.
-            if prompt == plain or not behind.startswith(prompt):
+            if prompt == plain or not answered.startswith(prompt):
                 prompt = _header(tokenizer, before, message.get("content"), plain) or prompt
-            if not (behind.startswith(prompt) and whole.startswith(behind)):
+            if not (answered.startswith(prompt) and whole.startswith(answered)):
                 raise FormatError(
                     f"{where}: the chat template writes the beginning of this conversation differently once more messages follow, so that "
                     f"answer {len(spans) + 1} cannot be found; give one line for each answer, with the messages up to it"
                 )
-            spans.append((len(prompt), len(behind)))
+            spans.append((len(prompt), len(answered)))
     return whole, spans
 
 

@@ -51,14 +51,14 @@ class SealedKind:
         Metadata key of the JSON object.
     schema
         Value of its key ``schema``; its number rises with the format.
-    what, again
-        Words for messages: what such a file holds, and how to make it.
+    what, remedy
+        Words for messages: what such a file holds, and how to make one.
     """
 
     key: str
     schema: str
     what: str
-    again: str
+    remedy: str
 
     def is_at(self, path: Path) -> bool:
         """Test whether a file's header says that it is of this kind, in any version."""
@@ -102,12 +102,12 @@ class SealedKind:
         metadata = file.header.metadata
         if self.key not in metadata:
             other = "findings" if "findings" in metadata else "another safetensors file"
-            raise FormatError(f"{path}: expected {self.what} ({self.schema}), found {other}; {self.again}")
-        file.check_digest(self.again)
+            raise FormatError(f"{path}: expected {self.what} ({self.schema}), found {other}; {self.remedy}")
+        file.check_digest(self.remedy)
         tree = strict_json(metadata[self.key].encode())
         if (schema := tree.pop("schema")) != self.schema:
             raise FormatError(
-                f"{path}: is of another version: expected {self.schema}, found {quoted(schema)}; {self.again}"
+                f"{path}: is of another version: expected {self.schema}, found {quoted(schema)}; {self.remedy}"
             )
         return tree, {t.name: as_tensor(file.view(t), TORCH_DTYPES[t.dtype], t.shape) for t in file.header.tensors}
 
@@ -232,7 +232,7 @@ def load_coefficients(path: str | Path) -> Coefficients:
     """
     tree, arrays = FIT.read(Path(path))
     if len(shares := tree.pop("keeps")) != 1:
-        raise FormatError(f"{path}: expected factors for one share of the learning, found {len(shares)}; {FIT.again}")
+        raise FormatError(f"{path}: expected factors for one share of the learning, found {len(shares)}; {FIT.remedy}")
     matrices = {name.removesuffix(FACTOR): array[0].clone() for name, array in arrays.items()}
     return Coefficients(float(shares[0]), matrices, tree, Path(path))
 

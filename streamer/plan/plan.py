@@ -257,7 +257,7 @@ def match_plan(checkpoint: Checkpoint, weights: WeightView, config: ModelConfig,
     mirrors = tied.mirrored(ties, adapter, matched)
     mirror_names = {module.name for module in mirrors.values()}
     modules = {n: match for n, match in matches.items() if n in adapter.modules and n not in mirror_names}
-    # Before carried tensors are matched, whose names are matched in the same way.
+    # Report unmatched modules before unmatched carried tensors: the cause is usually the same.
     if adapter.carried:
         unmatched = [f"{name!r} {match.why}" for name, match in modules.items() if not match.tensor]
         refuse_misfits(unmatched, len(modules), adapter, weights)

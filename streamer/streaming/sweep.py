@@ -523,7 +523,7 @@ class SweepModel(LoadedModel):
             self.block, self._checkpoint = None, _nothing
 
     def run(self, groups: Sequence[Group], checkpoint: Checkpoint, solve: Solve | None = None, watch: Watch | None = None,
-            after: Callable[[str], bool | None] = _nothing, states: States | None = None, away: Run | None = None) -> bool:  # fmt: skip
+            after: Callable[[str], bool | None] = _nothing, states: States | None = None, run: Run | None = None) -> bool:  # fmt: skip
         """Run groups through all layers; return whether workers ran the riders.
 
         Parameters
@@ -538,7 +538,7 @@ class SweepModel(LoadedModel):
             Called with a layer's path each time that all groups have run it; True ends the run there.
         states
             File from which a killed run resumes.
-        away
+        run
             Run whose workers, if it has any, run the riders; see `elsewhere`.
         """
         greenlet = require_package("greenlet", (3,), "evaluate, repair and map need greenlet", "evaluate")
@@ -547,7 +547,7 @@ class SweepModel(LoadedModel):
         layers = iter(["embeddings", *self.layers][done:])
         fitted = [group for group in groups if group.stream is not None]
         riders = [group for group in groups if group.stream is None]
-        away = away if riders and away is not None and away.workers is not None else None
+        run = run if riders and run is not None and run.workers is not None else None
 
         def advance(group: Group) -> None:
             self.group, self.block = group, (0, 1)
@@ -563,7 +563,7 @@ class SweepModel(LoadedModel):
         with self._running(checkpoint), contextlib.ExitStack() as stopped:
             stopped.callback(self._end, runs)  # within the context, whose grad mode the groups leave as they found it
             self.pause, self._watch = main.switch, watch
-            while (away and done <= len(self.layers)) or not all(runs[g].dead for g in (fitted if away else groups)):
+            while (run and done <= len(self.layers)) or not all(runs[g].dead for g in (fitted if run else groups)):
                 moving = [group for group in fitted if not runs[group].dead]
                 while moving:
                     for group in moving:
@@ -577,13 +577,13 @@ class SweepModel(LoadedModel):
                         if solve is not None:
                             solve(first, inputs)
                         moving = list(inputs)
-                if away and done > begun and not (self.resumable and self._ride(away, riders, done - 1)):
+                if run and done > begun and not (self.resumable and self._ride(run, riders, done - 1)):
                     text = "its layers cannot be entered one by one, so this process runs them without workers"
-                    away.monitor.warn((f"{self.job.plan.base.path}: {text}",))
-                    away = None
+                    run.monitor.warn((f"{self.job.plan.base.path}: {text}",))
+                    run = None
                     for group in riders:  # they begin again: what else a layer needs is not known
                         group.skips, group.out = 0, None
-                for group in () if away else riders:
+                for group in () if run else riders:
                     # A rider that starts late catches up with the layers that were done without it.
                     for _ in range(1 if runs[group] else 1 + max(0, done - group.skips)):
                         if not runs[group].dead:
@@ -596,7 +596,7 @@ class SweepModel(LoadedModel):
                     self.values.cache.clear()
                 done += 1
                 give_freed_memory_back()
-        return away is not None
+        return run is not None
 
     def _ride(self, run: Run, riders: Sequence[Group], layer: int) -> bool:
         """Let workers run a layer of riders; return whether the next one can be entered with its results."""

@@ -141,6 +141,7 @@ def pack(values: Tensor, bits: int) -> Tensor:
 
 
 EXPONENTS = ("F8_E8M0", "U8")
+"""Dtypes of scales that are stored as e8m0 exponents."""
 
 
 @dataclass(frozen=True)
@@ -716,7 +717,7 @@ class HQQ(QuantizedWeight):
         self._check_settings()
         n, (rows, columns) = self.shape[1], self.table
         first, last = i * n // columns, -(-j * n // columns)
-        # A column for groups in rows, else one row.
+        # Zero points and scales are a column if groups are rows of the table, else one row.
         parts = (self.tensors[role] for role in ("zero", "scale"))
         zero, scale = (part.whole() if part.info.shape[0] == 1 else part.rows(first, last) for part in parts)
         at, packed = torch.arange(first, last), -(-rows // self.count)

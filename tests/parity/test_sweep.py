@@ -300,7 +300,7 @@ def test_riders_on_workers_have_the_same_bits(name: str, spools: bool, tmp_path:
             sweep.model.limit(ROOM, spools)
             model, watch = sweep.model, TargetWatch(sweep.plan)
             part = Part("", (*range(6),), text, tuple(Group(text.padded_ids, v) for v in range(3 + len(WEIGHTS))))
-            gone = model.run([*sweep.groups, *part.groups], nothing, sweep.solver, watch, away=away)
+            gone = model.run([*sweep.groups, *part.groups], nothing, sweep.solver, watch, run=away)
             if gone:
                 ends = model.elsewhere(run, [part.groups], len(model.layers), [partial(_sums_on_worker, text, 25)])
                 found += [sums for _, sums in ends]
