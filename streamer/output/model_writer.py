@@ -527,7 +527,7 @@ def _refuse_quantized(plan: Plan, dequantize: bool, requantize: InputMap | None)
         what = f"{len(refused)} of the weights to merge into are quantized, {refused[0]!r} first ({plan.weights[refused[0]].label})"
         codes = any(isinstance(plan.weights[name], Recodable) for name in refused)
         do = f"--dequantize writes a plain model, {'`merge --requantize` new codes, ' * codes}or {instead}"
-        raise UnsupportedError(f"{base}: {what}, {do}")
+        raise UnsupportedError(f"{base}: {what}; {do}")
 
 
 def _output(plan: Plan, weights: WeightView, name: str, stored: StoredTensor | None) -> OutputTensor:
