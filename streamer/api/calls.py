@@ -214,10 +214,15 @@ def _evaluated(annotation: str) -> Any:
     return eval(annotation, {name: getattr(import_module(TYPES[name]), name) for name in names})  # noqa: S307  # from `options`
 
 
+ERRORS = """StreamerError
+    Its class names the kind of error (see `streamer.errors`). Some classes are also Python's own: `ValueError` for options and inputs,
+    `FileNotFoundError` for missing inputs, `FileExistsError` for an output that is not replaced."""
+
+
 def explained(kind: type) -> Callable[[Function], Function]:
     """Add the options that a function accepts as ``**options`` to its signature and docstring; make it refuse others.
 
-    A parameter that the function's docstring leaves out is explained as the option is.
+    A parameter that the function's docstring leaves out is explained as the option is, and errors as in `ERRORS`.
 
     Parameters
     ----------
@@ -258,7 +263,8 @@ def explained(kind: type) -> Callable[[Function], Function]:
             head, *tail = re.split(r"\n(?=(?:Returns|Yields)\n)", inspect.cleandoc(function.__doc__))
             explained_names = {name for line in head.splitlines() for name in line.split(", ")}
             explanations = [text(name) for name in names if name not in explained_names]
-            checked.__doc__ = "\n".join([head.rstrip(), *explanations, "", *tail])
+            title = [] if "Raises\n" in function.__doc__ else ["", "Raises", "------"]
+            checked.__doc__ = "\n".join([head.rstrip(), *explanations, "", *tail, *title, ERRORS])
         checked.__signature__ = signature.replace(parameters=[*parameters, *keyword_only])  # type: ignore[attr-defined]  # where inspect.signature looks for it
         return cast(Function, checked)
 

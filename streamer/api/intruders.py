@@ -107,12 +107,6 @@ def detect_intruder_dimensions(base: str | Path, adapter: Adapters, output: str 
     Findings
         One entry for each matrix, as input for `reduce_intruder_dimension` and `merge_with_reduced_intruder_dimensions`. For several
         adapters, a dict of findings by adapter name.
-
-    Raises
-    ------
-    StreamerError
-        Its class names the kind of error (see `streamer.errors`). Some classes are also Python's own: `ValueError` for options and inputs,
-        `FileNotFoundError` for missing inputs, `FileExistsError` for an output that is not replaced.
     """
     return call(DetectRequest(base=base, adapter=adapter, output=output, **options))
 
@@ -244,12 +238,6 @@ def reduce_intruder_dimension(base: str | Path, adapter: Adapters, output: str |
     Written
         The record, as in ``streamer.json``, with `output` (the path) and `state` (``written``, ``resumed`` or ``present``): a dict that
         prints as a few lines. For several adapters, a dict of records by name.
-
-    Raises
-    ------
-    StreamerError
-        Its class names the kind of error (see `streamer.errors`). Some classes are also Python's own: `ValueError` for options and inputs,
-        `FileNotFoundError` for missing inputs, `FileExistsError` for an output that is not replaced.
     """
     return call(OutputRequest(command="mitigate", base=base, adapter=adapter, output=output, **options))
 
@@ -295,12 +283,6 @@ def merge_with_reduced_intruder_dimensions(
     Written
         The record, as in ``streamer.json``, with `output` and `state`: a dict that prints as a few lines. For several adapters, a dict of
         records by name.
-
-    Raises
-    ------
-    StreamerError
-        Its class names the kind of error (see `streamer.errors`). Some classes are also Python's own: `ValueError` for options and inputs,
-        `FileNotFoundError` for missing inputs, `FileExistsError` for an output that is not replaced.
     """
     return call(OutputRequest(command="merge", base=base, adapter=adapter, output=output, **options))
 
@@ -326,12 +308,6 @@ def iter_merged(base: str | Path, adapter: str | Path,
     ------
     name, tensor
         Tensors as `merge_with_reduced_intruder_dimensions` writes them; of a dtype that torch lacks, the bytes, as flat uint8.
-
-    Raises
-    ------
-    StreamerError
-        Its class names the kind of error (see `streamer.errors`). Some classes are also Python's own: `ValueError` for options and inputs,
-        `FileNotFoundError` for missing inputs.
     """
     request = OutputRequest(command="merge", base=base, adapter=adapter, output="", **options)
     with watched(request) as monitor:  # the progress bar closes with the last tensor

@@ -154,9 +154,10 @@ def evaluate_variants(base: str | Path, adapter: str | Path, output: str | Path 
     ------
     MissingPackageError
         If transformers is not installed.
-    StreamerError
-        Its class names the kind of error (see `streamer.errors`): `UnsupportedError` for a model or adapter that cannot be evaluated,
-        `NumericError` if a sweep did not use everything that the adapter changes.
+    UnsupportedError
+        If the model or the adapter cannot be evaluated.
+    NumericError
+        If a sweep did not use everything that the adapter changes.
     """
     return call(EvaluateRequest(base=base, adapter=adapter, output=output, general=general, task=task, **options))
 
@@ -228,8 +229,6 @@ def map_inputs(base: str | Path, output: str | Path | None = None, *, general: s
     ------
     MissingPackageError
         If transformers is not installed.
-    StreamerError
-        Its class names the kind of error (see `streamer.errors`).
     """
     return call(MapRequest(base=base, output=output, general=general, **options))
 
@@ -551,7 +550,5 @@ def repair_adapter(
     ------
     MissingPackageError
         If transformers is not installed.
-    StreamerError
-        Its class names the kind of error (see `streamer.errors`).
     """
     return call(RepairRequest(base=base, adapter=adapter, output=output, task=task, **options)).record

@@ -458,15 +458,7 @@ def _of_file(plan: Plan, weights: WeightView, name: str, stored: StoredTensor, d
 
 
 def _merged(plan: Plan, weight: Weight, role: str = "", requantize: InputMap | None = None) -> Recipe:
-    """Make the recipe of a weight that the adapter changes.
-
-    Parameters
-    ----------
-    role
-        If the weight stays quantized, the role of the tensor to make.
-    requantize
-        See `plan_merged`.
-    """
+    """Make the recipe of a weight that the adapter changes, or, if it stays quantized, of its tensor with this role."""
     recipes = list[Recipe]()
     for target, slice_ in plan.by_weight[weight.name]:
         own = weight if slice_.index is None else weight.slice(slice_.index)
