@@ -71,9 +71,9 @@ def formats() -> dict[str, tuple[Codes, dict[str, Any]]]:
 
 def quantize(plain: Path, out: Path, code: Codes, stated: dict[str, Any]) -> None:
     """Write a model with the decoder's linear layers quantized."""
-    streamer_files = (p for p in plain.iterdir() if p.suffix != ".safetensors" and not p.name.startswith("streamer"))
+    others = (p for p in plain.iterdir() if p.suffix != ".safetensors" and not p.name.startswith("streamer"))
     out.mkdir()
-    for path in streamer_files:
+    for path in others:
         out.joinpath(path.name).write_bytes(path.read_bytes())
     config = json.loads(out.joinpath("config.json").read_text()) | {"quantization_config": stated}
     out.joinpath("config.json").write_text(json.dumps(config))

@@ -258,8 +258,8 @@ def merge_with_reduced_intruder_dimensions(
 
     Tensor order, metadata and all other files are the base's. So are shard names and dtypes, and unchanged tensors keep their bytes, unless
     `max_shard_size` or `dtype` is given. The delta is not truncated. FP8 weights are quantized again with new scales: each value is rounded
-    to 4 significant bits. Other quantized weights need `dequantize` or, in 4 bits, `requantize`. Several adapters
-    share one pass over the base.
+    to 4 significant bits. Other quantized weights need `dequantize` or, in 4 bits, `requantize`. Several
+    adapters share one pass over the base.
 
     Parameters
     ----------

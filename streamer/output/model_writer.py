@@ -479,9 +479,9 @@ def _merged(plan: Plan, weight: Weight, role: str = "", requantize: InputMap | N
 
 
 def _entry(requantize: InputMap | None, target: Target) -> MappedInput | None:
-    """Find a matrix's inputs in the map; None if it lacks them."""
+    """Find a matrix's inputs in the map; None if it lacks them, or if all were zero."""
     entry = None if requantize is None else requantize.find(target.tensor, target.module.shape[1])
-    return None if entry is None or entry.vectors is None else entry
+    return entry if entry is not None and entry.vectors is not None and entry.trace > 0 else None
 
 
 def _refuse_quantized(plan: Plan, dequantize: bool, requantize: InputMap | None) -> None:
