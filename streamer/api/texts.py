@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict, Unpack, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, TypedDict, Unpack, cast
 
 from streamer.api.calls import call, explained
 from streamer.api.intruders import OutputRequest
@@ -15,23 +13,22 @@ from streamer.api.records import DryRun, dry_run
 from streamer.api.requests import Request, take
 from streamer.errors import OutputExistsError, UsageError
 from streamer.evaluation.evaluate import PreparedEvaluation, prepare
-from streamer.evaluation.evaluation import Evaluation, ReliableRecord, check_dtype, traded
+from streamer.evaluation.evaluation import Evaluation, ReliableRecord, check_dtype
 from streamer.events import Monitor
+from streamer.fitting.choice import HALF_OPTIONS, UNCHANGED_OPTIONS, RepairRow, choose, repair_line, repair_rows
 from streamer.fitting.fit import PreparedFit, prepare_fit, refuse_dense
 from streamer.fitting.mapping import PreparedMap, prepare_map
 from streamer.forecast import forecast_texts
 from streamer.json_types import State
 from streamer.measuring.runs import Prepared
-from streamer.measuring.statistics import Estimate
 from streamer.measuring.texts import GENERAL, TASK
-from streamer.methods import Paper, RegMean, Shrink, share_name
-from streamer.methods.files import MAP, Coefficients, InputMap
+from streamer.methods import Paper, Shrink, share_name
+from streamer.methods.files import MAP, InputMap
 from streamer.options import ONE_BASE, EvaluateOptions, MappingOptions, RepairOptions, VariantOptions, argument
 from streamer.output.record import Written
 from streamer.plan.plan import make_plan
 from streamer.storage.transaction import RECORD_NAME, check_output_path
 from streamer.streaming.values import Variant, make_variants
-from streamer.tables import Column
 from streamer.units import listed, quoted
 from streamer.workers import Workers
 
@@ -233,52 +230,19 @@ def map_inputs(base: str | Path, output: str | Path | None = None, *, general: s
     return call(MapRequest(base=base, output=output, general=general, **options))
 
 
-UNCHANGED_OPTIONS = {"method": Shrink.name, "mitigation_lambda": 1.0}
-HALF_OPTIONS = {"method": Shrink.name, "mitigation_lambda": 0.5}
-"""Options that leave the adapter unchanged, or scale it by half."""
-
-
 # fmt: off
-class RepairRow(TypedDict):
-    """A model, as measured on the held-out sequences; the shrink is interpolated between measured ones."""
-    what: Annotated[Literal["adapter", "shrink", "repair"], "The unchanged adapter, the shrink that keeps the same share, or "
-        "the repair."]
-    name: Annotated[str, "Its method, with lambda or share."]
-    kept: Annotated[float, "Share of the learning that it keeps."]
-    top1_kept: Annotated[float | None, "Share of the adapter's gain in top-1 on the task's text; null if undefined, or not measured."]
-    forgetting: Annotated[float, "Share of the rise of the general loss that it leaves."]
-    divergence: Annotated[float, "Share of the forgetting that it leaves: its divergence from the base on general text as a share of the "
-        "adapter's."]
-
 class RepairRecord(TypedDict):
     """What `repair_adapter` returns and `streamer repair --json` prints: the measurements, the choice, and the files."""
     schema: Literal["streamer.repair/1"]
     chosen: Annotated[Literal["repair", "shrink", "adapter"], "What was written."]
     why: Annotated[str, "The reason, in one line."]
-    rows: Annotated[list[RepairRow], "What was measured: the adapter, the equal shrink if there is one, the repair."]
+    rows: Annotated[list[RepairRow], "What was measured: the adapter, a shrink if one compares, the repair."]
     reliable: Annotated[ReliableRecord, "Whether the denominators of shares are large enough."]
     fit: Annotated[str, "The file of the fit, beside the output."]
     lora: NotRequired[Annotated[str, "With --to-lora: the adapter as a LoRA adapter, beside the output, which was repaired in its place."]]
     output: Annotated[str, "Path of the output, as given."]
     state: State
 # fmt: on
-
-
-def repair_columns(record: RepairRecord) -> list[Column]:
-    """Make the columns of a table of the measured models."""
-    rows, reliable = record["rows"], record["reliable"]
-
-    def percents(name: str) -> list[str]:
-        values = [cast(Mapping[str, Any], row)[name] for row in rows]
-        return ["-" if value is None or not reliable.get(name, True) else f"{100 * value:.1f}%" for value in values]
-
-    return [
-        Column("model", [row["name"] + (" *" if row["what"] == record["chosen"] else "") for row in rows], "* was written", 9, left=True),
-        Column("kept", percents("kept"), "share of the learning that it keeps", 8),
-        Column("top-1 kept", percents("top1_kept"), "share of the adapter's gain in top-1 on the task's text that it keeps", 4),
-        Column("KL left", percents("divergence"), "its divergence from the base on general text; 100% is the adapter's", 8),
-        Column("loss left", percents("forgetting"), "the rise of the loss on general text; 100% is the adapter's", 5),
-    ]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -331,8 +295,8 @@ class RepairRequest(Request, RepairOptions):
             return self._repair_of_converted.run(monitor, workers)
         self._check(monitor)
         fit = self._prepared(monitor, workers).result(self.fit_path)
-        choice, rows, reliable = _choose(fit), _rows(fit), fit.facts["reliable"]
-        measured = choice.why, *(_line(row, reliable) for row in rows)
+        choice, rows, reliable = choose(fit), repair_rows(fit), fit.facts["reliable"]
+        measured = choice.why, *(repair_line(row, reliable) for row in rows)
         written = cast(Written, self._output(measured=measured, **choice.options).run(monitor))  # of one adapter
         record: RepairRecord = {
             "schema": "streamer.repair/1", "chosen": choice.what, "why": choice.why, "rows": rows, "reliable": reliable,
@@ -406,98 +370,6 @@ class RepairRequest(Request, RepairOptions):
         base, adapter, _, run = self.opened(self.adapter, None, monitor, workers, peek)
         texts = {GENERAL: general_text(self.general), TASK: Path(self.task)}
         return prepare_fit(base, adapter, texts, self, self.memory, run)
-
-
-class Choice(NamedTuple):
-    """What to write, the reason, and the options of `OutputRequest` that write it."""
-
-    what: Literal["repair", "shrink", "adapter"]
-    why: str
-    options: Mapping[str, Any]
-
-
-def _choose(fit: Coefficients) -> Choice:
-    """Choose by the measurements: the repair if it is better than the shrink that keeps the same share, else that shrink or the adapter."""
-    (fitted,) = fit.facts["sets"]
-    trade, shrink = fitted.get("trade"), fitted["shrink"]
-
-    def as_it_is(why: str) -> Choice:
-        return Choice("adapter", f"the adapter as it is: {why}", UNCHANGED_OPTIONS)
-
-    if not fit.facts["forgotten"]:
-        return as_it_is("there is no evidence that it diverges from the base")
-    held_out = [fit.facts["texts"][text]["held"]["sequences"] for text in (GENERAL, TASK)]
-    if trade is not None and not _is_worth_it(trade, shrink, min(held_out)):  # files of earlier versions have no trade
-        figures = (f"{trade[key]:.4f} ± {trade[f'{key}_se']:.4f}" for key in ("regained", "given_up"))
-        rule = f"a written variant regains over {trade['worth']:g} of what it gives up, by two standard errors"
-        return as_it_is(f"{trade['name']} {traded(*figures)}; {rule}")
-    if shrink is None:
-        return as_it_is("no measured shrink keeps the same share as the repair")
-    kept, left = _percent(fitted["kept"]), _percent(fitted["divergence"])
-    shrink_kept, shrink_left = _percent(shrink["kept"]), _percent(shrink["divergence"])
-    if shrink["verdict"] == "better":
-        what = "that keeps as much" if shrink["kept"] >= fitted["kept"] else f"that keeps most, {shrink_kept},"
-        why = (
-            f"{RegMean(fit).label}: it keeps {kept} of what the adapter learned and leaves {left} of its divergence from "
-            f"the base; the shrink {what} leaves {shrink_left}"
-        )
-        return Choice("repair", why, {"coefficients": fit})
-    lam = round(shrink["lambda"], 4)
-    if lam == 1:
-        return as_it_is(
-            f"the repair leaves {left} of its divergence from the base, which is not less by two standard errors"
-        )
-    why = (
-        f"shrink {lam:g}: it keeps {shrink_kept} of what the adapter learned and leaves {shrink_left} of its divergence from the base; the "
-        f"repair leaves {left}, which is not less by two standard errors"
-    )
-    return Choice("shrink", why, {"method": Shrink.name, "mitigation_lambda": lam})
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-def _is_worth_it(trade: Mapping[str, Any], shrink: Mapping[str, Any] | None, sequences: int) -> bool:
-    """Test whether a set, or the shrink that keeps the same share, regains enough for what it gives up; see `Trade`.
-
-    Parameters
-    ----------
-    sequences
-        The smaller of the two texts' numbers of held-out sequences.
-    """
-    if trade["worth_it"] or shrink is None:
-        return bool(trade["worth_it"])
-    # The shrink gives up as much, and regains more by the difference of the divergences.
-    excess = trade["regained"] + shrink["kl"] - trade["worth"] * trade["given_up"]
-    error = math.hypot(trade["regained_se"], shrink["kl_se"], trade["worth"] * trade["given_up_se"])
-    return Estimate(excess, error, sequences).is_positive
-
-
-def _rows(fit: Coefficients) -> list[RepairRow]:
-    (fitted,) = fit.facts["sets"]
-    figures_of: dict[str, Mapping[str, Any]] = {"adapter": dict.fromkeys(fitted, 1.0)}
-    names = {"adapter": "adapter", "repair": f"{RegMean.name} {fitted['keep']:g}"}
-    if (shrink := fitted["shrink"]) is not None:
-        figures_of["shrink"], names["shrink"] = {"kept": fitted["kept"], **shrink}, f"shrink {shrink['lambda']:.3f}"
-    figures_of["repair"] = fitted
-    shares = "kept", "top1_kept", "forgetting", "divergence"
-    return [
-        cast(RepairRow, {"what": what, "name": names[what], **{key: figures.get(key) for key in shares}})
-        for what, figures in figures_of.items()
-    ]
-
-
-def _line(row: RepairRow, reliable: Mapping[str, bool]) -> str:
-    def share(key: Literal["kept", "top1_kept", "forgetting", "divergence"], words: str) -> str:
-        value = row[key]
-        return words.format(_percent(value)) if value is not None and reliable.get(key, True) else ""
-
-    interpolated = " (interpolated)" if row["what"] == "shrink" else ""
-    kept = share("kept", "keeps {} of what was learned") + share("top1_kept", " ({} of the gain in top-1)")
-    left = share("divergence", "leaves {} of the divergence from the base")
-    left += share("forgetting", " and {} of the rise of the loss")
-    return f"{row['name']}{interpolated}: {', '.join(filter(None, (kept, left)))}"
 
 
 @explained(RepairOptions)

@@ -125,7 +125,7 @@ def lambda_to_place(evaluation: Evaluation, keep: float) -> float | None:
     Returns
     -------
     float or None
-        λ, rounded up; None if a measured shrink is well placed, or none was measured.
+        λ, rounded up; None if a measured shrink is well placed, none was measured, or none keeps the share.
     """
     nodes = [node for node in _by_lambda(evaluation.variants) if 0 <= node[0] <= 1]
     if len(nodes) < 2:
@@ -135,7 +135,7 @@ def lambda_to_place(evaluation: Evaluation, keep: float) -> float | None:
     kept = [evaluation.task.share("loss", row).value for _, row in nodes]
     values = np.zeros(len(evaluation.variants))
     values[[row for _, row in nodes]] = kept
-    first = next(k for k, share in enumerate(kept) if share >= keep)  # at λ = 1 all is kept
+    first = next((k for k, share in enumerate(kept) if share >= keep), 0)
     above = kept[first] - keep
     if first == 0 or above <= EXCESS:
         return None

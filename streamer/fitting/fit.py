@@ -26,12 +26,12 @@ from torch import Tensor
 from streamer.adapters.modules import MethodModule
 from streamer.detection.options import Run
 from streamer.errors import FormatError, MismatchError, NumericError, UnsupportedError
-from streamer.evaluation.evaluation import Evaluation, ShrinkComparison, against_shrink, ask_swapped
+from streamer.evaluation.evaluation import Evaluation, ShrinkComparison, against_shrink, ask_swapped, lambda_to_place
 from streamer.linalg.moments import GENERAL_RIDGE, RIDGE, Refit, System, TextInputs, basis, refit, refit_one_hot
 from streamer.linalg.operators import LowRank
 from streamer.measuring import runs
 from streamer.measuring.runs import EvaluatedVariant, Part, Prepared, Progress, Records, Work
-from streamer.measuring.statistics import ADAPTER_ROW, BASE_ROW, Estimate, SequenceSums, critical_value, defined, flat
+from streamer.measuring.statistics import ADAPTER_ROW, BASE_ROW, SequenceSums, critical_value, flat
 from streamer.measuring.texts import GENERAL, TASK, Texts, TextSequences, read_texts, sample_digest
 from streamer.methods import UNCHANGED, RegMean, Shrink, share_name
 from streamer.methods.files import FIT, Coefficients, load_coefficients
@@ -138,57 +138,59 @@ def adapter_facts(evaluation: Evaluation, name: str) -> dict[str, Any]:
 
 
 def set_facts(evaluation: Evaluation, keep: float, point: Point) -> dict[str, Any]:
-    """Describe the fitted factors, and compare them with the shrink that keeps as much.
-
-    Parameters
-    ----------
-    evaluation
-        Sums for the base, the unchanged adapter, each of `SHRINKS`, and the factors.
+    """Describe the fitted factors, the last variant of an evaluation, and compare them with the shrink that keeps as much.
 
     Returns
     -------
     dict
         Shares are relative to the adapter: ``kept`` of the learning, ``top1_kept`` of its gain in top-1, ``forgetting`` of the rise of the
-        general loss, ``divergence`` of its divergence. ``missed`` says that less is kept than `keep`. ``shrink`` is null if there is none;
-        its ``loss`` and ``kl`` are the factors' minus the shrink's on general text.
+        general loss, ``divergence`` of its divergence. ``missed`` says that less is kept than `keep`. ``shrink`` describes the measured
+        shrink that keeps most nearly as much, and at least `keep`; its ``loss`` and ``kl`` are the factors' minus those of the shrink that
+        keeps exactly as much on general text, and ``verdict`` judges them. It is null if there is no such shrink.
     """
-    variants = [EvaluatedVariant(BASE, None, None), EvaluatedVariant(ADAPTER, None, None)]
-    variants += [EvaluatedVariant(Shrink(lam).label, Shrink.name, lam) for lam in SHRINKS]
-    variants.append(EvaluatedVariant(f"{RegMean.name} {share_name(keep)}", RegMean.name, None))
-    evaluation, row = replace(evaluation, variants=tuple(variants)), len(variants) - 1
+    row = len(evaluation.variants) - 1
     comparison = against_shrink(evaluation, row)
+    kept = evaluation.task.share("loss", row).value
     return {
         "keep": keep,
-        "missed": evaluation.task.share("loss", row).value < keep - MISSED,
+        "missed": kept < keep - MISSED,
         "mu": point.weight,
-        "trade": evaluation.trade(variants[row]),
-        **flat("kept", evaluation.task.share("loss", row)),
-        **flat("top1_kept", evaluation.task.share("right", row)),
-        **flat("forgetting", evaluation.general.share("loss", row)),
-        **flat("divergence", evaluation.general.share("kl", row)),
-        "shrink": None if comparison is None else _shrink_facts(comparison, evaluation, row),
+        **_figures(evaluation, row),
+        "shrink": None if comparison is None else _shrink_facts(evaluation, comparison, keep, kept),
     }
 
 
-def _shrink_facts(comparison: ShrinkComparison, evaluation: Evaluation, row: int) -> dict[str, Any]:
-    """Describe the shrink with which the factors in a row are compared, by their figures and the differences from them."""
-    low, high = comparison.between
-    lambdas = [variant.mitigation_lambda for variant in evaluation.variants]
-    most = lambdas.index(low) if low in lambdas else ADAPTER_ROW  # if no shrink keeps as much
-
-    def share(sums: SequenceSums, name: str, difference: Estimate) -> float | None:
-        change = sums.mean(name, ADAPTER_ROW, None if name == "kl" else BASE_ROW).value
-        return defined(sums.share(name, row).value - difference.value / change) if change else None
-
+def _shrink_facts(evaluation: Evaluation, comparison: ShrinkComparison, keep: float, kept: float) -> dict[str, Any]:
+    row = _nearest_shrink(evaluation, keep, kept)
+    lam = evaluation.variants[row].mitigation_lambda
     return {
-        "lambda": comparison.mitigation_lambda,
-        "kept": defined(evaluation.task.share("loss", row if low < high else most).value),
-        "forgetting": share(evaluation.general, "loss", comparison.loss),
-        "divergence": share(evaluation.general, "kl", comparison.kl),
-        "top1_kept": share(evaluation.task, "right", comparison.top1),
+        "lambda": 1.0 if lam is None else lam,
+        **_figures(evaluation, row),
         **flat("loss", comparison.loss),
         **flat("kl", comparison.kl),
         "verdict": comparison.verdict,
+    }
+
+
+def _nearest_shrink(evaluation: Evaluation, keep: float, kept: float) -> int:
+    """Find the shrink, or the adapter, that keeps at least one share and most nearly another."""
+    shares = {
+        row: evaluation.task.share("loss", row).value
+        for row, variant in enumerate(evaluation.variants)
+        if row == ADAPTER_ROW or variant.method == Shrink.name
+    }
+    enough = [row for row, share in shares.items() if share >= keep]
+    return min(enough, key=lambda row: abs(shares[row] - kept))
+
+
+def _figures(evaluation: Evaluation, row: int) -> dict[str, Any]:
+    general, task = evaluation.general, evaluation.task
+    return {
+        "trade": evaluation.trade(evaluation.variants[row]),
+        **flat("kept", task.share("loss", row)),
+        **flat("top1_kept", task.share("right", row)),
+        **flat("forgetting", general.share("loss", row)),
+        **flat("divergence", general.share("kl", row)),
     }
 
 
@@ -221,8 +223,8 @@ def misses(facts: Mapping[str, Any]) -> list[str]:
 LEAST = 2
 """Least number of sequences in each part of a text."""
 
-ALGORITHM = 5
-"""Version of the algorithm: another version gives another fit of the same inputs. Version 4 has a ridge for general text."""
+ALGORITHM = 6
+"""Version of the algorithm: another version gives another fit of the same inputs, or other figures. Version 6 measures the equal shrink."""
 
 
 DECIDING = ("holdout", "sequences", "length", "seed", "dtype")
@@ -374,7 +376,7 @@ class PreparedFit(Prepared[Coefficients]):
         return runs.with_digest(tree, algorithm=ALGORITHM, options=options, max_memory=self.max_memory)
 
     def sweeps(self, known: Coefficients | None = None) -> list[Work]:
-        """List the sweep that fits, and the second one that an interpolation may need."""
+        """List the sweep that fits, and the second one for an interpolation and the equal shrink."""
         fitted = sum(len(ids) for text in self.texts.values() for ids in text.fitted.ids)
         riding = sum(len(ids) for text in self.held_out.values() for ids in text.ids)
         longest = max(text.whole.longest for text in self.texts.values())
@@ -382,7 +384,7 @@ class PreparedFit(Prepared[Coefficients]):
         variants = 2 + candidates + len(SHRINKS)
         return [
             Work(fitted=(1 + candidates) * fitted, riding=variants * riding, length=longest, variants=variants),
-            Work(fitted=0, riding=2 * riding, length=longest, variants=2),
+            Work(fitted=0, riding=3 * riding, length=longest, variants=3),
         ]
 
     def written_bytes(self, known: Coefficients | None) -> tuple[int, int]:
@@ -468,6 +470,12 @@ def streams_of(candidates: int) -> list[Stream]:
 
 MARGIN = 0.005
 """An interpolation aims above the share by this much."""
+
+PLACINGS = 3
+"""Most sweeps that look only for the shrink that keeps as much as the fit."""
+
+AS_MUCH = 0.01
+"""Shares that differ by at most this count as equal."""
 
 
 class SiteSystems(NamedTuple):
@@ -637,6 +645,7 @@ class FitRun:
         self.prepared, self.records, self.monitor, self.model = prepared, records, prepared.run.monitor, prepared.model
         self.model.directory = directory
         self.progress = Progress(prepared.run, "fit")
+        self.shrinks = [Shrink(lam) for lam in SHRINKS]
         self._rows: dict[str, Mapping[str, SequenceSums]] = {}
         self._base: list[Group] = []
 
@@ -652,14 +661,13 @@ class FitRun:
         self.one_length = runs.needs_one_length(self.model, texts, rows, self.monitor.checkpoint)
         with contextlib.closing(Spool(self.model.directory)) as spool:
             points, unseen = self._fit_candidates(spool)
-            adapter = adapter_facts(self._evaluation([]), prepared.texts[TASK].whole.name)
+            adapter = adapter_facts(self._evaluation(), prepared.texts[TASK].whole.name)
             self.monitor.warn(doubts(adapter))
             keep, chosen = prepared.options.keep, self._choose(points)
             self.progress.finish()
-            evaluation = self._evaluation([*(Shrink(lam).label for lam in SHRINKS), chosen.name])
             facts = {
                 **prepared.facts, "ridge": RIDGE, "general_ridge": GENERAL_RIDGE, "unseen": unseen, **adapter,
-                "sets": [set_facts(evaluation, keep, chosen)],
+                "sets": [set_facts(self._evaluation(chosen), keep, chosen)],
             }  # fmt: skip
             self.monitor.warn(misses(facts))
             factors = {target.tensor: chosen.factors[target.tensor].clone() for target in plan.targets}
@@ -682,7 +690,7 @@ class FitRun:
         solver = Solver(model, weights, tokens, spool)
         points = [Point(mu, solver.candidate(k, unchanged_factors)) for k, mu in enumerate(weights)]
         variants = [Variant(BASE, None), Variant(ADAPTER, UNCHANGED), *(point.variant for point in points)]
-        variants += [Variant.of(Shrink(lam)) for lam in SHRINKS]
+        variants += map(Variant.of, self.shrinks)
         held_out = self._parts(len(variants))
         self._measure(variants, held_out, fitted, solver)
         # A second sweep needs only the logits of the base's results, unless workers have these.
@@ -696,36 +704,60 @@ class FitRun:
         if unseen:
             self.monitor.warn((f"no tokens from one of the texts, or no solution, for {counted(len(unseen), 'matrix')}, "
                                f"{listed(map(repr, unseen))}: what the adapter adds there stays",))  # fmt: skip
-        return [Point(0.0, unchanged_factors), *points], unseen
+        adapter = Point(0.0, unchanged_factors)
+        self._rows[adapter.name] = self._rows[ADAPTER]
+        return [adapter, *points], unseen
 
     def _choose(self, points: Sequence[Point]) -> Point:
         """Choose the candidate that diverges least among those that keep the share, or one between two candidates.
+
+        What lies between two candidates is measured in a second sweep, beside a shrink. The shrink that keeps as much as the choice is
+        measured before this returns, so that it can be written with its figures.
 
         Parameters
         ----------
         points
             The adapter and the candidates, by rising weight.
         """
-        keep = self.prepared.options.keep
-        candidates = [point for point in points[1:] if self._share_kept(point) >= keep]
-        pairs = [(a, b) for a, b in pairwise(points) if self._share_kept(a) >= keep > self._share_kept(b)]
+        keep, kept = self.prepared.options.keep, {point.name: self._share_kept(point.name) for point in points}
+        candidates = [point for point in points[1:] if kept[point.name] >= keep]
+        pairs = [(a, b) for a, b in pairwise(points) if kept[a.name] >= keep > kept[b.name]]
         if pairs:
             a, b = pairs[-1]
-            near, far = _distance(self._share_kept(a)), _distance(self._share_kept(b))
+            near, far = _distance(kept[a.name]), _distance(kept[b.name])
             between = a.towards(b, max(0.0, (_distance(keep + MARGIN) - near) / (far - near)))
             candidates.append(between)
-            parts = zip(self._parts(2), self._base, strict=True)
-            reused = [replace(part, groups=(base, *part.groups[1:])) if base.results else part for part, base in parts]
-            self._measure([Variant(BASE, None), between.variant], reused)
+            self._ride([between.variant], self._shrinks_to_place(keep + MARGIN))
+        enough = [point for point in candidates if self._share_kept(point.name) >= keep]
+        chosen = min(enough or candidates, key=self._divergence)
+        for _ in range(PLACINGS):
+            self._ride([], self._shrinks_to_place(max(keep, self._share_kept(chosen.name))))
+        return chosen
 
-        def divergence(point: Point) -> float:
-            return float(self._evaluation([point.name]).general.kl[ADAPTER_ROW + 1].sum())
+    def _shrinks_to_place(self, share: float) -> list[Shrink]:
+        """Choose the shrink to measure next, as one that keeps a share; none if a measured one does, or if none keeps as much."""
+        kept = [self._share_kept(shrink.label) for shrink in self.shrinks]
+        if any(own >= self.prepared.options.keep and abs(own - share) <= AS_MUCH for own in kept):
+            return []
+        lam = lambda_to_place(self._evaluation(), share)
+        return [] if lam is None else [Shrink(lam)]
 
-        return min([point for point in candidates if self._share_kept(point) >= keep] or candidates, key=divergence)
+    def _ride(self, variants: Sequence[Variant], shrinks: Sequence[Shrink]) -> None:
+        """Measure variants and shrinks in a sweep; the base's results are known."""
+        riders = [Variant(BASE, None), *variants, *map(Variant.of, shrinks)]
+        if len(riders) == 1:
+            return
+        parts = zip(self._parts(len(riders)), self._base, strict=True)
+        reused = [replace(part, groups=(base, *part.groups[1:])) if base.results else part for part, base in parts]
+        self._measure(riders, reused)
+        self.shrinks += shrinks
 
-    def _share_kept(self, point: Point) -> float:
-        """Return the share of the learning that a point keeps."""
-        return 1.0 if point.weight == 0 else self._evaluation([point.name]).task.share("loss", ADAPTER_ROW + 1).value
+    def _share_kept(self, name: str) -> float:
+        """Return the share of the learning that a measured variant keeps."""
+        return self._sums(TASK, name).share("loss", ADAPTER_ROW + 1).value
+
+    def _divergence(self, point: Point) -> float:
+        return float(self._sums(GENERAL, point.name).kl[-1].sum())
 
     def _measure(self, variants: Sequence[Variant], held_out: Sequence[Part], fitted: Sequence[Group] = (),
                  solver: Solver | None = None) -> None:  # fmt: skip
@@ -742,8 +774,19 @@ class FitRun:
         for row, variant in enumerate(variants):
             self._rows.setdefault(variant.name, {text: text_sums.take([row]) for text, text_sums in sums.items()})
 
-    def _evaluation(self, names: Sequence[str]) -> Evaluation:
-        """Return the sums on both texts for the base, the unchanged adapter, and measured variants."""
-        rows = [self._rows[name] for name in (BASE, ADAPTER, *names)]
-        general, task = (rows[0][text].joined(*(row[text] for row in rows[1:])) for text in (GENERAL, TASK))
-        return Evaluation((), general, task, {})
+    def _sums(self, text: str, *names: str) -> SequenceSums:
+        """Return the sums on a text for the base, the unchanged adapter, and other measured variants."""
+        first, *others = (self._rows[name][text] for name in (BASE, ADAPTER, *names))
+        return first.joined(*others)
+
+    def _evaluation(self, *points: Point) -> Evaluation:
+        """Evaluate the base, the unchanged adapter, the measured shrinks, and factors."""
+        fitted = f"{RegMean.name} {share_name(self.prepared.options.keep)}"
+        variants = [
+            EvaluatedVariant(BASE, None, None),
+            EvaluatedVariant(ADAPTER, None, None),
+            *(EvaluatedVariant(shrink.label, shrink.name, shrink.mitigation_lambda) for shrink in self.shrinks),
+            *(EvaluatedVariant(fitted, RegMean.name, None) for _ in points),
+        ]
+        names = [*(shrink.label for shrink in self.shrinks), *(point.name for point in points)]
+        return Evaluation(tuple(variants), self._sums(GENERAL, *names), self._sums(TASK, *names), {})

@@ -59,20 +59,22 @@ def test_an_adapter_that_saves_a_module_is_not_the_base_without_its_deltas(tmp_p
     assert made.facts["unchanged"][-1] == "model.norm.weight"
     assert (steps[-1].done, steps[-1].items) == (steps[-1].total, steps[-1].of)
     (tmp_path / "held").mkdir()
-    found = streamer.evaluate_variants(home / "base", home / "adapter", **held_apart(home, tmp_path / "held"), methods=["shrink"],
-                                       lambdas=(*SHRINKS, 0.0), keep=1.0, coefficients=made, on_event=lambda event: None)  # fmt: skip
+    found = streamer.evaluate_variants(
+        home / "base", home / "adapter", **held_apart(home, tmp_path / "held"), methods=["shrink"],
+        lambdas=(*SHRINKS, one["shrink"]["lambda"], 0.0), keep=1.0, coefficients=made, on_event=lambda event: None,
+    )  # fmt: skip
     assert (
         found["shrink 0"]["divergence"] > 1e-3
     )  # a sum of what cannot be negative, whereas differences of losses may cancel
     assert {figure: found["regmean 0.9"][figure] for figure in FIGURES} == pytest.approx(
         {figure: one[figure] for figure in FIGURES}, rel=1e-3
     )
-    # A fit interpolates between `SHRINKS` and the adapter alone.
+    # A fit knows no shrink of λ 0, which would lose the saved module too.
     variants = tuple(replace(v, mitigation_lambda=None) if v.mitigation_lambda == 0 else v for v in found.variants)
     compared = against_shrink(replace(found, variants=variants), len(variants) - 1)
     assert (compared is None) == (one["shrink"] is None)
     if compared is not None:
-        assert one["shrink"]["lambda"] == pytest.approx(compared.mitigation_lambda, rel=1e-3)
+        assert one["shrink"]["lambda"] == pytest.approx(compared.mitigation_lambda, abs=0.01)
         assert one["shrink"]["kl"] == pytest.approx(compared.kl.value, rel=1e-2, abs=1e-6)
 
 
@@ -219,7 +221,7 @@ def test_the_share_is_a_floor(large: Path) -> None:
     """Candidates that keep it all are told apart by their divergence, and nothing is given away."""
     made, sweeps, said = fit(large, (0.1, 1.0), 0.3)
     (one,) = made.facts["sets"]
-    assert (sweeps, missed(said), one["missed"], one["mu"]) == (1, [], False, 1.0)
+    assert (sweeps, missed(said), one["missed"], one["mu"]) == (2, [], False, 1.0)  # the second measures the shrink
     assert one["kept"] > 0.6
     apart = [fit(large, (mu,), 0.3)[0] for mu in (0.1, 1.0)]
     assert one["divergence"] == min(each.facts["sets"][0]["divergence"] for each in apart)

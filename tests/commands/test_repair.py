@@ -21,9 +21,9 @@ from test_schemas import check
 from tokenized_texts import save
 
 import streamer
-from streamer.api import texts as api_texts
 from streamer.api.texts import BUILT_IN
 from streamer.cli.tables import NO_LIMIT, repair_table
+from streamer.fitting import choice
 from streamer.measuring.texts import read_text
 from streamer.report.page import headline, open_subject
 
@@ -146,14 +146,15 @@ def test_the_repair_is_never_what_is_not_better(server: Server, home: Path, tmp_
 
 
 def choose(
-    fitted: Path, shrink: dict[str, Any], *, forgotten: bool = True, texts: dict[str, Any] | None = None, **trade: Any
-) -> api_texts.Choice:
-    """Choose by the figures of the fit, some of them changed."""
+    fitted: Path, shrink: dict[str, Any], *, worth: tuple[bool, bool] = (True, True), **facts: Any
+) -> choice.Choice:
+    """Choose by the figures of the fit, some of them changed; `worth` says if the fit and the shrink are worth what they give up."""
     found = streamer.load_coefficients(fitted)
     first: Any = found.facts["sets"][0]
-    one = {**first, "trade": {**first["trade"], **trade}, "shrink": {**first["shrink"], "lambda": 0.5, **shrink}}
-    facts: Any = {**found.facts, "forgotten": forgotten, "sets": [one], **({"texts": texts} if texts else {})}
-    return api_texts._choose(replace(found, facts=facts))
+    trades = [{**first["trade"], "worth_it": worth_it} for worth_it in worth]
+    other = {**first["shrink"], "lambda": 0.5, "trade": trades[1], **shrink}
+    changed: Any = {**found.facts, "sets": [{**first, "trade": trades[0], "shrink": other}], **facts}
+    return choice.choose(replace(found, facts=changed))
 
 
 @pytest.mark.parametrize(("verdict", "forgotten", "chosen", "method"), [
@@ -163,7 +164,7 @@ def choose(
 def test_the_choice(fitted: Path, verdict: str, forgotten: bool, chosen: str, method: str) -> None:
     """The adapter is the shrink by 1, with which a repair that keeps more is compared."""
     whole = {"lambda": 1.0} if verdict == "the adapter" else {}
-    what, why, made = choose(fitted, {"verdict": verdict, **whole}, forgotten=forgotten, worth_it=True)
+    what, why, made = choose(fitted, {"verdict": verdict, **whole}, forgotten=forgotten)
     assert (what, made.get("method", "regmean")) == (chosen, method)
     assert (made.get("mitigation_lambda") == 1) == (chosen == "adapter")
     assert why
@@ -282,34 +283,28 @@ def test_without_a_general_text_the_built_in_one_serves(home: Path, tmp_path: Pa
         streamer.repair_adapter(home / "base", home / "adapter", tmp_path / "n", task=home / "task.npy")
 
 
-def test_a_trade_that_is_not_worth_it_is_not_made(fitted: Path) -> None:
-    """What the set gives up of the task is many times what it regains; or what the shrink gives up, which regains a little more."""
-    trade = {"regained": 0.0007, "regained_se": 0.0001, "given_up": 0.017, "given_up_se": 0.002, "worth_it": False}
-    for kl, chosen in ((-0.01, "adapter"), (0.002, "adapter"), (0.5, "shrink")):
-        shrink = {"verdict": "worse" if kl > 0 else "better", "kl": kl, "kl_se": 0.001}
-        what, why, made = choose(fitted, shrink, **trade)
-        assert what == chosen
-        assert (made.get("mitigation_lambda") == 1) == (chosen == "adapter")
-        if chosen == "adapter":
-            assert why == (
-                "the adapter as it is: regmean 0.9 regains 0.0007 ± 0.0001 nats of KL per token of general text and gives up 0.0170 ± "
-                "0.0020 of loss on the task's; a written variant regains over 0.5 of what it gives up, by two standard errors"
-            )
+@pytest.mark.parametrize(
+    ("worth", "chosen"), [((False, False), "adapter"), ((False, True), "shrink"), ((True, False), "shrink")]
+)
+def test_what_is_not_worth_it_is_not_written(fitted: Path, worth: tuple[bool, bool], chosen: str) -> None:
+    what, why, made = choose(fitted, {"verdict": "worse"}, worth=worth)
+    assert (what, made["mitigation_lambda"] == 1) == (chosen, chosen == "adapter")
+    rule = "a written variant regains over 0.5 of what it gives up, by two standard errors"
+    assert (why.startswith("the adapter as it is: regmean 0.9 regains ") and why.endswith(rule)) == (
+        chosen == "adapter"
+    )
 
 
-def test_few_sequences_take_more_errors_to_tell(fitted: Path) -> None:
-    """The shrink regains three errors more than it must: enough of many sequences, not of four, of which it takes 3.2."""
-    nothing = dict.fromkeys(("regained", "regained_se", "given_up", "given_up_se"), 0.0)
-    for sequences, chosen in ((64, "shrink"), (4, "adapter")):
-        held = {name: {"held": {"sequences": count}} for name, count in (("general", 64), ("task", sequences))}
-        shrink = {"verdict": "worse", "kl": 0.03, "kl_se": 0.01}
-        assert choose(fitted, shrink, texts=held, **nothing, worth_it=False)[0] == chosen
+def test_a_share_of_a_change_too_small_to_measure_is_not_stated(fitted: Path) -> None:
+    reliable = {"kept": False, "forgetting": True, "top1_kept": True}
+    for verdict, start in (("better", "regmean 0.9: it leaves "), ("worse", "shrink 0.5: it leaves ")):
+        assert choose(fitted, {"verdict": verdict}, reliable=reliable).why.startswith(start)
+        assert "keeps" not in choose(fitted, {"verdict": verdict}, reliable=reliable).why.split(";")[0]
 
 
 def test_the_command_that_follows_measures_what_was_written(home: Path, tmp_path: Path) -> None:
-    row: Any = {
-        "what": "repair", "name": "regmean 0.9", "kept": 0.9, "top1_kept": 0.8, "forgetting": 0.2, "divergence": 0.1,
-    }  # fmt: skip
+    row: Any = {"what": "repair", "name": "regmean 0.9"}
+    row |= dict.fromkeys(choice.FIGURES, 0.5) | {f"{name}_se": 0.01 for name in choice.FIGURES}
     record: Any = {
         "schema": "streamer.repair/1", "why": "", "rows": [row], "fit": "o.fit.safetensors", "output": "o",
         "reliable": {"kept": True, "forgetting": True, "top1_kept": True}, "state": "written",
@@ -323,15 +318,6 @@ def test_the_command_that_follows_measures_what_was_written(home: Path, tmp_path
         shown = repair_table({**record, "chosen": chosen}, written, ("BASE", "ADAPTER"), NO_LIMIT).splitlines()
         assert [line for line in shown if "streamer evaluate" in line] == [line for line in shown[-1:] if ends]
         assert ends is None or shown[-1].endswith(ends)
-
-
-def test_a_fit_of_an_earlier_version_has_no_top_1(fitted: Path) -> None:
-    found = streamer.load_coefficients(fitted)
-    old = {key: value for key, value in found.facts.items() if not key.startswith("top1_")}
-    old["sets"] = [{key: value for key, value in old["sets"][0].items() if not key.startswith("top1_")}]
-    old["sets"][0]["shrink"] = None
-    assert {row["top1_kept"] for row in api_texts._rows(replace(found, facts=old))} == {None}
-    assert api_texts._rows(found)[0]["top1_kept"] == 1
 
 
 def test_an_adapter_that_improves_general_text_is_repaired(server: Server, home: Path, tmp_path: Path) -> None:

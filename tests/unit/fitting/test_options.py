@@ -13,7 +13,7 @@ from streamer.api.texts import RepairRequest
 from streamer.errors import FormatError, MismatchError, UsageError
 from streamer.evaluation.evaluation import Evaluation
 from streamer.fitting.fit import SHRINKS, Point, adapter_facts, divide, misses, set_facts
-from streamer.measuring.runs import LENGTHS, of_few_lengths
+from streamer.measuring.runs import LENGTHS, EvaluatedVariant, of_few_lengths
 from streamer.measuring.statistics import BINS, SequenceSums
 from streamer.measuring.texts import TextSequences
 from streamer.options import RepairOptions
@@ -163,10 +163,13 @@ def test_a_set_says_if_it_keeps_less_than_the_floor(left: float, missed: bool) -
     loss = np.stack([np.linspace(40, 60, 6) - 10 * fall for fall in falls])
     zeros, bins = [np.zeros_like(loss)] * 5, np.zeros((len(loss), BINS))
     own = SequenceSums(np.full(6, 10.0), loss, np.abs(loss - loss[:1]), *zeros, bins)
-    one = set_facts(Evaluation((), own, own, {}), 0.9, Point(1.0, {}))
+    shrinks = [EvaluatedVariant(f"shrink {lam}", "shrink", lam) for lam in SHRINKS]
+    others = [EvaluatedVariant(name, None, None) for name in ("base", "adapter")]
+    variants = (*others, *shrinks, EvaluatedVariant("regmean 0.9", "regmean", None))
+    one = set_facts(Evaluation(variants, own, own, {}), 0.9, Point(1.0, {}))
     assert one["missed"] is missed
-    assert one["shrink"] is not None
-    assert one["shrink"]["kept"] == pytest.approx(min(1, 1 - left))
+    # Of the shrinks, the adapter alone keeps 90 %.
+    assert (one["shrink"]["lambda"], one["shrink"]["kept"]) == (1, 1)
     line = "90% was to be kept, and 85.0% is, on the held-out sequences; ask for a larger share, or give more text"
     assert misses({"forgotten": False, "sets": [one], "reliable": {"kept": True}}) == [line] * missed
     assert misses({"sets": [one], "reliable": {"kept": False}}) == []
