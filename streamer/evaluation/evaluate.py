@@ -166,13 +166,13 @@ class PreparedEvaluation(Prepared[Evaluation]):
         return runs.with_digest(tree)
 
     def run_facts(self, path: Path) -> tuple[dict[str, Any], str]:
-        """Return the facts with the variants' methods and the budget, and digests of findings and of an earlier evaluation.
+        """Add the variants' methods, and digests of findings and of an earlier evaluation.
 
         The journal does not contain what earlier runs measured, so it must belong to this version of their file.
         """
         earlier = hashlib.sha256(path.read_bytes()).hexdigest() if is_taken(path) and path.is_file() else ""
         variants = [[v.name, v.mitigation and v.mitigation.as_dict()] for v in self.variants]
-        facts = runs.with_digest(self.facts, variants=variants, max_memory=self.max_memory)
+        facts = runs.with_digest(super().run_facts(path)[0], variants=variants)
         findings = self.model.job.findings
         return facts, f"{'' if findings is None else findings.digest()} {earlier}".strip()
 

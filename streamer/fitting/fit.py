@@ -227,10 +227,6 @@ ALGORITHM = 6
 """Version of the algorithm: another version gives another fit of the same inputs, or other figures. Version 6 measures the equal shrink."""
 
 
-DECIDING = ("holdout", "sequences", "length", "seed", "dtype")
-"""Options that decide a fit, with `keep` and `weights`."""
-
-
 @dataclass(frozen=True)
 class Division:
     """A text in two parts.
@@ -360,6 +356,8 @@ class PreparedFit(Prepared[Coefficients]):
         tree = {
             **runs.model_facts(self.model, base={**self.plan.base_identity}, adapter={**self.plan.adapter_identity}),
             **runs.writable(self.plan),
+            "algorithm": ALGORITHM,
+            "keep": o.keep,
             "weights": list(o.weights),
             "holdout": o.holdout,
             "seed": o.seed,
@@ -371,9 +369,7 @@ class PreparedFit(Prepared[Coefficients]):
             } for name, text in self.texts.items()},
             "unchanged": self.unchanged,
         }  # fmt: skip
-        options = {name: getattr(o, name) for name in DECIDING}
-        options |= {"weights": list(o.weights), "keep": [o.keep]}  # a list: earlier versions had several shares
-        return runs.with_digest(tree, algorithm=ALGORITHM, options=options, max_memory=self.max_memory)
+        return runs.with_digest(tree)
 
     def sweeps(self, known: Coefficients | None = None) -> list[Work]:
         """List the sweep that fits, and the second one for an interpolation and the equal shrink."""

@@ -61,10 +61,6 @@ class MapFacts(TypedDict):
 # fmt: on
 
 
-DECIDING = ("vectors", "sequences", "length", "dtype")
-"""Options that decide a map."""
-
-
 @dataclass(frozen=True, eq=False)
 class PreparedMap(Prepared[InputMap]):
     """A map whose base and text are open and checked.
@@ -109,8 +105,7 @@ class PreparedMap(Prepared[InputMap]):
             "texts": [{**self.text.facts(), "sample_sha256": self.file}],
             "vectors": self.options.vectors,
         }
-        options = {name: getattr(self.options, name) for name in DECIDING}
-        return runs.with_digest(tree, options=options, max_memory=self.max_memory)
+        return runs.with_digest(tree)
 
     def sweeps(self, known: InputMap | None = None) -> list[Work]:
         """List the one sweep."""

@@ -431,8 +431,13 @@ Configs = Annotated[dict[str, Any], "Configs: of the base, as transformers write
 IDENTIFYING = ("architecture", "files", "weights_sha256", "base_is_residual", "lora_b_layout", "ignored_keys")
 """Keys that identify a base or an adapter, in findings and in evaluations, besides its config."""
 
-OPTIONS = ("projected", "dtype", "holdout", "seed", "vectors")
-"""Facts that options of the same names decide."""
+OPTIONS = {
+    "algorithm": "another version's algorithm",
+    **{name: f"--{name}" for name in ("projected", "dtype", "holdout", "seed", "vectors", "keep")},
+    "weights": "--mu",
+    "max_memory": "--max-memory",
+}
+"""Facts that options decide, with their names in messages."""
 
 DETECTION = ("detection", "scale", "findings", "intruders")
 """Keys that matter only to variants that scale intruders; without such variants `detection` is null."""
@@ -483,7 +488,7 @@ def differences(ours: Facts, recorded: Facts) -> list[str]:
             pair = our_texts[name], recorded_texts[name]
             wanted, there = (f"{text['sequences']} sequences of {text['length']} tokens" for text in pair)
             names.append(name + (f": {wanted}, not {there}" if wanted != there else ""))
-    names += [f"--{option}" for option in OPTIONS if ours.get(option) != recorded.get(option)]
+    names += [words for option, words in OPTIONS.items() if ours.get(option) != recorded.get(option)]
     names += ["version of transformers"] if ours["transformers"] != recorded["transformers"] else []
     if ours.get("detection") is not None and recorded.get("detection") is not None:
         options = {"--top-k": "top_k", "--epsilon": "threshold_epsilon", "--solver": "solver"}
@@ -610,8 +615,11 @@ class Prepared(ABC, Generic[Result]):
         """Warn of texts that give a poor result."""
 
     def run_facts(self, path: Path) -> tuple[dict[str, Any], str]:
-        """Return the facts that the journal holds, and text that distinguishes inputs which differ only in rounding."""
-        return self.facts, ""
+        """Return the facts that the journal holds, and text that distinguishes inputs which differ only in rounding.
+
+        The budget decides what runs together, and so the last bits, but nothing that makes a finished result another one.
+        """
+        return with_digest({**self.facts, "max_memory": self.max_memory}), ""
 
     @property
     def solving_bytes(self) -> int:

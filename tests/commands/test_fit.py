@@ -281,3 +281,24 @@ def test_a_file_of_another_algorithm_or_a_damaged_one_is_not_this_fit(
         OutputExistsError, match=r"expected streamer\.coefficients/3, found 'streamer\.coefficients/2'; .*--overwrite$"
     ):
         again()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"), [({"keep": 0.95}, "--keep"), ({"weights": (1.0, 8.0)}, "--mu"), ({"seed": 1}, "--seed")]
+)
+def test_a_rerun_with_another_option_names_it(home: Path, tmp_path: Path, options: dict[str, Any], words: str) -> None:
+    given = {"general": home / "general.npy", "task": home / "task.npy", "on_event": str}
+    streamer.repair_adapter(home / "base", home / "adapter", tmp_path / "out", **given)
+    with pytest.raises(OutputExistsError, match=rf"holds coefficients of other inputs or options \({words}\)"):
+        streamer.repair_adapter(home / "base", home / "adapter", tmp_path / "out", **given, **options)
+
+
+def test_a_finished_run_needs_no_budget_of_its_own(home: Path, tmp_path: Path) -> None:
+    """A budget decides no figure: neither a fit nor a map is refused or made again for another one."""
+    given = {"general": home / "general.npy", "on_event": str}
+    for max_memory, state in ((None, "written"), ("2G", "present")):
+        record = streamer.repair_adapter(
+            home / "base", home / "adapter", tmp_path / "out", task=home / "task.npy", max_memory=max_memory, **given
+        )
+        assert record["state"] == state
+        streamer.map_inputs(home / "base", tmp_path / "map.safetensors", max_memory=max_memory, **given)
