@@ -13,7 +13,18 @@ from streamer.errors import Interrupted, StreamerWarning, one_line
 from streamer.units import plural
 
 Stage = Literal[
-    "download", "probe", "detect", "write", "verify", "recompute", "evaluate", "fit", "map", "warning", "note"
+    "download",
+    "probe",
+    "detect",
+    "write",
+    "verify",
+    "recompute",
+    "generate",
+    "evaluate",
+    "fit",
+    "map",
+    "warning",
+    "note",
 ]
 
 
@@ -25,15 +36,16 @@ class Event:
     ----------
     stage
         ``probe`` measures this machine; ``detect`` counts units of cost (see `detection.solvers.cost`), ``write`` and ``verify``
-        bytes, ``download`` bytes (files, from the hub), ``recompute`` matrices, ``evaluate`` multiplications for a token, ``fit`` and
-        ``map`` multiplications; ``warning`` and ``note`` count nothing.
+        bytes, ``download`` bytes (files, from the hub), ``recompute`` matrices, ``evaluate`` multiplications for a token, ``generate``,
+        ``fit`` and ``map`` multiplications; ``warning`` and ``note`` count nothing.
     name
         The matrix or file that the run has just begun, or the text of a warning or note.
     done, total
         Units done before this step, and in total.
     items, of
         Items done before this step, and in total: matrices (``detect``, ``recompute``), tensors and other files (``write``), files
-        (``download``, ``verify``), or layers (``evaluate``, ``fit``, ``map``); 0 of 0 if they are not counted.
+        (``download``, ``verify``), tokens of each sequence (``generate``), or layers (``evaluate``, ``fit``, ``map``); 0 of 0 if they are
+        not counted.
     adapter
         Name of the adapter if there are several, else empty.
     """

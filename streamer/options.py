@@ -463,8 +463,13 @@ class Reading(Products):
 class Texts(Reading):
     """Two texts."""
 
-    general: str | Path | None = option("general text, for measuring forgetting: .txt, .jsonl or .npy", MISSING, metavar="TEXT")
-    task: str | Path = option("text from ADAPTER's task but not from its training data", MISSING, metavar="TEXT")
+    general: str | Path | None = option("general text, for measuring forgetting: .txt, .jsonl or .npy", metavar="TEXT",
+        shown=f"{BUILT_IN_TITLE}; your own text works better")
+    task: str | Path | None = option("text from ADAPTER's task but not from its training data", metavar="TEXT",
+        shown="text that ADAPTER writes")
+    prompts: str | Path | None = option("without --task: lines with which the text that ADAPTER writes begins, for adapters that answer: "
+        ".txt, or .jsonl with prompt or messages", metavar="FILE", shown="the base's tokens between texts")
+    seed: int = option("without --task: decides what ADAPTER writes", 1, metavar="N", bound=whole(0), rare=True)
 
 
 class VariantOptions(Scaling, Products, OfAdapter):
@@ -504,8 +509,6 @@ class RepairOptions(Serving, Writing, Texts, OfAdapter):
 
     adapter: str | Path = argument(ONE_ADAPTER)
     output: str | Path = written("directory to write: an adapter, or with --merge a model", "DIR")
-    general: str | Path | None = option("general text, for measuring forgetting: .txt, .jsonl or .npy", metavar="TEXT",
-        shown=f"{BUILT_IN_TITLE}; your own text works better")
     executor: Executor | None = keyword("workers that run the held-out sequences, as for `detect_intruder_dimensions`; this process fits")
     keep: float = option("least share of the learning to keep", 0.9, metavar="SHARE", bound=SHARE)
     weights: Sequence[float] = option("weights of the general text to fit and measure, rising", (0.5, 8.0), "--mu", metavar="M,M",
@@ -514,7 +517,8 @@ class RepairOptions(Serving, Writing, Texts, OfAdapter):
     length: int = option("maximum number of tokens per sequence", 64, metavar="N", bound=whole(2))
     holdout: float = option("share of each text's sequences to hold out for choosing and measuring", 0.33, metavar="SHARE", bound=PART,
         rare=True)
-    seed: int = option("decides which sequences are held out", 0, metavar="N", bound=whole(0), rare=True)
+    seed: int = option("decides which sequences are held out, and without --task what ADAPTER writes", 0, metavar="N", bound=whole(0),
+        rare=True)
     to_lora: int | float | None = option("first write ADAPTER, of any kind, as a LoRA adapter of this rank, beside DIR. " + RANK_OR_SHARE,
         metavar="RANK", bound=RANK, expects="a rank like 16 or a share like 0.95")
     merge: bool = option("write a model with the repaired adapter merged in", False)

@@ -36,7 +36,7 @@ TYPES = {
 """Module of each type that an option's annotation names; a function imports those of its own options when it is declared."""
 
 ITEMS = {"detect": "matrix", "recompute": "matrix", "write": "tensor", "download": "file", "verify": "file",
-         "evaluate": "layer", "fit": "layer", "map": "layer"}  # fmt: skip
+         "generate": "token", "evaluate": "layer", "fit": "layer", "map": "layer"}  # fmt: skip
 """What `Event.items` counts, by stage."""
 
 IN_BYTES = ("download", "verify", "write")

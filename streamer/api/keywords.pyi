@@ -144,6 +144,10 @@ class EvaluateKeywords(TypedDict, total=False):
     projected: bool
     sequences: int
     length: int
+    general: str | Path | None
+    task: str | Path | None
+    prompts: str | Path | None
+    seed: int
     resume: bool
     overwrite: bool
     executor: Executor | None
@@ -181,6 +185,9 @@ class RepairKeywords(TypedDict, total=False):
     sequences: int
     length: int
     general: str | Path | None
+    task: str | Path | None
+    prompts: str | Path | None
+    seed: int
     resume: bool
     overwrite: bool
     for_server: bool
@@ -188,7 +195,6 @@ class RepairKeywords(TypedDict, total=False):
     keep: float
     weights: Sequence[float]
     holdout: float
-    seed: int
     to_lora: int | float | None
     merge: bool
     dequantize: bool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,11 +21,12 @@ from streamer.fitting.fit import PreparedFit, prepare_fit, refuse_dense
 from streamer.fitting.mapping import PreparedMap, prepare_map
 from streamer.forecast import forecast_texts
 from streamer.json_types import State
+from streamer.measuring.own_text import OwnText, PreparedOwnText, prepare_own_text
 from streamer.measuring.runs import Prepared
 from streamer.measuring.texts import GENERAL, TASK
 from streamer.methods import Paper, Shrink, share_name
 from streamer.methods.files import MAP, InputMap
-from streamer.options import ONE_BASE, EvaluateOptions, MappingOptions, RepairOptions, VariantOptions, argument
+from streamer.options import ONE_BASE, EvaluateOptions, MappingOptions, RepairOptions, Texts, VariantOptions, argument
 from streamer.output.record import Written
 from streamer.plan.plan import make_plan
 from streamer.storage.transaction import RECORD_NAME, check_output_path
@@ -65,7 +67,53 @@ def _forecast(command: str, prepared: Prepared[Any], output: Path | None) -> Dry
     return dry_run(command, output, state, len(prepared.plan.targets), 1, None, forecast)
 
 
-class EvaluateRequest(VariantsRequest, EvaluateOptions):
+class TextsRequest(Request):
+    """A request with options of two texts: for want of given ones, the built-in one, and one that the adapter writes."""
+
+    if TYPE_CHECKING:  # a subclass has them, with its own defaults
+        adapter: str | Path
+        general: str | Path | None
+        task: str | Path | None
+        prompts: str | Path | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prompts is not None and self.task is not None:
+            raise UsageError(
+                "prompts: applies only to text that the adapter writes, found task too; leave one of them out"
+            )
+
+    @cached_property
+    def _scratch(self) -> tempfile.TemporaryDirectory[str]:
+        """Make the directory of a text that is not kept."""
+        return tempfile.TemporaryDirectory(prefix="streamer-")
+
+    @property
+    def own_path(self) -> Path:
+        """Return the path of the text that the adapter writes: beside the output, if there is one."""
+        directory = Path(self._scratch.name) if self.file is None else self.file.parent
+        stem = "text" if self.file is None else self.file.name.removesuffix(".json")
+        return directory / f"{stem}.own.jsonl"
+
+    @property
+    def two_texts(self) -> dict[str, Path]:
+        """Return the paths of the ``general`` and the ``task`` text."""
+        return {GENERAL: general_text(self.general), TASK: self.own_path if self.task is None else Path(self.task)}
+
+    def own_text(self, monitor: Monitor, peek: bool = False) -> PreparedOwnText | None:
+        """Return what writes the task's text; None if the user gives it."""
+        if self.task is not None:
+            return None
+        base, adapter, _, run = self.opened(self.adapter, None, monitor, peek=peek)
+        return prepare_own_text(base, adapter, cast(Texts, self), self.memory, run)
+
+    def write_own_text(self, monitor: Monitor) -> OwnText | None:
+        """Let the adapter write the task's text, unless it has, or the user gives it."""
+        own = self.own_text(monitor)
+        return None if own is None else own.result(self.own_path)
+
+
+class EvaluateRequest(TextsRequest, VariantsRequest, EvaluateOptions):
     """A requested evaluation."""
 
     def __post_init__(self) -> None:
@@ -75,7 +123,7 @@ class EvaluateRequest(VariantsRequest, EvaluateOptions):
     @cached_property
     def texts(self) -> dict[str, Path]:
         """Return the paths of the ``general`` and the ``task`` text, and of others by file name."""
-        texts = {"general": Path(self.general or ""), "task": Path(self.task)}
+        texts = self.two_texts
         for other in [self.other] if isinstance(self.other, str | Path) else self.other:
             path = Path(other)
             if path.name in texts:
@@ -87,10 +135,15 @@ class EvaluateRequest(VariantsRequest, EvaluateOptions):
 
     def run(self, monitor: Monitor, workers: Workers | None = None) -> Evaluation:
         """Run the evaluation."""
+        self.write_own_text(monitor)
         return self._prepared(monitor, workers).result(self.file)
 
     def forecast(self, monitor: Monitor, workers: Workers | None = None) -> DryRun:
         """Check everything and forecast a run, without writing anything."""
+        own = self.own_text(monitor, peek=True)
+        if own is not None and (first := _forecast("evaluate", own, self.own_path))["state"] != "done":
+            monitor.note(f"forecast only of {self.own_path}, which the evaluation needs")
+            return {**first, "output": str(self.file)}
         return _forecast("evaluate", self._prepared(monitor, workers, peek=True), self.file)
 
     def _prepared(self, monitor: Monitor, workers: Workers | None, peek: bool = False) -> PreparedEvaluation:
@@ -99,8 +152,9 @@ class EvaluateRequest(VariantsRequest, EvaluateOptions):
 
 
 @explained(EvaluateOptions)
-def evaluate_variants(base: str | Path, adapter: str | Path, output: str | Path | None = None, *, general: str | Path, task: str | Path,
-                      **options: Unpack[EvaluateKeywords]) -> Evaluation:  # fmt: skip
+def evaluate_variants(
+    base: str | Path, adapter: str | Path, output: str | Path | None = None, **options: Unpack[EvaluateKeywords]
+) -> Evaluation:
     """Measure the losses of the base, the unchanged adapter, and each method at each λ, on texts, in sweeps over the base's layers.
 
     No merged model is built: each weight is read once in a sweep, for all variants. Sweeps over more sequences follow until the suggestion
@@ -118,7 +172,11 @@ def evaluate_variants(base: str | Path, adapter: str | Path, output: str | Path 
     general, task
         Two texts that were not used in training: what the model could do before, and what the adapter was trained for. Formats: ``.txt``;
         ``.jsonl``, each line an object with ``text``, with ``prompt`` and ``completion``, or with ``messages`` (the assistant's answers
-        count); ``.npy`` with token ids.
+        count); ``.npy`` with token ids. Without `general`, a built-in text of prose, chat and code; without `task`, text that base +
+        adapter write, sampled from the base's tokens between texts or from `prompts`, and saved beside the output as ``NAME.own.jsonl``.
+    prompts, seed
+        What decides the text that the adapter writes: a file with lines with which sequences begin (``.txt``, or ``.jsonl`` with ``prompt``
+        or ``messages``), and the seed.
     other
         One or more other texts with different file names. They show what each variant does to text that no fit or suggestion uses.
     findings
@@ -156,7 +214,7 @@ def evaluate_variants(base: str | Path, adapter: str | Path, output: str | Path 
     NumericError
         If a sweep did not use everything that the adapter changes.
     """
-    return call(EvaluateRequest(base=base, adapter=adapter, output=output, general=general, task=task, **options))
+    return call(EvaluateRequest(base=base, adapter=adapter, output=output, **options))
 
 
 BUILT_IN = Path(__file__).parents[1] / "measuring" / "built-in.jsonl"
@@ -240,6 +298,8 @@ class RepairRecord(TypedDict):
     reliable: Annotated[ReliableRecord, "Whether the denominators of shares are large enough."]
     fit: Annotated[str, "The file of the fit, beside the output."]
     lora: NotRequired[Annotated[str, "With --to-lora: the adapter as a LoRA adapter, beside the output, which was repaired in its place."]]
+    own_text: NotRequired[Annotated[str, "Without --task: the file of the text that the adapter wrote, beside the output."]]
+    samples: NotRequired[Annotated[list[str], "Three of its sequences; empty if there is no tokenizer."]]
     output: Annotated[str, "Path of the output, as given."]
     state: State
 # fmt: on
@@ -253,7 +313,7 @@ class Repaired:
     written: Written
 
 
-class RepairRequest(Request, RepairOptions):
+class RepairRequest(TextsRequest, RepairOptions):
     """A requested repair; with `to_lora` the adapter is converted first.
 
     Attributes
@@ -294,6 +354,7 @@ class RepairRequest(Request, RepairOptions):
             self._conversion_request.run(monitor)
             return self._repair_of_converted.run(monitor, workers)
         self._check(monitor)
+        own = self.write_own_text(monitor)
         fit = self._prepared(monitor, workers).result(self.fit_path)
         choice, rows, reliable = choose(fit), repair_rows(fit), fit.facts["reliable"]
         measured = choice.why, *(repair_line(row, reliable) for row in rows)
@@ -304,6 +365,8 @@ class RepairRequest(Request, RepairOptions):
         }  # fmt: skip
         if self.lora is not None:
             record["lora"] = self.lora
+        if own is not None:
+            record |= {"own_text": str(self.own_path), "samples": own.samples}
         return Repaired(record, written)
 
     def _output(self, **changes: Any) -> OutputRequest:
@@ -356,6 +419,10 @@ class RepairRequest(Request, RepairOptions):
             monitor.note(f"forecast only of {self._conversion_request.output}, which the fit needs")
             return {**first, "command": "repair", "output": str(self.output)}
         self._check(monitor)
+        own = self.own_text(monitor, peek=True)
+        if own is not None and (text := _forecast("repair", own, self.own_path))["state"] != "done":
+            monitor.note(f"forecast only of {self.own_path}, which the fit needs")
+            return {**text, "output": str(self.output)}
         dry = _forecast("repair", self._prepared(monitor, workers, peek=True), self.fit_path)
         if dry["state"] == "done" and not (self.directory / RECORD_NAME).exists():
             dry["state"] = "resume"  # the fit exists, but not its output
@@ -368,13 +435,12 @@ class RepairRequest(Request, RepairOptions):
 
     def _prepared(self, monitor: Monitor, workers: Workers | None, peek: bool = False) -> PreparedFit:
         base, adapter, _, run = self.opened(self.adapter, None, monitor, workers, peek)
-        texts = {GENERAL: general_text(self.general), TASK: Path(self.task)}
-        return prepare_fit(base, adapter, texts, self, self.memory, run)
+        return prepare_fit(base, adapter, self.two_texts, self, self.memory, run)
 
 
 @explained(RepairOptions)
 def repair_adapter(
-    base: str | Path, adapter: str | Path, output: str | Path, *, task: str | Path, **options: Unpack[RepairKeywords]
+    base: str | Path, adapter: str | Path, output: str | Path, **options: Unpack[RepairKeywords]
 ) -> RepairRecord:
     """Write an adapter that forgets less: fit it to texts, measure it, and write it if it is better than a shrink.
 
@@ -392,7 +458,10 @@ def repair_adapter(
     output
         Directory to write: a PEFT adapter, or a model with `merge`.
     task
-        Text of the kind that the adapter was trained for, but not used in training, in a format of `evaluate_variants`.
+        Text of the kind that the adapter was trained for, but not used in training, in a format of `evaluate_variants`. Without it, the
+        adapter writes a text, which is saved beside the output as ``OUTPUT.own.jsonl``; see `evaluate_variants`.
+    prompts
+        Lines with which the text that the adapter writes begins.
     general
         Text that shows what the model could do before. None uses the built-in text (prose, chat, code); your own is better.
     keep
@@ -423,4 +492,4 @@ def repair_adapter(
     MissingPackageError
         If transformers is not installed.
     """
-    return call(RepairRequest(base=base, adapter=adapter, output=output, task=task, **options)).record
+    return call(RepairRequest(base=base, adapter=adapter, output=output, **options)).record

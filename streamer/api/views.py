@@ -9,6 +9,7 @@ from streamer.api.records import several
 from streamer.detection.detect import is_repeated
 from streamer.detection.findings import Findings
 from streamer.evaluation.evaluation import Evaluation, Names, commands, figures, reasons, verdict
+from streamer.fitting.choice import repair_columns
 from streamer.fitting.mapping import map_record
 from streamer.measuring.runs import input_options
 from streamer.methods import takes_findings
@@ -18,7 +19,7 @@ from streamer.storage.transaction import RECORD_NAME, record_at
 
 __all__ = [
     "ByName", "Evaluation", "Findings", "Names", "commands", "figures", "input_options", "is_mitigated", "is_repeated",
-    "map_record", "natural", "reasons", "record_lines", "several", "takes_findings", "verdict",
+    "map_record", "natural", "reasons", "record_lines", "repair_columns", "several", "takes_findings", "verdict",
 ]  # fmt: skip
 
 

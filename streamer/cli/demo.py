@@ -113,7 +113,7 @@ def _outcome(record: Mapping[str, Any]) -> str:
 
 def demo_text(result: DemoRecord, screen: Screen) -> str:
     """Show each command with its result in a line, the figures of the repair, and what to do next."""
-    from streamer.fitting.choice import repair_columns
+    from streamer.api.views import repair_columns
 
     tour, figures = [*ABOUT], ""
     for step in result["steps"]:

@@ -275,7 +275,7 @@ def repair_table(record: RepairRecord, written: Mapping[str, Any], inputs: tuple
     inputs
         Base and adapter, as given.
     """
-    from streamer.fitting.choice import repair_columns
+    from streamer.api.views import repair_columns
 
     adapter, output, reliable = record.get("lora", inputs[1]), record["output"], record["reliable"]
     shown_shares = {"kept": reliable["kept"], "top-1 kept": reliable["top1_kept"], "loss left": reliable["forgetting"]}

@@ -32,7 +32,7 @@ from streamer.storage.files import locked
 from streamer.storage.transaction import is_taken, lock_of, remove_leftovers
 from streamer.streaming.model import require_transformers
 from streamer.streaming.sweep import SweepModel
-from streamer.streaming.values import Variant, VariantSet
+from streamer.streaming.values import ADAPTER, Variant, VariantSet
 
 BLOCK = 8
 """Sequences of each text in a block."""
@@ -129,10 +129,11 @@ class PreparedEvaluation(Prepared[Evaluation]):
     def expected(self, known: Evaluation | None) -> list[BlockSweep]:
         """List the sweeps of a run that does not stop early; empty if nothing is missing."""
         missing, keep = self.missing(known), self.options.keep
-        sweeps = [BlockSweep(block, 1 + len(missing)) for block in self.blocks()] if missing else []
+        new = [variant for variant in missing if variant.name != ADAPTER]
+        sweeps = [BlockSweep(block, 2 + len(new)) for block in self.blocks()] if missing else []
         again = known is not None and known.keep != keep and _next_lambda(known, keep) is not None
         placing = keep < 1 and Shrink.name in [v.method for v in self.variants] and (bool(sweeps) or again)
-        return sweeps + [BlockSweep(block, 2) for block in self.blocks() if placing]
+        return sweeps + [BlockSweep(block, 3) for block in self.blocks() if placing]
 
     def missing(self, known: Evaluation | None) -> list[Variant]:
         """List the requested variants that an earlier run has not measured, without those that have no intruders to scale."""
@@ -235,20 +236,21 @@ class PreparedEvaluation(Prepared[Evaluation]):
             facts = runs.joined_facts(facts, known.facts)
         progress = Progress(self.run, "evaluate")
         one_length = runs.needs_one_length(self.model, self.texts, runs.ROWS, self.run.monitor.checkpoint)
-        base, missing, evaluation = self.variants[0], self.missing(known), known
+        missing, evaluation = self.missing(known), known
+        ends = self.variants[: ADAPTER_ROW + 1]
         measure = partial(self._measure, facts=facts, one_length=one_length, records=records, progress=progress)
         if missing:
-            evaluation = measure(known, (base, *missing))
+            evaluation = measure(known, (*ends, *(variant for variant in missing if variant not in ends)))
         assert evaluation is not None
         again = bool(missing) or (known is not None and known.keep != keep)
         if again and (lam := _next_lambda(evaluation, keep)) is not None:
-            evaluation = measure(replace(evaluation, facts=facts), (base, Variant.of(Shrink(lam))))
+            evaluation = measure(replace(evaluation, facts=facts), (*ends, Variant.of(Shrink(lam))))
         progress.finish()
         return replace(evaluation, facts=facts, keep=keep)
 
     def _measure(self, known: Evaluation | None, variants: Sequence[Variant], facts: Mapping[str, Any], one_length: bool,
                   records: Records, progress: Progress) -> Evaluation:  # fmt: skip
-        """Let variants, the base first, ride through block after block, until the answer is clear; join them to those known.
+        """Let variants, the base and the adapter first, ride through blocks until the answer is clear; join them to those known.
 
         Variants that join earlier ones ride through the same sequences.
         """
@@ -262,7 +264,7 @@ class PreparedEvaluation(Prepared[Evaluation]):
             """Join the variants to those known, in the order of tables."""
             evaluated, joint = [*map(EvaluatedVariant.of, variants)], sums
             if known is not None:
-                evaluated, added = [*known.variants, *evaluated[1:]], range(1, len(evaluated))
+                evaluated, added = [*known.variants, *evaluated[2:]], range(2, len(evaluated))
                 joint = {text: known.sums[text].joined(new.take(added)) for text, new in sums.items()}
             order = sorted(range(len(evaluated)), key=lambda row: evaluated[row].order)
             ordered = {text: text_sums.take(order) for text, text_sums in joint.items()}

@@ -272,6 +272,7 @@ class _SequenceTokens(TypedDict):
 class _SumsRecord(TypedDict):
     loss: Annotated[list[float | None], "Of the negative log likelihood, in nats."]
     kl: Annotated[list[float | None], "Of the divergence from the base, in nats."]
+    kl_from_adapter: NotRequired[Annotated[list[float | None], "Of the divergence from the adapter, in nats."]]
     agree: Annotated[list[float | None], "Counts of tokens whose most likely token is the base's."]
     right: Annotated[list[float | None], "Counts of tokens that the variant finds most likely."]
     p_change: Annotated[list[float | None], "Of p(variant) - p(base) of the text's own token."]
@@ -344,6 +345,8 @@ VariantRecord = TypedDict("VariantRecord", {
             for name, sums in evaluation.others.items()] or None]],
     "kept": Annotated[Mean | None, "Share of the learning: (base - variant) / (base - adapter) of the task's losses; null if undefined.",
         lambda _, evaluation, row: evaluation.task.share("loss", row)],
+    "behaviour_kept": NotRequired[Annotated[Mean | None, "1 - KL(adapter || variant) / KL(adapter || base) on the task's text; null if "
+        "undefined, absent from files of earlier versions.", lambda _, evaluation, row: evaluation.task.share("kl_from_adapter", row)]],
     "top1_kept": Annotated[Mean | None, "Share of the adapter's gain in top-1 on the task's text; null if undefined.",
         lambda _, evaluation, row: evaluation.task.share("right", row)],
     "forgetting": Annotated[Mean | None, "Share of the rise of the general loss: (variant - base) / (adapter - base); null if undefined.",
@@ -658,6 +661,8 @@ def figures(evaluation: Evaluation) -> list[Column]:
                 "tokens of general text for which the variant and the base have the same most likely token", 2),
         Column("task", _losses(task), "mean loss in nats on the task's text", 3),
         Column("kept", _shares(task), "where the task loss lies between the base's (0%) and the adapter's (100%)", 8),
+        Column("behaviour kept", _shares(task, "kl_from_adapter", True),
+                "1 - KL(adapter ‖ variant) / KL(adapter ‖ base) on the task's text, which needs no labels", 5),
         Column("top-1", _parts(task, "right"), "tokens of the task's text that are the variant's most likely token", 1),
         Column("top-1 kept", _shares(task, "right", evaluation.reliable()["top1_kept"]),
                 "where top-1 lies between the base's (0%) and the adapter's (100%)", 5),
@@ -899,7 +904,9 @@ def _variant(tree: Mapping[str, Any]) -> EvaluatedVariant:
 
 def _sums(text: str, tokens: list[float], figures: list[Mapping[str, Any]]) -> SequenceSums:
     """Collect the sums on a text from the variants' figures."""
-    arrays = {name: np.array([f["sums"][name] for f in figures], np.float64) for name in MEASURES}
+    # Earlier versions did not measure the divergence from the adapter.
+    unknown = {"kl_from_adapter": [None] * len(tokens)}
+    arrays = {name: np.array([{**unknown, **f["sums"]}[name] for f in figures], np.float64) for name in MEASURES}
     shapes = {array.shape for array in arrays.values()}
     if np.isnan(arrays["loss"]).any():
         raise ValueError(f"{text}: a variant lacks sequences")

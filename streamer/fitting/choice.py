@@ -24,13 +24,14 @@ class RepairRow(TypedDict):
         "the repair."]
     name: Annotated[str, "Its method, with lambda or share."]
     kept: Annotated[Mean, "Share of the learning that it keeps."]
+    behaviour_kept: Annotated[Mean, "1 - KL(adapter || model) / KL(adapter || base) on the task's text."]
     top1_kept: Annotated[Mean | None, "Share of the adapter's gain in top-1 on the task's text; null if undefined."]
     forgetting: Annotated[Mean | None, "Share of the rise of the general loss that it leaves; null if undefined."]
     divergence: Annotated[Mean, "Share of the forgetting that it leaves: its divergence from the base on general text as a share of the "
         "adapter's."]
 # fmt: on
 
-FIGURES = "kept", "top1_kept", "forgetting", "divergence"
+FIGURES = "kept", "behaviour_kept", "top1_kept", "forgetting", "divergence"
 """Shares in a row; the unchanged adapter's are all 1."""
 
 
@@ -62,7 +63,8 @@ def choose(fit: Coefficients) -> Choice:
         return as_it_is("no measured shrink keeps the same share as the repair")
     if shrink["verdict"] == "better":
         other = "the adapter" if shrink["lambda"] == 1 else f"shrink {shrink['lambda']:g}"
-        keeping = f", which keeps {share(shrink, 'kept')}," if reliable["kept"] and shrink["lambda"] != 1 else ""
+        figure = "kept" if reliable["kept"] else "behaviour_kept"
+        keeping = f", which keeps {share(shrink, figure)}," if shrink["lambda"] != 1 else ""
         why = f"{RegMean(fit).label}: it {_trade(fitted, reliable)}; {other}{keeping} leaves {share(shrink, 'divergence')}"
         return Choice("repair", why, {"coefficients": fit})
     change = fit.facts["divergence"]
@@ -77,8 +79,12 @@ def choose(fit: Coefficients) -> Choice:
 
 
 def _trade(measured: Mapping[str, Any], reliable: Mapping[str, bool]) -> str:
-    left = f"leaves {share(measured, 'divergence')} of its divergence from the base"
-    return f"keeps {share(measured, 'kept')} of what the adapter learned and {left}" if reliable["kept"] else left
+    figure, what = (
+        ("kept", "of what the adapter learned")
+        if reliable["kept"]
+        else ("behaviour_kept", "of its behaviour on the task")
+    )
+    return f"keeps {share(measured, figure)} {what} and leaves {share(measured, 'divergence')} of its divergence from the base"
 
 
 def share(measured: Mapping[str, Any], figure: str) -> str:
@@ -110,6 +116,8 @@ def repair_columns(record: Mapping[str, Any]) -> list[Column]:
     return [
         Column("model", names, "* was written", 9, left=True),
         Column("kept", percents("kept"), "share of the learning that it keeps", 8),
+        Column("behaviour kept", percents("behaviour_kept"),
+                "1 - KL(adapter ‖ model) / KL(adapter ‖ base) on the task's text, which needs no labels", 6),
         Column("top-1 kept", percents("top1_kept"), "share of the adapter's gain in top-1 on the task's text that it keeps", 4),
         Column("KL left", percents("divergence"), "its divergence from the base on general text; 100% is the adapter's", 8),
         Column("loss left", percents("forgetting"), "the rise of the loss on general text; 100% is the adapter's", 5),
@@ -122,7 +130,10 @@ def repair_line(row: Mapping[str, Any], reliable: Mapping[str, bool]) -> str:
     def words(figure: str, sentence: str) -> str:
         return sentence.format(share(row, figure)) if _is_shown(row, figure, reliable) else ""
 
-    kept = words("kept", "keeps {} of what was learned") + words("top1_kept", " ({} of the gain in top-1)")
+    kept = words("kept", "keeps {} of what was learned") or words(
+        "behaviour_kept", "keeps {} of its behaviour on the task"
+    )
+    kept += words("top1_kept", " ({} of the gain in top-1)")
     left = words("divergence", "leaves {} of the divergence from the base")
     left += words("forgetting", " and {} of the rise of the loss")
     return f"{row['name']}: {', '.join(filter(None, (kept, left)))}"

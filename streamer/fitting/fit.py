@@ -143,7 +143,8 @@ def set_facts(evaluation: Evaluation, keep: float, point: Point) -> dict[str, An
     Returns
     -------
     dict
-        Shares are relative to the adapter: ``kept`` of the learning, ``top1_kept`` of its gain in top-1, ``forgetting`` of the rise of the
+        Shares are relative to the adapter: ``kept`` of the learning, ``behaviour_kept`` of its divergence from the base on the task's text,
+        ``top1_kept`` of its gain in top-1, ``forgetting`` of the rise of the
         general loss, ``divergence`` of its divergence. ``missed`` says that less is kept than `keep`. ``shrink`` describes the measured
         shrink that keeps most nearly as much, and at least `keep`; its ``loss`` and ``kl`` are the factors' minus those of the shrink that
         keeps exactly as much on general text, and ``verdict`` judges them. It is null if there is no such shrink.
@@ -188,6 +189,7 @@ def _figures(evaluation: Evaluation, row: int) -> dict[str, Any]:
     return {
         "trade": evaluation.trade(evaluation.variants[row]),
         **flat("kept", task.share("loss", row)),
+        **flat("behaviour_kept", task.share("kl_from_adapter", row)),
         **flat("top1_kept", task.share("right", row)),
         **flat("forgetting", general.share("loss", row)),
         **flat("divergence", general.share("kl", row)),
@@ -380,7 +382,7 @@ class PreparedFit(Prepared[Coefficients]):
         variants = 2 + candidates + len(SHRINKS)
         return [
             Work(fitted=(1 + candidates) * fitted, riding=variants * riding, length=longest, variants=variants),
-            Work(fitted=0, riding=3 * riding, length=longest, variants=3),
+            Work(fitted=0, riding=4 * riding, length=longest, variants=4),
         ]
 
     def written_bytes(self, known: Coefficients | None) -> tuple[int, int]:
@@ -643,7 +645,7 @@ class FitRun:
         self.progress = Progress(prepared.run, "fit")
         self.shrinks = [Shrink(lam) for lam in SHRINKS]
         self._rows: dict[str, Mapping[str, SequenceSums]] = {}
-        self._base: list[Group] = []
+        self._ends: list[tuple[Group, ...]] = []
 
     def result(self) -> Coefficients:
         """Run to the end and return the result."""
@@ -689,8 +691,8 @@ class FitRun:
         variants += map(Variant.of, self.shrinks)
         held_out = self._parts(len(variants))
         self._measure(variants, held_out, fitted, solver)
-        # A second sweep needs only the logits of the base's results, unless workers have these.
-        self._base = [part.groups[0] for part in held_out]
+        # Later sweeps need only the logits of the base's and the adapter's results, unless workers have these.
+        self._ends = [part.groups[: ADAPTER_ROW + 1] for part in held_out]
         unseen = sorted({target.tensor for target in plan.targets} - solver.places.keys())
         if unused := sorted(model.otherwise_used - solver.places.keys()):
             raise UnsupportedError(
@@ -739,12 +741,13 @@ class FitRun:
         return [] if lam is None else [Shrink(lam)]
 
     def _ride(self, variants: Sequence[Variant], shrinks: Sequence[Shrink]) -> None:
-        """Measure variants and shrinks in a sweep; the base's results are known."""
-        riders = [Variant(BASE, None), *variants, *map(Variant.of, shrinks)]
-        if len(riders) == 1:
+        """Measure variants and shrinks in a sweep; the results of the base and the adapter are known."""
+        new = [*variants, *map(Variant.of, shrinks)]
+        if not new:
             return
-        parts = zip(self._parts(len(riders)), self._base, strict=True)
-        reused = [replace(part, groups=(base, *part.groups[1:])) if base.results else part for part, base in parts]
+        riders = [Variant(BASE, None), Variant(ADAPTER, UNCHANGED), *new]
+        parts = zip(self._parts(len(riders)), self._ends, strict=True)
+        reused = [replace(p, groups=(*ends, *p.groups[len(ends) :])) if ends[0].results else p for p, ends in parts]
         self._measure(riders, reused)
         self.shrinks += shrinks
 

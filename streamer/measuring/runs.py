@@ -31,7 +31,7 @@ from streamer.detection.options import Run
 from streamer.errors import FormatError, InputError, NumericError, OutputExistsError, UsageError
 from streamer.events import Event
 from streamer.linalg.torch_state import full_float32, thread_count, threads
-from streamer.measuring.statistics import ARRAYS, MEASURES, Floats, SequenceSums, counted_bins
+from streamer.measuring.statistics import ADAPTER_ROW, ARRAYS, MEASURES, Floats, SequenceSums, counted_bins
 from streamer.measuring.texts import Texts, TextSequences
 from streamer.methods import METHODS, MethodName
 from streamer.methods.files import SealedKind
@@ -112,10 +112,10 @@ class Progress:
     Parameters
     ----------
     stage
-        Stage of the events: ``evaluate``, ``fit`` or ``map``.
+        Stage of the events: ``generate``, ``evaluate``, ``fit`` or ``map``.
     """
 
-    def __init__(self, run: Run, stage: Literal["evaluate", "fit", "map"]) -> None:
+    def __init__(self, run: Run, stage: Literal["generate", "evaluate", "fit", "map"]) -> None:
         self.run, self.monitor, self._stage = run, run.monitor, stage
         self._done = self._total = self._items = self._of = 0
 
@@ -212,10 +212,11 @@ def part_sums(model: SweepModel, held_out: Sequence[Part], block: int, checkpoin
 
 
 class _Accumulator:
-    """Sums over the vocabulary for each token; shapes are (variants, sequences, length), with the base as the first variant."""
+    """Sums over the vocabulary for each token; shapes are (variants, sequences, length), with the base first, then the adapter."""
 
     def __init__(self, variants: int, text: TextSequences, device: torch.device) -> None:
         ids, self.counted = text.padded()
+        self.drawn, self.adapter = text.drawn, min(ADAPTER_ROW, variants - 1)
         shape = (variants, *ids.shape)
         self.labels = torch.roll(ids, -1, 1).to(device)
         self.largest = torch.full(shape, -torch.inf, device=device)
@@ -223,6 +224,10 @@ class _Accumulator:
         self.total = torch.zeros(shape, dtype=torch.float64, device=device)
         self.cross = torch.zeros(shape, dtype=torch.float64, device=device)
         """``Σ exp(z⁰ − largest⁰) (z⁰ − z)``."""
+        self.from_adapter = torch.zeros(shape, dtype=torch.float64, device=device)
+        """The same with the adapter's logits z¹ in place of z⁰."""
+        self.adapter_mean = torch.zeros(shape[1:], dtype=torch.float64, device=device)
+        """``Σ exp(z¹ − largest¹) z¹``."""
         self.label = torch.zeros(shape, device=device)
 
     def add(self, z: Tensor, i: int) -> None:
@@ -234,23 +239,39 @@ class _Accumulator:
         self.largest = largest
         self.total *= factor
         self.cross *= factor[:1]
-        base = torch.exp(z[0] - largest[0, ..., None])
+        self.from_adapter *= factor[self.adapter]
+        self.adapter_mean *= factor[self.adapter]
+        base, adapter = (torch.exp(z[v] - largest[v, ..., None]) for v in (0, self.adapter))
+        self.adapter_mean += (adapter * z[self.adapter]).sum(-1)
         for v in range(len(z)):
-            weights = base if v == 0 else torch.exp(z[v] - largest[v, ..., None])
+            known = {self.adapter: adapter, 0: base}
+            weights = known[v] if v in known else torch.exp(z[v] - largest[v, ..., None])
             self.total[v] += weights.sum(-1)
             self.cross[v] += (base * (z[0] - z[v])).sum(-1)
+            self.from_adapter[v] += (adapter * (z[self.adapter] - z[v])).sum(-1)
         here = ((self.labels >= i) & (self.labels < i + z.shape[-1])).expand(len(z), -1, -1)
         at = (self.labels - i).clamp(0, z.shape[-1] - 1).expand(len(z), -1, -1)
         self.label = torch.where(here, z.gather(-1, at[..., None])[..., 0], self.label)
 
     def sums(self) -> SequenceSums:
-        """Return the loss, the KL, whether the likeliest token is the base's or the text's own, and the change of p, by sequence."""
+        """Return the loss, the KLs, whether the likeliest token is the base's or the text's own, and the change of p, by sequence."""
         log_sum = self.largest.double() + self.total.log()
         kl = self.cross / self.total[:1] - (log_sum[:1] - log_sum)
+        of_adapter = self.total[self.adapter]
+        from_adapter = self.from_adapter / of_adapter - (log_sum[self.adapter] - log_sum)
+        entropy = log_sum[self.adapter] - self.adapter_mean / of_adapter
         loss = log_sum - self.label.double()
         change = torch.exp(-loss) - torch.exp(-loss[:1])
         agree, right = (self.top == self.top[:1]).double(), (self.top == self.labels).double()
-        results = {"loss": loss, "kl": kl, "agree": agree, "right": right, "p_change": change, "p_square": change**2}
+        results = {
+            "loss": entropy + from_adapter if self.drawn else loss,
+            "kl": kl,
+            "kl_from_adapter": from_adapter,
+            "agree": agree,
+            "right": right,
+            "p_change": change,
+            "p_square": change**2,
+        }
         arrays = {name: (t.cpu() * self.counted).sum(-1).numpy() for name, t in results.items()}
         by_token, counted = kl.cpu().numpy(), self.counted.numpy()
         largest = np.where(counted, by_token, 0.0).max(-1)
@@ -396,7 +417,7 @@ def of_few_lengths(text: TextSequences) -> TextSequences:
         counts[shorter] += counts.pop(longer)
     lengths = [max(length for length in counts if length <= len(ids)) for ids in text.ids]
     cut = tuple(ids[:n] for ids, n in zip(text.ids, lengths, strict=True))
-    return TextSequences(cut, tuple(c[:n] for c, n in zip(text.counted, lengths, strict=True)), text.name)
+    return replace(text, ids=cut, counted=tuple(c[:n] for c, n in zip(text.counted, lengths, strict=True)))
 
 
 ORDER = (None, *METHODS)
@@ -433,7 +454,10 @@ IDENTIFYING = ("architecture", "files", "weights_sha256", "base_is_residual", "l
 
 OPTIONS = {
     "algorithm": "another version's algorithm",
-    **{name: f"--{name}" for name in ("projected", "dtype", "holdout", "seed", "vectors", "keep")},
+    **{
+        name: f"--{name}"
+        for name in ("projected", "dtype", "holdout", "seed", "vectors", "keep", "sequences", "length", "prompts")
+    },
     "weights": "--mu",
     "max_memory": "--max-memory",
 }
@@ -776,6 +800,14 @@ class Records:
             self._at[name] = len(self._journal)
             self._journal.append(pack(name, arrays))
 
+    def snapshot(self) -> tuple[Path, str] | None:
+        """Return the file from which a killed run of generation resumes, and what identifies the run; None without a journal."""
+        return None if self._journal is None else (transaction.states_of(self._journal.path), self._run())
+
+    def _run(self) -> str:
+        assert self._journal is not None
+        return hashlib.sha256(self._journal[0]).hexdigest()
+
     def states(self, sweep: str, *fit: Any) -> States | None:
         """Return the file from which a killed sweep resumes; None without a journal.
 
@@ -786,5 +818,4 @@ class Records:
         """
         if self._journal is None:
             return None
-        run = hashlib.sha256(self._journal[0]).hexdigest()
-        return States(transaction.states_of(self._journal.path), f"{run} {sweep}", *fit)
+        return States(transaction.states_of(self._journal.path), f"{self._run()} {sweep}", *fit)

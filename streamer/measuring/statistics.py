@@ -91,7 +91,7 @@ def from_record(record: BinsRecord) -> Floats:
     return np.pad(counts, (first, BINS - first - len(counts)))  # an error if they begin or end outside
 
 
-MEASURES = ("loss", "kl", "agree", "right", "p_change", "p_square", "kl_max")
+MEASURES = ("loss", "kl", "kl_from_adapter", "agree", "right", "p_change", "p_square", "kl_max")
 """Arrays with one value for each variant and sequence: sums, and one maximum."""
 
 ARRAYS = (*MEASURES, "kl_bins")
@@ -183,9 +183,11 @@ class SequenceSums:
     tokens
         Counted tokens of each sequence: (S,).
     loss
-        Sums of the negative log likelihood in nats: (V, S).
-    kl
-        Sums of the Kullback-Leibler divergence ``KL(base ‖ variant)`` between next-token distributions, in nats: (V, S).
+        Sums of the negative log likelihood in nats: (V, S). On text that the adapter wrote, sums of its expectation over the adapter's
+        next-token distributions, which has less noise.
+    kl, kl_from_adapter
+        Sums of the Kullback-Leibler divergences ``KL(base ‖ variant)`` and ``KL(adapter ‖ variant)`` between next-token distributions, in
+        nats: (V, S).
     agree
         Counts of tokens for which the variant's most likely token is the base's: (V, S).
     right
@@ -201,6 +203,7 @@ class SequenceSums:
     tokens: Floats
     loss: Floats
     kl: Floats
+    kl_from_adapter: Floats
     agree: Floats
     right: Floats
     p_change: Floats
@@ -251,7 +254,8 @@ class SequenceSums:
     def share(self, name: str, variant: int) -> Estimate:
         """Estimate ``(variant − base) / (adapter − base)`` of the means: 0 is the base, 1 the unchanged adapter.
 
-        The base's divergence is 0.
+        The base's divergence from itself is 0, and so is the adapter's from itself: the share of ``kl_from_adapter``, the behaviour that is
+        kept, is ``1 − KL(adapter ‖ variant) / KL(adapter ‖ base)``.
         """
         array: Floats = getattr(self, name)
         base = 0.0 if name == "kl" else array[BASE_ROW]

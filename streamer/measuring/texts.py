@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import takewhile
 from pathlib import Path
@@ -161,16 +161,19 @@ class TextSequences:
         before it and never counts; at least one token counts.
     name
         Name of the file from which they were read.
+    drawn
+        Whether an adapter drew the tokens from its own distribution.
     """
 
     ids: tuple[NDArray[np.int64], ...]
     counted: tuple[NDArray[np.bool_], ...]
     name: str = ""
+    drawn: bool = False
 
     def take(self, rows: Iterable[int]) -> TextSequences:
         """Take some of the sequences, by number."""
         chosen = tuple(rows)
-        return TextSequences(tuple(self.ids[i] for i in chosen), tuple(self.counted[i] for i in chosen), self.name)
+        return replace(self, ids=tuple(self.ids[i] for i in chosen), counted=tuple(self.counted[i] for i in chosen))
 
     def padded(self) -> tuple[Tensor, Tensor]:
         """Put all sequences into one batch, with zeros at their ends, where no counted token attends to them.
@@ -210,8 +213,8 @@ class TextSequences:
         }
 
     def digest(self) -> str:
-        """Hash (SHA-256, hex) all sequences: the ids, and which of them count."""
-        digest = hashlib.sha256()
+        """Hash (SHA-256, hex) all sequences: the ids, which of them count, and whether they were drawn."""
+        digest = hashlib.sha256(b"drawn" if self.drawn else b"")
         for ids, counted in zip(self.ids, self.counted, strict=True):
             digest.update(len(ids).to_bytes(8, "little") + ids.astype("<i8").tobytes() + counted.tobytes())
         return digest.hexdigest()
@@ -230,8 +233,9 @@ def evenly(count: int, wanted: int) -> list[int]:
     return [i * count // wanted for i in range(wanted)] if count > wanted else list(range(count))
 
 
-KEYS = ({"text"}, {"prompt", "completion"}, {"messages"})
-"""Keys that make a line a document, a prompt with a completion, or a conversation; a line has the keys of one kind."""
+KEYS = ({"text"}, {"prompt", "completion"}, {"messages"}, {"ids", "start"}, {"ids", "start", "text"})
+"""Keys that make a line a document, a prompt with a completion, a conversation, or tokens that an adapter wrote, perhaps with their text; a
+line has the keys of one kind."""
 
 PROMPT_KEYS = ("tools", "documents", "chat_template_kwargs")
 """Keys beside ``messages`` that would make the chat template write a different prompt."""
@@ -271,6 +275,8 @@ def _read_line(where: str, raw: bytes, tokenizer: Tokenizer, length: int) -> Tok
         raise FormatError(
             f"{where}: expected an object with 'text', with 'prompt' and 'completion', or with 'messages', one kind alone, found {found}"
         )
+    if "ids" in kind:
+        return _read_ids_line(where, tree, length)
     start = tokenizer.start
     if "messages" in kind:
         if prompt_keys := [key for key in PROMPT_KEYS if tree.get(key)]:
@@ -301,6 +307,65 @@ def _read_line(where: str, raw: bytes, tokenizer: Tokenizer, length: int) -> Tok
         hint = f"; it has {len(ids)}: raise --length" if len(ids) > length else ""
         raise unexpected(where, "tokens to predict", f"none that counts among its first {min(len(ids), length)}{hint}")
     return np.array(ids[:length], np.int64), np.array(marks[:length], bool)
+
+
+def _is_drawn(path: Path) -> bool:
+    """Test whether the lines of a file, which has been read, are tokens that an adapter wrote."""
+    with path.open("rb") as file:
+        lines = [strict_json(line.removeprefix(codecs.BOM_UTF8)) for line in file if line.strip()]
+    return all("ids" in line for line in lines)
+
+
+def _read_ids_line(where: str, tree: Mapping[str, Any], length: int) -> TokenSequence:
+    """Read tokens of which those from ``start`` on count; see `measuring.own_text`."""
+    ids, start = tree["ids"], tree["start"]
+    if not (isinstance(ids, list) and all(type(i) is int and 0 <= i < 1 << 63 for i in ids) and type(start) is int):
+        raise unexpected(where, "'ids' to be a list of token ids and 'start' a count", quoted(str(tree)))
+    if not 0 < start < min(len(ids), length):
+        raise unexpected(where, "'start' to leave tokens to predict", f"{start} of {min(len(ids), length)}")
+    cut = np.array(ids[:length], np.int64)
+    return cut, np.arange(len(cut)) >= start
+
+
+def read_prompts(path: Path, tokenizer: Tokenizer) -> list[list[int]]:
+    """Read the prompts in a file: the lines of a ``.txt``; of a ``.jsonl`` each ``prompt``, or ``messages`` up to an answer.
+
+    Raises
+    ------
+    UsageError, FormatError
+        If the name has another suffix, or a line is not a prompt.
+    """
+    if path.suffix not in (".txt", ".jsonl"):
+        raise UsageError(
+            f"{path}: expected the name of a file of prompts to end in .txt or .jsonl, found {quoted(path.suffix)}"
+        )
+    fd, _ = open_regular(path, "prompts")
+    with storage_errors(path, "read"), os.fdopen(fd, "rb") as file:
+        lines = [
+            (number, line)
+            for number, line in enumerate(file.read().removeprefix(codecs.BOM_UTF8).splitlines(), 1)
+            if line.strip()
+        ]
+    if not lines:
+        raise unexpected(path, "prompts, one a line", "none")
+    return [_read_prompt(f"{path}: line {number}", line, path.suffix, tokenizer) for number, line in lines]
+
+
+def _read_prompt(where: str, raw: bytes, suffix: str, tokenizer: Tokenizer) -> list[int]:
+    try:
+        tree = {"prompt": raw.decode()} if suffix == ".txt" else strict_json(raw)
+    except ValueError as e:
+        raise unexpected(where, "text in UTF-8" if suffix == ".txt" else "a JSON object", f"other bytes: {e}") from e
+    prompt, start = tree.get("prompt") if isinstance(tree, dict) else None, tokenizer.start
+    if isinstance(tree, dict) and isinstance(tree.get("messages"), list):
+        try:
+            prompt, start = tokenizer.render(tree["messages"], True), ()
+        except Exception as e:  # a template is the user's program and may raise anything
+            raise FormatError(f"{where}: the chat template refuses it: {quoted(str(e))}") from e
+    if not isinstance(prompt, str):
+        raise unexpected(where, "an object with 'prompt' or 'messages'", quoted(str(tree)))
+    ids, _ = tokenizer.encode(prompt)
+    return ids if tuple(ids[: len(start)]) == start else [*start, *ids]
 
 
 CALLS = ("tool_calls", "function_call")
@@ -466,7 +531,8 @@ def read_text(path: str | Path, tokenizer_directory: Path | None, *, sequences: 
                 pairs = list(read_json_lines(path, tokenizer, sequences, length))
     for _, counted in pairs:
         counted[0] = False
-    text = TextSequences(tuple(ids for ids, _ in pairs), tuple(counted for _, counted in pairs), path.name)
+    drawn = path.suffix == ".jsonl" and _is_drawn(path)
+    text = TextSequences(tuple(ids for ids, _ in pairs), tuple(counted for _, counted in pairs), path.name, drawn)
     _check(path, text, vocabulary, positions)
     return text
 

@@ -253,6 +253,8 @@ class ModelSize:
         Longest sequence, with padding, that longrope embeddings treat as short; None for other embeddings.
     keys
         Number of tokens that attention selects in a longer sequence; None if it attends to all that it sees.
+    cached
+        Bytes of a token's keys and values in all layers.
     """
 
     widest: int
@@ -265,6 +267,7 @@ class ModelSize:
     read: int
     short: int | None = None
     keys: int | None = None
+    cached: int = 0
 
 
 class RunTimeModule(NamedTuple):
@@ -370,6 +373,7 @@ class LoadedModel:
             read=sum(self.values.plan.weights[weight].nbytes for weight in {w for t in tensors for w in t.weights}),
             short=_short_length(config),
             keys=next((keys for name in CHOSEN_KEYS if (keys := getattr(config, name, None))), None),
+            cached=_cached_bytes(config),
         )
 
     def _buffers(self) -> Iterator[tuple[str, Tensor]]:
@@ -405,6 +409,14 @@ def _attention_values(config: Any) -> int:
     kinds = getattr(config, "layer_types", None) or ()
     windowed = getattr(config, "sliding_window", None) or any("sliding" in kind or "chunked" in kind for kind in kinds)
     return MASK_VALUES if windowed else 0
+
+
+def _cached_bytes(config: Any) -> int:
+    """Return the bytes of a token's keys and values in all layers, in float32."""
+    hidden, heads = getattr(config, "hidden_size", 0), getattr(config, "num_attention_heads", None) or 1
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    width = groups * (getattr(config, "head_dim", None) or hidden // heads)
+    return 2 * 4 * width * (getattr(config, "num_hidden_layers", None) or 1)
 
 
 def _short_length(config: Any) -> int | None:

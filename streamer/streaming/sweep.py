@@ -522,6 +522,18 @@ class SweepModel(LoadedModel):
         finally:
             self.block, self._checkpoint = None, _nothing
 
+    @property
+    def network(self) -> nn.Module:
+        """Return the model of transformers, whose parameters are read when an operation needs them."""
+        return self._model
+
+    @contextlib.contextmanager
+    def alone(self, group: Group, checkpoint: Checkpoint) -> Iterator[None]:
+        """Let the model run one group by itself inside the context, without sites, through all layers and the whole head."""
+        self.group = group
+        with self._running(checkpoint):
+            yield
+
     def run(self, groups: Sequence[Group], checkpoint: Checkpoint, solve: Solve | None = None, watch: Watch | None = None,
             after: Callable[[str], bool | None] = _nothing, states: States | None = None, run: Run | None = None) -> bool:  # fmt: skip
         """Run groups through all layers; return whether workers ran the riders.

@@ -173,13 +173,10 @@ def test_a_line_for_each_thing_that_is_wrong(server: Server, home: Path, tmp_pat
     done = run(server, home, tmp_path / "n")
     assert (done.code, done.out) == (4, "")
     assert "exists and is not coefficients, and no other file is replaced" in done.err
-    done = server.run(
-        "repair", home / "base", home / "adapter", "--general", home / "general.npy", "-o", tmp_path / "c"
-    )
-    assert (done.code, done.err.splitlines()[-1]) == (
-        2,
-        "streamer: the following arguments are required: --task; see `streamer repair --help-all`",
-    )
+    texts = "--task", home / "task.npy", "--general", home / "general.npy", "--prompts", home / "task.npy"
+    done = server.run("repair", home / "base", home / "adapter", *texts, "-o", tmp_path / "c")
+    words = "prompts: applies only to text that the adapter writes, found task too; leave one of them out"
+    assert (done.code, words in done.err) == (2, True)
 
 
 @pytest.fixture(scope="module")

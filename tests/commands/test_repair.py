@@ -131,7 +131,18 @@ def test_the_repair_is_never_what_is_not_better(server: Server, home: Path, tmp_
     shown = server.run("repair", home / "base", home / "adapter", *texts(home), "-o", out)
     assert [line.split()[0] for line in shown.out.splitlines()[2:5]] == ["adapter", "shrink", "regmean"]
     assert shown.last.startswith("streamer: repair: exists already, in ")
-    assert shown.out.splitlines()[0].split() == ["model", "kept", "top-1", "kept", "KL", "left", "loss", "left"]
+    assert shown.out.splitlines()[0].split() == [
+        "model",
+        "kept",
+        "behaviour",
+        "kept",
+        "top-1",
+        "kept",
+        "KL",
+        "left",
+        "loss",
+        "left",
+    ]
     what = {
         "repair": f"--coefficients {tree['fit']}",
         "shrink": f"--method shrink --lambda {record['lambda']}",
@@ -296,10 +307,13 @@ def test_what_is_not_worth_it_is_not_written(fitted: Path, worth: tuple[bool, bo
 
 
 def test_a_share_of_a_change_too_small_to_measure_is_not_stated(fitted: Path) -> None:
+    """What is kept of the behaviour, which needs no labels, is stated in its place."""
     reliable = {"kept": False, "forgetting": True, "top1_kept": True}
-    for verdict, start in (("better", "regmean 0.9: it leaves "), ("worse", "shrink 0.5: it leaves ")):
-        assert choose(fitted, {"verdict": verdict}, reliable=reliable).why.startswith(start)
-        assert "keeps" not in choose(fitted, {"verdict": verdict}, reliable=reliable).why.split(";")[0]
+    for verdict, start in (("better", "regmean 0.9: it keeps "), ("worse", "shrink 0.5: it keeps ")):
+        why = choose(fitted, {"verdict": verdict}, reliable=reliable).why
+        assert why.startswith(start)
+        assert " of its behaviour on the task and leaves " in why
+        assert "learned" not in why
 
 
 def test_the_command_that_follows_measures_what_was_written(home: Path, tmp_path: Path) -> None:

@@ -161,8 +161,12 @@ def assert_as_transformers(cls: Any, base: Path, adapter: Path, directory: Path,
     reference = answer(precisions(cls, base), ids)
     tokens = ours.tokens.sum()
     assert tokens == ids[:, 1:].numel()
-    for v, merged in enumerate(merged_variants(base, adapter, variants, found, directory)):
-        own = reference if merged == base else answer(precisions(cls, merged), ids)
+    answers = [
+        reference if merged == base else answer(precisions(cls, merged), ids)
+        for merged in merged_variants(base, adapter, variants, found, directory)
+    ]
+    for v, own in enumerate(answers):
+        assert_sums(ours.loss[v].sum(), ours.kl_from_adapter[v].sum(), own, answers[1], ids, variants[v].name)
         assert_sums(ours.loss[v].sum(), ours.kl[v].sum(), own, reference, ids, variants[v].name)
         agreement = sums_of(own.log_p, reference.log_p, ids)[2]
         assert abs(ours.agree[v] - agreement.numpy()).max() <= 1, variants[v].name

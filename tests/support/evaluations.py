@@ -19,8 +19,8 @@ from streamer.measuring.texts import TextSequences
 SCHEMA = json.loads((files("streamer") / "schemas" / "evaluation-1.json").read_text())
 
 COLUMNS = [
-    "variant", "general", "vs", "adapter", "loss", "left", "KL", "KL", "left", "same", "top", "task", "kept", "top-1",
-    "top-1", "kept",
+    "variant", "general", "vs", "adapter", "loss", "left", "KL", "KL", "left", "same", "top", "task", "kept", "behaviour",
+    "kept", "top-1", "top-1", "kept",
 ]  # fmt: skip
 """Words that head the columns of the table."""
 
@@ -88,6 +88,7 @@ def evaluation(
         kl = (size + np.abs(scatter))[:, :, None] * np.array([0.5, 1.5])  # of the two halves of each sequence
         return SequenceSums(
             tokens, (hard + effect + scatter) * tokens, (size + np.abs(scatter)) * tokens,
+            np.abs(effect - effect[1]) * tokens,
             np.round(np.exp(-size) * tokens), np.round(np.exp(-hard / 4 - effect) * tokens), -effect / 9 * tokens,
             effect**2 / 50 * tokens, kl.max(-1), counted_bins(kl, np.ones((64, 2), bool)),
         )  # fmt: skip

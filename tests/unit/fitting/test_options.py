@@ -126,7 +126,7 @@ def sums(falls: list[float]) -> SequenceSums:
     base = np.full(len(falls), 50.0)
     loss = np.stack([base, base - 10 * np.array(falls)])
     return SequenceSums(
-        np.full(len(falls), 10.0), loss, np.abs(loss - base), *[np.zeros_like(loss)] * 5, np.zeros((len(loss), BINS))
+        np.full(len(falls), 10.0), loss, np.abs(loss - base), *[np.zeros_like(loss)] * 6, np.zeros((len(loss), BINS))
     )
 
 
@@ -161,7 +161,7 @@ def test_a_refusal_says_how_many_errors_the_sequences_take() -> None:
 def test_a_set_says_if_it_keeps_less_than_the_floor(left: float, missed: bool) -> None:
     falls = [0.0, 1.0, *(1 - lam for lam in SHRINKS), 1 - left]
     loss = np.stack([np.linspace(40, 60, 6) - 10 * fall for fall in falls])
-    zeros, bins = [np.zeros_like(loss)] * 5, np.zeros((len(loss), BINS))
+    zeros, bins = [np.zeros_like(loss)] * 6, np.zeros((len(loss), BINS))
     own = SequenceSums(np.full(6, 10.0), loss, np.abs(loss - loss[:1]), *zeros, bins)
     shrinks = [EvaluatedVariant(f"shrink {lam}", "shrink", lam) for lam in SHRINKS]
     others = [EvaluatedVariant(name, None, None) for name in ("base", "adapter")]
