@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -314,6 +314,7 @@ class Reader(ABC):
     name: str
     shape: tuple[int, ...]
     device: torch.device
+    rounded: bool = False
 
     @abstractmethod
     def read(self) -> Tensor:
@@ -348,8 +349,8 @@ class _Transpose(Reader):
 class LazyTensor(Tensor):
     """Parameter whose values stay on disk: it has shape and dtype, and each operation reads what it needs.
 
-    Products, look-ups in an embedding, and access to one matrix of a stack read a part at a time; every other operation reads the whole
-    tensor. Results are plain tensors.
+    Products, look-ups in an embedding, and access to one matrix of a stack read a part at a time; a cast to float32 reads nothing; every
+    other operation reads the whole tensor. Results that were read are plain tensors.
     """
 
     reader: Reader
@@ -465,6 +466,12 @@ def _bmm(input: Any, mat2: Any) -> Tensor | None:  # noqa: A002  # torch's names
     return torch.stack([rows @ matrix for rows, matrix in zip(input, matrices, strict=True)]) if matrices else None
 
 
+def _cast(weight: Any, dtype: Any = None, *others: Any, **options: Any) -> Tensor | None:
+    """Keep the stand-in where a router asks for float32, unless its products are rounded."""
+    same = dtype is torch.float32 and not others and not options and not weight.reader.rounded
+    return weight if same else None
+
+
 def _transpose(weight: Any, *dimensions: int) -> Tensor | None:
     """Return a stand-in for the transpose of a matrix."""
     exchanged = not dimensions or {d % 2 for d in dimensions} == {0, 1}
@@ -478,6 +485,7 @@ _SPECIAL: Mapping[Any, Callable[..., Tensor | None]] = {
     torch.addmm: _addmm, torch.bmm: _bmm, Tensor.bmm: _bmm,
     Tensor.T.__get__: _transpose, Tensor.mT.__get__: _transpose, Tensor.t: _transpose, torch.t: _transpose,  # type: ignore[attr-defined]  # as above
     Tensor.transpose: _transpose, torch.transpose: _transpose,
+    Tensor.to: _cast, Tensor.type: _cast, Tensor.float: partial(_cast, dtype=torch.float32),
 }  # fmt: skip
 
 

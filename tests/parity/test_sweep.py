@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import greenlet
@@ -245,6 +246,28 @@ def test_experts_are_fitted_to_the_tokens_that_each_candidate_sends_them(
     assert (reached < targets_of.keys()) == (chosen < 4)
     sizes = [[len(of_task[tensor]) for tensor in sorted(reached)] for _, of_task in every]
     assert sizes[0] != sizes[1] or sizes[0] != sizes[2] or chosen == 4, "candidates route otherwise than the adapter"
+
+
+def test_a_router_that_casts_its_weight_is_fitted(tmp_path: Path) -> None:
+    options = {"target_parameters": ["gate.weight"], "lora_alpha": 4}
+    cls, base, adapter = make_pair("deepseek-v3", tmp_path, ["q_b_proj"], **options)
+    general, task = token_ids(64, 12).split(6)
+    sweep = fitted(base, adapter, general, task)
+    (target,) = (target for target in sweep.plan.targets if target.tensor.endswith("gate.weight"))
+    name, delta = target.tensor.removesuffix(".weight"), factors_of(sweep.plan, target)
+
+    def inputs(model: Any, ids: Tensor) -> np.ndarray:
+        return given(model, {name: model.get_submodule(name)}, ids)[name]
+
+    plain = loaded(cls, base, torch.float64)
+    router = SimpleNamespace(base_layer=plain.get_submodule(name), scaling={"default": 1.0})
+    x, u = inputs(merged(cls, base, sweep.plan, {}, tmp_path / "a"), task), inputs(plain, general)
+    for k, mu in enumerate(WEIGHTS):
+        rights = {tensor: own[k] for tensor, own in sweep.rights.items()}
+        model = merged(cls, base, sweep.plan, rights, tmp_path / str(k))
+        y, v = inputs(model, task), inputs(model, general)
+        wanted = solution(router, (delta.R.T, delta.L), mu, x, y, u, v)
+        assert relative(rights[target.tensor].T, wanted) <= 1e-4, mu
 
 
 def sums(sweep: Sweep, ids: Tensor, variants: Sequence[int], fits: bool) -> SequenceSums:

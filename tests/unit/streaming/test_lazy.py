@@ -54,7 +54,7 @@ def test_other_operations_read_all(weight: tuple[Given, LazyTensor]) -> None:
     given, lazy_weight = weight
     x, values = torch.randn(3, 5), given.values
     for result, expected in (
-        (x @ lazy_weight.T, x @ values.T), (lazy_weight * 2, values * 2), (lazy_weight[1:3], values[1:3]), (lazy_weight.float(), values),
+        (x @ lazy_weight.T, x @ values.T), (lazy_weight * 2, values * 2), (lazy_weight[1:3], values[1:3]), (lazy_weight.double(), values.double()),
         (functional.rms_norm(x, (5,), lazy_weight[0]), functional.rms_norm(x, (5,), values[0])),
         (torch.cat([lazy_weight, x]), torch.cat([values, x])),
     ):  # fmt: skip
@@ -97,7 +97,8 @@ PRODUCTS = {
     "x W": (lambda x, w: x @ w, 7), "x Wᵀ": (lambda x, w: x @ w.T, 5), "x Wᵀ by t()": (lambda x, w: torch.matmul(x, w.t()), 5),
     "x Wᵀ by transpose": (lambda x, w: x.matmul(w.transpose(-1, -2)), 5), "x (Wᵀ)ᵀ": (lambda x, w: x @ w.mT.T, 7),
     "addmm": (lambda x, w: torch.addmm(torch.ones(5), x.flatten(0, 1), w), 7),
-    "mm": (lambda x, w: torch.mm(x.flatten(0, 1), w.T), 5),
+    "mm": (lambda x, w: torch.mm(x.flatten(0, 1), w.T), 5), "float()": (lambda x, w: functional.linear(x.float(), w.float()), 5),
+    "type()": (lambda x, w: functional.linear(x, w.type(torch.float32)), 5), "to()": (lambda x, w: x @ w.to(torch.float32).T, 5),
 }  # fmt: skip
 
 
@@ -107,6 +108,14 @@ def test_products_do_not_read_all(what: str, weight: tuple[Given, LazyTensor]) -
     x = torch.randn(2, 3, width)
     torch.testing.assert_close(function(x, lazy_weight), function(x, given.values))
     assert given.asked == ["product"]
+
+
+def test_a_cast_in_a_product_that_is_rounded_reads_all(weight: tuple[Given, LazyTensor]) -> None:
+    """A router's: it asks for products in float32."""
+    (given, lazy_weight), x = weight, torch.randn(2, 5)
+    given.rounded = True
+    torch.testing.assert_close(functional.linear(x, lazy_weight.float()), x @ given.values.T)
+    assert given.asked == ["all"]
 
 
 def test_a_bias_is_read_beside_a_product(weight: tuple[Given, LazyTensor]) -> None:
