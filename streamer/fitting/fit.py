@@ -537,6 +537,14 @@ class Solver:
             if not delta.is_zero() and (rights := self._refit(target, delta, systems, paired)) is not None:
                 self._write(target, rights)
 
+    def check(self) -> None:
+        """Check that the inputs of all weights that were used so far could be collected."""
+        if unused := sorted(self.model.otherwise_used - self.places.keys()):
+            raise UnsupportedError(
+                f"{self.model.job.plan.base.path}: the weight {unused[0]!r} is not used by a matrix product or look-up (but by a "
+                "convolution, for example), so its inputs cannot be collected; use `mitigate --method shrink`"
+            )
+
     def candidate(self, number: int, rest: Mapping[str, Tensor]) -> Factors:
         """Return a candidate's factors as they are fitted, and `rest` for all other matrices."""
         places = self.places
@@ -694,11 +702,6 @@ class FitRun:
         # Later sweeps need only the logits of the base's and the adapter's results, unless workers have these.
         self._ends = [part.groups[: ADAPTER_ROW + 1] for part in held_out]
         unseen = sorted({target.tensor for target in plan.targets} - solver.places.keys())
-        if unused := sorted(model.otherwise_used - solver.places.keys()):
-            raise UnsupportedError(
-                f"{plan.base.path}: the weights of {len(unused)} matrices are not used by a matrix product or look-up (a "
-                f"convolution, for example; first: {unused[0]!r}), so their inputs cannot be collected; use `mitigate --method shrink`"
-            )
         if unseen:
             self.monitor.warn((f"no tokens from one of the texts, or no solution, for {counted(len(unseen), 'matrix')}, "
                                f"{listed(map(repr, unseen))}: what the adapter adds there stays",))  # fmt: skip
@@ -769,7 +772,8 @@ class FitRun:
         # The file stays that of the first sweep, which a run that is killed in the second one needs again.
         names = json.dumps([variant.name for variant in variants])
         states = None if solver is None else self.records.states(names, solver.factors, solver.restore)
-        sums = runs.measure(model, held_out, self.progress, prepared.limits, fitted, solver, states)
+        check = solver and solver.check
+        sums = runs.measure(model, held_out, self.progress, prepared.limits, fitted, solver, states, check)
         for row, variant in enumerate(variants):
             self._rows.setdefault(variant.name, {text: text_sums.take([row]) for text, text_sums in sums.items()})
 

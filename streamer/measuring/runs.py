@@ -144,7 +144,8 @@ Sums = dict[str, SequenceSums]
 
 
 def measure(model: SweepModel, held_out: Sequence[Part], progress: Progress, limits: Limits, fitted: Sequence[Group] = (),
-             solve: Solve | None = None, states: States | None = None) -> Sums:  # fmt: skip
+             solve: Solve | None = None, states: States | None = None,
+             check: Checkpoint | None = None) -> Sums:  # fmt: skip
     """Run a sweep, and return the sums of its riders on each text, in the order of variants and sequences.
 
     Parameters
@@ -153,6 +154,8 @@ def measure(model: SweepModel, held_out: Sequence[Part], progress: Progress, lim
         The riders; groups with results have run, and only their logits are computed.
     fitted, solve, states
         Groups that fit the adapter's targets, and the file from which a killed sweep resumes; see `SweepModel.run`.
+    check
+        Called after each layer; may raise to stop.
 
     Raises
     ------
@@ -168,9 +171,13 @@ def measure(model: SweepModel, held_out: Sequence[Part], progress: Progress, lim
         states.resumed = lambda layers: progress.monitor.resuming(layers, len(model.layers), "layer")
     model.limit(limits.room, limits.spools)
     watch = TargetWatch(plan) if fitted else None
-    on_workers = model.run(
-        groups, checkpoint, solve, watch, lambda name: progress.layer(name, layer_cost), states, progress.run
-    )
+
+    def after(name: str) -> None:
+        progress.layer(name, layer_cost)
+        if check is not None:
+            check()
+
+    on_workers = model.run(groups, checkpoint, solve, watch, after, states, progress.run)
     rows = max((sum(group.rows for group in part.groups) for part in held_out), default=1)
     block = max(64, LOGIT_BYTES // (4 * rows))
     if on_workers:

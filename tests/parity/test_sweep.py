@@ -470,7 +470,9 @@ def test_a_state_of_nan_is_refused_with_the_matrix(value: float, tmp_path: Path)
         make_sweep(base, adapter, *token_ids(64, 12).split(6)).run()
 
 
-def test_a_weight_that_is_not_a_factor_of_a_product_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_weight_that_is_not_a_factor_of_a_product_is_refused_after_its_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As a convolution's."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -482,8 +484,9 @@ def test_a_weight_that_is_not_a_factor_of_a_product_is_refused(tmp_path: Path, m
     texts = {"general": tmp_path / "g.npy", "task": tmp_path / "t.npy"}
     for path, ids in zip(texts.values(), token_ids(60, 24).split(12), strict=True):
         np.save(path, ids)
-    with pytest.raises(
-        UnsupportedError, match=r"2 matrices are not used by a matrix product .* first: '.*up_proj.weight'"
-    ) as e:
-        streamer.repair_adapter(base, adapter, tmp_path / "out", **texts, on_event=str)
+    events = list[Event]()
+    refusal = r"the weight 'model.layers.0.mlp.up_proj.weight' is not used by a matrix product"
+    with pytest.raises(UnsupportedError, match=refusal) as e:
+        streamer.repair_adapter(base, adapter, tmp_path / "out", **texts, on_event=events.append)
     assert len(str(e.value).replace(str(tmp_path), "")) <= 300
+    assert [event.name for event in events if event.stage == "fit"] == ["embeddings", "model.layers.0"]
