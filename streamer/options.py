@@ -411,7 +411,7 @@ class WritingOptions(Writing, Mitigation, group="output"):
 class Serving(Options, group="output"):
     """An adapter that servers apply as PEFT does."""
 
-    for_server: bool = option("for vLLM, which ignores rank_pattern and alpha_pattern: one rank and scale 1 for all modules", False)
+    for_server: bool = option("for vLLM, SGLang and llama.cpp, which ignore some scales: one rank and scale 1 for all modules", False)
 
 
 class MitigateOptions(Serving, WritingOptions):

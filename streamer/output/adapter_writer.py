@@ -34,7 +34,7 @@ from streamer.storage.atomic_file import Piece, ShardPlan, plan_shard
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from streamer.storage.header import TensorInfo
 from streamer.storage.transaction import RECORD_NAME
-from streamer.units import listed
+from streamer.units import counted, listed
 from streamer.weights.base import FLOATS, StoredTensor, as_bytes, encode, equal
 
 
@@ -77,13 +77,18 @@ def server_rank(path: Path, rank: int) -> int:
     return next(served for served in SERVER_RANKS if served >= rank)
 
 
-def server_advice(config: Mapping[str, Any]) -> list[str]:
-    """Advise against serving an adapter by its config: vLLM scales all modules by one α/r, and some servers ignore rsLoRA."""
+def server_advice(config: Mapping[str, Any], entries: Iterable[tuple[str, Any, Any]], for_server: bool) -> list[str]:
+    """Advise against serving an adapter: servers scale all modules by one α/r, and apply factors alone."""
+    beside = [name for name, *_ in entries if for_server and ".lora_" not in name]
+    if beside:
+        kept = f"the output keeps {counted(len(beside), 'tensor')} beside the factors (first: {beside[0]!r})"
+        remedy = "put them into the base, or use `streamer merge`"
+        return [f"{kept}, which vLLM and other servers refuse or ignore: {remedy}"]
     ignored = [key for key in PATTERNS if config.get(key)]
-    who, keys = ("vLLM and other servers ignore", ignored) if ignored else ("some servers ignore", ["use_rslora"])
+    who, keys = ("vLLM and other", ignored) if ignored else ("SGLang, llama.cpp and other", ["use_rslora"])
     if not ignored and not config.get("use_rslora"):
         return []
-    return [f"{who} {' and '.join(keys)} and would scale deltas wrongly; for them, add --for-server"]
+    return [f"{who} servers ignore {' and '.join(keys)} and would scale deltas wrongly; for them, add --for-server"]
 
 
 HASHES = ("modelspec.hash_sha256", "sshs_legacy_hash", "sshs_model_hash")
@@ -213,7 +218,7 @@ class AdapterWriter(OneFileWriter):
         if config is not None and plain != values:
             config = json.dumps(plain, indent=2, ensure_ascii=False).encode() + b"\n"
         super().__init__(job, path, shard, config, plan.adapter.directory)
-        self.advice += server_advice(plain)
+        self.advice += server_advice(plain, entries, job.for_server)
 
     def _shape(self, info: TensorInfo) -> tuple[int, ...]:
         """Return the written shape of a tensor: of factors, one side has the rank, times the number of experts that the tensor holds."""
@@ -394,7 +399,7 @@ class LoraWriter(OneFileWriter):
         # A model's other files do not belong to an adapter.
         source = None if plan.adapter.describes_model else plan.adapter.directory
         super().__init__(job, path, shard, config.encode(), source, rank, written)
-        self.advice += server_advice(values)
+        self.advice += server_advice(values, entries, job.for_server)
         if heads := self._layout.heads:  # factors of tied modules are stored twice
             tied = listed([repr(m) for name in heads for m in (self._layout.names[name], *heads[name])])
             but = "but its merge_and_unload adds the delta of each to their one weight; use the adapter unmerged, or `streamer merge`"

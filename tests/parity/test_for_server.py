@@ -131,6 +131,24 @@ def test_other_outputs_advise_it_once(tmp_path: Path) -> None:
     assert "--for-server" in advice
 
 
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "lm_head.weight"),
+        ({"trainable_token_indices": [3, 5]}, "model.embed_tokens.token_adapter.trainable_tokens_delta"),
+    ],
+)
+@pytest.mark.parametrize("to_lora", [None, 8])
+def test_what_servers_do_not_apply_is_told(
+    tmp_path: Path, options: dict[str, Any], name: str, to_lora: int | None
+) -> None:
+    cls = make_base("llama", tmp_path / "base")
+    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", ["q_proj"], **options)
+    record = serve(tmp_path / "base", adapter, tmp_path / "out", mitigation_lambda=1, to_lora=to_lora)
+    (advice,) = record["advice"]
+    assert f"keeps 1 tensor beside the factors (first: 'base_model.model.{name}'), which vLLM and other" in advice
+
+
 def test_resized_adapters_take_one_rank(tmp_path: Path) -> None:
     cls = make_base("llama", tmp_path / "base")
     adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", ["q_proj", "up_proj"], **PATTERNS)
