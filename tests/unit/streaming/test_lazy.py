@@ -54,7 +54,8 @@ def test_other_operations_read_all(weight: tuple[Given, LazyTensor]) -> None:
     given, lazy_weight = weight
     x, values = torch.randn(3, 5), given.values
     for result, expected in (
-        (x @ lazy_weight.T, x @ values.T), (lazy_weight * 2, values * 2), (lazy_weight[1:3], values[1:3]), (lazy_weight.double(), values.double()),
+        (x @ lazy_weight.T, x @ values.T), (lazy_weight * 2, values * 2), (lazy_weight[1:3], values[1:3]),
+        (lazy_weight.double(), values.double()),
         (functional.rms_norm(x, (5,), lazy_weight[0]), functional.rms_norm(x, (5,), values[0])),
         (torch.cat([lazy_weight, x]), torch.cat([values, x])),
     ):  # fmt: skip
