@@ -149,6 +149,27 @@ def test_what_servers_do_not_apply_is_told(
     assert f"keeps 1 tensor beside the factors (first: 'base_model.model.{name}'), which vLLM and other" in advice
 
 
+@pytest.mark.parametrize("how", [{"combination_type": "cat"}, {"combination_type": "svd", "svd_rank": 32}])
+def test_peft_combines_them_as_their_deltas(tmp_path: Path, how: dict[str, Any]) -> None:
+    """PEFT keeps rsLoRA's rule for factors that already have their scale."""
+    cls = make_base("llama", tmp_path / "base")
+    weights = {"rsLoRA": 0.7, "patterns": -0.3}
+    for case in weights:
+        adapter = make_adapter(cls, tmp_path / "base", tmp_path / case, ["q_proj", "o_proj"], r=4, **CASES[case])
+        serve(tmp_path / "base", adapter, tmp_path / f"served-{case}", mitigation_lambda=1, method="shrink")
+    model = PeftModel.from_pretrained(cls.from_pretrained(tmp_path / "base"), tmp_path / "rsLoRA", "rsLoRA")
+    model.load_adapter(tmp_path / "patterns", "patterns")
+    for case in weights:
+        model.load_adapter(tmp_path / f"served-{case}", f"served-{case}")
+    model.add_weighted_adapter([f"served-{case}" for case in weights], [*weights.values()], "both", **how)
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    assert len(layers) == 4
+    for layer in layers:
+        wanted = sum(weight * layer.get_delta_weight(case) for case, weight in weights.items())
+        largest = float(wanted.abs().max())
+        torch.testing.assert_close(layer.get_delta_weight("both"), wanted, rtol=0, atol=1e-5 * largest)
+
+
 def test_resized_adapters_take_one_rank(tmp_path: Path) -> None:
     cls = make_base("llama", tmp_path / "base")
     adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", ["q_proj", "up_proj"], **PATTERNS)
