@@ -150,7 +150,7 @@ class MitigatedFactors:
         if job.method.keeps_left:  # the factor of Δ that is B, or the transpose of A, and its copies
             unchanged = names[::3] if module.delta_transposed else names[1:3]
         dtypes = {name: FLOATS[job.plan.adapter.file.header.by_name[name].dtype] for name in names}
-        out = {name: encode(t, dtypes[name], t, name) for name, t in values.items() if name not in unchanged}
+        out = {name: encode(t, dtypes[name], name) for name, t in values.items() if name not in unchanged}
         written = module.product(out.get(module.a, A).double(), out.get(module.b, B).double())
         metrics.append(job.metrics(target, delta, written, error))
         return out
@@ -263,7 +263,7 @@ class AdapterWriter(OneFileWriter):
             (a, b), (wide_a, wide_b) = module.expert_slices, wide.expert_slices
             A, B = values[module.a][a], values[module.b][b]
             scaled = B.double() * module.scaling
-            written = encode(scaled, B.dtype, B, module.b)
+            written = encode(scaled, B.dtype, module.b)
             out[module.a][wide_a][: module.rank] = A
             out[module.b][wide_b][:, : module.rank] = written
             lost = LowRank((written.double() - scaled).flatten(1), A.double().flatten(1).T).norm()

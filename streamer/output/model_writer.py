@@ -121,10 +121,7 @@ class Cast(Rows):
 
     def fill(self, i: int, j: int, raw: Tensor, values: Tensor, out: Tensor) -> None:
         """Round rows."""
-        if not all_finite(raw):
-            what = f"the values for {self.weight.name!r} hold NaN or Inf"
-            raise NumericError(f"{self.weight.where}: {what}; check the file")
-        encode(values, _written(self.weight), raw, self.weight.name, out)
+        _round(self.weight, raw, values, out)
 
 
 @dataclass(frozen=True)
@@ -146,18 +143,15 @@ class AddDelta(Recipe):
             return
         change = (after.T if self.target.transposed else after).to(self.weight.compute)
         nothing = change.is_zero()
-        dtype, count = _written(self.weight), 0
+        count = 0
         for i, j, raw, values, out, piece in _rows(self.weight):
-            if nothing and raw.dtype == dtype:
-                out.copy_(raw)
-            else:
-                if not nothing:
-                    change.add_rows(values, i, j)
-                encode(values, dtype, raw, self.weight.name, out)
-                if report is not None:
-                    bits = f"i{out.itemsize}"  # numpy compares integers faster than torch compares floats
-                    same = np.frombuffer(as_bytes(raw.to(dtype)), bits) == np.frombuffer(as_bytes(out), bits)
-                    count += int(np.count_nonzero(same))
+            if not nothing:
+                change.add_rows(values, i, j)
+            _round(self.weight, raw, values, out)
+            if report is not None and not nothing:
+                bits = f"i{out.itemsize}"  # numpy compares integers faster than torch compares floats
+                same = np.frombuffer(as_bytes(raw.to(out.dtype)), bits) == np.frombuffer(as_bytes(out), bits)
+                count += int(np.count_nonzero(same))
             yield piece
         if report is not None and not nothing and self.tuned is None and not self.weight.quantized:
             report(values=math.prod(self.weight.shape), rounded_away=count)
@@ -271,7 +265,7 @@ class AddBias(Rows):
     def fill(self, i: int, j: int, raw: Tensor, values: Tensor, out: Tensor) -> None:
         """Add rows."""
         values.add_(self.shift.rows(i, j).to(values.dtype), alpha=self.scaling)
-        encode(values, _written(self.weight), raw, self.weight.name, out)
+        _round(self.weight, raw, values, out)
 
 
 @dataclass(frozen=True)
@@ -290,7 +284,7 @@ class ReplaceRows(Cast):
         for at, row in enumerate(self.indices):
             if i <= row < j:
                 new = self.tokens.rows(at, at + 1).to(values.dtype)
-                out[row - i] = encode(new, _written(self.weight), torch.zeros_like(new), self.tokens.name)[0]
+                out[row - i] = encode(new, _written(self.weight), self.tokens.name)[0]
 
 
 def rows_bytes(weight: Weight) -> int:
@@ -304,6 +298,17 @@ def rows_bytes(weight: Weight) -> int:
 def _written(weight: Weight) -> torch.dtype:
     assert weight.written is not None, f"{weight.name} is not written back"
     return weight.written
+
+
+def _round(weight: Weight, raw: Tensor, values: Tensor, out: Tensor) -> None:
+    """Round rows once to the written dtype, into `out`; refuse a file whose stored rows hold NaN or Inf."""
+    try:
+        encode(values, out.dtype, weight.name, out)
+    except NumericError:
+        if all_finite(raw):
+            raise
+        what = f"the values for {weight.name!r} hold NaN or Inf"
+        raise NumericError(f"{weight.where}: {what}; check the file") from None
 
 
 def _rows(weight: Weight) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor, Piece]]:

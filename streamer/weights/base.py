@@ -80,15 +80,13 @@ def as_bytes(t: Tensor) -> memoryview:
     return view
 
 
-def encode(values: Tensor, dtype: torch.dtype, source: Tensor, name: str, out: Tensor | None = None) -> Tensor:
+def encode(values: Tensor, dtype: torch.dtype, name: str, out: Tensor | None = None) -> Tensor:
     """Round computed values to a dtype, once.
 
     Parameters
     ----------
     values
         Computed values.
-    source
-        The values that they replace, of the same shape; positions that were NaN or Inf may stay so.
     name
         The tensor's name, for messages.
     out
@@ -97,13 +95,14 @@ def encode(values: Tensor, dtype: torch.dtype, source: Tensor, name: str, out: T
     Raises
     ------
     NumericError
-        If a value became NaN or Inf.
+        If a value is NaN or Inf.
     """
     out = values.to(dtype) if out is None else out.copy_(values)
-    if not all_finite(out) and (count := int((torch.isfinite(source) & ~torch.isfinite(out)).sum())):
+    if not all_finite(out):
+        count = counted(int((~torch.isfinite(out)).sum()), "value")
         raise NumericError(
-            f"tensor {name!r}: the result does not fit {str(dtype).removeprefix('torch.')} (NaN or Inf where the input had none, in "
-            f"{counted(count, 'value')} or more); check the adapter's scale and lambda, or write a dtype with a wider range"
+            f"tensor {name!r}: the result does not fit {str(dtype).removeprefix('torch.')} (NaN or Inf in {count} or more); check the "
+            "adapter's scale and lambda, or write a dtype with a wider range"
         )
     return out
 
