@@ -621,7 +621,13 @@ class PackedIntegers(Recodable):
         fits = words.dtype == "I32" and len(fitting) == 1 and len(scales.shape) == 2 and scales.shape[0] == m
         check_fit(fits, tensors)
         bits, groups = fitting[0], scales.shape[1]
-        fits = scales.dtype in SCALE_DTYPES and 0 < groups <= n
+        sizes = [w.get("group_size") for w in stated_weights(config)]
+        counts = {n // size if n % size == 0 else 0 for size in sizes if type(size) is int and size > 0}
+        if counts and len(counts) == len(sizes) and groups not in counts:
+            raise unsupported(
+                tensors, f"{groups} groups of {n} inputs, which the stated sizes {sizes} do not divide so"
+            )
+        fits = scales.dtype in SCALE_DTYPES and groups > 0 and n % groups == 0
         if "zeros" in tensors:
             fits &= tensors["zeros"].info.dtype == "I32" and tensors["zeros"].info.shape == (-(-m * bits // 32), groups)
         if "groups" in tensors:

@@ -217,6 +217,28 @@ def test_packed_integers_of_old_versions_are_refused(tmp_path: Path) -> None:
         _ = weights["w.weight"]
 
 
+@pytest.mark.parametrize(("columns", "size", "groups"), [(100, 32, 4), (96, 36, 3), (100, 25, 3), (100, 0, 3)])
+def test_packed_groups_that_do_not_divide_the_columns_are_refused(
+    tmp_path: Path, columns: int, size: int, groups: int
+) -> None:
+    """The library refuses them too; groups of another size would be read from the number of scales."""
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "group", "group_size": size or 32}
+    group = {"targets": ["Linear"], "weights": weights} if size else {}
+    config = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group} if size else {}}
+    state = {"weight": torch.zeros(16, columns), "weight_scale": torch.ones(16, groups)}
+    if size and columns % size:
+        with pytest.raises(ValueError, match="must be divis"):
+            PackedQuantizationCompressor.compress(state, QuantizationScheme(**group))
+    tensors = {
+        "w.weight_packed": torch.zeros(16, columns // 4, dtype=torch.int32),
+        "w.weight_scale": torch.ones(16, groups),
+        "w.weight_shape": torch.tensor([16, columns]),
+    }
+    found = base_of(tmp_path, tensors, config | {"format": "pack-quantized"})
+    with pytest.raises(InputError, match=r"w\.weight|groups"):
+        _ = found["w.weight"]
+
+
 @pytest.mark.parametrize(
     ("kind", "grid", "strategy"),
     [
