@@ -772,7 +772,7 @@ class FitRun:
         # The file stays that of the first sweep, which a run that is killed in the second one needs again.
         names = json.dumps([variant.name for variant in variants])
         states = None if solver is None else self.records.states(names, solver.factors, solver.restore)
-        check = solver and solver.check
+        check = None if solver is None else solver.check
         sums = runs.measure(model, held_out, self.progress, prepared.limits, fitted, solver, states, check)
         for row, variant in enumerate(variants):
             self._rows.setdefault(variant.name, {text: text_sums.take([row]) for text, text_sums in sums.items()})
