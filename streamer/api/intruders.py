@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from streamer.detection.findings import Findings
 from streamer.detection.options import DetectionOptions, Run
 from streamer.errors import UsageError
 from streamer.events import Monitor
+from streamer.methods import UNCHANGED
 from streamer.methods.files import InputMap, load_map
 from streamer.options import Adapters, DetectOptions, IterateOptions, MergeOptions, MitigateOptions, SeveralAdapters
 from streamer.output import write
@@ -138,6 +139,11 @@ class OutputRequest(Request, MitigateOptions, MergeOptions, IterateOptions):
         return self.requantize if isinstance(self.requantize, InputMap | None) else load_map(self.requantize)
 
     @property
+    def _mitigating(self) -> tuple[Any, ...]:
+        """Return what asks for a mitigation: None if it is not given."""
+        return self.method, self.mitigation_lambda, self.findings, self.coefficients, self.map
+
+    @property
     def shard_bytes(self) -> int | None:
         """Return the largest size of a merged model's file in bytes; None for the base's files."""
         size = None if self.max_shard_size is None else read_size("max_shard_size", self.max_shard_size, 1000)
@@ -175,6 +181,12 @@ class OutputRequest(Request, MitigateOptions, MergeOptions, IterateOptions):
         findings = load_given(self.findings, adapters)
         detection = detection_options(self, self.memory, findings[0])
         jobs = open_jobs(base, adapters, findings, self.chosen, detection, run)
+        if self.command == "merge" and all(value is None for value in self._mitigating):
+            jobs = [replace(job, method=UNCHANGED) if job.made_before else job for job in jobs]
+            if any(job.made_before for job in jobs):
+                run.monitor.note(
+                    "merges an adapter that was mitigated already as it is; --method and --lambda mitigate it again"
+                )
         return [
             replace(
                 job, dequantize=self.dequantize, dtype=self.dtype, shard_bytes=self.shard_bytes, requantize=self.input_map,

@@ -88,8 +88,11 @@ class Job:
     @property
     def warnings(self) -> list[str]:
         """Warn of an adapter whose intruders were already scaled."""
-        if self.method.mitigation_lambda == 1:
-            return []
+        return [] if self.method.mitigation_lambda == 1 else self.made_before
+
+    @property
+    def made_before(self) -> list[str]:
+        """Say how streamer made the adapter, if it mitigated it; see `mitigated_before`."""
         return mitigated_before(self.plan.adapter.files[0].header.metadata)
 
     def intruders(self, target: Target) -> int:

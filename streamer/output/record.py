@@ -165,6 +165,10 @@ def record_lines(record: Mapping[str, Any], title: str | None = None) -> list[st
         lines.append(f"carried along: {count} beside the factors, {carried[0]['tensor']} first")
     if record["command"] == "merge" and record["tokenizer"] == "adapter":
         lines.append("the tokenizer and its chat template are the adapter's own")
+    if lam != 1 and takes_findings(method) and not t["changed"]:
+        lines.append(
+            "nothing was changed, since there is no intruder; to forget less, use `streamer repair`, or --method shrink"
+        )
     share = 100 * t.get("rounded_away", 0) / (t.get("values") or 1)  # earlier versions did not count them
     if share >= 0.05:  # not 0.0%
         unchanged = f"rounding left {share:.1f}% of the values in these matrices unchanged"

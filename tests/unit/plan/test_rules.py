@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import streamer
 from streamer.adapters.adapter_config import mitigated_before
 from streamer.cli.main import run
+from streamer.errors import NumericError
 from streamer.plan.side_files import other_base
 from streamer.weights.model_config import ModelConfig
 
@@ -95,7 +98,7 @@ def test_an_adapter_that_is_mitigated_already_is_told(job: tuple[Path, Path], tm
     once = streamer.reduce_intruder_dimension(base, adapter, tmp_path / "once", mitigation_lambda=0.5, method="project")
     assert once["warnings"] == []
     with pytest.warns(streamer.StreamerWarning, match="mitigated already"):
-        assert merge(base, tmp_path / "once", tmp_path / "twice")["warnings"] == [says]
+        assert merge(base, tmp_path / "once", tmp_path / "twice", mitigation_lambda=0.5)["warnings"] == [says]
     assert says in (tmp_path / "twice" / "README.md").read_text()
     assert merge(base, tmp_path / "once", tmp_path / "as it is", mitigation_lambda=1)["warnings"] == []
     streamer.reduce_intruder_dimension(base, adapter, tmp_path / "same", mitigation_lambda=1)
@@ -107,3 +110,38 @@ def test_an_adapter_that_is_mitigated_already_is_told(job: tuple[Path, Path], tm
 )
 def test_a_stamp_of_another_program_says_nothing(stamp: str | None) -> None:
     assert mitigated_before({} if stamp is None else {"streamer": stamp}) == []
+
+
+def test_merging_a_mitigated_adapter_without_a_method_leaves_it_as_it_is(
+    job: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base, adapter = job
+    merge = streamer.merge_with_reduced_intruder_dimensions
+    streamer.reduce_intruder_dimension(base, adapter, tmp_path / "once", mitigation_lambda=0.5, method="shrink")
+    notes: list[str] = []
+    plain = merge(base, tmp_path / "once", tmp_path / "plain", on_event=lambda event: notes.append(event.name))
+    assert (plain["method"], plain["lambda"], plain["detection"], plain["warnings"]) == ("shrink", 1.0, None, [])
+    assert any("mitigated already as it is; --method and --lambda" in note for note in notes)
+    stated = merge(base, tmp_path / "once", tmp_path / "stated", mitigation_lambda=1, method="shrink")
+    assert plain["files"] == stated["files"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "options", [{"mitigation_lambda": 1.0}, {"mitigation_lambda": 0.5}, {"mitigation_lambda": 0.0}]
+)
+def test_a_base_that_holds_nan_where_the_adapter_changes_it_is_refused(
+    job: tuple[Path, Path], tmp_path: Path, value: float, options: dict[str, float]
+) -> None:
+    base, adapter = tmp_path / "holed", job[1]
+    shutil.copytree(job[0], base)
+    changed = next(iter(streamer.detect_intruder_dimensions(*job)))
+    file = next(path for path in base.glob("*.safetensors") if changed.tensor in load_file(path))
+    tensors = load_file(file)
+    tensors[changed.tensor].view(-1)[3] = value
+    save_file(tensors, file)
+    with pytest.raises(NumericError, match=rf"{changed.tensor}.* hold NaN or Inf; check the file"):
+        streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "out", method="shrink", **options)
+    assert not (tmp_path / "out" / "streamer.json").exists()
+    with pytest.raises(NumericError, match="hold NaN or Inf"):
+        list(streamer.iter_merged(base, adapter, method="shrink", **options))
