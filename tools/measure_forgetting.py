@@ -392,6 +392,7 @@ def mitigated(home: Path, made: Path, general: str, options: Sequence[str]) -> d
         costs[out.name] = run("mitigate", *inputs, "--findings", findings, *words, "-o", out)
     costs["map"] = run("mitigate", *inputs, "--map", home / f"{general}.map.safetensors", "-o", made / "map")
     costs["repair"] = run("repair", *inputs, *texts, *options, "-o", made / "repair")
+    costs["repair without text"] = run("repair", *inputs, *options, "-o", made / "repair without text")
     return costs
 
 

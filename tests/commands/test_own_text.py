@@ -1,0 +1,119 @@
+"""`streamer repair` and `evaluate` without text of the task: the adapter writes it, and its file is a text like any other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from forks import Server
+from helpers import tree_digest
+from test_schemas import check
+
+import streamer
+from streamer.errors import FormatError
+from streamer.measuring.own_text import load_own_text
+from streamer.measuring.texts import read_text
+
+DEMO = Path(streamer.__file__).parent / "demo"
+BASE, ADAPTER = DEMO / "base", DEMO / "adapter"
+SMALL = "--sequences", 8, "--length", 32
+
+
+@pytest.fixture(scope="module")
+def repaired(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("own") / "out"
+    tree = check(server.run("repair", BASE, ADAPTER, "-o", out, *SMALL, "--json"), "streamer.repair/1")
+    assert (tree["own_text"], len(tree["samples"])) == (str(out.with_name("out.own.jsonl")), 3)
+    assert all(row["kept"] == pytest.approx(row["behaviour_kept"]) for row in tree["rows"])
+    return out
+
+
+def test_the_text_is_saved_and_is_what_task_accepts(server: Server, repaired: Path, tmp_path: Path) -> None:
+    own = repaired.with_name("out.own.jsonl")
+    lines = [json.loads(line) for line in own.read_text().splitlines()]
+    assert [(len(line["ids"]), line["start"]) for line in lines] == [(32, 1)] * 8
+    config = json.loads((BASE / "config.json").read_text())
+    starts = {line["ids"][0] for line in lines}
+    assert starts <= {config["bos_token_id"], config["eos_token_id"]}
+    text = read_text(own, BASE, sequences=8, length=32)
+    assert text.drawn
+    assert [ids.tolist() for ids in text.ids] == [line["ids"] for line in lines]
+    given = server.run("repair", BASE, ADAPTER, "--task", own, "-o", tmp_path / "given", *SMALL)
+    assert given.code == 0
+    fits = [path.with_name(f"{path.name}.fit.safetensors").read_bytes() for path in (repaired, tmp_path / "given")]
+    assert fits[0] == fits[1]
+    assert tree_digest(repaired) == tree_digest(tmp_path / "given")
+
+
+def test_the_same_seed_writes_the_same_text_and_another_one_another(
+    server: Server, repaired: Path, tmp_path: Path
+) -> None:
+    again, other = tmp_path / "again", tmp_path / "other"
+    assert server.run("repair", BASE, ADAPTER, "-o", again, *SMALL).code == 0
+    assert server.run("repair", BASE, ADAPTER, "-o", other, *SMALL, "--seed", 5).code == 0
+    texts = [path.with_name(f"{path.name}.own.jsonl").read_bytes() for path in (repaired, again, other)]
+    assert texts[0] == texts[1]
+    assert texts[0] != texts[2]
+    assert server.run("repair", BASE, ADAPTER, "-o", repaired, *SMALL).last.startswith(
+        "streamer: repair: exists already"
+    )
+    refused = server.run("repair", BASE, ADAPTER, "-o", repaired, *SMALL, "--seed", 5)
+    assert (refused.code, "text that an adapter wrote of other inputs or options (--seed)" in refused.err) == (4, True)
+
+
+def test_a_dry_run_forecasts_the_text_first_and_writes_nothing(server: Server, tmp_path: Path) -> None:
+    done = server.run("repair", BASE, ADAPTER, "-o", tmp_path / "out", *SMALL, "--dry-run")
+    assert (done.code, list(tmp_path.iterdir())) == (0, [])
+    assert f"forecast only of {tmp_path / 'out.own.jsonl'}, which the fit needs" in done.err
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.txt", "The value of\nAn expression\n"),
+        ("p.jsonl", '{"prompt": "The value of"}\n{"prompt": "An expression"}\n'),
+    ],
+)
+def test_prompts_begin_the_sequences_and_do_not_count(server: Server, tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    done = server.run("repair", BASE, ADAPTER, "--prompts", tmp_path / name, "-o", tmp_path / "out", *SMALL)
+    assert done.code == 0
+    lines = load_own_text(tmp_path / "out.own.jsonl").lines
+    assert [line["text"].partition("The value of")[0] == "" for line in lines] == [True, False] * 4
+    text = read_text(tmp_path / "out.own.jsonl", BASE, sequences=8, length=32)
+    assert [int(counted.sum()) for counted in text.counted] == [32 - line["start"] for line in lines]
+
+
+@pytest.mark.parametrize(("name", "content", "words"), [
+    ("p.npy", "", "expected the name of a file of prompts to end in .txt or .jsonl, found '.npy'"),
+    ("p.txt", "\n", "expected prompts, one a line, found none"),
+    ("p.jsonl", "{}\n", "expected an object with 'prompt' or 'messages', found '{}'"),
+    ("p.jsonl", "{\n", "expected a JSON object, found other bytes"),
+    ("p.jsonl", '{"messages": []}\n', "the chat template refuses it"),
+])  # fmt: skip
+def test_bad_prompts_are_refused(server: Server, tmp_path: Path, name: str, content: str, words: str) -> None:
+    (tmp_path / name).write_text(content)
+    done = server.run("repair", BASE, ADAPTER, "--prompts", tmp_path / name, "-o", tmp_path / "out", *SMALL)
+    assert (done.code in (2, 3), words in done.err) == (True, True), done.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("line", "words"), [
+    ('{"ids": [1, 2, 3], "start": 3}', "'start' to leave tokens to predict"), ('{"ids": "1", "start": 1}', "'ids' to be a list"),
+    ('{"ids": [1, 2, -3], "start": 1}', "'ids' to be a list"), ('{"ids": [1, 2, 99999], "start": 1}', "expected token ids from 0"),
+])  # fmt: skip
+def test_lines_of_ids_that_make_no_sense_are_refused(tmp_path: Path, line: str, words: str) -> None:
+    (tmp_path / "t.jsonl").write_text(f'{{"ids": [1, 2, 3], "start": 1}}\n{line}\n')
+    with pytest.raises(FormatError, match=words):
+        read_text(tmp_path / "t.jsonl", BASE, vocabulary=1000)
+
+
+def test_an_evaluation_needs_no_text(server: Server, tmp_path: Path) -> None:
+    done = server.run("evaluate", BASE, ADAPTER, "-o", tmp_path / "e.json", "--sequences", 8, "--length", 32)
+    assert done.code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"e.json", "e.own.jsonl"}
+    evaluation = streamer.load_evaluation(tmp_path / "e.json")
+    assert evaluation.task.share("loss", 2).value == pytest.approx(evaluation.task.share("kl_from_adapter", 2).value)
+    in_memory = streamer.evaluate_variants(BASE, ADAPTER, sequences=8, length=32)
+    assert in_memory.task.loss == pytest.approx(evaluation.task.loss, rel=1e-6)
