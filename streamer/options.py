@@ -468,7 +468,7 @@ class Texts(Reading):
     task: str | Path | None = option("text from ADAPTER's task but not from its training data", metavar="TEXT",
         shown="text that ADAPTER writes")
     prompts: str | Path | None = option("without --task: lines with which the text that ADAPTER writes begins, for adapters that answer: "
-        ".txt, or .jsonl with prompt or messages", metavar="FILE", shown="the base's tokens between texts")
+        ".txt, or .jsonl with prompt or messages", metavar="FILE", shown="the base's tokens between texts", rare=True)
     seed: int = option("without --task: decides what ADAPTER writes", 1, metavar="N", bound=whole(0), rare=True)
 
 

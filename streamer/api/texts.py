@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import uuid
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -84,14 +86,14 @@ class TextsRequest(Request):
             )
 
     @cached_property
-    def _scratch(self) -> tempfile.TemporaryDirectory[str]:
-        """Make the directory of a text that is not kept."""
-        return tempfile.TemporaryDirectory(prefix="streamer-")
+    def _scratch(self) -> Path:
+        """Name a directory for a text that is not kept."""
+        return Path(tempfile.gettempdir(), f"streamer-{uuid.uuid4().hex}")
 
     @property
     def own_path(self) -> Path:
         """Return the path of the text that the adapter writes: beside the output, if there is one."""
-        directory = Path(self._scratch.name) if self.file is None else self.file.parent
+        directory = self._scratch if self.file is None else self.file.parent
         stem = "text" if self.file is None else self.file.name.removesuffix(".json")
         return directory / f"{stem}.own.jsonl"
 
@@ -135,8 +137,11 @@ class EvaluateRequest(TextsRequest, VariantsRequest, EvaluateOptions):
 
     def run(self, monitor: Monitor, workers: Workers | None = None) -> Evaluation:
         """Run the evaluation."""
-        self.write_own_text(monitor)
-        return self._prepared(monitor, workers).result(self.file)
+        try:
+            self.write_own_text(monitor)
+            return self._prepared(monitor, workers).result(self.file)
+        finally:
+            shutil.rmtree(self._scratch, ignore_errors=True)
 
     def forecast(self, monitor: Monitor, workers: Workers | None = None) -> DryRun:
         """Check everything and forecast a run, without writing anything."""

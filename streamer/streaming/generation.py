@@ -130,7 +130,7 @@ def write_text(
     after
         Called at each step with the number of tokens that each sequence has.
     snapshot
-        Where a killed run's state lies; None keeps none, and so does a model whose cache is of its own kind.
+        Where a killed run's state lies; None keeps none, and so does a model whose cache is of its own kind, or has states alone.
 
     Returns
     -------
@@ -152,6 +152,8 @@ def write_text(
     ids, cache = torch.tensor([prompt[:1] for prompt in prompts.values()]), None
     if network._supports_default_dynamic_cache():
         cache = transformers.DynamicCache(config=network.config.get_text_config(decoder=True))
+        if all(getattr(cache, "is_linear", [False])):
+            snapshot = None  # such a cache does not know how many tokens it holds, and `generate` would run them again
         if snapshot is not None and (found := snapshot.load(cache)) is not None:
             ids, cache = found
 

@@ -95,7 +95,7 @@ def test_methods_are_named_in_few_other_files() -> None:
         if path.relative_to(PACKAGE).parts[0] not in ("methods", "verification") and quoted.search(path.read_text())
     }
     assert found == {
-        "evaluation/evaluation.py", "fitting/fit.py", "cli/tables.py", "api/texts.py",
+        "evaluation/evaluation.py", "fitting/choice.py", "fitting/fit.py", "cli/tables.py", "api/texts.py",
     }  # fmt: skip
 
 
