@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -267,6 +268,10 @@ def map_text(record: Mapping[str, Any], base: str, screen: Screen) -> str:
     return screen.join(lines)
 
 
+SAMPLE = 200
+"""Most characters that are shown of a text that an adapter wrote."""
+
+
 def repair_table(record: RepairRecord, written: Mapping[str, Any], inputs: tuple[str, str], screen: Screen) -> str:
     """Format the measured models, the choice, and the command that measures the output, unless it is the unchanged adapter.
 
@@ -281,6 +286,7 @@ def repair_table(record: RepairRecord, written: Mapping[str, Any], inputs: tuple
     shown_shares = {"kept": reliable["kept"], "top-1 kept": reliable["top1_kept"], "loss left": reliable["forgetting"]}
     why = "the adapter's change is too small to measure on this text; more text may help"
     lines = [
+        *(f"the adapter wrote: {textwrap.shorten(text, SAMPLE)}" for text in record.get("samples", ())),
         f"writes {record['why']}",
         *(f"{share} is not shown: {why}" for share, is_shown in shown_shares.items() if not is_shown),
         *views.record_lines(written, state_line(output, record["state"])),

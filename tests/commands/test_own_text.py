@@ -55,9 +55,9 @@ def test_the_same_seed_writes_the_same_text_and_another_one_another(
     texts = [path.with_name(f"{path.name}.own.jsonl").read_bytes() for path in (repaired, again, other)]
     assert texts[0] == texts[1]
     assert texts[0] != texts[2]
-    assert server.run("repair", BASE, ADAPTER, "-o", repaired, *SMALL).last.startswith(
-        "streamer: repair: exists already"
-    )
+    shown = server.run("repair", BASE, ADAPTER, "-o", repaired, *SMALL)
+    assert shown.last.startswith("streamer: repair: exists already")
+    assert len([line for line in shown.out.splitlines() if line.startswith("the adapter wrote: ")]) == 3
     refused = server.run("repair", BASE, ADAPTER, "-o", repaired, *SMALL, "--seed", 5)
     assert (refused.code, "text that an adapter wrote of other inputs or options (--seed)" in refused.err) == (4, True)
 
