@@ -233,9 +233,11 @@ def evenly(count: int, wanted: int) -> list[int]:
     return [i * count // wanted for i in range(wanted)] if count > wanted else list(range(count))
 
 
-KEYS = ({"text"}, {"prompt", "completion"}, {"messages"}, {"ids", "start"}, {"ids", "start", "text"})
-"""Keys that make a line a document, a prompt with a completion, a conversation, or tokens that an adapter wrote, perhaps with their text; a
-line has the keys of one kind."""
+KEYS = ({"text"}, {"prompt", "completion"}, {"messages"})
+"""Keys that make a line a document, a prompt with a completion, or a conversation; a line has the keys of one kind."""
+
+WRITTEN_BY_OTHERS = ("prompt", "completion", "messages")
+"""Keys of lines that no adapter wrote, which may have other keys called ``ids`` and ``start``."""
 
 PROMPT_KEYS = ("tools", "documents", "chat_template_kwargs")
 """Keys beside ``messages`` that would make the chat template write a different prompt."""
@@ -270,13 +272,13 @@ def _read_line(where: str, raw: bytes, tokenizer: Tokenizer, length: int) -> Tok
         tree = strict_json(raw.removeprefix(codecs.BOM_UTF8))  # of a file's first line
     except ValueError as e:
         raise unexpected(where, "a JSON object", f"other text: {e}") from e
+    if is_drawn(tree):
+        return _read_ids_line(where, tree, length)
     if not isinstance(tree, dict) or (kind := set(tree) & set().union(*KEYS)) not in KEYS:
         found = f"the keys {listed(map(quoted, tree))}" if isinstance(tree, dict) else f"a {type(tree).__name__}"
         raise FormatError(
             f"{where}: expected an object with 'text', with 'prompt' and 'completion', or with 'messages', one kind alone, found {found}"
         )
-    if "ids" in kind:
-        return _read_ids_line(where, tree, length)
     start = tokenizer.start
     if "messages" in kind:
         if prompt_keys := [key for key in PROMPT_KEYS if tree.get(key)]:
@@ -309,11 +311,15 @@ def _read_line(where: str, raw: bytes, tokenizer: Tokenizer, length: int) -> Tok
     return np.array(ids[:length], np.int64), np.array(marks[:length], bool)
 
 
-def _is_drawn(path: Path) -> bool:
-    """Test whether the lines of a file, which has been read, are tokens that an adapter wrote."""
+def is_drawn(tree: Any) -> bool:
+    """Test whether a line holds tokens that an adapter wrote: ``ids`` and ``start``, with their text at most."""
+    return isinstance(tree, dict) and {"ids", "start"} <= tree.keys() and tree.keys().isdisjoint(WRITTEN_BY_OTHERS)
+
+
+def _all_drawn(path: Path) -> bool:
+    """Test whether an adapter wrote all lines of a file, which has been read; the first other line answers."""
     with path.open("rb") as file:
-        lines = [strict_json(line.removeprefix(codecs.BOM_UTF8)) for line in file if line.strip()]
-    return all("ids" in line for line in lines)
+        return all(is_drawn(strict_json(line.removeprefix(codecs.BOM_UTF8))) for line in file if line.strip())
 
 
 def _read_ids_line(where: str, tree: Mapping[str, Any], length: int) -> TokenSequence:
@@ -358,14 +364,19 @@ def _read_prompt(where: str, raw: bytes, suffix: str, tokenizer: Tokenizer) -> l
         raise unexpected(where, "text in UTF-8" if suffix == ".txt" else "a JSON object", f"other bytes: {e}") from e
     prompt, start = tree.get("prompt") if isinstance(tree, dict) else None, tokenizer.start
     if isinstance(tree, dict) and isinstance(tree.get("messages"), list):
-        try:
-            prompt, start = tokenizer.render(tree["messages"], True), ()
-        except Exception as e:  # a template is the user's program and may raise anything
-            raise FormatError(f"{where}: the chat template refuses it: {quoted(str(e))}") from e
+        prompt, start = _rendered(where, tree["messages"], tokenizer, True), ()
     if not isinstance(prompt, str):
         raise unexpected(where, "an object with 'prompt' or 'messages'", quoted(str(tree)))
     ids, _ = tokenizer.encode(prompt)
     return ids if tuple(ids[: len(start)]) == start else [*start, *ids]
+
+
+def _rendered(where: str, messages: list[Any], tokenizer: Tokenizer, with_prompt: bool) -> str:
+    """Write messages by the chat template, whose errors name the line."""
+    try:
+        return tokenizer.render(messages, with_prompt)
+    except Exception as e:  # a template is the user's program and may raise anything
+        raise FormatError(f"{where}: the chat template refuses it: {quoted(str(e))}") from e
 
 
 CALLS = ("tool_calls", "function_call")
@@ -390,10 +401,7 @@ def _conversation(where: str, messages: Any, tokenizer: Tokenizer) -> tuple[str,
         )
 
     def rendered(some: list[Any], with_prompt: bool = False) -> str:
-        try:
-            return tokenizer.render(some, with_prompt)
-        except Exception as e:  # a template is the user's program and may raise anything
-            raise FormatError(f"{where}: the chat template refuses it: {quoted(str(e))}") from e
+        return _rendered(where, some, tokenizer, with_prompt)
 
     spans: Spans = []
     whole = rendered(messages)
@@ -531,7 +539,7 @@ def read_text(path: str | Path, tokenizer_directory: Path | None, *, sequences: 
                 pairs = list(read_json_lines(path, tokenizer, sequences, length))
     for _, counted in pairs:
         counted[0] = False
-    drawn = path.suffix == ".jsonl" and _is_drawn(path)
+    drawn = path.suffix == ".jsonl" and _all_drawn(path)
     text = TextSequences(tuple(ids for ids, _ in pairs), tuple(counted for _, counted in pairs), path.name, drawn)
     _check(path, text, vocabulary, positions)
     return text

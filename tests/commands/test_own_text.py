@@ -117,3 +117,17 @@ def test_an_evaluation_needs_no_text(server: Server, tmp_path: Path) -> None:
     assert evaluation.task.share("loss", 2).value == pytest.approx(evaluation.task.share("kl_from_adapter", 2).value)
     in_memory = streamer.evaluate_variants(BASE, ADAPTER, sequences=8, length=32)
     assert in_memory.task.loss == pytest.approx(evaluation.task.loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("line", [
+    {"text": "The value of an expression is", "ids": [1, 2, 3]}, {"text": "The value of an expression is", "start": 1},
+    {"prompt": "The value of", "completion": " an expression", "ids": [7], "start": 1},
+])  # fmt: skip
+def test_other_lines_may_have_keys_of_these_names(tmp_path: Path, line: dict[str, object]) -> None:
+    plain = {key: value for key, value in line.items() if key not in ("ids", "start")}
+    texts = []
+    for name, one in (("a.jsonl", line), ("b.jsonl", plain)):
+        (tmp_path / name).write_text(f"{json.dumps(one)}\n" * 2)
+        texts.append(read_text(tmp_path / name, BASE))
+    assert not texts[0].drawn
+    assert texts[0].digest() == texts[1].digest()
