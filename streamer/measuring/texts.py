@@ -236,9 +236,6 @@ def evenly(count: int, wanted: int) -> list[int]:
 KEYS = ({"text"}, {"prompt", "completion"}, {"messages"})
 """Keys that make a line a document, a prompt with a completion, or a conversation; a line has the keys of one kind."""
 
-WRITTEN_BY_OTHERS = ("prompt", "completion", "messages")
-"""Keys of lines that no adapter wrote, which may have other keys called ``ids`` and ``start``."""
-
 PROMPT_KEYS = ("tools", "documents", "chat_template_kwargs")
 """Keys beside ``messages`` that would make the chat template write a different prompt."""
 
@@ -312,8 +309,8 @@ def _read_line(where: str, raw: bytes, tokenizer: Tokenizer, length: int) -> Tok
 
 
 def is_drawn(tree: Any) -> bool:
-    """Test whether a line holds tokens that an adapter wrote: ``ids`` and ``start``, with their text at most."""
-    return isinstance(tree, dict) and {"ids", "start"} <= tree.keys() and tree.keys().isdisjoint(WRITTEN_BY_OTHERS)
+    """Test whether a line holds tokens that an adapter wrote: it has no keys but those of `measuring.own_text`."""
+    return isinstance(tree, dict) and {"ids", "start"} <= tree.keys() <= {"ids", "start", "text", "facts"}
 
 
 def _all_drawn(path: Path) -> bool:

@@ -73,7 +73,7 @@ def test_core_dependencies_are_the_five() -> None:
             assert set(roots) <= allowed | optional, f"{path.name}:{node.lineno}"
 
 
-BUDGET = 20123
+BUDGET = 20122
 """Lines of code of the package, as `tools/count_lines.py` counts them. Every change that takes lines out lowers it; none raises it."""
 
 
