@@ -120,7 +120,8 @@ def test_an_evaluation_needs_no_text(server: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", [
-    {"text": "The value of an expression is", "ids": [1, 2, 3]}, {"text": "The value of an expression is", "start": 1, "ids": [1, 2], "source": "x"},
+    {"text": "The value of an expression is", "ids": [1, 2, 3]},
+    {"text": "The value of an expression is", "start": 1, "ids": [1, 2], "source": "x"},
     {"prompt": "The value of", "completion": " an expression", "ids": [7], "start": 1},
 ])  # fmt: skip
 def test_other_lines_may_have_keys_of_these_names(tmp_path: Path, line: dict[str, object]) -> None:
