@@ -192,15 +192,13 @@ def forecast_texts(prepared: Prepared[Any], output: Path) -> Forecast:
     known = prepared.known(output)
     sweeps, (writes, temporary) = prepared.sweeps(known), prepared.written_bytes(known)
     model, resident = prepared.model, prepared.resident + prepared.solving_bytes
-    plan, device, workers = model.job.plan, model.job.device, prepared.run.workers
+    plan, device = model.job.plan, model.job.device
     read = model.size.read * (1 + len(sweeps))  # with the check of the logits
-    away = max((work.away(model.size, prepared.resident, workers) for work in sweeps), default=0)
     needs = (work.nbytes(model.size, resident, prepared.limits_of(work)) for work in sweeps)
-    peak = away + max(needs, default=resident)
+    peak = max(needs, default=resident)
     seconds = None
     if device == CPU and (rates := measure_rates(plan.base, prepared.run.monitor)) is not None:
-        count = 1 if workers is None else workers.processes or 1
-        products = sum(sweep_cost(model.size, work.fitted + work.riding // count) for work in sweeps)
+        products = sum(sweep_cost(model.size, work.fitted + work.riding) for work in sweeps)
         # The run needs the time that this process has used so far, mostly for imports, as well.
         seconds = time.process_time() + START_SECONDS + MULTIPLY_ADDS_PER_SWEEP_STEP * products / rates.products
     return Forecast(

@@ -490,7 +490,6 @@ class EvaluateOptions(Writing, Texts, VariantOptions):
 
     output: str | Path | None = written("JSON file to write; new variants are added to an evaluation of the same inputs, texts and options",
         "FILE")
-    executor: Executor | None = keyword("workers that run the variants through the layers, as for `detect_intruder_dimensions`")
     other: str | Path | Sequence[str | Path] = option("another text to measure; it does not affect the suggestion (repeatable)", (),
         metavar="TEXT", nargs="append", bound=PATHS)
 
@@ -509,7 +508,6 @@ class RepairOptions(Serving, Writing, Texts, OfAdapter):
 
     adapter: str | Path = argument(ONE_ADAPTER)
     output: str | Path = written("directory to write: an adapter, or with --merge a model", "DIR")
-    executor: Executor | None = keyword("workers that run the held-out sequences, as for `detect_intruder_dimensions`; this process fits")
     keep: float = option("least share of the learning to keep", 0.9, metavar="SHARE", bound=SHARE)
     weights: Sequence[float] = option("weights of the general text to fit and measure, rising", (0.5, 8.0), "--mu", metavar="M,M",
         bound=RISING, rare=True)

@@ -309,8 +309,9 @@ class Workers:
         check_budget((replace(e, nbytes=caller_bytes + n * (-(-e.nbytes >> 20) << 20)) for e in needs), max_memory)
         return (max_memory - caller_bytes) // n >> 20 << 20
 
-    def run(self, tasks: Mapping[Key, Task[Value]], monitor: Monitor, begin: Callable[[Key], None],
-            at_once: int = AT_ONCE) -> Generator[tuple[Key, Value], None, None]:  # fmt: skip
+    def run(
+        self, tasks: Mapping[Key, Task[Value]], monitor: Monitor, begin: Callable[[Key], None]
+    ) -> Generator[tuple[Key, Value], None, None]:
         """Give out tasks in order; yield each task's key and result as results arrive.
 
         A task whose worker died is run again, once.
@@ -319,8 +320,6 @@ class Workers:
         ----------
         begin
             Called before each wait with the key of the task that was given out first.
-        at_once
-            Most tasks given out at a time, if that is fewer than the workers' own number.
 
         Raises
         ------
@@ -341,7 +340,7 @@ class Workers:
                     if self._executor is None:
                         self._executor = self._opened.enter_context(self._open())
                     executor = self._executor
-                    while waiting and not broken and len(running) < min(at_once, self.at_once):
+                    while waiting and not broken and len(running) < self.at_once:
                         key = waiting.popleft()
                         future = _submitted(executor, tasks[key])
                         running[future] = key

@@ -150,7 +150,6 @@ class EvaluateKeywords(TypedDict, total=False):
     seed: int
     resume: bool
     overwrite: bool
-    executor: Executor | None
     other: str | Path | Sequence[str | Path]
 
 class MapKeywords(TypedDict, total=False):
@@ -191,7 +190,6 @@ class RepairKeywords(TypedDict, total=False):
     resume: bool
     overwrite: bool
     for_server: bool
-    executor: Executor | None
     keep: float
     weights: Sequence[float]
     holdout: float

@@ -52,17 +52,12 @@ class Request(Writing, Computing, OfBase):
         return Remote(self.remote, peek, monitor)
 
     def opened(
-        self,
-        adapter: str | Path,
-        findings: FindingsOrPath,
-        monitor: Monitor,
-        workers: Workers | None = None,
-        peek: bool = False,
+        self, adapter: str | Path, findings: FindingsOrPath, monitor: Monitor, peek: bool = False
     ) -> tuple[Path, Path, Findings | None, Run]:
         """Find base and adapter, load the findings, and resolve the run, for one adapter."""
         base, adapter = map(Path, self.located(monitor, peek).paths(self.base, adapter))
         (loaded,) = load_given(findings, AdapterPaths.of_one(adapter))
-        return base, adapter, loaded, self.make_run(monitor, workers)
+        return base, adapter, loaded, self.make_run(monitor)
 
     def make_run(self, monitor: Monitor, workers: Workers | None = None) -> Run:
         """Resolve the devices, and join them with the monitor and the workers.

@@ -34,7 +34,6 @@ from streamer.plan.plan import make_plan
 from streamer.storage.transaction import RECORD_NAME, check_output_path
 from streamer.streaming.values import Variant, make_variants
 from streamer.units import listed, quoted
-from streamer.workers import Workers
 
 if TYPE_CHECKING:
     from streamer.api.keywords import EvaluateKeywords, MapKeywords, RepairKeywords
@@ -135,24 +134,24 @@ class EvaluateRequest(TextsRequest, VariantsRequest, EvaluateOptions):
             texts[path.name] = path
         return texts
 
-    def run(self, monitor: Monitor, workers: Workers | None = None) -> Evaluation:
+    def run(self, monitor: Monitor) -> Evaluation:
         """Run the evaluation."""
         try:
             self.write_own_text(monitor)
-            return self._prepared(monitor, workers).result(self.file)
+            return self._prepared(monitor).result(self.file)
         finally:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
-    def forecast(self, monitor: Monitor, workers: Workers | None = None) -> DryRun:
+    def forecast(self, monitor: Monitor) -> DryRun:
         """Check everything and forecast a run, without writing anything."""
         own = self.own_text(monitor, peek=True)
         if own is not None and (first := _forecast("evaluate", own, self.own_path))["state"] != "done":
             monitor.note(f"forecast only of {self.own_path}, which the evaluation needs")
             return {**first, "output": str(self.file)}
-        return _forecast("evaluate", self._prepared(monitor, workers, peek=True), self.file)
+        return _forecast("evaluate", self._prepared(monitor, peek=True), self.file)
 
-    def _prepared(self, monitor: Monitor, workers: Workers | None, peek: bool = False) -> PreparedEvaluation:
-        base, adapter, findings, run = self.opened(self.adapter, self.findings, monitor, workers, peek)
+    def _prepared(self, monitor: Monitor, peek: bool = False) -> PreparedEvaluation:
+        base, adapter, findings, run = self.opened(self.adapter, self.findings, monitor, peek)
         return prepare(base, adapter, self.texts, findings, self, self.variants, self.memory, run)
 
 
@@ -352,15 +351,15 @@ class RepairRequest(TextsRequest, RepairOptions):
         """Return the path of the fit, beside the output."""
         return self.directory.with_name(f"{self.directory.name}.fit.safetensors")
 
-    def run(self, monitor: Monitor, workers: Workers | None = None) -> Repaired:
+    def run(self, monitor: Monitor) -> Repaired:
         """Convert the adapter if requested, fit, choose, and write."""
         if self.to_lora is not None:
             self._refuse_foreign_directory()
             self._conversion_request.run(monitor)
-            return self._repair_of_converted.run(monitor, workers)
+            return self._repair_of_converted.run(monitor)
         self._check(monitor)
         own = self.write_own_text(monitor)
-        fit = self._prepared(monitor, workers).result(self.fit_path)
+        fit = self._prepared(monitor).result(self.fit_path)
         choice, rows, reliable = choose(fit), repair_rows(fit), fit.facts["reliable"]
         measured = choice.why, *(repair_line(row, reliable) for row in rows)
         written = cast(Written, self._output(measured=measured, **choice.options).run(monitor))  # of one adapter
@@ -412,7 +411,7 @@ class RepairRequest(TextsRequest, RepairOptions):
                 self.directory,
             )
 
-    def forecast(self, monitor: Monitor, workers: Workers | None = None) -> DryRun:
+    def forecast(self, monitor: Monitor) -> DryRun:
         """Check everything, and forecast the fit, which needs nearly all the time, and the output, without writing anything.
 
         An adapter that is not yet converted shows only what its conversion needs.
@@ -420,7 +419,7 @@ class RepairRequest(TextsRequest, RepairOptions):
         if self.to_lora is not None:
             first = cast(DryRun, self._conversion_request.forecast(monitor))
             if first["state"] == "done":
-                return self._repair_of_converted.forecast(monitor, workers)
+                return self._repair_of_converted.forecast(monitor)
             monitor.note(f"forecast only of {self._conversion_request.output}, which the fit needs")
             return {**first, "command": "repair", "output": str(self.output)}
         self._check(monitor)
@@ -428,7 +427,7 @@ class RepairRequest(TextsRequest, RepairOptions):
         if own is not None and (text := _forecast("repair", own, self.own_path))["state"] != "done":
             monitor.note(f"forecast only of {self.own_path}, which the fit needs")
             return {**text, "output": str(self.output)}
-        dry = _forecast("repair", self._prepared(monitor, workers, peek=True), self.fit_path)
+        dry = _forecast("repair", self._prepared(monitor, peek=True), self.fit_path)
         if dry["state"] == "done" and not (self.directory / RECORD_NAME).exists():
             dry["state"] = "resume"  # the fit exists, but not its output
         if not self.directory.exists() and (forecast := dry["forecast"]) is not None:
@@ -438,8 +437,8 @@ class RepairRequest(TextsRequest, RepairOptions):
             forecast["write_bytes"] += output["bytes"] or 0
         return {**dry, "output": str(self.output)}
 
-    def _prepared(self, monitor: Monitor, workers: Workers | None, peek: bool = False) -> PreparedFit:
-        base, adapter, _, run = self.opened(self.adapter, None, monitor, workers, peek)
+    def _prepared(self, monitor: Monitor, peek: bool = False) -> PreparedFit:
+        base, adapter, _, run = self.opened(self.adapter, None, monitor, peek)
         return prepare_fit(base, adapter, self.two_texts, self, self.memory, run)
 
 

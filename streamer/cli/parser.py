@@ -33,6 +33,11 @@ class BadUsage(SystemExit):
         self.message = message
 
 
+THREADS_INSTEAD = (
+    ", which only detect and merge have; other commands use --threads, and several adapters are several runs"
+)
+
+
 class Parser(argparse.ArgumentParser):
     """Parser that raises `BadUsage` and accepts no abbreviations, because a new option could break them."""
 
@@ -53,7 +58,8 @@ class Parser(argparse.ArgumentParser):
         for arg in takewhile(lambda arg: arg != "--", words):
             name = arg.partition("=")[0]
             if name.startswith("--") and " " not in name and name not in self._option_string_actions:
-                self.error(f"unknown option {quoted(name)}{_closest(name, self._option_string_actions)}")
+                instead = THREADS_INSTEAD if name in ("--workers", "--executor") else ""
+                self.error(f"unknown option {quoted(name)}{instead or _closest(name, self._option_string_actions)}")
         arguments, others = super().parse_known_args(args, namespace)
         if others and self._subparsers is None:
             kind = "unknown option" if others[0].startswith("-") else "unexpected argument"
@@ -252,9 +258,9 @@ COMMANDS: dict[str, tuple[str, tuple[type, ...]]] = {
     "merge": ("write the base with the mitigated adapter merged in", (options.MergeOptions, *DIVIDED)),
     "report": ("show findings or an output as a table, JSON or a page", (options.ReportOptions,)),
     "verify": ("check an output against its record and its inputs, with independent code", (options.VerifyOptions,)),
-    "evaluate": ("measure, on your texts, what each method and lambda keeps and forgets", (options.EvaluateOptions, *DIVIDED)),
+    "evaluate": ("measure, on your texts, what each method and lambda keeps and forgets", (options.EvaluateOptions, *RUNS)),
     "map": ("record the inputs of a base's modules on general text, for --map", (options.MappingOptions, *RUNS)),
-    "repair": ("write an adapter that forgets less, as measured on your texts", (options.RepairOptions, *DIVIDED)),
+    "repair": ("write an adapter that forgets less, as measured on your texts", (options.RepairOptions, *RUNS)),
     "demo": ("run these commands on a small model that is included", (options.DemoOptions,)),
 }  # fmt: skip
 """What each command does, and the classes of its options; `Printing` is every command's."""

@@ -312,7 +312,7 @@ def prepare(base_path: str | Path, adapter: Path, texts: Mapping[str, Path], fin
                  "evaluate on other text",)
             )  # fmt: skip
     ordered = {name: spread(text) for name, text in read.items()}
-    return PreparedEvaluation(plan, run, max_memory, model, options, variants, ordered).beside_workers()
+    return PreparedEvaluation(plan, run, max_memory, model, options, variants, ordered)
 
 
 def open_model(base_path: str | Path, adapter: Path, findings: Findings | None, options: VariantOptions,

@@ -444,7 +444,7 @@ def prepare_fit(base_path: str | Path, adapter: Path, texts: Mapping[str, Path],
             f"{plan.adapter.path.name} also changes {counted(len(names), 'tensor')} by other means than deltas, {listed(names)}; the fit "
             "keeps these changes",
         ))  # fmt: skip
-    return prepared.beside_workers()
+    return prepared
 
 
 class Stream(NamedTuple):
@@ -699,7 +699,7 @@ class FitRun:
         variants += map(Variant.of, self.shrinks)
         held_out = self._parts(len(variants))
         self._measure(variants, held_out, fitted, solver)
-        # Later sweeps need only the logits of the base's and the adapter's results, unless workers have these.
+        # Later sweeps need only the logits of the base's and the adapter's results.
         self._ends = [part.groups[: ADAPTER_ROW + 1] for part in held_out]
         unseen = sorted({target.tensor for target in plan.targets} - solver.places.keys())
         if unseen:
@@ -750,7 +750,7 @@ class FitRun:
             return
         riders = [Variant(BASE, None), Variant(ADAPTER, UNCHANGED), *new]
         parts = zip(self._parts(len(riders)), self._ends, strict=True)
-        reused = [replace(p, groups=(*ends, *p.groups[len(ends) :])) if ends[0].results else p for p, ends in parts]
+        reused = [replace(part, groups=(*ends, *part.groups[len(ends) :])) for part, ends in parts]
         self._measure(riders, reused)
         self.shrinks += shrinks
 

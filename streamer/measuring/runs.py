@@ -14,10 +14,10 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Generic, Literal, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -43,7 +43,6 @@ from streamer.streaming.model import LOGIT_BYTES, LoadedModel, ModelSize, requir
 from streamer.streaming.sweep import Checkpoint, Group, Solve, States, SweepModel, TargetWatch
 from streamer.streaming.values import BLOCK_BYTES, ROOM, Variant
 from streamer.units import counted, listed
-from streamer.workers import Workers, kept_open
 
 TRANSFORMERS_BYTES = 150 << 20
 """Anonymous memory for importing transformers and building a model, in addition to `plan.plan.resident_bytes`."""
@@ -177,15 +176,9 @@ def measure(model: SweepModel, held_out: Sequence[Part], progress: Progress, lim
         if check is not None:
             check()
 
-    on_workers = model.run(groups, checkpoint, solve, watch, after, states, progress.run)
+    model.run(groups, checkpoint, solve, watch, after, states)
     rows = max((sum(group.rows for group in part.groups) for part in held_out), default=1)
-    block = max(64, LOGIT_BYTES // (4 * rows))
-    if on_workers:
-        ends = [partial(_sums_on_worker, part.text, block) for part in held_out]
-        sums_by_part = dict(model.elsewhere(progress.run, [part.groups for part in held_out], len(model.layers), ends))
-        sums = [sums_by_part[number] for number in range(len(held_out))]
-    else:
-        sums = part_sums(model, held_out, block, checkpoint)
+    sums = part_sums(model, held_out, max(64, LOGIT_BYTES // (4 * rows)), checkpoint)
     model.check_all_used()
     plan.check_unchanged()
     by_text = {}
@@ -203,11 +196,6 @@ def measure(model: SweepModel, held_out: Sequence[Part], progress: Progress, lim
                 )
         by_text[name] = SequenceSums(**arrays, kl_bins=np.sum([total.kl_bins for _, total in pairs], 0))
     return by_text
-
-
-def _sums_on_worker(text: TextSequences, block: int, model: SweepModel, groups: Sequence[Group]) -> SequenceSums:
-    """Compute the sums of a part's riders on a worker."""
-    return part_sums(model, [Part("", (), text, tuple(groups))], block, lambda: None)[0]
 
 
 def part_sums(model: SweepModel, held_out: Sequence[Part], block: int, checkpoint: Checkpoint) -> list[SequenceSums]:
@@ -340,15 +328,6 @@ class Work:
         weights = 2 * min(BLOCK_BYTES, 4 * max(size.widest, size.vocabulary) * size.hidden)
         computed = states + max(inputs + activations, logits)
         return resident + TRANSFORMERS_BYTES + computed + weights + size.dense + size.factors + room
-
-    def away(self, size: ModelSize, resident: int, workers: Workers | None) -> int:
-        """Estimate the memory of workers on this machine, which run one part at a time, and of states on their way."""
-        if workers is None or workers.processes is None:
-            return 0
-        rows = max(self.length, ROWS)
-        part = replace(self, fitted=0, riding=min(self.riding, self.variants * rows))
-        each = part.nbytes(size, resident, Limits(rows, ROOM, False))
-        return workers.processes * each + 8 * workers.at_once * rows * size.hidden
 
     def limits(self, size: ModelSize, resident: int, max_memory: int | None) -> Limits:
         """Choose how a sweep fits a budget; states go to a spool if it is too small for them.
@@ -671,21 +650,6 @@ class Prepared(ABC, Generic[Result]):
         """Choose how a sweep fits the budget."""
         return work.limits(self.model.size, self.resident + self.solving_bytes, self.max_memory)
 
-    def beside_workers(self) -> Self:
-        """Return the run with the memory that workers on this machine leave to this process in its largest sweep.
-
-        Raises
-        ------
-        UsageError
-            If that is too small for one sequence; the message names the smallest budget.
-        """
-        work, budget = max(self.sweeps(), key=lambda work: (work.fitted, work.riding)), self.max_memory
-        away = work.away(self.model.size, self.resident, self.run.workers)
-        if budget is None or not away:
-            return self
-        work.limits(self.model.size, self.resident + self.solving_bytes + away, budget)
-        return replace(self, max_memory=budget - away)
-
     def inspect(self, path: Path) -> State:
         """Check, without writing, that the result can be written, and whether it exists, was begun, or is still to be made.
 
@@ -737,7 +701,7 @@ class Prepared(ABC, Generic[Result]):
         if (count := records.threads) != torch.get_num_threads():
             words = f"goes on with {counted(count, 'thread')}, as it began; --no-resume starts over"
             self.run.monitor.note(words)
-        with threads(count), full_float32(), kept_open(self.run.workers):
+        with threads(count), full_float32():
             return self.compute(records, output)
 
     def keep_finished(self, path: Path) -> Result:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -18,8 +18,6 @@ from streamer.errors import UsageError
 from streamer.json_types import Selection
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
     from torch import Tensor
 
     from streamer.detection.intruders import Detection
@@ -80,10 +78,6 @@ class Method(ABC):
         """Return the factors or the map that the method uses, if any."""
         file: Coefficients | InputMap | None = getattr(self, self.needs or "", None)
         return file
-
-    def only(self, tensors: Collection[str]) -> Method:
-        """Return the method with what its file holds of these matrices alone."""
-        return self if self.file is None else replace(self, **{str(self.needs): self.file.only(tensors)})  # type: ignore[type-var]  # each method is a dataclass
 
     @abstractmethod
     def mitigated(self, delta: Delta, detection: Detection | None, tensor: str = "") -> Delta:

@@ -17,8 +17,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
@@ -192,10 +192,6 @@ class Coefficients:
             )
         return LowRank(delta.L.double(), factor.double())
 
-    def only(self, tensors: Collection[str]) -> Coefficients:
-        """Return the factors of these matrices alone."""
-        return replace(self, matrices={tensor: self.matrices[tensor] for tensor in tensors})
-
     def record(self) -> CoefficientsRecord:
         """Identify these coefficients, for the record of an output."""
         return {"keep": self.keep, "sha256": self.digest}
@@ -324,10 +320,6 @@ class InputMap:
             for array in (entry.values, entry.vectors):
                 digest.update(b"" if array is None else as_bytes(array))
         return digest.hexdigest()
-
-    def only(self, tensors: Collection[str]) -> InputMap:
-        """Return the inputs of these matrices alone."""
-        return replace(self, inputs=tuple(entry for entry in self.inputs if not {*tensors}.isdisjoint(entry.names)))
 
     def record(self) -> MapRecord:
         """Identify this map, for the record of an output."""

@@ -18,16 +18,14 @@ import contextlib
 import contextvars
 import itertools
 import os
-import pickle
 import tempfile
-import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -35,22 +33,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from streamer.detection.options import Run
 from streamer.errors import InputError, NumericError, StorageError, UnsupportedError
-from streamer.events import Monitor
 from streamer.linalg.operators import LowRank, linear
-from streamer.linalg.torch_state import full_float32
 from streamer.methods.files import SealedKind
 from streamer.packages import require_package
 from streamer.plan.architectures import architecture_for
 from streamer.plan.name_matching import TensorSlice, renames_for
-from streamer.plan.plan import AdapterBatch, Plan
+from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
 from streamer.plan.tied_embeddings import find_ties
 from streamer.storage.files import MAX_CALL_BYTES, drop_cached, give_freed_memory_back, read_at, storage_errors
 from streamer.streaming.model import LoadedModel, quiet_transformers, refused_errors
 from streamer.streaming.values import LazyTensor, Reader, RunTimeTensor, VariantSet, WeightSource, layer_modules
-from streamer.workers import Inputs, SharedValue, Task, cached_in_process, pickled
 
 LINEAR_BY_NAME = {"FalconLinear", "Conv1D"}
 """Classes with a `forward` of their own that computes exactly ``x Wᵀ + b``, or ``x W + b``."""
@@ -178,7 +172,7 @@ class Group:
 
     @property
     def is_plain(self) -> bool:
-        """Test whether `out` consists of tensors, which a file or another process can hold."""
+        """Test whether `out` consists of tensors, which a file can hold."""
         return all(isinstance(leaf, Tensor) or leaf is None for leaf in self.leaves)
 
     @property
@@ -252,10 +246,6 @@ class OnDemand(Mapping[Name, Value]):
 
     def __getitem__(self, name: Name) -> Value:
         return self.read(name)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the values themselves: another process lacks the source from which they are read."""
-        return dict, (dict(self),)
 
     def __iter__(self) -> Iterator[Name]:
         return iter(self.names)
@@ -458,8 +448,6 @@ class SweepModel(LoadedModel):
         Whether layers receive tensors and plain values alone, so that a later run can enter any of them.
     otherwise_used
         Names of watched matrices that a group of a fit used in another way than a product or a look-up.
-    at
-        In a worker: the digest of the variants and the layer of the last task.
     pause
         Pauses the group that runs: at a layer, or, given a site, until its matrices are fitted.
     """
@@ -472,7 +460,6 @@ class SweepModel(LoadedModel):
         self.directory: Path | None = None
         self.otherwise_used: set[str] = set()
         self.resumable = True
-        self.at: tuple[str, int] | None = None
         self._watch: Watch | None = None
         self._checkpoint: Checkpoint = _nothing
         self.pause: Callable[[Site | None], None] = _nothing
@@ -535,8 +522,8 @@ class SweepModel(LoadedModel):
             yield
 
     def run(self, groups: Sequence[Group], checkpoint: Checkpoint, solve: Solve | None = None, watch: Watch | None = None,
-            after: Callable[[str], bool | None] = _nothing, states: States | None = None, run: Run | None = None) -> bool:  # fmt: skip
-        """Run groups through all layers; return whether workers ran the riders.
+                after: Callable[[str], None] = _nothing, states: States | None = None) -> None:  # fmt: skip
+        """Run groups through all layers.
 
         Parameters
         ----------
@@ -547,19 +534,16 @@ class SweepModel(LoadedModel):
         watch
             Says which matrices make sites.
         after
-            Called with a layer's path each time that all groups have run it; True ends the run there.
+            Called with a layer's path each time that all groups have run it; may raise to stop.
         states
             File from which a killed run resumes.
-        run
-            Run whose workers, if it has any, run the riders; see `elsewhere`.
         """
         greenlet = require_package("greenlet", (3,), "evaluate, repair and map need greenlet", "evaluate")
         main, runs, stops = greenlet.getcurrent(), dict[Group, Any](), dict[Group, Site | None]()
-        done = begun = 0 if states is None else states.load(self, groups)
+        done = 0 if states is None else states.load(self, groups)
         layers = iter(["embeddings", *self.layers][done:])
         fitted = [group for group in groups if group.stream is not None]
         riders = [group for group in groups if group.stream is None]
-        run = run if riders and run is not None and run.workers is not None else None
 
         def advance(group: Group) -> None:
             self.group, self.block = group, (0, 1)
@@ -575,7 +559,7 @@ class SweepModel(LoadedModel):
         with self._running(checkpoint), contextlib.ExitStack() as stopped:
             stopped.callback(self._end, runs)  # within the context, whose grad mode the groups leave as they found it
             self.pause, self._watch = main.switch, watch
-            while (run and done <= len(self.layers)) or not all(runs[g].dead for g in (fitted if run else groups)):
+            while not all(run.dead for run in runs.values()):
                 moving = [group for group in fitted if not runs[group].dead]
                 while moving:
                     for group in moving:
@@ -589,65 +573,16 @@ class SweepModel(LoadedModel):
                         if solve is not None:
                             solve(first, inputs)
                         moving = list(inputs)
-                if run and done > begun and not (self.resumable and self._ride(run, riders, done - 1)):
-                    text = "its layers cannot be entered one by one, so this process runs them without workers"
-                    run.monitor.warn((f"{self.job.plan.base.path}: {text}",))
-                    run = None
-                    for group in riders:  # they begin again: what else a layer needs is not known
-                        group.skips, group.out = 0, None
-                for group in () if run else riders:
-                    # A rider that starts late catches up with the layers that were done without it.
-                    for _ in range(1 if runs[group] else 1 + max(0, done - group.skips)):
-                        if not runs[group].dead:
-                            advance(group)
-                if after(next(layers, "logits")):
-                    break
+                for group in riders:
+                    if not runs[group].dead:
+                        advance(group)
+                after(next(layers, "logits"))
                 if states is not None and 0 < done < len(self.layers):
                     states.save(self, groups, done)
                 if done:
                     self.values.cache.clear()
                 done += 1
                 give_freed_memory_back()
-        return run is not None
-
-    def _ride(self, run: Run, riders: Sequence[Group], layer: int) -> bool:
-        """Let workers run a layer of riders; return whether the next one can be entered with its results."""
-        for number, out in self.elsewhere(run, [[group] for group in riders], layer):
-            if out is None:
-                return False
-            group = riders[number]
-            group.out, group.skips = pickle.loads(out), layer + 1  # noqa: S301  # our own bytes
-            if self.spool is not None:
-                group.enter(group.out)
-                group.put_away(self.spool)
-        return True
-
-    def elsewhere(self, run: Run, riders: Sequence[Sequence[Group]], layer: int,
-                  ends: Sequence[End | None] | None = None) -> Iterator[tuple[int, Any]]:  # fmt: skip
-        """Let workers run riders that enter a layer; yield the number of each task and what it returns, as it arrives."""
-        assert run.workers is not None
-        within = [{*module.modules()} for module in layer_modules(self._model).values()]
-        others = set[nn.Module]().union(*within) - set[nn.Module]().union(*within[layer : layer + 1])
-        used = (t for module, parameters in self.modules if module not in others for t in parameters.values())
-        job = SharedValue(self.job.only({target.tensor for t in used for target, _ in t.targets(self.job.plan)}))
-        inputs = Inputs.of(AdapterBatch(self.job.plan.base, (self.job.plan,)), run)
-
-        def payload(group: Group) -> bytes:
-            with group.at_hand(self.spool):
-                return pickled((group.ids, group.variant, group.out))
-
-        def task(groups: Sequence[Group], end: End | None) -> Task[RideResult]:
-            name, room = f"layer {layer}" if end is None else "logits", self.values.cache.room
-            step = partial(ride, job=job, layer=layer, riders=tuple(map(payload, groups)), end=end, room=room)
-            return Task(inputs, torch.get_num_threads(), name, step)
-
-        pairs = [*zip(riders, ends or [None] * len(riders), strict=True)]
-        tasks = OnDemand(range(len(pairs)), lambda number: task(*pairs[number]))
-        with contextlib.closing(run.workers.run(tasks, run.monitor, _nothing, AT_ONCE)) as results:
-            for number, result in results:
-                self.values.applied |= result.applied
-                self.values.read |= result.read
-                yield number, result.value
 
     def _end(self, runs: Mapping[Group, Any]) -> None:
         """Unwind groups that were stopped on the way."""
@@ -732,60 +667,6 @@ class SweepModel(LoadedModel):
                 "the vocabulary: it does not compute all logits with its head alone; not supported by evaluate and repair"
             )
         return out
-
-
-End = Callable[[SweepModel, Sequence[Group]], Any]
-"""Computes something from riders that have run all layers; it is pickled."""
-
-AT_ONCE = 32
-"""Most tasks of a layer on their way: the states of each take 16 MB for 8B."""
-
-_computing = threading.Lock()
-"""Lock that lets a process run one task at a time, because torch's settings for matrix products apply to all threads."""
-
-
-class RideResult(NamedTuple):
-    """What `ride` computes, and what `Values` notes of the weights."""
-
-    value: Any
-    applied: set[str]
-    read: set[str]
-
-
-def ride(batch: AdapterBatch, monitor: Monitor, job: SharedValue[dict[str, Any]], layer: int, riders: Sequence[bytes], end: End | None,
-         room: int) -> RideResult:  # fmt: skip
-    """Run a layer of riders, or compute from their results, on a model that the process keeps for later tasks.
-
-    Parameters
-    ----------
-    job
-        The variants; see `VariantSet.only`.
-    layer
-        The layer's number: riders skip the layers before.
-    riders
-        Tokens, variant and state of each group, pickled.
-    end
-        What to compute; None returns the states, pickled, or None if the next layer cannot be entered with them alone.
-    room
-        Bytes for values of a layer that groups share.
-    """
-    with _computing, full_float32():
-        plan, at = batch.plans[0], (job.digest, layer)
-        variants = VariantSet(plan, **job.value)
-        key = str(plan.base.path), str(plan.adapter.path), variants.rounds_products, variants.device
-        model = cached_in_process("model", key, lambda: SweepModel(variants), lambda model: model.job.plan is plan)
-        if at != model.at:
-            model.use(variants)
-            model.at = at
-        model.limit(room, False)
-        model.values.applied, model.values.read = set(), set()
-        groups = [Group(ids, v, out=out, skips=layer) for ids, v, out in map(pickle.loads, riders)]
-        steps = iter((False, True))
-        model.run(groups, monitor.checkpoint, after=(lambda _: next(steps)) if end is None else _nothing)
-        value = None if end is None else end(model, groups)
-        if end is None and model.resumable and groups[0].is_plain:
-            value = pickled(groups[0].out)
-        return RideResult(value, model.values.applied, model.values.read)
 
 
 class _Reader(Reader):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar, cast
 
@@ -515,14 +515,6 @@ class VariantSet:
     def __post_init__(self) -> None:
         if self.rounds_products and self.device != CPU:
             raise UsageError(f"bf16 products run only on the CPU; with --device {self.device}, use --dtype float32")
-
-    def only(self, tensors: Collection[str]) -> dict[str, Any]:
-        """Return all but the plan, with what files hold of these matrices alone; it can be pickled."""
-        variants = [replace(v, mitigation=v.mitigation and v.mitigation.only(tensors)) for v in self.variants]
-        findings = self.findings
-        findings = findings and replace(findings, matrices=tuple(m for m in findings.matrices if m.tensor in tensors))
-        others = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "plan"}
-        return {**others, "variants": tuple(variants), "findings": findings}
 
 
 ROOM = 384 << 20

@@ -1,7 +1,6 @@
 """The fit of `streamer repair` from outside: its forecast, its file, what uses it, and a line for each thing that is wrong."""
 
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -237,9 +236,6 @@ def test_between_two_candidates_factors_are_interpolated(large: Path) -> None:
     for name, R in factors(made).items():
         torch.testing.assert_close(R, torch.lerp(ends[0][name], ends[1][name], float(t)))
     assert one["divergence"] > fit(large, (0.1, 64.0), 0.7)[0].facts["sets"][0]["divergence"]
-    with ThreadPoolExecutor(1) as executor:
-        elsewhere, *_ = fit(large, (0.1, 64.0), 0.9, executor=executor)
-    assert elsewhere.facts == made.facts
 
 
 def test_if_no_candidate_keeps_the_share_the_adapter_is_an_end(large: Path) -> None:

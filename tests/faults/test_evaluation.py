@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +31,7 @@ from streamer.errors import (
 from streamer.events import Event, Monitor
 from streamer.linalg.torch_state import threads
 from streamer.storage.files import locked
-from streamer.storage.transaction import journal_of, lock_of, states_of
+from streamer.storage.transaction import lock_of
 
 
 class Kind(NamedTuple):
@@ -206,19 +205,6 @@ def test_an_input_that_changes_on_the_way(job: Job, tmp_path: Path) -> None:
     with pytest.raises(InputChangedError, match=f"{weights.name}: changed since the run began"):
         job.run(tmp_path / "out", on_event=on_event)
     assert not job.file(tmp_path / "out").exists()
-
-
-def test_on_workers_it_resumes_between_two_layers(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streamer.streaming.sweep.SECONDS", 0)
-    output, events = tmp_path / "out", list[Event]()
-    with ThreadPoolExecutor(2) as pool:
-        with pytest.raises(Interrupted):
-            job.run(output, executor=pool, monitor=stopping_at(2, job.kind.middle[1]))
-        assert states_of(journal_of(job.file(output))).exists()
-        job.run(output, executor=pool, on_event=events.append)
-    assert job.file(output).read_bytes() == job.whole
-    assert "resuming: 1 of 2 layers are done" in [event.name for event in events]
-    assert {*tmp_path.iterdir()} == {output, job.file(output)}
 
 
 # Evaluations ------------------------------------------------------------------------------------------------------------

@@ -8,8 +8,6 @@ import json
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,18 +30,15 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.pytorch_utils import Conv1D
 
 import streamer
-from streamer.detection.options import Run
 from streamer.errors import Interrupted, NumericError, UnsupportedError
-from streamer.events import Event, Monitor
+from streamer.events import Event
 from streamer.fitting.fit import Solver, factors_of
 from streamer.linalg.moments import GENERAL_RIDGE, RIDGE
-from streamer.linalg.torch_state import CPU
-from streamer.measuring.runs import Part, _sums_on_worker, part_sums
+from streamer.measuring.runs import Part, part_sums
 from streamer.measuring.statistics import SequenceSums
 from streamer.plan.targets import Target
 from streamer.streaming.sweep import Group, States, TargetWatch
 from streamer.streaming.values import ROOM
-from streamer.workers import Workers
 
 
 def adapted(cls: Any, base: Path, adapter: Path) -> tuple[Any, dict[str, Any]]:
@@ -307,34 +302,6 @@ def test_riders_do_not_depend_on_what_else_runs(name: str, spools: bool, tmp_pat
     sweep.model.limit(ROOM, False)
     assert_same(beside, sums(sweep, other, (0, 1, *candidates, shrink), False))
     assert len({*beside.loss.sum(1).tolist()}) == len(beside.loss), "variants differ"
-
-
-@pytest.mark.parametrize("spools", [False, True])
-@pytest.mark.parametrize("name", ALL)
-def test_riders_on_workers_have_the_same_bits(name: str, spools: bool, tmp_path: Path) -> None:
-    """Candidates too, whose factors the caller fits. Layers that cannot be entered one by one run in the caller."""
-    _, base, adapter = make_pair(name, tmp_path, BESIDE.get(name, CAUSAL[name][2]), lora_alpha=4)
-    (general, task, other), events = token_ids(64, 18).split(6), list[Event]()
-    text, found, gone = sequences(other), [], False
-    with ThreadPoolExecutor(2) as pool:
-        run = Run(CPU, monitor=Monitor(events.append), workers=Workers.of(pool))
-        for away in (None, run):
-            sweep = make_sweep(base, adapter, general, task)
-            sweep.model.limit(ROOM, spools)
-            model, watch = sweep.model, TargetWatch(sweep.plan)
-            part = Part("", (*range(6),), text, tuple(Group(text.padded_ids, v) for v in range(3 + len(WEIGHTS))))
-            gone = model.run([*sweep.groups, *part.groups], nothing, sweep.solver, watch, run=away)
-            if gone:
-                ends = model.elsewhere(run, [part.groups], len(model.layers), [partial(_sums_on_worker, text, 25)])
-                found += [sums for _, sums in ends]
-            else:
-                found += part_sums(model, [part], 25, nothing)
-            model.check_all_used()
-    assert_same(*found)
-    assert len({*found[0].loss.sum(1).tolist()}) == len(part.groups), "variants differ"
-    assert gone == (name not in ("gemma3n", "gemma4"))
-    said = f"{base}: its layers cannot be entered one by one, so this process runs them without workers"
-    assert [event.name for event in events] == ([] if gone else [said])
 
 
 @pytest.mark.parametrize("name", marked(CAUSAL))

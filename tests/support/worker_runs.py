@@ -17,16 +17,7 @@ from helpers import intruding_factors, power_law, write_adapter, write_sharded
 
 import streamer
 from streamer.linalg.torch_state import threads
-from streamer.storage.transaction import journal_of, states_of
-
-SAVING = """
-import sys
-from streamer.cli.main import main
-from streamer.streaming import sweep
-sweep.SECONDS = 0
-sys.exit(main())
-"""
-"""Runs a command that saves the states of sweeps between any two layers."""
+from streamer.storage.transaction import journal_of
 
 
 @dataclass(frozen=True)
@@ -77,9 +68,8 @@ class WorkerBench:
     def start(self, out: Path, *options: object) -> Iterator[subprocess.Popen[str]]:
         """Start the command in a process group of its own, which is gone afterwards."""
         line = [self.command, self.base, self.adapter, "-o", out, *self.options, "--threads", 1, *options]
-        how = ("-c", SAVING) if self.command in ("evaluate", "repair") else ("-m", "streamer")
         process = subprocess.Popen(
-            [sys.executable, *how, *map(str, line)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [sys.executable, "-m", "streamer", *map(str, line)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             text=True, env=ENV, start_new_session=True,
         )  # fmt: skip
         with process:
@@ -108,35 +98,6 @@ def worker_bench(directory: Path, matrices: int = 10, shape: tuple[int, int] = (
     return WorkerBench.of(directory, base, adapter, ("--solver", "certified"), here)
 
 
-def evaluation_bench(directory: Path, sequences: int = 96, length: int = 24) -> WorkerBench:
-    """Make the inputs of an evaluation of many blocks."""
-    from learned import make_learned
-
-    return sweep_bench(
-        make_learned(directory, sequences, length), streamer.evaluate_variants, sequences, "evaluate", "e.json"
-    )
-
-
-def repair_bench(directory: Path, sequences: int = 240, length: int = 48) -> WorkerBench:
-    """Make the inputs of a repair with many groups of riders."""
-    from learned import make_learned
-
-    return sweep_bench(
-        make_learned(directory, sequences, length), streamer.repair_adapter, sequences, "repair", "repaired"
-    )
-
-
-def sweep_bench(home: Path, call: Callable[..., object], sequences: int, command: str, name: str) -> WorkerBench:
-    """Run a command on texts."""
-    texts = {text: home / f"{text}.npy" for text in ("general", "task")}
-
-    def here(path: Path, **more: object) -> None:
-        call(home / "base", home / "adapter", path, **texts, sequences=sequences, on_event=str, **more)
-
-    options = (*(part for text, path in texts.items() for part in (f"--{text}", path)), "--sequences", sequences)
-    return WorkerBench.of(home, home / "base", home / "adapter", options, here, command, name)
-
-
 def merge_bench(directory: Path, shards: int = 10, shape: tuple[int, int] = (600, 700)) -> WorkerBench:
     """Make the inputs of a merge of many shards, that detects first."""
     factors = {f"a.{i}": intruding_factors(*shape, 4, seed=i) for i in range(shards)}
@@ -150,7 +111,7 @@ def merge_bench(directory: Path, shards: int = 10, shape: tuple[int, int] = (600
 
 
 BENCHES: dict[str, Callable[[Path], WorkerBench]] = {
-    "detect": worker_bench, "merge": merge_bench, "evaluate": evaluation_bench, "repair": repair_bench,
+    "detect": worker_bench, "merge": merge_bench,
 }  # fmt: skip
 """Commands that are divided among workers."""
 
@@ -219,9 +180,7 @@ def wait_until(what: Callable[[], object], seconds: float = 300) -> None:
 
 
 def has_begun(out: Path) -> bool:
-    """Say whether a matrix or a shard is in the journal, or a sweep has saved its states."""
-    if any(states_of(journal_of(path)).exists() for path in (out, out.with_name(f"{out.name}.fit.safetensors"))):
-        return True
+    """Say whether a matrix or a shard is in the journal."""
     if any(out.glob("*.safetensors")):  # in the directory of a model
         return True
     with contextlib.suppress(FileNotFoundError):
