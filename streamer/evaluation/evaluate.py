@@ -89,7 +89,7 @@ class BlockSweep(NamedTuple):
         """Count the rows that ride."""
         texts = self.block.values()
         rows = self.variants * sum(len(ids) for text in texts for ids in text.ids)
-        return Work(fitted=0, riding=rows, length=max(text.longest for text in texts), variants=self.variants)
+        return Work(fitted=0, riding=rows, length=max(text.longest for text in texts))
 
 
 VALUE_BYTES, VARIANT_BYTES = 26, 8000

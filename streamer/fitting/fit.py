@@ -30,7 +30,7 @@ from streamer.evaluation.evaluation import Evaluation, ShrinkComparison, against
 from streamer.linalg.moments import GENERAL_RIDGE, RIDGE, Refit, System, TextInputs, basis, refit, refit_one_hot
 from streamer.linalg.operators import LowRank
 from streamer.measuring import runs
-from streamer.measuring.runs import EvaluatedVariant, Part, Prepared, Progress, Records, Work
+from streamer.measuring.runs import EvaluatedVariant, Part, Prepared, Progress, Records, Sums, Work
 from streamer.measuring.statistics import ADAPTER_ROW, BASE_ROW, SequenceSums, critical_value, flat
 from streamer.measuring.texts import GENERAL, TASK, Texts, TextSequences, read_texts, sample_digest
 from streamer.methods import UNCHANGED, RegMean, Shrink, share_name
@@ -96,29 +96,24 @@ MISSED = 0.01
 """A fit misses its share if it keeps less by more than this."""
 
 
-def adapter_facts(evaluation: Evaluation, name: str) -> dict[str, Any]:
-    """Describe what the unchanged adapter has learned and forgotten on the held-out sequences, in nats per token.
+def check_learning(task: SequenceSums, name: str) -> None:
+    """Check that the adapter learned a text.
 
     Parameters
     ----------
+    task
+        Sums of the base and the adapter on held-out sequences of the text.
     name
-        Name of the task's text, for messages.
-
-    Returns
-    -------
-    dict
-        ``forgotten`` says whether the divergence is significant; ``learning`` is the fall of the loss on the task's text, ``top1_gain`` the
-        rise of the share of its tokens that are the likeliest, ``forgetting`` the rise of the loss on general text, and ``divergence`` the
-        mean ``KL(base ‖ adapter)`` there. ``reliable`` says which of them can be denominators of shares.
+        Name of the text, for messages.
 
     Raises
     ------
     MismatchError
-        If there is no evidence that the adapter learned anything, so that there is no learning to keep.
+        If there is no evidence of it, so that there is no learning to keep.
     """
-    learning = evaluation.task.mean("loss", BASE_ROW, ADAPTER_ROW)
+    learning = task.mean("loss", BASE_ROW, ADAPTER_ROW)
     if learning.is_negative:
-        raise MismatchError(f"{name}: {ask_swapped(evaluation.task)}")
+        raise MismatchError(f"{name}: {ask_swapped(task)}")
     if not learning.is_positive:
         raise MismatchError(
             f"{name}: there is no evidence that the adapter learned this text, so there is nothing to keep: its loss less the base's is "
@@ -126,10 +121,22 @@ def adapter_facts(evaluation: Evaluation, name: str) -> dict[str, Any]:
             f"{critical_value(learning.sequences):.1f} standard errors are evidence; give more text, raise --sequences, or give text of "
             "its task"
         )
+
+
+def adapter_facts(evaluation: Evaluation) -> dict[str, Any]:
+    """Describe what the unchanged adapter has learned and forgotten on the held-out sequences, in nats per token.
+
+    Returns
+    -------
+    dict
+        ``forgotten`` says whether the divergence is significant; ``learning`` is the fall of the loss on the task's text, ``top1_gain`` the
+        rise of the share of its tokens that are the likeliest, ``forgetting`` the rise of the loss on general text, and ``divergence`` the
+        mean ``KL(base ‖ adapter)`` there. ``reliable`` says which of them can be denominators of shares.
+    """
     divergence = evaluation.general.mean("kl", ADAPTER_ROW)
     return {
         "forgotten": divergence.is_positive,
-        **flat("learning", learning),
+        **flat("learning", evaluation.task.mean("loss", BASE_ROW, ADAPTER_ROW)),
         **flat("top1_gain", evaluation.task.mean("right", ADAPTER_ROW, BASE_ROW)),
         **flat("forgetting", evaluation.general.change),
         **flat("divergence", divergence),
@@ -374,15 +381,17 @@ class PreparedFit(Prepared[Coefficients]):
         return runs.with_digest(tree)
 
     def sweeps(self, known: Coefficients | None = None) -> list[Work]:
-        """List the sweep that fits, and the second one for an interpolation and the equal shrink."""
+        """List the sweep that fits, the one before it, and the one after it for an interpolation and the equal shrink."""
         fitted = sum(len(ids) for text in self.texts.values() for ids in text.fitted.ids)
         riding = sum(len(ids) for text in self.held_out.values() for ids in text.ids)
         longest = max(text.whole.longest for text in self.texts.values())
         candidates = len(self.options.weights)
         variants = 2 + candidates + len(SHRINKS)
+        task = sum(len(ids) for ids in self.held_out[TASK].ids)
         return [
-            Work(fitted=(1 + candidates) * fitted, riding=variants * riding, length=longest, variants=variants),
-            Work(fitted=0, riding=4 * riding, length=longest, variants=4),
+            Work(fitted=(1 + candidates) * fitted, riding=variants * riding, length=longest),
+            Work(fitted=0, riding=2 * task, length=longest),
+            Work(fitted=0, riding=4 * riding, length=longest),
         ]
 
     def written_bytes(self, known: Coefficients | None) -> tuple[int, int]:
@@ -653,7 +662,7 @@ class FitRun:
         self.progress = Progress(prepared.run, "fit")
         self.shrinks = [Shrink(lam) for lam in SHRINKS]
         self._rows: dict[str, Mapping[str, SequenceSums]] = {}
-        self._ends: list[tuple[Group, ...]] = []
+        self._ran: dict[tuple[str, tuple[int, ...]], tuple[Group, ...]] = {}
 
     def result(self) -> Coefficients:
         """Run to the end and return the result."""
@@ -666,8 +675,9 @@ class FitRun:
         texts, rows = prepared.held_out, prepared.limits.rows
         self.one_length = runs.needs_one_length(self.model, texts, rows, self.monitor.checkpoint)
         with contextlib.closing(Spool(self.model.directory)) as spool:
+            self._check_learning()
             points, unseen = self._fit_candidates(spool)
-            adapter = adapter_facts(self._evaluation(), prepared.texts[TASK].whole.name)
+            adapter = adapter_facts(self._evaluation())
             self.monitor.warn(doubts(adapter))
             keep, chosen = prepared.options.keep, self._choose(points)
             self.progress.finish()
@@ -680,8 +690,17 @@ class FitRun:
         return Coefficients(keep, factors, facts)
 
     def _parts(self, variants: int) -> list[Part]:
+        """Make the groups of held-out sequences; those of the base and the adapter that have run are reused."""
         rows = self.prepared.limits.rows
-        return runs.riders(self.prepared.held_out, variants, self.model.size, rows, self.one_length)
+        parts = runs.riders(self.prepared.held_out, variants, self.model.size, rows, self.one_length)
+        ran = [self._ran.get((part.name, part.numbers), ()) for part in parts]
+        return [replace(p, groups=(*known, *p.groups[len(known) :])) for p, known in zip(parts, ran, strict=True)]
+
+    def _check_learning(self) -> None:
+        """Measure the base and the adapter on the task's text alone, to refuse swapped texts before the fit."""
+        ends = Variant(BASE, None), Variant(ADAPTER, UNCHANGED)
+        held_out = [part for part in self._parts(len(ends)) if part.name == TASK]
+        check_learning(self._sweep(ends, held_out)[TASK], self.prepared.texts[TASK].whole.name)
 
     def _fit_candidates(self, spool: Spool) -> tuple[list[Point], list[str]]:
         """Fit all candidates in one sweep, in which they, the adapter and shrinks ride; also list matrices that a text never reached."""
@@ -699,8 +718,6 @@ class FitRun:
         variants += map(Variant.of, self.shrinks)
         held_out = self._parts(len(variants))
         self._measure(variants, held_out, fitted, solver)
-        # Later sweeps need only the logits of the base's and the adapter's results.
-        self._ends = [part.groups[: ADAPTER_ROW + 1] for part in held_out]
         unseen = sorted({target.tensor for target in plan.targets} - solver.places.keys())
         if unseen:
             self.monitor.warn((f"no tokens from one of the texts, or no solution, for {counted(len(unseen), 'matrix')}, "
@@ -749,9 +766,7 @@ class FitRun:
         if not new:
             return
         riders = [Variant(BASE, None), Variant(ADAPTER, UNCHANGED), *new]
-        parts = zip(self._parts(len(riders)), self._ends, strict=True)
-        reused = [replace(part, groups=(*ends, *part.groups[len(ends) :])) for part, ends in parts]
-        self._measure(riders, reused)
+        self._measure(riders, self._parts(len(riders)))
         self.shrinks += shrinks
 
     def _share_kept(self, name: str) -> float:
@@ -763,7 +778,14 @@ class FitRun:
 
     def _measure(self, variants: Sequence[Variant], held_out: Sequence[Part], fitted: Sequence[Group] = (),
                  solver: Solver | None = None) -> None:  # fmt: skip
-        """Run a sweep in which variants, the base first, ride."""
+        """Run a sweep in which variants, the base and the adapter first, ride, and keep their sums."""
+        sums = self._sweep(variants, held_out, fitted, solver)
+        for row, variant in enumerate(variants):
+            self._rows.setdefault(variant.name, {text: text_sums.take([row]) for text, text_sums in sums.items()})
+
+    def _sweep(self, variants: Sequence[Variant], held_out: Sequence[Part], fitted: Sequence[Group] = (),
+               solver: Solver | None = None) -> Sums:  # fmt: skip
+        """Run a sweep, and return the sums of its riders; the base's and the adapter's groups are kept for later sweeps."""
         prepared, model = self.prepared, self.model
         groups = [*fitted, *(group for part in held_out for group in part.groups if not group.results)]
         cost = runs.sweep_cost(model.size, sum(group.rows for group in groups), len(groups))
@@ -774,8 +796,8 @@ class FitRun:
         states = None if solver is None else self.records.states(names, solver.factors, solver.restore)
         check = None if solver is None else solver.check
         sums = runs.measure(model, held_out, self.progress, prepared.limits, fitted, solver, states, check)
-        for row, variant in enumerate(variants):
-            self._rows.setdefault(variant.name, {text: text_sums.take([row]) for text, text_sums in sums.items()})
+        self._ran |= {(part.name, part.numbers): part.groups[: ADAPTER_ROW + 1] for part in held_out}
+        return sums
 
     def _sums(self, text: str, *names: str) -> SequenceSums:
         """Return the sums on a text for the base, the unchanged adapter, and other measured variants."""

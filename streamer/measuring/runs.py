@@ -302,14 +302,11 @@ class Work:
         Rows of groups of a fit, and of riders.
     length
         Tokens of the longest sequence.
-    variants
-        Variants that ride.
     """
 
     fitted: int
     riding: int
     length: int
-    variants: int = 1
 
     def nbytes(self, size: ModelSize, resident: int, limits: Limits) -> int:
         """Estimate the peak memory of a sweep.

@@ -16,7 +16,7 @@ from learned import held_apart, make_learned, repaired
 from test_schemas import check
 
 import streamer
-from streamer.errors import FormatError, OutputExistsError
+from streamer.errors import FormatError, MismatchError, OutputExistsError
 from streamer.evaluation.evaluation import against_shrink
 from streamer.events import Event
 from streamer.fitting.fit import MISSED, SHRINKS, factors_of
@@ -135,6 +135,10 @@ def test_swapped_texts_are_asked_about(server: Server, home: Path, tmp_path: Pat
     assert line.startswith("streamer: general.npy: the adapter's loss on the task's text is above the base's, by ")
     assert line.endswith(": are the two texts swapped?")
     assert list(tmp_path.iterdir()) == [], "nothing of it is to be taken up"
+    events = list[Event]()
+    with pytest.raises(MismatchError, match="are the two texts swapped"):
+        streamer.repair_adapter(home / "base", home / "adapter", tmp_path / "c", on_event=events.append, **swapped)
+    assert [event.name for event in events].count("embeddings") == 1, "before the sweep that fits"
 
 
 def test_the_least_budget_that_is_named_is_enough(server: Server, home: Path, tmp_path: Path) -> None:
@@ -217,7 +221,7 @@ def test_the_share_is_a_floor(large: Path) -> None:
     """Candidates that keep it all are told apart by their divergence, and nothing is given away."""
     made, sweeps, said = fit(large, (0.1, 1.0), 0.3)
     (one,) = made.facts["sets"]
-    assert (sweeps, missed(said), one["missed"], one["mu"]) == (2, [], False, 1.0)  # the second measures the shrink
+    assert (sweeps, missed(said), one["missed"], one["mu"]) == (3, [], False, 1.0)  # what was learned, fit, shrink
     assert one["kept"] > 0.6
     apart = [fit(large, (mu,), 0.3)[0] for mu in (0.1, 1.0)]
     assert one["divergence"] == min(each.facts["sets"][0]["divergence"] for each in apart)
@@ -227,7 +231,7 @@ def test_the_share_is_a_floor(large: Path) -> None:
 def test_between_two_candidates_factors_are_interpolated(large: Path) -> None:
     """In one further sweep."""
     made, sweeps, said = fit(large, (0.1, 64.0), 0.9)
-    assert (sweeps, missed(said)) == (2, [])
+    assert (sweeps, missed(said)) == (3, [])
     ends = [factors(fit(large, (mu,), 0.001)[0]) for mu in (0.1, 64.0)]
     (one,) = made.facts["sets"]
     assert 0.1 < one["mu"] < 64
@@ -241,7 +245,7 @@ def test_between_two_candidates_factors_are_interpolated(large: Path) -> None:
 def test_if_no_candidate_keeps_the_share_the_adapter_is_an_end(large: Path) -> None:
     made, sweeps, _ = fit(large, (64.0,), 0.9)
     (one,) = made.facts["sets"]
-    assert (sweeps, 0 < one["mu"] < 64) == (2, True)
+    assert (sweeps, 0 < one["mu"] < 64) == (3, True)
     plan, end = make_plan(large / "base", large / "adapter"), factors(fit(large, (64.0,), 0.001)[0])
     for target in plan.targets:
         start = factors_of(plan, target).R.float()

@@ -12,7 +12,7 @@ from seeds import vary
 from streamer.api.texts import RepairRequest
 from streamer.errors import FormatError, MismatchError, UsageError
 from streamer.evaluation.evaluation import Evaluation
-from streamer.fitting.fit import SHRINKS, Point, adapter_facts, divide, misses, set_facts
+from streamer.fitting.fit import SHRINKS, Point, check_learning, divide, misses, set_facts
 from streamer.measuring.runs import LENGTHS, EvaluatedVariant, of_few_lengths
 from streamer.measuring.statistics import BINS, SequenceSums
 from streamer.measuring.texts import TextSequences
@@ -160,13 +160,12 @@ def test_a_refusal_says_how_many_errors_the_sequences_take() -> None:
     """Of two sequences a fall of four errors does not tell: without the number the message would contradict itself."""
     few = sums([0.3, 0.5])
     with pytest.raises(MismatchError, match="no evidence that the adapter learned this text") as refused:
-        adapter_facts(Evaluation((), few, few, {}), "task.txt")
+        check_learning(few, "task.txt")
     line = str(refused.value)
     assert (
         "-0.4000 ± 0.1000 on 2 held-out sequences, where only 12.7 standard errors are evidence; give more text" in line
     )
-    many = sums([0.3, 0.5] * 4)
-    assert adapter_facts(Evaluation((), many, many, {}), "task.txt")["learning"] == pytest.approx(0.4)
+    check_learning(sums([0.3, 0.5] * 4), "task.txt")
 
 
 @pytest.mark.parametrize(("left", "missed"), [(0.1, False), (0.105, False), (0.15, True), (-0.2, False)])
