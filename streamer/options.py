@@ -371,7 +371,8 @@ class MethodOptions(Scaling, group="mitigation"):
         "from 0 (remove) to 1 (keep). With --map: share of each delta's energy on general inputs", None, "--lambda", metavar="L",
         shown=f"{DEFAULT.mitigation_lambda:g}, with a map {NullSpace.mitigation_lambda:g}")
     method: MethodName | None = option("; ".join(f"{name}: {METHODS[name].about}" for name in WITHOUT_FILES) + ". With --coefficients "
-        "or --map, the file sets the method", metavar="NAME", choices=[*METHODS], shown=DEFAULT.name, detail="The mitigated delta "
+        "or --map, the file sets the method", metavar="NAME", choices=[*METHODS], shown=f"in Python {DEFAULT.name}",
+        detail="The mitigated delta "
         "is Δ + (λ − 1) U Σ Vᵀ (paper), (I − (1 − λ) U Uᵀ) Δ (project), λ Δ (shrink) or L R'ᵀ with new right factors (regmean).")
 
     @cached_property

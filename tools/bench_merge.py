@@ -60,7 +60,7 @@ def streamer(*arguments: str | Path) -> list[str]:
 
 def merge_command(base: Path, adapter: Path, out: Path, findings: Path | None = None) -> list[str]:
     """`streamer merge`: at λ = 1, or from findings."""
-    options = ("1",) if findings is None else (str(LAMBDA), "--findings", findings)
+    options = ("1",) if findings is None else (str(LAMBDA), "--method", "paper", "--findings", findings)
     return streamer("merge", "--quiet", base, adapter, "-o", out, "--lambda", *options)
 
 

@@ -46,7 +46,7 @@ def arguments(command: str, base: str, adapter: Path, home: Path) -> list[str]:
     """The arguments of a command; all but `inspect` and `detect` take findings."""
     out = {"inspect": [], "detect": ["-o", f"{home}/found.safetensors"], "mitigate": ["-o", f"{home}/adapter"],
            "merge": ["-o", f"{home}/model"]}[command]  # fmt: skip
-    found = ["--findings", f"{home}/found.safetensors"] if command in ("mitigate", "merge") else []
+    found = ["--method", "paper", "--findings", f"{home}/found.safetensors"] if command in ("mitigate", "merge") else []
     return [sys.executable, "-m", "streamer", command, base, str(adapter), *out, *found, "-q"]
 
 

@@ -222,6 +222,9 @@ def first_runs() -> Iterator[Run]:
     yield Run("several/detect", ("detect", "input/plain", "input/several", "-o", "several/detect/out", "--json"))
 
 
+PAPER = "--method", "paper"
+
+
 def later_runs() -> Iterator[Run]:
     """Outputs from findings and without, reports, refusals."""
     for name, inputs in FIXTURES.items():
@@ -238,27 +241,32 @@ def later_runs() -> Iterator[Run]:
         yield Run(f"{name}/report", ("report", findings, "--all"))
     lora = FIXTURES["lora"]
     yield Run("lora/report-json", ("report", "lora/detect/out.safetensors", "--json"))
-    yield Run("lora/mitigate-alone", ("mitigate", *lora, "-o", "lora/mitigate-alone/out", "--scale", "first"))
-    yield Run("sharded/merge-alone", ("merge", *FIXTURES["sharded"], "-o", "sharded/merge-alone/out", "--io", "pread"))
-    yield Run("sharded/dry-run", ("merge", *FIXTURES["sharded"], "-o", "sharded/dry-run/out", "--dry-run", "--json"))
+    yield Run("lora/mitigate-alone", ("mitigate", *lora, "-o", "lora/mitigate-alone/out", *PAPER, "--scale", "first"))
+    yield Run(
+        "sharded/merge-alone", ("merge", *FIXTURES["sharded"], "-o", "sharded/merge-alone/out", *PAPER, "--io", "pread")
+    )
+    yield Run(
+        "sharded/dry-run", ("merge", *FIXTURES["sharded"], "-o", "sharded/dry-run/out", *PAPER, "--dry-run", "--json")
+    )
     for name in ("lora", "dora", "tuned"):
         case = f"{name}/to-lora"
         yield Run(
-            case, ("mitigate", *FIXTURES[name], "-o", f"{case}/out", "--to-lora", "6", "--lambda", "0.5", "--json")
+            case,
+            ("mitigate", *FIXTURES[name], "-o", f"{case}/out", *PAPER, "--to-lora", "6", "--lambda", "0.5", "--json"),
         )
-    together = ("merge", "input/plain", "input/several", "-o", "several/merge/out", "--lambda", "0.5", "--json")
+    together = ("merge", "input/plain", "input/several", "-o", "several/merge/out", *PAPER, "--lambda", "0.5", "--json")
     yield Run("several/merge", (*together, "--findings", "several/detect/out"))
     yield Run("refused/lambda", ("merge", *lora, "-o", "refused/lambda/out", "--lambda", "1.5", "--json"))
     yield Run("refused/lambda-text", ("merge", *lora, "-o", "refused/lambda/out", "--lambda", "half"))
     yield Run("refused/shape", ("detect", "input/other", lora[1], "-o", "refused/shape/out.safetensors", "--json"))
     yield Run("refused/adapter", ("detect", "input/plain", "input/no-adapter", "-o", "refused/adapter/out.safetensors"))
-    other = ("--findings", "dora/detect/out.safetensors")
+    other = (*PAPER, "--findings", "dora/detect/out.safetensors")
     yield Run("refused/findings", ("merge", *lora, "-o", "refused/findings/out", *other))
 
 
 def last_runs() -> Iterator[Run]:
     """One output again and again, in this order: made, there already, another refused, overwritten."""
-    findings = ("--findings", "lora/detect/out.safetensors", "--json")
+    findings = (*PAPER, "--findings", "lora/detect/out.safetensors", "--json")
     for case, *options in (("made", "0.5"), ("same", "0.5"), ("other", "0"), ("overwritten", "0", "--overwrite")):
         yield Run(f"again/{case}", ("merge", *FIXTURES["lora"], "-o", "again/out", *findings, "--lambda", *options))
 

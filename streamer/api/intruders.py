@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
+from typing import TYPE_CHECKING, Literal, Unpack, overload
 
 from torch import Tensor
 
@@ -33,6 +33,18 @@ from streamer.workers import Workers
 
 if TYPE_CHECKING:
     from streamer.api.keywords import DetectKeywords, IterateKeywords, MergeKeywords, ReduceKeywords
+
+
+METHOD_LINES = (
+    "  streamer repair BASE ADAPTER -o OUTPUT  no text needed: kept 92 %, left 12 %; with text of the task 98 and 8 %",
+    "  --method shrink --lambda 0.5            nothing needed: kept 91 %, left 29 %",
+    "  --map FILE                              a map of BASE from `streamer map`: kept 102 %, left 68 %",
+    "  --method paper, --method project        intruders, which `detect` finds: kept 100 %, left 100 % (none were found)",
+    "  --coefficients FILE                     the fit of a repair: as the repair",
+    "  --lambda 1                              the adapter as it is",
+    "  means over four adapters: learning kept, and KL from the base left on general text (docs/methods.md)",
+)
+"""What each method needs, and what it kept and left in README's table."""
 
 
 class DetectRequest(Request, DetectOptions):
@@ -121,11 +133,14 @@ class OutputRequest(Request, MitigateOptions, MergeOptions, IterateOptions):
         Whether to write an adapter or a model.
     measured
         Measurements for the record and the model card, one line each.
+    default_method
+        Whether `paper` is used if no method is named, as by PEFT's function. The command line asks for a method.
     """
 
     output: str | Path
     command: Literal["mitigate", "merge"]
     measured: tuple[str, ...] = ()
+    default_method: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -139,9 +154,10 @@ class OutputRequest(Request, MitigateOptions, MergeOptions, IterateOptions):
         return self.requantize if isinstance(self.requantize, InputMap | None) else load_map(self.requantize)
 
     @property
-    def _mitigating(self) -> tuple[Any, ...]:
-        """Return what asks for a mitigation: None if it is not given."""
-        return self.method, self.mitigation_lambda, self.findings, self.coefficients, self.map
+    def _names_method(self) -> bool:
+        """Test whether a method, a file that sets it, or λ 1, at which all are the same, is given."""
+        named = self.method, self.coefficients, self.map
+        return self.mitigation_lambda == 1 or any(value is not None for value in named)
 
     @property
     def shard_bytes(self) -> int | None:
@@ -181,12 +197,21 @@ class OutputRequest(Request, MitigateOptions, MergeOptions, IterateOptions):
         findings = load_given(self.findings, adapters)
         detection = detection_options(self, self.memory, findings[0])
         jobs = open_jobs(base, adapters, findings, self.chosen, detection, run)
-        if self.command == "merge" and all(value is None for value in self._mitigating):
+        if (
+            self.command == "merge"
+            and not self._names_method
+            and (self.mitigation_lambda, self.findings) == (None, None)
+        ):
             jobs = [replace(job, method=UNCHANGED) if job.made_before else job for job in jobs]
             if any(job.made_before for job in jobs):
-                run.monitor.note(
-                    "merges an adapter that was mitigated already as it is; --method and --lambda mitigate it again"
-                )
+                run.monitor.note("merges an adapter that was mitigated already as it is; --method mitigates it again")
+        if not (self.default_method or self._names_method or all(job.method == UNCHANGED for job in jobs)):
+            error = UsageError(
+                f"method: {self.command} needs one, and none is given; choose by what each kept and left"
+            )
+            for line in METHOD_LINES:
+                error.add_note(line)
+            raise error
         return [
             replace(
                 job, dequantize=self.dequantize, dtype=self.dtype, shard_bytes=self.shard_bytes, requantize=self.input_map,

@@ -90,10 +90,7 @@ EVALUATE = (
     "streamer evaluate base adapter --general general-test.npy --task task-test.npy --coefficients repaired.fit.safetensors "
     "-o evaluation.json"
 )
-NEXT = (
-    "next: streamer repair BASE ADAPTER --general TEXT --task TEXT -o OUTPUT",
-    "or, without text: streamer mitigate BASE ADAPTER --method shrink --lambda 0.75 -o OUTPUT",
-)
+NEXT = "next, with your own: streamer repair BASE ADAPTER -o OUTPUT"
 
 
 def _outcome(record: Mapping[str, Any]) -> str:
@@ -127,4 +124,4 @@ def demo_text(result: DemoRecord, screen: Screen) -> str:
     if directory is not None:
         kept = [f"a page with these figures: {Path(directory, 'report.html').absolute().as_uri()}"]
         kept += [f"on text that nothing was trained or fitted on, in {directory}: {EVALUATE}"] if figures else []
-    return screen.join(tour, left_out, figures, [*kept, *NEXT])
+    return screen.join(tour, left_out, figures, [*kept, NEXT])

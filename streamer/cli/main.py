@@ -216,6 +216,8 @@ def run(argv: list[str] | None = None) -> int:
         described = _described(e, _paths(args))
         error = described or error_entry(type(e).__name__, 1, str(e))
         _tell([error] if described or args.json_events else [], _errors(error), args.json, progress)
+        for note in getattr(e, "__notes__", ()):
+            progress.tell(note)
         if described is None:  # our own bug: print its traceback
             raise
         return error["exit_code"]

@@ -161,14 +161,13 @@ FIRST_RUN = """\
 a first run:
   streamer inspect BASE ADAPTER
       see which tensor each module changes
-  streamer repair BASE ADAPTER --task TEXT --general TEXT -o DIR
-      write an adapter that forgets less, as measured on your texts
-  streamer mitigate BASE ADAPTER --method shrink --lambda 0.75 -o DIR
-      without texts: scale the whole adapter
-  streamer merge BASE DIR --lambda 1 -o MODEL
+  streamer repair BASE ADAPTER -o DIR
+      write an adapter that forgets less, and measure it; --task TEXT, text
+      of its task, makes it better
+  streamer merge BASE DIR -o MODEL
       write a plain model with that adapter merged in
-  streamer evaluate BASE ADAPTER --general TEXT --task TEXT -o FILE
-      measure what each method and lambda keeps and forgets
+  streamer evaluate BASE ADAPTER -o FILE
+      measure what shrinking the adapter keeps and forgets
 
 BASE is a model directory or a .safetensors file, ADAPTER the directory of a
 PEFT adapter; both can be hub names or addresses. detect, mitigate and merge
@@ -186,16 +185,15 @@ EXAMPLES = {
       writes found/ADAPTER1.safetensors and found/ADAPTER2.safetensors
 """,
     "mitigate": """\
-  streamer mitigate BASE ADAPTER -o mild --lambda 0.75
-  streamer mitigate BASE ADAPTER -o half --lambda 0.5 --findings f.safetensors
-  streamer mitigate BASE ADAPTER -o as-lora --to-lora 32
-  streamer mitigate BASE ADAPTER -o repaired --map base.map.safetensors
+  streamer mitigate BASE ADAPTER -o half --method shrink --lambda 0.5
+  streamer mitigate BASE ADAPTER -o mild --method paper --findings f.safetensors
+  streamer mitigate BASE ADAPTER -o as-lora --lambda 1 --to-lora 32
+  streamer mitigate BASE ADAPTER -o reduced --map base.map.safetensors
       apply a map of BASE, made once for all its adapters
 """,
     "merge": """\
-  streamer merge BASE ADAPTER -o merged --lambda 0.5
-  streamer merge BASE ADAPTER -o plain --dequantize
-      a plain model, if BASE is quantized
+  streamer merge BASE ADAPTER -o merged --lambda 1
+  streamer merge BASE REPAIRED -o plain --dequantize
 """,
     "report": """\
   streamer report findings.safetensors
@@ -208,9 +206,13 @@ EXAMPLES = {
   streamer verify merged BASE ADAPTER --sample all
       recomputes every matrix, and compares every other tensor byte by byte
 """,
-    "evaluate": "  streamer evaluate BASE ADAPTER --general web.txt --task chats.jsonl -o e.json\n",
+    "evaluate": """\
+  streamer evaluate BASE ADAPTER -o e.json
+  streamer evaluate BASE ADAPTER --general web.txt --task chats.jsonl -o e.json
+""",
     "map": "  streamer map BASE --general web.txt -o base.map.safetensors\n",
     "repair": """\
+  streamer repair BASE ADAPTER -o repaired
   streamer repair BASE ADAPTER --task t.jsonl -o repaired
   streamer repair BASE ADAPTER --task t.jsonl -o repaired --to-lora 32
       also for DoRA, LoHa, LoKr and fine-tuned models
@@ -281,6 +283,7 @@ def build_parser(first: str = "") -> Parser:
     for name, (about, kinds) in COMMANDS.items():
         sub = commands.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.",
                                   epilog=f"examples:\n{EXAMPLES[name]}\n{EXIT_CODES}")  # fmt: skip
+        sub.set_defaults(default_method=False)
         groups = {"": sub, **{title: sub.add_argument_group(title) for title in GROUPS}}
         for kind in (*kinds, options.Printing) if first in (name, "") or first not in COMMANDS else ():
             for field, option, group in declared(kind):

@@ -96,14 +96,12 @@ def state_line(where: object, state: str) -> str:
 
 
 def next_step(findings: Findings, screen: Screen, base: str = "BASE", adapter: str = "ADAPTER") -> str:
-    """Give the commands that make the adapter forget less: with texts a repair, else a shrink."""
+    """Give the command that makes the adapter forget less: a repair, or of a pipeline, which no repair runs, a shrink."""
     options = views.input_options({"base": findings.base, "adapter": findings.adapter})
-    texts = "--general", "TEXT", "--task", "TEXT", "-o", "OUTPUT"
-    repair = ["repair", base, adapter, *texts, *options]
-    shrink = ["mitigate", base, adapter, "--method", "shrink", "--lambda", "0.75", "-o", "OUTPUT", *options]
-    if any("/" in file["file"] for file in findings.base.get("files", ())):  # a pipeline, which repair does not run
-        return fit(f"next: streamer {shlex.join(shrink)}", screen.width)
-    return screen.join([f"next: streamer {shlex.join(repair)}", f"or, without text: streamer {shlex.join(shrink)}"])
+    words = ["repair", base, adapter, "-o", "OUTPUT", *options]
+    if any("/" in file["file"] for file in findings.base.get("files", ())):
+        words = ["mitigate", base, adapter, "--method", "shrink", "--lambda", "0.75", "-o", "OUTPUT", *options]
+    return fit(f"next: streamer {shlex.join(words)}", screen.width)
 
 
 def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMIT) -> str:

@@ -843,14 +843,18 @@ def commands(evaluation: Evaluation, suggestion: Suggestion, names: Names | None
     options = names.reading + (f" --dtype {facts['dtype']}" if facts["dtype"] != "float32" else "")
     options += "".join(f" {word}" for word in input_options(facts))
     projected = " --projected" if facts["projected"] else ""
-    evaluate = f"streamer evaluate {names.inputs} --general {{}} --task {{}} -o {{}}{options}{projected}{names.others}"
+
+    def evaluate(general: str, task: str, output: str) -> str:
+        texts = "".join(f" --{name} {text}" for name, text in (("general", general), ("task", task)) if text)
+        return f"streamer evaluate {names.inputs}{texts} -o {output}{options}{projected}{names.others}"
+
     if suggestion.swapped:
-        return [f"next: {evaluate.format(names.task, names.general, 'OTHER')}"]
+        return [f"next: {evaluate(names.task, names.general, 'OTHER')}"]
     if reason == "not learned":
         return ["next: give --task text that the adapter was trained for, or more of it (--sequences)"]
     if suggestion.shrink is not None and variant is None:
         lam = rounded_up(suggestion.shrink.mitigation_lambda)
-        return [f"next: {evaluate.format(names.general, names.task, names.output)} --method shrink --lambda {lam:g}"]
+        return [f"next: {evaluate(names.general, names.task, names.output)} --method shrink --lambda {lam:g}"]
     assert variant is not None
     command, *words = evaluation.command(variant, merges=names.mitigated)
     make = " ".join(["streamer", command, names.inputs, "-o", "OUTPUT", *words])
@@ -867,8 +871,8 @@ def commands(evaluation: Evaluation, suggestion: Suggestion, names: Names | None
     keep = f" --keep {suggestion.keep:g}" if suggestion.keep < 1 else ""
     return [
         *([f"made by: {make}"] if reason == "forgets least" else []),
-        "a repair usually forgets much less; fit it on other text than this, on which its result can then be measured",
-        f"next: streamer repair {names.inputs} --general TEXT --task TEXT{keep} -o OUTPUT{options}",
+        "a repair usually forgets much less, and needs no text; with other text of the task than this (--task) it is better",
+        f"next: streamer repair {names.inputs}{keep} -o OUTPUT{options}",
     ]
 
 

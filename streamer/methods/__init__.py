@@ -244,7 +244,7 @@ class NullSpace(Method):
     """
 
     map: InputMap
-    mitigation_lambda: float = 0.6
+    mitigation_lambda: float = 0.3
 
     name: ClassVar[MethodName] = "nullspace"
     needs = "map"

@@ -158,12 +158,8 @@ def headline(subject: Subject) -> tuple[str, list[tuple[str, str]]]:
     return (
         f"{counted(subject.intruders, 'intruder')} in {with_any} of {counted(len(subject), 'matrix')}{carrying}. "
         "The effect of mitigation has not been measured yet.",
-        [
-            ("Make the adapter forget less, as measured on two of your own texts",
-             "streamer repair BASE ADAPTER --general TEXT --task TEXT -o OUTPUT"),
-            ("Or, without text", "streamer mitigate BASE ADAPTER --method shrink --lambda 0.75 -o OUTPUT"),
-        ],
-    )  # fmt: skip
+        [("Make the adapter forget less, and measure it", "streamer repair BASE ADAPTER -o OUTPUT")],
+    )
 
 
 def sentences(subject: Subject) -> list[str]:

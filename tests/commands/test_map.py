@@ -45,12 +45,12 @@ def test_a_map_and_what_it_is_for(server: Server, home: Path, tmp_path: Path) ->
     line = line.partition(": streamer ")[2].replace("ADAPTER", str(adapter)).replace("OUTPUT", str(made))
     done = server.run(*line.split())
     assert done.code == 0
-    assert "method nullspace, lambda 0.6: " in done.out
+    assert "method nullspace, lambda 0.3: " in done.out
     assert "each by its energy on general inputs" in done.out
     record = json.loads((made / "streamer.json").read_text())
     assert (record["map"], record["file"]) == ({"vectors": 16, "sha256": found.digest}, "m.safetensors")
     card = (made / "README.md").read_text()
-    assert "--lambda 0.6 --method nullspace --map m.safetensors" in card
+    assert "--lambda 0.3 --method nullspace --map m.safetensors" in card
     assert f"streamer verify OUTPUT {base.name} {adapter.name} --sample all --map m.safetensors" in card
     assert f"| map | digest `{found.digest[:16]}` |" in card
     done = server.run("verify", made, base, adapter, "--map", file, "--sample", "all")

@@ -144,3 +144,26 @@ def test_a_man_page(tmp_path: Path) -> None:
         done = subprocess.run(["groff", "-man", "-Tutf8", "-ww", page], capture_output=True, text=True, check=True)
         assert done.stderr == ""
         assert "allow a lambda outside" in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize("command", ["mitigate", "merge"])
+@pytest.mark.parametrize("options", [(), ("--lambda", "0.5"), ("--to-lora", "4")])
+def test_without_a_method_each_is_named_and_nothing_is_written(
+    command: str, options: tuple[str, ...], job: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """On the command line, where the default would be the one that usually changes nothing."""
+    if command == "merge":
+        options = tuple(word for word in options if word not in ("--to-lora", "4"))
+    done = server().run(command, *job, "-o", tmp_path / "out", *options, as_given=True)
+    assert (done.code, done.out, done.calls) == (2, "", [])
+    first, *lines = done.err.splitlines()
+    assert first == f"streamer: --method: {command} needs one, and none is given; choose by what each kept and left"
+    for words in ("streamer repair", "--method shrink", "--map", "--method paper", "--coefficients", "--lambda 1"):
+        assert any(line.strip().startswith(words) for line in lines), words
+    assert server().run(command, *job, "-o", tmp_path / "out", "--lambda", 1, as_given=True).code == 0
+
+
+def test_only_commands_that_divide_their_work_have_workers(tmp_path: Path) -> None:
+    done = server().run("repair", "b", "a", "-o", tmp_path / "out", "--workers", 2)
+    assert done.code == 2
+    assert "'--workers', which only detect and merge have; other commands use --threads" in done.err

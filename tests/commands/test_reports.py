@@ -196,12 +196,10 @@ def test_the_last_lines_are_the_commands_to_run_next(files: Path, inputs: Inputs
         (("report", found), ("BASE", "ADAPTER")),
         (("report", found, "-o", tmp_path / "page.html"), ("BASE", "ADAPTER")),
     ):  # fmt: skip
-        *_, empty, repair, shrink = server().run(*line).out.splitlines()
+        *_, empty, repair = server().run(*line).out.splitlines()
         assert empty == ""
         args = build_parser().parse_args(shlex.split(repair.removeprefix("next: streamer ")))
         assert (args.command, args.base, args.adapter) == ("repair", *expected)
-        args = build_parser().parse_args(shlex.split(shrink.removeprefix("or, without text: streamer ")))
-        assert (args.command, args.base, *args.adapter, args.method) == ("mitigate", *expected, "shrink")
 
 
 def test_an_evaluation_needs_no_findings(files: Path, tmp_path: Path) -> None:

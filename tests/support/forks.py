@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from command_line import ENV
+from command_line import ENV, with_method
 from helpers import one_file
 
 CALLS = ("write", "pwrite", "fsync", "rename", "unlink", "ftruncate")
@@ -136,9 +136,13 @@ class Server:
             stdout=subprocess.PIPE, text=True, env=env, stderr=subprocess.DEVNULL,
         )  # fmt: skip
 
-    def run(self, *argv: object, at: int = 0, code: str = "", before: str = "") -> Outcome:
-        """Run `streamer` with these arguments; `code` runs inside before its `at`-th call, `before` at its beginning."""
-        return self._ask({"argv": [str(a) for a in argv], "at": at, "code": code, "before": before})
+    def run(self, *argv: object, at: int = 0, code: str = "", before: str = "", as_given: bool = False) -> Outcome:
+        """Run `streamer` with these arguments; `code` runs inside before its `at`-th call, `before` at its beginning.
+
+        Without `as_given`, a method is named if they name none; see `with_method`.
+        """
+        words = [str(arg) for arg in argv] if as_given else with_method(argv)
+        return self._ask({"argv": words, "at": at, "code": code, "before": before})
 
     @property
     def running(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import helpers
 import pipelines
 import torch
-from command_line import ENV
+from command_line import ENV, with_method
 from forks import Outcome, Server
 from helpers import MODULES, tree_digest, write_adapter, write_sharded
 from safetensors import SafetensorError, safe_open
@@ -54,7 +54,7 @@ class Case:
 
     def start(self, out: Path) -> subprocess.Popen[str]:
         """Start it as a user does, in a process of its own."""
-        line = [sys.executable, "-m", "streamer", *self.line(out), "--threads", "1"]
+        line = [sys.executable, "-m", "streamer", *with_method(self.line(out)), "--threads", "1"]
         return subprocess.Popen(line, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     @property

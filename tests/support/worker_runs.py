@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from command_line import ENV
+from command_line import ENV, with_method
 from helpers import intruding_factors, power_law, write_adapter, write_sharded
 
 import streamer
@@ -69,7 +69,7 @@ class WorkerBench:
         """Start the command in a process group of its own, which is gone afterwards."""
         line = [self.command, self.base, self.adapter, "-o", out, *self.options, "--threads", 1, *options]
         process = subprocess.Popen(
-            [sys.executable, "-m", "streamer", *map(str, line)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [sys.executable, "-m", "streamer", *with_method(line)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             text=True, env=ENV, start_new_session=True,
         )  # fmt: skip
         with process:

@@ -212,7 +212,7 @@ def test_the_table_has_every_variant_and_the_suggestion_in_words() -> None:
         "of the variants that keep 90% of what was learned, shrink 0.75 has the least divergence from the base, "
     )
     assert lines[-3] == "made by: streamer mitigate BASE ADAPTER -o OUTPUT --method shrink --lambda 0.75"
-    assert lines[-1] == "next: streamer repair BASE ADAPTER --general TEXT --task TEXT --keep 0.9 -o OUTPUT"
+    assert lines[-1] == "next: streamer repair BASE ADAPTER --keep 0.9 -o OUTPUT"
 
 
 @pytest.mark.parametrize(("options", "keep", "verdict", "words"), [
@@ -236,7 +236,7 @@ def test_the_table_has_every_variant_and_the_suggestion_in_words() -> None:
         {"curves": {"paper": CURVES["paper"]}},
         0.95,
         "use the adapter as it is: no variant that keeps 95% of what it learned diverges measurably less from the base",
-        "next: streamer repair BASE ADAPTER --general TEXT --task TEXT --keep 0.95 -o OUTPUT",
+        "next: streamer repair BASE ADAPTER --keep 0.95 -o OUTPUT",
     ),
     (
         {"curves": {"project": CURVES["project"]}}, 0.9, "use project 0.9: it keeps ",
@@ -271,7 +271,7 @@ def test_the_table_fits_a_screen_and_names_the_inputs() -> None:
             in flat
         )
         assert flat.startswith("use project 0.9: it keeps ")
-        assert flat.index("wrote e.json") < flat.index("next: streamer repair 'my base' adapter --general")
+        assert flat.index("wrote e.json") < flat.index("next: streamer repair 'my base' adapter --keep")
         assert "KL left" in flat
         if width == 80:
             assert all(len(line) <= width for line in text.splitlines())

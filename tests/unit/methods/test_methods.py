@@ -59,7 +59,7 @@ def test_no_method_is_the_default_unless_coefficients_are_given() -> None:
 
 def test_a_map_chooses_its_method_and_no_other_takes_it() -> None:
     mapped = InputMap((), {"vectors": 16})
-    assert make_method(None, map=mapped).label == "nullspace 0.6"
+    assert make_method(None, map=mapped).label == "nullspace 0.3"
     for lam in (1.5, -0.1):
         with pytest.raises(UsageError, match=r"^lambda must be between 0 \(remove\) and 1 \(keep\), got [-0-9.]+$"):
             make_method(None, mitigation_lambda=lam, map=mapped)

@@ -121,7 +121,7 @@ def test_merging_a_mitigated_adapter_without_a_method_leaves_it_as_it_is(
     notes: list[str] = []
     plain = merge(base, tmp_path / "once", tmp_path / "plain", on_event=lambda event: notes.append(event.name))
     assert (plain["method"], plain["lambda"], plain["detection"], plain["warnings"]) == ("shrink", 1.0, None, [])
-    assert any("mitigated already as it is; --method and --lambda" in note for note in notes)
+    assert any("mitigated already as it is; --method mitigates it" in note for note in notes)
     stated = merge(base, tmp_path / "once", tmp_path / "stated", mitigation_lambda=1, method="shrink")
     assert plain["files"] == stated["files"]
 
