@@ -512,7 +512,7 @@ class RepairOptions(Serving, Writing, Texts, OfAdapter):
     keep: float = option("least share of the learning to keep", 0.9, metavar="SHARE", bound=SHARE)
     weights: Sequence[float] = option("weights of the general text to fit and measure, rising", (0.5, 8.0), "--mu", metavar="M,M",
         bound=RISING, rare=True)
-    sequences: int = option("maximum number of sequences per text", 24, metavar="N", bound=whole(4))
+    sequences: int = option("maximum number of sequences per text, but twice as many of the built-in text", 24, metavar="N", bound=whole(4))
     length: int = option("maximum number of tokens per sequence", 64, metavar="N", bound=whole(2))
     holdout: float = option("share of each text's sequences to hold out for choosing and measuring", 0.33, metavar="SHARE", bound=PART,
         rare=True)

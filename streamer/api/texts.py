@@ -25,7 +25,7 @@ from streamer.forecast import forecast_texts
 from streamer.json_types import State
 from streamer.measuring.own_text import OwnText, PreparedOwnText, prepare_own_text
 from streamer.measuring.runs import Prepared
-from streamer.measuring.texts import GENERAL, TASK
+from streamer.measuring.texts import BUILT_IN, GENERAL, TASK
 from streamer.methods import Paper, Shrink, share_name
 from streamer.methods.files import MAP, InputMap
 from streamer.options import ONE_BASE, EvaluateOptions, MappingOptions, RepairOptions, Texts, VariantOptions, argument
@@ -219,10 +219,6 @@ def evaluate_variants(
         If a sweep did not use everything that the adapter changes.
     """
     return call(EvaluateRequest(base=base, adapter=adapter, output=output, **options))
-
-
-BUILT_IN = Path(__file__).parents[1] / "measuring" / "built-in.jsonl"
-"""General text for want of a given one: prose, chat and code in a hundred documents; ``built-in.md`` states their sources."""
 
 
 def general_text(path: str | Path | None) -> Path:

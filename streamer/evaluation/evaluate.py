@@ -300,7 +300,8 @@ def prepare(base_path: str | Path, adapter: Path, texts: Mapping[str, Path], fin
         Paths of the ``general`` and the ``task`` text, and of others by file name.
     """
     model = open_model(base_path, adapter, findings, options, variants, run)
-    plan, read = model.job.plan, read_texts(model, texts, options.sequences, options.length, run.monitor)
+    counts = dict.fromkeys(texts, options.sequences)
+    plan, read = model.job.plan, read_texts(model, texts, counts, options.length, run.monitor)
     fits = (v.mitigation.coefficients for v in variants if isinstance(v.mitigation, RegMean))
     stated = next((fit.facts.get("texts") for fit in fits), None)
     facts = [text for text in stated.values() if isinstance(text, dict)] if isinstance(stated, dict) else []

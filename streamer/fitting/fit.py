@@ -32,7 +32,7 @@ from streamer.linalg.operators import LowRank
 from streamer.measuring import runs
 from streamer.measuring.runs import EvaluatedVariant, Part, Prepared, Progress, Records, Sums, Work
 from streamer.measuring.statistics import ADAPTER_ROW, BASE_ROW, SequenceSums, critical_value, flat
-from streamer.measuring.texts import GENERAL, TASK, Texts, TextSequences, read_texts, sample_digest
+from streamer.measuring.texts import BUILT_IN, GENERAL, TASK, Texts, TextSequences, read_texts, sample_digest
 from streamer.methods import UNCHANGED, RegMean, Shrink, share_name
 from streamer.methods.files import FIT, Coefficients, load_coefficients
 from streamer.options import RepairOptions
@@ -444,7 +444,9 @@ def prepare_fit(base_path: str | Path, adapter: Path, texts: Mapping[str, Path],
     refuse_dense(plan, [t for t in plan.targets if not t.module.low_rank])
     variants = Variant(BASE, None), Variant(ADAPTER, UNCHANGED)
     model = SweepModel(VariantSet(plan, variants, None, False, options.dtype == "bf16", run.model_device))
-    read = read_texts(model, texts, options.sequences, options.length, run.monitor, 2 * LEAST)
+    # The built-in text has prose, code and chat, of which each needs its share.
+    counts = {name: options.sequences * (2 if path == BUILT_IN else 1) for name, path in texts.items()}
+    read = read_texts(model, texts, counts, options.length, run.monitor, 2 * LEAST)
     files = {name: sample_digest(path) for name, path in texts.items()}
     divided = divide(read, texts, options.holdout, options.seed)
     prepared = PreparedFit(plan, run, max_memory, model, options, divided, files)

@@ -236,6 +236,9 @@ def evenly(count: int, wanted: int) -> list[int]:
 KEYS = ({"text"}, {"prompt", "completion"}, {"messages"})
 """Keys that make a line a document, a prompt with a completion, or a conversation; a line has the keys of one kind."""
 
+AS_CHAT = "as_chat"
+"""Key of a document's messages in the built-in text: they replace the document if the tokenizer has a chat template."""
+
 PROMPT_KEYS = ("tools", "documents", "chat_template_kwargs")
 """Keys beside ``messages`` that would make the chat template write a different prompt."""
 
@@ -289,6 +292,8 @@ def _read_line(where: str, raw: bytes, tokenizer: Tokenizer, length: int) -> Tok
             if not isinstance(tree[key], str):
                 raise unexpected(where, f"{key!r} to be a string", quoted(tree[key]))
         text = tree["text"] if "text" in kind else tree["prompt"] + tree["completion"]
+        if AS_CHAT in tree and (chat := _as_chat(tree[AS_CHAT], tokenizer)):
+            text, start = chat, ()
         spans = [(len(tree["prompt"]) if "prompt" in kind else 0, len(text))]
     ids, offsets = tokenizer.encode(text)
     if tuple(ids[: len(start)]) == start:
@@ -306,6 +311,16 @@ def _read_line(where: str, raw: bytes, tokenizer: Tokenizer, length: int) -> Tok
         hint = f"; it has {len(ids)}: raise --length" if len(ids) > length else ""
         raise unexpected(where, "tokens to predict", f"none that counts among its first {min(len(ids), length)}{hint}")
     return np.array(ids[:length], np.int64), np.array(marks[:length], bool)
+
+
+def _as_chat(messages: list[Any], tokenizer: Tokenizer) -> str:
+    """Write a conversation by the chat template; return an empty text if there is none, or if it refuses, such as a system's message."""
+    if not tokenizer.loaded.chat_template:
+        return ""
+    try:
+        return tokenizer.render(messages, False)
+    except Exception:  # a template is the user's program and may raise anything
+        return ""
 
 
 def is_drawn(tree: Any) -> bool:
@@ -662,13 +677,18 @@ def _decode(path: Path, raw: bytes, at: int, whole: bool) -> str:
         raise unexpected(path, "text in UTF-8", f"another byte at {at + e.start}; convert it") from e
 
 
+BUILT_IN = Path(__file__).with_name("built-in.jsonl")
+"""General text for want of a given one: prose, chat and code in a hundred documents; ``built-in.md`` states their sources."""
+
+
 def read_texts(
-    model: LoadedModel, texts: Mapping[str, Path], sequences: int, length: int, monitor: Monitor, least: int = 2
-) -> dict[str, TextSequences]:
-    """Read texts with a model's tokenizer, and warn if two are the same; see `read_text`."""
+    model: LoadedModel, texts: Mapping[str, Path], sequences: Mapping[str, int], length: int, monitor: Monitor,
+    least: int = 2,
+) -> dict[str, TextSequences]:  # fmt: skip
+    """Read texts with a model's tokenizer, and warn if two are the same; `sequences` has a number for each, see `read_text`."""
     directory = tokenizer_directory(model.job.plan)
     sequences_of = {
-        name: read_text(path, directory, sequences=sequences, length=length, least=least,
+        name: read_text(path, directory, sequences=sequences[name], length=length, least=least,
                         vocabulary=model.vocabulary, positions=model.positions)
         for name, path in texts.items()
     }  # fmt: skip

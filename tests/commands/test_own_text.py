@@ -39,11 +39,11 @@ def test_the_text_is_saved_and_is_what_task_accepts(server: Server, repaired: Pa
     text = read_text(own, BASE, sequences=8, length=32)
     assert text.drawn
     assert [ids.tolist() for ids in text.ids] == [line["ids"] for line in lines]
-    given = server.run("repair", BASE, ADAPTER, "--task", own, "-o", tmp_path / "given", *SMALL)
+    given = server.run("repair", BASE, ADAPTER, "--task", own, "-o", tmp_path / "out", *SMALL)
     assert given.code == 0
-    fits = [path.with_name(f"{path.name}.fit.safetensors").read_bytes() for path in (repaired, tmp_path / "given")]
+    fits = [path.with_name(f"{path.name}.fit.safetensors").read_bytes() for path in (repaired, tmp_path / "out")]
     assert fits[0] == fits[1]
-    assert tree_digest(repaired) == tree_digest(tmp_path / "given")
+    assert tree_digest(repaired) == tree_digest(tmp_path / "out")
 
 
 def test_the_same_seed_writes_the_same_text_and_another_one_another(

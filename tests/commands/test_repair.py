@@ -21,10 +21,9 @@ from test_schemas import check
 from tokenized_texts import save
 
 import streamer
-from streamer.api.texts import BUILT_IN
 from streamer.cli.tables import NO_LIMIT, repair_table
 from streamer.fitting import choice
-from streamer.measuring.texts import read_text
+from streamer.measuring.texts import BUILT_IN, read_text
 from streamer.report.page import headline, open_subject
 
 
@@ -292,6 +291,24 @@ def test_without_a_general_text_the_built_in_one_serves(home: Path, tmp_path: Pa
     assert (used["name"], used["sample_sha256"]) == told
     with pytest.raises(streamer.StreamerError, match=r"has no tokenizer, which built-in.jsonl needs"):
         streamer.repair_adapter(home / "base", home / "adapter", tmp_path / "n", task=home / "task.npy")
+
+
+def test_chats_of_the_built_in_text_are_written_by_the_chat_template(tmp_path: Path) -> None:
+    save(tmp_path, start=False)
+    plain = read_text(BUILT_IN, tmp_path, sequences=1000, length=96)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    template = "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '\n' }}{% endfor %}"
+    documents = [json.loads(line) for line in BUILT_IN.read_text().splitlines()]
+    for refused in ("", "{{ raise_exception('no chat') }}"):
+        tokenizer.chat_template = refused + template
+        tokenizer.save_pretrained(tmp_path)
+        read = read_text(BUILT_IN, tmp_path, sequences=1000, length=96)
+        chats = [number for number, document in enumerate(documents) if "as_chat" in document and not refused]
+        pairs = zip(read.ids, plain.ids, strict=True)
+        assert [number for number, (a, b) in enumerate(pairs) if not np.array_equal(a, b)] == chats
+        for number in chats:
+            assert tokenizer.decode(read.ids[number]).startswith(f"<{documents[number]['as_chat'][0]['role']}>")
+            assert read.counted[number][1:].all()
 
 
 @pytest.mark.parametrize(
