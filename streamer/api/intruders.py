@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 from torch import Tensor
 
@@ -132,14 +132,14 @@ class OutputRequest(Request, MitigateOptions, MergeOptions, IterateOptions):
     command
         Whether to write an adapter or a model.
     measured
-        Measurements for the record and the model card, one line each.
+        What a repair adds to the record: ``measured`` and ``repair``.
     default_method
         Whether `paper` is used if no method is named, as by PEFT's function. The command line asks for a method.
     """
 
     output: str | Path
     command: Literal["mitigate", "merge"]
-    measured: tuple[str, ...] = ()
+    measured: Mapping[str, Any] | None = None
     default_method: bool = True
 
     def __post_init__(self) -> None:
@@ -215,7 +215,7 @@ class OutputRequest(Request, MitigateOptions, MergeOptions, IterateOptions):
         return [
             replace(
                 job, dequantize=self.dequantize, dtype=self.dtype, shard_bytes=self.shard_bytes, requantize=self.input_map,
-                for_server=self.for_server, card=self.model_card, measured=self.measured,
+                for_server=self.for_server, card=self.model_card, measured=self.measured or {},
             ) for job in jobs
         ]  # fmt: skip
 

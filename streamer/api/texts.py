@@ -294,12 +294,12 @@ class RepairRecord(TypedDict):
     schema: Literal["streamer.repair/1"]
     chosen: Annotated[Literal["repair", "shrink", "adapter"], "What was written."]
     why: Annotated[str, "The reason, in one line."]
-    rows: Annotated[list[RepairRow], "What was measured: the adapter, a shrink if one compares, the repair."]
+    rows: Annotated[list[RepairRow], "What was measured: the adapter, shrinks, the repair."]
     reliable: Annotated[ReliableRecord, "Whether the denominators of shares are large enough."]
     fit: Annotated[str, "The file of the fit, beside the output."]
     lora: NotRequired[Annotated[str, "With --to-lora: the adapter as a LoRA adapter, beside the output, which was repaired in its place."]]
     own_text: NotRequired[Annotated[str, "Without --task: the file of the text that the adapter wrote, beside the output."]]
-    samples: NotRequired[Annotated[list[str], "Three of its sequences; empty if there is no tokenizer."]]
+    samples: NotRequired[Annotated[list[str], "Of a text that the adapter wrote: its first sequences."]]
     output: Annotated[str, "Path of the output, as given."]
     state: State
 # fmt: on
@@ -357,7 +357,10 @@ class RepairRequest(TextsRequest, RepairOptions):
         own = self.write_own_text(monitor)
         fit = self._prepared(monitor).result(self.fit_path)
         choice, rows, reliable = choose(fit), repair_rows(fit), fit.facts["reliable"]
-        measured = choice.why, *(repair_line(row, reliable) for row in rows)
+        lines = [choice.why, *(repair_line(row, reliable) for row in rows)]
+        samples = fit.facts["texts"][TASK].get("samples", [])
+        figures = {"rows": rows, "reliable": reliable, "keep": self.keep, "samples": samples}
+        measured = {"measured": lines, "repair": figures}
         written = cast(Written, self._output(measured=measured, **choice.options).run(monitor))  # of one adapter
         record: RepairRecord = {
             "schema": "streamer.repair/1", "chosen": choice.what, "why": choice.why, "rows": rows, "reliable": reliable,
@@ -366,7 +369,9 @@ class RepairRequest(TextsRequest, RepairOptions):
         if self.lora is not None:
             record["lora"] = self.lora
         if own is not None:
-            record |= {"own_text": str(self.own_path), "samples": own.samples}
+            record["own_text"] = str(self.own_path)
+        if samples:
+            record["samples"] = samples
         return Repaired(record, written)
 
     def _output(self, **changes: Any) -> OutputRequest:

@@ -6,7 +6,7 @@ import argparse
 import re
 import shlex
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -243,8 +243,17 @@ def evaluation_table(evaluation: Evaluation, names: views.Names, screen: Screen 
     """
     suggestion = evaluation.best()
     lines = [*views.reasons(evaluation, suggestion), written, *views.commands(evaluation, suggestion, names)]
-    figures = table(views.figures(evaluation), screen)
-    return screen.join([views.verdict(evaluation, suggestion)], figures, lines)
+    figures, samples = table(views.figures(evaluation), screen), evaluation.facts["texts"]["task"].get("samples", ())
+    return screen.join([views.verdict(evaluation, suggestion)], figures, sample_lines(samples), lines)
+
+
+SAMPLE = 200
+"""Most characters that are shown of a text that an adapter wrote."""
+
+
+def sample_lines(samples: Iterable[str]) -> list[str]:
+    """Show the beginnings of texts that the adapter wrote."""
+    return [f"the adapter wrote: {textwrap.shorten(text, SAMPLE)}" for text in samples]
 
 
 def map_text(record: Mapping[str, Any], base: str, screen: Screen) -> str:
@@ -266,10 +275,6 @@ def map_text(record: Mapping[str, Any], base: str, screen: Screen) -> str:
     return screen.join(lines)
 
 
-SAMPLE = 200
-"""Most characters that are shown of a text that an adapter wrote."""
-
-
 def repair_table(record: RepairRecord, written: Mapping[str, Any], inputs: tuple[str, str], screen: Screen) -> str:
     """Format the measured models, the choice, and the command that measures the output, unless it is the unchanged adapter.
 
@@ -284,7 +289,7 @@ def repair_table(record: RepairRecord, written: Mapping[str, Any], inputs: tuple
     shown_shares = {"kept": reliable["kept"], "top-1 kept": reliable["top1_kept"], "loss left": reliable["forgetting"]}
     why = "the adapter's change is too small to measure on this text; more text may help"
     lines = [
-        *(f"the adapter wrote: {textwrap.shorten(text, SAMPLE)}" for text in record.get("samples", ())),
+        *sample_lines(record.get("samples", ())),
         f"writes {record['why']}",
         *(f"{share} is not shown: {why}" for share, is_shown in shown_shares.items() if not is_shown),
         *views.record_lines(written, state_line(output, record["state"])),

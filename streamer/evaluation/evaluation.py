@@ -259,6 +259,7 @@ class TextFacts(TypedDict):
     tokens: Annotated[Count, "Their tokens that count, never the first of a sequence."]
     length: Annotated[Count, "Tokens of the longest sequence."]
     sha256: Annotated[Sha256, "Digest of the token ids and of the positions that count (SHA-256, hexadecimal)."]
+    samples: NotRequired[Annotated[list[str], "Of a text that an adapter wrote: its first sequences."]]
 
 class _Texts(TypedDict):
     general: Annotated[TextFacts, "What the base can do and should not forget."]

@@ -20,9 +20,9 @@ HALF_OPTIONS = {"method": Shrink.name, "mitigation_lambda": 0.5}
 # fmt: off
 class RepairRow(TypedDict):
     """A model, as measured on the held-out sequences."""
-    what: Annotated[Literal["adapter", "shrink", "repair"], "The unchanged adapter, the shrink that keeps most nearly the same share, or "
-        "the repair."]
+    what: Annotated[Literal["adapter", "shrink", "repair"], "The unchanged adapter, a shrink, or the repair."]
     name: Annotated[str, "Its method, with lambda or share."]
+    written: Annotated[bool, "Whether this was written."]
     kept: Annotated[Mean, "Share of the learning that it keeps."]
     behaviour_kept: Annotated[Mean, "1 - KL(adapter || model) / KL(adapter || base) on the task's text."]
     top1_kept: Annotated[Mean | None, "Share of the adapter's gain in top-1 on the task's text; null if undefined."]
@@ -93,26 +93,30 @@ def share(measured: Mapping[str, Any], figure: str) -> str:
 
 
 def repair_rows(fit: Coefficients) -> list[RepairRow]:
-    """List the unchanged adapter, the shrink that keeps as much if one does, and the repair, with what was measured of each."""
+    """List the unchanged adapter, the shrinks and the repair, with what was measured of each."""
     (fitted,) = fit.facts["sets"]
+    choice = choose(fit)
     adapter = dict.fromkeys(FIGURES, 1.0) | {f"{name}_se": 0.0 for name in FIGURES}
-    rows = [{"what": "adapter", "name": "adapter", **adapter}]
-    shrink = fitted["shrink"]
-    if shrink is not None and shrink["lambda"] != 1:
-        rows.append({"what": "shrink", "name": f"shrink {shrink['lambda']:g}", **shrink})
-    rows.append({"what": "repair", "name": f"{RegMean.name} {share_name(fitted['keep'])}", **fitted})
-    keys = "what", "name", *adapter
+    rows = [{"what": "adapter", "name": "adapter", "written": choice.what == "adapter", **adapter}]
+    for shrink in fitted["shrinks"]:
+        written = (
+            choice.options.get("method") == Shrink.name and choice.options["mitigation_lambda"] == shrink["lambda"]
+        )
+        rows.append({"what": "shrink", "name": f"{Shrink.name} {shrink['lambda']:g}", "written": written, **shrink})
+    name = f"{RegMean.name} {share_name(fitted['keep'])}"
+    rows.append({"what": "repair", "name": name, "written": choice.what == "repair", **fitted})
+    keys = "what", "name", "written", *adapter
     return [cast(RepairRow, {key: row[key] for key in keys}) for row in rows]
 
 
 def repair_columns(record: Mapping[str, Any]) -> list[Column]:
     """Make the columns of a table of the measured models, from the record of a repair."""
-    rows, reliable, chosen = (record[key] for key in ("rows", "reliable", "chosen"))
+    rows, reliable = record["rows"], record["reliable"]
 
     def percents(figure: str) -> list[str]:
         return [share(row, figure) if _is_shown(row, figure, reliable) else "-" for row in rows]
 
-    names = [row["name"] + (" *" if row["what"] == chosen else "") for row in rows]
+    names = [row["name"] + (" *" if row["written"] else "") for row in rows]
     return [
         Column("model", names, "* was written", 9, left=True),
         Column("kept", percents("kept"), "share of the learning that it keeps", 8),

@@ -152,7 +152,8 @@ def set_facts(evaluation: Evaluation, keep: float, point: Point) -> dict[str, An
     dict
         Shares are relative to the adapter: ``kept`` of the learning, ``behaviour_kept`` of its divergence from the base on the task's text,
         ``top1_kept`` of its gain in top-1, ``forgetting`` of the rise of the
-        general loss, ``divergence`` of its divergence. ``missed`` says that less is kept than `keep`. ``shrink`` describes the measured
+        general loss, ``divergence`` of its divergence. ``missed`` says that less is kept than `keep`. ``shrinks`` has the figures of
+        the measured shrinks, the mildest first. ``shrink`` describes the measured
         shrink that keeps most nearly as much, and at least `keep`; its ``loss`` and ``kl`` are the factors' minus those of the shrink that
         keeps exactly as much on general text, and ``verdict`` judges them. It is null if there is no such shrink.
     """
@@ -164,8 +165,15 @@ def set_facts(evaluation: Evaluation, keep: float, point: Point) -> dict[str, An
         "missed": kept < keep - MISSED,
         "mu": point.weight,
         **_figures(evaluation, row),
+        "shrinks": _shrinks(evaluation),
         "shrink": None if comparison is None else _shrink_facts(evaluation, comparison, keep, kept),
     }
+
+
+def _shrinks(evaluation: Evaluation) -> list[dict[str, Any]]:
+    rows = [row for row, variant in enumerate(evaluation.variants) if variant.method == Shrink.name]
+    found = [{"lambda": evaluation.variants[row].mitigation_lambda, **_figures(evaluation, row)} for row in rows]
+    return sorted(found, key=lambda shrink: -shrink["lambda"])
 
 
 def _shrink_facts(evaluation: Evaluation, comparison: ShrinkComparison, keep: float, kept: float) -> dict[str, Any]:
@@ -232,8 +240,8 @@ def misses(facts: Mapping[str, Any]) -> list[str]:
 LEAST = 2
 """Least number of sequences in each part of a text."""
 
-ALGORITHM = 6
-"""Version of the algorithm: another version gives another fit of the same inputs, or other figures. Version 6 measures the equal shrink."""
+ALGORITHM = 7
+"""Version of the algorithm: another version gives another fit of the same inputs, or other figures. Version 7 has all shrinks' figures."""
 
 
 @dataclass(frozen=True)

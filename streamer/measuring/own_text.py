@@ -38,10 +38,6 @@ SAMPLING_BYTES = 32
 """Bytes for each logit of a sequence's next token while it is drawn: the logits, their copies, and the noise in float64."""
 
 
-SAMPLES = 3
-"""Sequences that are shown."""
-
-
 @dataclass(frozen=True)
 class OwnText:
     """Text that an adapter wrote.
@@ -56,11 +52,6 @@ class OwnText:
 
     facts: dict[str, Any]
     lines: list[dict[str, Any]]
-
-    @property
-    def samples(self) -> list[str]:
-        """Return three of the sequences as text, if there is a tokenizer."""
-        return [line["text"] for line in self.lines[:SAMPLES] if "text" in line]
 
     def to_json(self) -> str:
         """Write the lines."""

@@ -163,12 +163,15 @@ class TextSequences:
         Name of the file from which they were read.
     drawn
         Whether an adapter drew the tokens from its own distribution.
+    samples
+        Some of what it drew, as text.
     """
 
     ids: tuple[NDArray[np.int64], ...]
     counted: tuple[NDArray[np.bool_], ...]
     name: str = ""
     drawn: bool = False
+    samples: tuple[str, ...] = ()
 
     def take(self, rows: Iterable[int]) -> TextSequences:
         """Take some of the sequences, by number."""
@@ -210,6 +213,7 @@ class TextSequences:
             "tokens": self.tokens,
             "length": self.longest,
             "sha256": self.digest(),
+            **({"samples": list(self.samples)} if self.samples else {}),
         }
 
     def digest(self) -> str:
@@ -328,10 +332,16 @@ def is_drawn(tree: Any) -> bool:
     return isinstance(tree, dict) and {"ids", "start"} <= tree.keys() <= {"ids", "start", "text", "facts"}
 
 
-def _all_drawn(path: Path) -> bool:
-    """Test whether an adapter wrote all lines of a file, which has been read; the first other line answers."""
+def _drawn_texts(path: Path) -> list[str] | None:
+    """Return the texts of a file that has been read, if an adapter wrote all of its lines; the first other line answers."""
+    texts = list[str]()
     with path.open("rb") as file:
-        return all(is_drawn(strict_json(line.removeprefix(codecs.BOM_UTF8))) for line in file if line.strip())
+        for line in filter(bytes.strip, file):
+            tree: Any = strict_json(line.removeprefix(codecs.BOM_UTF8))
+            if not is_drawn(tree):
+                return None
+            texts += [str(tree["text"])] if "text" in tree else []
+    return texts
 
 
 def _read_ids_line(where: str, tree: Mapping[str, Any], length: int) -> TokenSequence:
@@ -483,6 +493,9 @@ def _header(tokenizer: Tokenizer, before: list[Any], content: Any, plain: str) -
 
 SUFFIXES = (".txt", ".jsonl", ".npy")
 
+SHOWN = 3
+"""Texts that an adapter wrote that are shown."""
+
 BYTES_PER_TOKEN = 8
 """Bytes of text read at first for each token needed; if they are too few, more are read."""
 
@@ -551,8 +564,11 @@ def read_text(path: str | Path, tokenizer_directory: Path | None, *, sequences: 
                 pairs = list(read_json_lines(path, tokenizer, sequences, length))
     for _, counted in pairs:
         counted[0] = False
-    drawn = path.suffix == ".jsonl" and _all_drawn(path)
-    text = TextSequences(tuple(ids for ids, _ in pairs), tuple(counted for _, counted in pairs), path.name, drawn)
+    drawn = _drawn_texts(path) if path.suffix == ".jsonl" else None
+    text = TextSequences(
+        tuple(ids for ids, _ in pairs), tuple(counted for _, counted in pairs), path.name, drawn is not None,
+        tuple(drawn or ())[:SHOWN],
+    )  # fmt: skip
     _check(path, text, vocabulary, positions)
     return text
 

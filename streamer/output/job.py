@@ -61,7 +61,7 @@ class Job:
     card
         Whether the output's ``README.md`` describes how it was made.
     measured
-        Measurements, one line each, for the record and the card.
+        What a repair adds to the record: ``measured`` and ``repair``.
     detect
         Makes the findings of one matrix if they are made together with its tensors, and no file of them.
     """
@@ -77,7 +77,7 @@ class Job:
     requantize: InputMap | None = None
     for_server: bool = False
     card: bool = True
-    measured: tuple[str, ...] = ()
+    measured: Mapping[str, Any] = field(default_factory=dict)
     detect: Callable[[Target], Detection] | None = None
 
     @property
@@ -146,7 +146,7 @@ class Job:
         detection = self.detection.as_dict() if self.findings is None else self.findings.decisions_digest()
         return {"schema": SCHEMA, "mitigation": self.method.as_dict(),
                 "detection": detection if self.method.needs_detection else None, "dequantize": self.dequantize, "card": self.card,
-                **({"measured": list(self.measured)} if self.measured else {}), **self.form}  # fmt: skip
+                **self.measured, **self.form}  # fmt: skip
 
     @property
     def form(self) -> dict[str, Any]:
@@ -395,8 +395,9 @@ class Writer(ABC):
                 "warnings": [*job.plan.notes, *self.warnings], "notes": self.notes, "advice": self.advice, "left_out": self.skipped_files,
                 "carried": job.plan.edits.listed(job.plan.base, job.plan.adapter.describes_model), "tokenizer": self.tokenizer,
                 "matrices": matrices}  # fmt: skip
-        if_any = {"map": options.get("map"), "file": self._file, "measured": list(job.measured)}
-        return cast(Record, {**record, **{key: value for key, value in if_any.items() if value}, **job.form})
+        if_any = {"map": options.get("map"), "file": self._file}
+        some = {key: value for key, value in if_any.items() if value}
+        return cast(Record, {**record, **some, **job.measured, **job.form})
 
     @property
     def _file(self) -> str:

@@ -91,6 +91,8 @@ Record = TypedDict("Record", {
     "notes": Annotated[list[str], "What else happened, one line each."],
     "advice": Annotated[list[str], "What would be better, one line each."],
     "measured": NotRequired[Annotated[list[str], "What `streamer repair` measured, one line each."]],
+    "repair": NotRequired[Annotated[dict[str, Any], "The same as figures: `rows` and `reliable` as `streamer repair --json` prints "
+        "them, the share to `keep`, and `samples` of a text that the adapter wrote."]],
     "left_out": Annotated[list[str], "Files beside the input that were not copied: weights in other formats, training state."],
     "carried": Annotated[list[CarriedRecord], "Tensors of the adapter other than factors; of a fine-tuned model, those that differ."],
     "tokenizer": NotRequired[Annotated[Literal["adapter", "base"] | None, "Whose tokenizer a merged directory has; null if none."]],

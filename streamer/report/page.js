@@ -42,7 +42,7 @@ function drawTradeoff(parent, tree, key, label, caption) {
       least: Math.min(least, ...shown.map((v) => v[name] - v[`${name}_se`])), most: Math.max(most, ...shown.map((v) => v[name] + v[`${name}_se`])),
       format: (v) => percent(v, 0),
     });
-    const across = { ...range("kept", 0, 1.03), label: "learning kept" }, up = { ...range(key, 0, 1.05), label };
+    const across = { ...range("kept", 0, 1.03), label: tree.figure ?? "learning kept" }, up = { ...range(key, 0, 1.05), label };
     const { picture, sx, sy } = axes(width, Math.min(360, Math.max(260, width * 0.7)), across, up);
     const frame = picture.viewBox.baseVal;
     picture.append(svg("line", { class: "limit", x1: sx(tree.keep), x2: sx(tree.keep), y1: 8, y2: frame.height - 38 }));
@@ -88,13 +88,26 @@ function showEvaluation(tree) {
     if (tree.variants.some((v) => v.kept !== null && v[key] !== null)) drawTradeoff(pair, tree, key, label, caption);
   }
   part.append(pair.children.length ? pair : html("p", {}, "Base and adapter have nearly the same loss on the task's text, so no shares can be drawn."));
-  const columns = (some) => some.map(({ head, about, cells }) => {
-    const place = (v) => tree.variants.indexOf(v), number = (v) => Number.parseFloat(cells[place(v)]);
+  showVariants(part, tree, tree.variants);
+}
+
+function showVariants(part, tree, variants) {
+  const columns = tree.columns.map(({ head, about, cells }) => {
+    const place = (v) => variants.indexOf(v), number = (v) => Number.parseFloat(cells[place(v)]);
     const key = (v) => (Number.isNaN(number(v)) ? -Infinity : number(v));
-    return head === "variant" ? { head, about, up: true, cell: (v) => text(cells[place(v)]), key: place } : { head, about, cell: (v) => text(cells[place(v)]), key };
+    const named = head === "variant" || head === "model";
+    return { head, about, up: named, cell: (v) => text(cells[place(v)]), key: named ? place : key };
   });
-  const marked = (v) => v.name === tree.suggested;
-  sortedTable(part, columns(tree.columns), tree.variants, { id: "variants", marked });
+  sortedTable(part, columns, variants, { id: "variants", marked: (v) => v.name === tree.suggested });
+}
+
+// Repair -------------------------------------------------------------------------------------------------------------
+
+function showRepair(tree) {
+  const part = section("What it keeps and leaves", "Measured on held-out sequences; bars are standard errors. By definition, the base is at 0% and the adapter at 100% "
+    + "on both axes. The dashed line is the share to keep; the ring marks what was written.");
+  drawTradeoff(part, tree, "divergence", "KL left", "Forgetting: the divergence from the base (KL) on general text. Lower and further right is better.");
+  showVariants(part, tree, tree.variants.filter((v) => v.series !== "base"));
 }
 
 // Findings -----------------------------------------------------------------------------------------------------------
@@ -205,11 +218,17 @@ function showOutput(tree) {
   const grid = cellsOf(rows);
   let table = null;
   const pick = (cell) => table.show(cell.matrices);
-  const where = section("What was changed", "Layers from left to right. Click a cell to show its matrices below.");
   const mean = (key) => (cell) => sum(cell.matrices.map((m) => Math.max(0, m[key]))) / cell.matrices.length;
-  if (tree.intruders) drawMap(where, "map of intruders", "Intruders that were scaled", grid, (cell) => sum(cell.matrices.map((m) => m.count)), (v) => String(Math.round(v)), pick);
-  drawMap(where, "map of norms", "Decrease in the norm of the delta", grid, mean("taken"), (v) => percent(v, 0), pick);
-  if (tree.dropped) drawMap(where, "map of losses", "Lost in projection onto the adapter's rank", grid, mean("dropped"), (v) => percent(v), pick);
+  const count = (cell) => sum(cell.matrices.map((m) => m.count));
+  const maps = [ // without pictures of zeros
+    [tree.intruders && rows.some((m) => m.count), "map of intruders", "Intruders that were scaled", count, (v) => String(Math.round(v))],
+    [rows.some((m) => m.taken > 0), "map of norms", "Decrease in the norm of the delta", mean("taken"), (v) => percent(v, 0)],
+    [tree.dropped && rows.some((m) => m.dropped >= 5e-5), "map of losses", "Lost in projection onto the adapter's rank", mean("dropped"), (v) => percent(v)],
+  ].filter(([drawn]) => drawn);
+  if (maps.length) {
+    const where = section("What was changed", "Layers from left to right. Click a cell to show its matrices below.");
+    for (const [, name, caption, value, format] of maps) drawMap(where, name, caption, grid, value, format, pick);
+  }
   const every = section("All matrices", "Click a column heading to sort.");
   every.append(html("div", { class: "tools screen" }, html("button", { type: "button", on: { click: () => table.show(rows) } }, "all matrices")));
   table = sortedTable(every, [
@@ -227,6 +246,11 @@ function showOutput(tree) {
 const data = JSON.parse(document.getElementById("data").textContent);
 if (data.evaluation) showEvaluation(data.evaluation);
 if (data.findings) showFindings(data.findings);
+if (data.repair) showRepair(data.repair);
+if (data.samples?.length) {
+  const part = section("What the adapter writes", "Beginnings of the task's text, which base + adapter wrote.");
+  for (const sample of data.samples) part.append(html("blockquote", {}, sample));
+}
 if (data.output) showOutput(data.output);
 for (const draw of figures) draw();
 let waiting = 0;

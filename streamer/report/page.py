@@ -14,7 +14,8 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from itertools import chain
 from pathlib import Path
@@ -27,12 +28,14 @@ from streamer.detection.findings import Findings, MatrixFinding, load_findings
 from streamer.errors import FormatError, OutputError, UsageError, printable
 from streamer.evaluation.evaluation import Evaluation, commands, figures, load_evaluation, reasons, verdict
 from streamer.events import Monitor
-from streamer.methods import METHODS, takes_findings
+from streamer.fitting.choice import repair_columns
+from streamer.methods import METHODS, Shrink, takes_findings
 from streamer.output.record import record_lines, verify_line
 from streamer.plan.name_matching import natural
 from streamer.storage import transaction
 from streamer.storage.atomic_file import remove_partials, write_atomic
 from streamer.storage.files import locked, make_directory, storage_errors
+from streamer.tables import Column
 from streamer.units import counted, listed
 from streamer.verification.verify import RECORD_NAME, read_record
 
@@ -140,7 +143,15 @@ def title(subject: Subject) -> str:
         return f"Intruder dimensions of {_name(subject.sources.get('adapter', {}))}"
     if isinstance(subject, Evaluation):
         return f"Evaluation of {_name(subject.facts['adapter'])}"
-    return f"{subject['command']}: {_name(subject['adapter'])}"
+    return f"{VERBS[_verb(subject)]} {_name(subject['adapter'])}"
+
+
+VERBS = {"repair": "Repair of", "mitigate": "Mitigation of", "merge": "Merge of"}
+
+
+def _verb(record: Mapping[str, Any]) -> str:
+    """Name the command that made an output."""
+    return "repair" if "measured" in record else str(record["command"])
 
 
 def headline(subject: Subject) -> tuple[str, list[tuple[str, str]]]:
@@ -167,10 +178,11 @@ def sentences(subject: Subject) -> list[str]:
     if isinstance(subject, Evaluation):
         return []
     if not isinstance(subject, Findings):
-        measured = subject.get("measured", ())
         made = f"streamer {subject['version']} made this from “{_name(subject['adapter'])}” and “{_name(subject['base'])}”"  # fmt: skip
-        lines = record_lines(subject, made)
-        return [printable(line) for line in measured[1:]] + (lines if measured else [lines[0], *lines[2:]])
+        first, how, *others = record_lines(subject, made)
+        # The headline of other outputs says how they were made; the table of a repair, what was measured.
+        figures = () if "repair" in subject else subject.get("measured", ())[1:]
+        return [*map(printable, figures), first, *([how] if "measured" in subject else []), *others]
     sources, options = subject.sources, subject.options
     k = options.top_k
     matrices = counted(len(subject), "matrix")
@@ -183,6 +195,18 @@ def sentences(subject: Subject) -> list[str]:
         f"In {changed} that {adapter} changes in {base}, detection compared the {judged} of base + adapter with all directions of the "
         f"base. A direction is an intruder if its similarity to every one of them is below {options.threshold_epsilon:g}."
     ]
+
+
+def samples(subject: Subject) -> list[str]:
+    """Return the beginnings of texts that the adapter wrote, if it did."""
+    if isinstance(subject, Findings):
+        return []
+    of = subject.facts["texts"]["task"] if isinstance(subject, Evaluation) else subject.get("repair", {})
+    return [printable(textwrap.shorten(text, SAMPLE)) for text in of.get("samples", ())]
+
+
+SAMPLE = 400
+"""Most characters of a sample."""
 
 
 def certificates(subject: Subject) -> str:
@@ -222,11 +246,12 @@ def page_data(subject: Subject) -> dict[str, Any]:
     if isinstance(subject, Findings):
         return {"findings": _findings(subject)}
     if isinstance(subject, Evaluation):
-        return {"evaluation": _evaluation(subject)}
+        return {"evaluation": _evaluation(subject), "samples": samples(subject)}
     matrices = sorted(subject["matrices"], key=lambda m: natural(m["tensor"]))
     # None if it does not apply: a shrink or coefficients scale no intruders, and a merge is not truncated to a rank.
     scaled, truncated = takes_findings(subject["method"]), subject["command"] == "mitigate"
-    return {"output": {
+    measured = {"repair": _repair(subject["repair"]), "samples": samples(subject)} if "repair" in subject else {}
+    return {**measured, "output": {
         "names": [printable(m["tensor"]) for m in matrices],
         "intruders": [len(m["intruders"]) for m in matrices] if scaled else None,
         **{key: [m[key] for m in matrices] for key in ("delta_norm", "delta_norm_after")},
@@ -267,6 +292,38 @@ def _matrix(m: MatrixFinding, directions: int) -> dict[str, Any]:
     }
 
 
+def _repair(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe what a repair keeps and leaves, as a picture of an evaluation does, and its table."""
+    figure = "kept" if measured["reliable"]["kept"] else "behaviour_kept"
+    variants: list[dict[str, Any]] = [
+        {"name": "base", "series": "base", "kept": 0, "kept_se": 0, "divergence": 0, "divergence_se": 0}
+    ]
+    for row in measured["rows"]:
+        shares = {key: row[name] for key, name in (("kept", figure), ("divergence", "divergence"))}
+        errors = {f"{key}_se": row[f"{name}_se"] for key, name in (("kept", figure), ("divergence", "divergence"))}
+        variants.append({"name": row["name"], "series": row["name"].partition(" ")[0], **shares, **errors})
+    return {
+        "keep": measured["keep"],
+        "methods": list(METHODS),
+        "suggested": next(row["name"] for row in measured["rows"] if row["written"]),
+        "front": [variant["name"] for variant in variants],
+        "figure": "learning kept" if figure == "kept" else "behaviour kept",
+        "variants": [{**variant, "lambda": _lambda_of(variant["name"])} for variant in variants],
+        "columns": _columns(repair_columns(measured)),
+    }
+
+
+def _lambda_of(name: str) -> float | None:
+    """Read λ from the name of a shrink."""
+    method, _, value = name.partition(" ")
+    return float(value) if method == Shrink.name else None
+
+
+def _columns(columns: Sequence[Column]) -> list[dict[str, Any]]:
+    """Describe a table's columns, with escaped texts."""
+    return [{"head": printable(c.head), "about": c.about, "cells": [*map(printable, c.cells)]} for c in columns]
+
+
 def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
     best = evaluation.best()
     drawn = ("kept", "kept_se", "forgetting", "forgetting_se", "divergence", "divergence_se")
@@ -277,9 +334,7 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
         "front": [*map(printable, evaluation.front())],
         "texts": {side: evaluation.facts["texts"][side]["name"] for side in ("general", "task")},
         "others": [*map(printable, evaluation.others)],
-        "columns": [
-            {"head": printable(c.head), "about": c.about, "cells": [printable(cell) for cell in c.cells]} for c in figures(evaluation)
-        ],
+        "columns": _columns(figures(evaluation)),
         "variants": [
             {"name": printable(record["name"]), "lambda": record["lambda"],
              "series": printable(variant.method or variant.name.partition(" ")[0]),  # its curve: base and adapter are the ends of all
@@ -311,16 +366,20 @@ def make_page(subject: Subject) -> bytes:
     script = "\n" + "\n".join(scripts)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     result, next_commands = headline(subject)
+    tree = page_data(subject)
     lines = [f'<p class="verdict">{html.escape(result)}</p>', *map(_command, next_commands)]
     if isinstance(subject, Findings):
         lines += [f"<p>{html.escape(line)}</p>" for line in subject.warnings]
     if isinstance(subject, Evaluation):
         lines.append(_suggestion(subject))
-    lines += [f"<p>{html.escape(sentence)}</p>" for sentence in sentences(subject)]
+    told = [f"<p>{html.escape(sentence)}</p>" for sentence in sentences(subject)]
+    if "repair" in tree:  # its picture and table say more
+        told = ["<details><summary>How it was made</summary>", *told, "</details>"]
+    lines += told
     if proven := certificates(subject):
         lines.append(f'<p class="certificates">{html.escape(proven)}</p>')
     # In a script element, JSON must not end the element or begin markup.
-    data = json.dumps(page_data(subject), separators=(",", ":"), allow_nan=False, ensure_ascii=True)
+    data = json.dumps(tree, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
     data = data.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
     page = Template(template).substitute(
         digest=digest, title=html.escape(title(subject)), style=style, text="\n".join(lines), data=data,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 from forks import Server
@@ -11,7 +13,7 @@ from helpers import tree_digest
 from test_schemas import check
 
 import streamer
-from streamer.errors import FormatError
+from streamer.errors import FormatError, printable
 from streamer.measuring.own_text import load_own_text
 from streamer.measuring.texts import read_text
 
@@ -46,6 +48,16 @@ def test_the_text_is_saved_and_is_what_task_accepts(server: Server, repaired: Pa
     assert tree_digest(repaired) == tree_digest(tmp_path / "out")
 
 
+def page_data(page: Path) -> dict[str, Any]:
+    """Read the object that a page holds."""
+    return json.loads(page.read_text().partition('id="data">')[2].partition("</script>")[0])
+
+
+def samples_of(own: bytes) -> list[str]:
+    """Return the beginnings of the first three texts of a file, as a page has them."""
+    return [textwrap.shorten(json.loads(line)["text"], 400) for line in own.splitlines()[:3]]
+
+
 def test_the_same_seed_writes_the_same_text_and_another_one_another(
     server: Server, repaired: Path, tmp_path: Path
 ) -> None:
@@ -58,6 +70,9 @@ def test_the_same_seed_writes_the_same_text_and_another_one_another(
     shown = server.run("repair", BASE, ADAPTER, "-o", repaired, *SMALL)
     assert shown.last.startswith("streamer: repair: exists already")
     assert len([line for line in shown.out.splitlines() if line.startswith("the adapter wrote: ")]) == 3
+    page = tmp_path / "page.html"
+    assert server.run("report", repaired, "-o", page).code == 0
+    assert page_data(page)["samples"] == [*map(printable, samples_of(texts[0]))]
     refused = server.run("repair", BASE, ADAPTER, "-o", repaired, *SMALL, "--seed", 5)
     assert (refused.code, "text that an adapter wrote of other inputs or options (--seed)" in refused.err) == (4, True)
 
@@ -114,6 +129,10 @@ def test_an_evaluation_needs_no_text(server: Server, tmp_path: Path) -> None:
     assert done.code == 0
     assert {path.name for path in tmp_path.iterdir()} == {"e.json", "e.own.jsonl"}
     evaluation = streamer.load_evaluation(tmp_path / "e.json")
+    own = (tmp_path / "e.own.jsonl").read_bytes()
+    assert server.run("report", tmp_path / "e.json", "-o", tmp_path / "e.html").code == 0
+    assert page_data(tmp_path / "e.html")["samples"] == [*map(printable, samples_of(own))]
+    assert done.out.count("the adapter wrote: ") == 3
     assert evaluation.task.share("loss", 2).value == pytest.approx(evaluation.task.share("kl_from_adapter", 2).value)
     in_memory = streamer.evaluate_variants(BASE, ADAPTER, sequences=8, length=32)
     assert in_memory.task.loss == pytest.approx(evaluation.task.loss, rel=1e-6)

@@ -12,6 +12,7 @@ from typing import Any
 import helpers
 import pytest
 from evaluations import of_findings
+from learned import make_learned
 
 import streamer
 from streamer.detection.findings import Findings
@@ -229,14 +230,14 @@ INTRUDERS, NORMS, LOSSES = "map of intruders", "map of norms", "map of losses"
     [
         (streamer.reduce_intruder_dimension, {}, [INTRUDERS, NORMS, LOSSES], ["scaled", "lost"]),
         (streamer.merge_with_reduced_intruder_dimensions, {}, [INTRUDERS, NORMS], ["scaled"]),
-        (streamer.reduce_intruder_dimension, {"method": "shrink"}, [NORMS, LOSSES], ["lost"]),
+        (streamer.reduce_intruder_dimension, {"method": "shrink"}, [NORMS], ["lost"]),
     ],
     ids=["mitigate", "merge", "shrink"],
 )
 def test_the_page_of_an_output(
     driver: Any, found: Findings, tmp_path: Path, write: Any, options: dict[str, Any], maps: list[str], heads: list[str]
 ) -> None:
-    """It shows what there is: a merge is not cut to a rank, a shrink scales no intruders."""
+    """It shows what there is: a merge is not cut to a rank, a shrink scales no intruders and loses nothing."""
     base, adapter = helpers.three_shards(tmp_path)
     write(base, adapter, tmp_path / "out", **options or {"findings": found})
     streamer.write_report(tmp_path / "out", tmp_path / "out.html")
@@ -246,3 +247,19 @@ def test_the_page_of_an_output(
     assert driver.execute_script(named) == maps
     titles = driver.execute_script("return [...document.querySelectorAll('#matrices th')].map((t) => t.textContent)")
     assert [head for head in ("scaled", "lost") if any(head in title for title in titles)] == heads
+
+
+def test_the_page_of_a_repair_leads_with_what_it_keeps_and_leaves(driver: Any, tmp_path: Path) -> None:
+    home = make_learned(tmp_path, 24, 32)
+    texts = {name: home / f"{name}.npy" for name in ("general", "task")}
+    record = streamer.repair_adapter(home / "base", home / "adapter", tmp_path / "out", **texts, on_event=str)
+    streamer.write_report(tmp_path / "out", tmp_path / "out.html")
+    assert look(driver, tmp_path / "out.html") == []
+    assert driver.execute_script("return document.querySelector('h1').textContent") == "Repair of adapter"
+    first = "return document.querySelector('figure').dataset.figure"
+    assert driver.execute_script(first) == "trade-off divergence"
+    points = "return [...document.querySelectorAll('figure:first-of-type g title')].map((t) => t.textContent)"
+    drawn = driver.execute_script(points)
+    for row in record["rows"]:
+        assert any(title.startswith(f"{row['name']}: ") for title in drawn), row["name"]
+    assert len(rows(driver, "variants", 0)) == len(record["rows"])

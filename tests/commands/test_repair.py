@@ -112,15 +112,20 @@ def test_the_repair_is_never_what_is_not_better(server: Server, home: Path, tmp_
     )
     record = json.loads((out / "streamer.json").read_text())
     assert record["method"] == ("regmean" if tree["chosen"] == "repair" else "shrink")
-    assert [row["what"] for row in tree["rows"]] == ["adapter", "shrink", "repair"]
-    assert len(record["measured"]) == 4
+    first, *shrinks, last = tree["rows"]
+    assert (first["what"], last["what"]) == ("adapter", "repair")
+    strengths = [float(row["name"].removeprefix("shrink ")) for row in shrinks]
+    assert strengths == sorted(strengths, reverse=True)
+    assert {0.8, 0.5} <= {*strengths}
+    assert [row["what"] for row in tree["rows"] if row["written"]] == [tree["chosen"]]
+    assert (len(record["measured"]), record["repair"]["rows"]) == (1 + len(tree["rows"]), tree["rows"])
     card = (out / "README.md").read_text()
     assert all(line in card for line in record["measured"])
     assert record["measured"][0] == tree["why"]
     page = tmp_path / "page.html"
     report = server.run("report", out, "-o", page)
     assert report.code == 0
-    assert report.out.rstrip().split("\n\n")[-2].splitlines()[-4:] == record["measured"]
+    assert report.out.rstrip().split("\n\n")[-2].splitlines()[-len(record["measured"]) :] == record["measured"]
     assert html.escape(tree["why"][1:]) in page.read_text()
     peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(home / "base"), out)
     again = check(
@@ -128,7 +133,8 @@ def test_the_repair_is_never_what_is_not_better(server: Server, home: Path, tmp_
     )
     assert again == {**tree, "state": "present"}
     shown = server.run("repair", home / "base", home / "adapter", *texts(home), "-o", out)
-    assert [line.split()[0] for line in shown.out.splitlines()[2:5]] == ["adapter", "shrink", "regmean"]
+    models = [line.split()[0] for line in shown.out.splitlines()[2 : 2 + len(tree["rows"])]]
+    assert models == ["adapter", *["shrink"] * len(shrinks), "regmean"]
     assert shown.last.startswith("streamer: repair: exists already, in ")
     assert shown.out.splitlines()[0].split() == [
         "model",
@@ -334,7 +340,7 @@ def test_a_share_of_a_change_too_small_to_measure_is_not_stated(fitted: Path) ->
 
 
 def test_the_command_that_follows_measures_what_was_written(home: Path, tmp_path: Path) -> None:
-    row: Any = {"what": "repair", "name": "regmean 0.9"}
+    row: Any = {"what": "repair", "name": "regmean 0.9", "written": True}
     row |= dict.fromkeys(choice.FIGURES, 0.5) | {f"{name}_se": 0.01 for name in choice.FIGURES}
     record: Any = {
         "schema": "streamer.repair/1", "why": "", "rows": [row], "fit": "o.fit.safetensors", "output": "o",
