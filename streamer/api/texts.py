@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, TypedDict, Unpack, cast
@@ -21,7 +21,7 @@ from streamer.events import Monitor
 from streamer.fitting.choice import HALF_OPTIONS, UNCHANGED_OPTIONS, RepairRow, choose, repair_line, repair_rows
 from streamer.fitting.fit import PreparedFit, prepare_fit, refuse_dense
 from streamer.fitting.mapping import PreparedMap, prepare_map
-from streamer.forecast import forecast_texts
+from streamer.forecast import Forecast, forecast_texts, together
 from streamer.json_types import State
 from streamer.measuring.own_text import OwnText, PreparedOwnText, prepare_own_text
 from streamer.measuring.runs import Prepared
@@ -108,6 +108,30 @@ class TextsRequest(Request):
         base, adapter, _, run = self.opened(self.adapter, None, monitor, peek=peek)
         return prepare_own_text(base, adapter, cast(Texts, self), self.memory, run)
 
+    def forecast_with_text(self, command: str, monitor: Monitor, output: Path | None) -> DryRun:
+        """Forecast a run together with the text that the adapter is to write, for which a text of the same size stands in."""
+        own = self.own_text(monitor, peek=True)
+        if own is None:
+            return _forecast(command, self._prepared(monitor, peek=True), output)
+        text = _forecast(command, own, self.own_path)
+        if text["state"] == "done":
+            return _forecast(command, self._prepared(monitor, peek=True), output)
+        if output is not None and output.exists() and not self.overwrite:
+            monitor.note(f"forecast only of {self.own_path}: whether {output} is of this text is not known before it")
+            return {**text, "output": str(output)}
+        with tempfile.TemporaryDirectory() as directory:
+            stand_in = Path(directory, "own.jsonl")
+            stand_in.write_text(own.stand_in().to_json())
+            request = replace(self, task=stand_in, prompts=None)
+            run = _forecast(command, request._prepared(monitor, peek=True), output)
+        both = together([Forecast(**cast(Any, found["forecast"])) for found in (text, run)])
+        run["state"] = text["state"]
+        return {**run, "files": run["files"] + text["files"], "forecast": cast(Any, both and asdict(both))}
+
+    def _prepared(self, monitor: Monitor, peek: bool = False) -> Prepared[Any]:
+        """Open and check the inputs of the run on texts."""
+        raise NotImplementedError
+
     def write_own_text(self, monitor: Monitor) -> OwnText | None:
         """Let the adapter write the task's text, unless it has, or the user gives it."""
         own = self.own_text(monitor)
@@ -144,11 +168,7 @@ class EvaluateRequest(TextsRequest, VariantsRequest, EvaluateOptions):
 
     def forecast(self, monitor: Monitor) -> DryRun:
         """Check everything and forecast a run, without writing anything."""
-        own = self.own_text(monitor, peek=True)
-        if own is not None and (first := _forecast("evaluate", own, self.own_path))["state"] != "done":
-            monitor.note(f"forecast only of {self.own_path}, which the evaluation needs")
-            return {**first, "output": str(self.file)}
-        return _forecast("evaluate", self._prepared(monitor, peek=True), self.file)
+        return self.forecast_with_text("evaluate", monitor, self.file)
 
     def _prepared(self, monitor: Monitor, peek: bool = False) -> PreparedEvaluation:
         base, adapter, findings, run = self.opened(self.adapter, self.findings, monitor, peek)
@@ -424,11 +444,7 @@ class RepairRequest(TextsRequest, RepairOptions):
             monitor.note(f"forecast only of {self._conversion_request.output}, which the fit needs")
             return {**first, "command": "repair", "output": str(self.output)}
         self._check(monitor)
-        own = self.own_text(monitor, peek=True)
-        if own is not None and (text := _forecast("repair", own, self.own_path))["state"] != "done":
-            monitor.note(f"forecast only of {self.own_path}, which the fit needs")
-            return {**text, "output": str(self.output)}
-        dry = _forecast("repair", self._prepared(monitor, peek=True), self.fit_path)
+        dry = self.forecast_with_text("repair", monitor, self.fit_path)
         if dry["state"] == "done" and not (self.directory / RECORD_NAME).exists():
             dry["state"] = "resume"  # the fit exists, but not its output
         if not self.directory.exists() and (forecast := dry["forecast"]) is not None:

@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 from torch import Tensor
 
 from streamer.detection.options import Run
@@ -166,6 +167,12 @@ class PreparedOwnText(Prepared[OwnText]):
         self.plan.check_unchanged()
         progress.finish()
         return OwnText(self.facts, [self._line(*pair) for pair in zip(self.prompts, ids, strict=True)])
+
+    def stand_in(self) -> OwnText:
+        """Make a text of the same size, for forecasts: its tokens mean nothing."""
+        size = len(self.prompts), self.options.length
+        ids = np.random.default_rng(0).integers(self.model.vocabulary, size=size)
+        return OwnText(self.facts, [{"start": 1, "ids": sequence.tolist()} for sequence in ids])
 
     def _line(self, prompt: Prompt, ids: Tensor) -> dict[str, Any]:
         written = {} if self.tokenizer is None else {"text": self.tokenizer.loaded.decode(ids.tolist())}

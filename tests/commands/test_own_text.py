@@ -77,10 +77,22 @@ def test_the_same_seed_writes_the_same_text_and_another_one_another(
     assert (refused.code, "text that an adapter wrote of other inputs or options (--seed)" in refused.err) == (4, True)
 
 
-def test_a_dry_run_forecasts_the_text_first_and_writes_nothing(server: Server, tmp_path: Path) -> None:
-    done = server.run("repair", BASE, ADAPTER, "-o", tmp_path / "out", *SMALL, "--dry-run")
-    assert (done.code, list(tmp_path.iterdir())) == (0, [])
-    assert f"forecast only of {tmp_path / 'out.own.jsonl'}, which the fit needs" in done.err
+def test_a_dry_run_forecasts_the_text_and_the_fit_and_writes_nothing(
+    server: Server, repaired: Path, tmp_path: Path
+) -> None:
+    def forecast(*options: object) -> dict[str, Any]:
+        tree = check(
+            server.run("repair", BASE, ADAPTER, "-o", tmp_path / "out", *SMALL, "--dry-run", "--json", *options),
+            "streamer.dry-run/1",
+        )
+        return {"files": tree["files"], **tree["forecast"]}
+
+    whole, fit = forecast(), forecast("--task", repaired.with_name("out.own.jsonl"))
+    assert list(tmp_path.iterdir()) == []
+    assert whole["files"] == fit["files"] + 1
+    weights = (BASE / "model.safetensors").stat().st_size
+    assert whole["read_bytes"] - fit["read_bytes"] == pytest.approx(32 * weights, rel=0.1), "31 steps, and the check"
+    assert whole["seconds"] > fit["seconds"]
 
 
 @pytest.mark.parametrize(
