@@ -5,14 +5,15 @@
     python tools/bench_sweep.py --hidden 64 --layers 1,2 --sequences 8 --length 16 --json        tiny: does it work?
 
 For each number of layers, a model is generated and `streamer repair`, `evaluate` and `map` run on it, each in a process of its own, with
-its default options, on texts of random tokens. The base is not in the page cache when a command starts, as far as the system drops it.
+its default options, on texts of random tokens. `generate` is the part of `repair` in which the adapter writes its own text. The base is
+not in the page cache when a command starts, as far as the system drops it.
 
 - CPU seconds are those of all threads. With --threads 1, other work on the machine disturbs them little; wall seconds it does.
 - Memory is the peak of `RssAnon`, polled every 10 ms; beside it stands what `--dry-run` forecasts.
 - Reading: `read_bytes` of /proc/PID/io, which the disk delivered, for mapped files too; and `rchar`, which calls of `read` returned, from
   the page cache as well.
-- A row is a token of a variant or of a stream of the fit. `repair` runs a second sweep if it interpolates between two weights; `evaluate`
-  stops early if the answer is clear.
+- A row is a token of a variant or of a stream of the fit, or one that is written, in as many sweeps as tokens. `repair` runs a second
+  sweep if it interpolates between two weights; `evaluate` stops early if the answer is clear.
 - The start takes what `--dry-run` takes: imports, opening the inputs, a second of probing. The seconds of a layer are the difference
   between two models by the difference of their layers; what is left are the embedding and the head. In another model, a layer and
   the head take longer in proportion to their weights: attention is taken to grow as products do.
@@ -47,13 +48,31 @@ from torch import Tensor
 from streamer.methods.files import load_coefficients
 from streamer.options import EvaluateOptions
 
-COMMANDS = "repair", "evaluate", "map"
-DEFAULTS = {"repair": (24, 64), "evaluate": (32, 128), "map": (32, 128)}
+COMMANDS = "repair", "generate", "evaluate", "map"
+DEFAULTS = {"repair": (24, 64), "generate": (24, 64), "evaluate": (32, 128), "map": (32, 128)}
 """Sequences and tokens of each."""
 
 PROJECTED = "llama-3-8b", "llama-3-70b"
 LEARNED = 8.0
 """Norm of the state that the adapter adds, in units of the square root of the number of modules that add to the states."""
+
+
+GENERATE = """
+import json, sys, torch
+from dataclasses import asdict
+from streamer.api.texts import RepairRequest
+from streamer.events import Monitor
+from streamer.forecast import forecast_texts
+base, adapter, output, sequences, length, threads, *dry = sys.argv[1:]
+torch.set_num_threads(int(threads))
+request = RepairRequest(base=base, adapter=adapter, output=output, sequences=int(sequences), length=int(length))
+monitor = Monitor(lambda event: None)
+if dry:
+    print(json.dumps({"forecast": asdict(forecast_texts(request.own_text(monitor, peek=True), request.own_path))}))
+else:
+    request.write_own_text(monitor)
+"""
+"""Lets the adapter write its text, and nothing else."""
 
 
 def first_rows(base: Path, name: str, count: int) -> Tensor:
@@ -90,6 +109,9 @@ def teach(base: Path, adapter: Path, model: Known, tokens: int) -> None:
 
 def arguments(name: str, args: argparse.Namespace, work: Path, out: Path) -> list[str]:
     """Return the command line of a command."""
+    if name == "generate":
+        size = [args.sequences or DEFAULTS[name][0], args.length or DEFAULTS[name][1]]
+        return [sys.executable, "-c", GENERATE, *map(str, (work / "base", work / "adapter", out, *size, args.threads))]
     inputs = [work / "base", *([work / "adapter", "--task", work / "task.npy"] if name != "map" else [])]
     given = {
         "--sequences": args.sequences,
@@ -103,7 +125,7 @@ def arguments(name: str, args: argparse.Namespace, work: Path, out: Path) -> lis
 
 def rows_of(name: str, out: Path, sweeps: int, sequences: int, length: int) -> int:
     """Count the rows of a command's sweeps, from what it wrote."""
-    if name == "map":
+    if name in ("map", "generate"):
         return sequences * length
     if name == "evaluate":
         tree = json.loads(out.read_text())
@@ -121,18 +143,23 @@ def measure_command(name: str, args: argparse.Namespace, work: Path, layers: int
     """Run a command."""
     out, before = work / f"{name}.out", children_cpu()
     line, events = arguments(name, args, work, out), work / "events.jsonl"
-    dry = subprocess.run([*line, "--dry-run", "--json", "-qq"], check=True, stdout=subprocess.PIPE)
+    asks = ["dry"] if name == "generate" else ["--dry-run", "--json", "-qq"]
+    dry = subprocess.run([*line, *asks], check=True, stdout=subprocess.PIPE)
     start, forecast = children_cpu() - before, json.loads(dry.stdout)["forecast"]
     cached = cold(work / "base")
     try:
         with events.open("w") as file:
-            run = watched([*line, "--json-events"], file)
+            run = watched([*line, *([] if name == "generate" else ["--json-events"])], file)
     except SystemExit:
         sys.stderr.write("".join(events.read_text().splitlines(keepends=True)[-2:]))
         raise
-    progress = [event for text in events.read_text().splitlines() if "items" in (event := json.loads(text))]
-    sweeps = max(event["items"] for event in progress if event["stage"] in ("fit", "evaluate", "map")) // (layers + 1)
     sequences, length = (given or own for given, own in zip((args.sequences, args.length), DEFAULTS[name], strict=True))
+    sweeps = length - 1
+    if name != "generate":
+        progress = [event for text in events.read_text().splitlines() if "items" in (event := json.loads(text))]
+        sweeps = max(event["items"] for event in progress if event["stage"] in ("fit", "evaluate", "map")) // (
+            layers + 1
+        )
     return {
         "command": name, "layers": layers, "rows": rows_of(name, out, sweeps, sequences, length), "sweeps": sweeps, "start": start,
         "cpu": run.cpu, "wall": run.seconds, "anonymous": run.anonymous, "forecast": forecast["peak_memory_bytes"],
