@@ -296,7 +296,7 @@ def joined(whole: Evaluation, made: Evaluation) -> Evaluation:
 
 def first(sums: SequenceSums, count: int) -> SequenceSums:
     """Take so many sequences; the distribution over tokens stays that of all."""
-    return SequenceSums(sums.tokens[:count], *(getattr(sums, name)[:, :count] for name in SUMS), kl_bins=sums.kl_bins)
+    return SequenceSums(sums.tokens[:count], *(getattr(sums, name)[:, :count] for name in SUMS))
 
 
 def cells(found: Sequence[dict[str, Any]], keep: float, what: str = "left") -> dict[str, list[float]]:

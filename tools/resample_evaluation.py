@@ -31,7 +31,7 @@ from streamer.measuring.statistics import ADAPTER_ROW, MEASURES, SequenceSums
 def part(sums: SequenceSums, order: Sequence[int]) -> SequenceSums:
     """Take sequences in an order."""
     arrays = {name: getattr(sums, name)[:, order] for name in MEASURES}
-    return SequenceSums(sums.tokens[order], **arrays, kl_bins=sums.kl_bins)
+    return SequenceSums(sums.tokens[order], **arrays)
 
 
 def stopped(whole: Evaluation, rng: np.random.Generator) -> tuple[Evaluation, float]:

@@ -121,7 +121,7 @@ class TextsRequest(Request):
             return {**text, "output": str(output)}
         with tempfile.TemporaryDirectory() as directory:
             stand_in = Path(directory, "own.jsonl")
-            stand_in.write_text(own.stand_in().to_json())
+            stand_in.write_text(own.stand_in().to_json(), encoding="utf-8")
             request = replace(self, task=stand_in, prompts=None)
             run = _forecast(command, request._prepared(monitor, peek=True), output)
         both = together([Forecast(**cast(Any, found["forecast"])) for found in (text, run)])

@@ -22,7 +22,7 @@ from streamer.errors import UsageError
 from streamer.evaluation.evaluation import Evaluation, ask_swapped, lambda_to_place, load_evaluation
 from streamer.measuring import runs
 from streamer.measuring.runs import EvaluatedVariant, Prepared, Progress, Records, Work
-from streamer.measuring.statistics import ADAPTER_ROW, ARRAYS, MEASURES, SequenceSums, critical_value
+from streamer.measuring.statistics import ADAPTER_ROW, MEASURES, SequenceSums, critical_value
 from streamer.measuring.texts import GENERAL, TASK, Texts, TextSequences, read_texts, sample_digest
 from streamer.methods import UNCHANGED, NullSpace, RegMean, Shrink
 from streamer.options import EvaluateOptions, VariantOptions
@@ -92,8 +92,8 @@ class BlockSweep(NamedTuple):
         return Work(fitted=0, riding=rows, length=max(text.longest for text in texts))
 
 
-VALUE_BYTES, VARIANT_BYTES = 26, 8000
-"""Largest JSON size in bytes of a sequence's sum, and of a variant's other figures, most of which count its divergences."""
+VALUE_BYTES, VARIANT_BYTES = 26, 2500
+"""Largest JSON size in bytes of a sequence's sum, and of a variant's other figures."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,7 +283,7 @@ class PreparedEvaluation(Prepared[Evaluation]):
                 progress.expect(sum(rest), len(rest) * (len(model.layers) + 1))
                 measures = runs.measure(model, held_out, progress, limits, states=records.states(key))
                 for name, new in measures.items():
-                    records.add(f"{key} {name}", {kind: getattr(new, kind) for kind in ("tokens", *ARRAYS)})
+                    records.add(f"{key} {name}", {kind: getattr(new, kind) for kind in ("tokens", *MEASURES)})
             sums |= {name: sums[name].followed(new) if name in sums else new for name, new in measures.items()}
             if lengths is None and clear(joined_to(None)):
                 break

@@ -276,37 +276,21 @@ class _SumsRecord(TypedDict):
     kl_from_adapter: NotRequired[Annotated[list[float | None], "Of the divergence from the adapter, in nats."]]
     agree: Annotated[list[float | None], "Counts of tokens whose most likely token is the base's."]
     right: Annotated[list[float | None], "Counts of tokens that the variant finds most likely."]
-    p_change: Annotated[list[float | None], "Of p(variant) - p(base) of the text's own token."]
-    p_square: Annotated[list[float | None], "Of the square of this change."]
-    kl_max: Annotated[list[float | None], "The largest divergence of a token (not a sum)."]
 
 class TextFigures(TypedDict):
     """Figures of a variant on one text."""
     loss: Annotated[Mean, "Mean negative log likelihood over the tokens that count, in nats.", lambda sums, row: sums.mean("loss", row)]
     perplexity: Annotated[float | None, "exp(loss); null if it exceeds the range of a double.",
         lambda sums, row: math.exp(loss) if (loss := sums.mean("loss", row).value) < statistics.MOST_LOSS else None]
-    perplexity_ratio: Annotated[Difference | None, "Perplexity as a multiple of the base's; null if its error exceeds a double's range.",
-        lambda sums, row: sums.perplexity_ratio(row)]
     kl: Annotated[Mean, "Mean divergence KL(base || variant) of the next-token distribution, in nats.",
         lambda sums, row: sums.mean("kl", row)]
-    kl_median: Annotated[float | None, "Median of the tokens' divergences, within 1 %; 0 below 1e-9 nats.",
-        lambda sums, row: sums.kl_quantile(row, 0.5)]
-    kl_p90: Annotated[float | None, "90 % of the divergences are at most this, within 1 %.", lambda sums, row: sums.kl_quantile(row, 0.9)]
-    kl_p99: Annotated[float | None, "99 % of the divergences are at most this, within 1 %.", lambda sums, row: sums.kl_quantile(row, 0.99)]
-    kl_p999: Annotated[float | None, "99.9 % of the divergences are at most this, within 1 %.",
-        lambda sums, row: sums.kl_quantile(row, 0.999)]
-    kl_max: Annotated[float | None, "The largest divergence of a token, exactly.", lambda sums, row: sums.kl_largest(row)]
     agreement: Annotated[Mean, "Share of counted tokens for which the most likely next token is the base's.",
         lambda sums, row: sums.mean("agree", row)]
     top1: Annotated[Mean | None, "Share of counted tokens that are the variant's most likely token.",
         lambda sums, row: sums.mean("right", row)]
-    p_change: Annotated[Mean | None, "Mean of p(variant) - p(base), the probabilities of the text's own token.",
-        lambda sums, row: sums.mean("p_change", row)]
-    p_rms: Annotated[Mean | None, "Root mean square of this change.", lambda sums, row: sums.p_rms(row)]
     sequences: Annotated[Count, "Sequences that it ran on.", lambda sums, row: len(sums.tokens)]
-    sums: Annotated[_SumsRecord, "Sums over the counted tokens of each sequence, from which all figures but quantiles follow.",
+    sums: Annotated[_SumsRecord, "Sums over the counted tokens of each sequence, from which all figures follow.",
         lambda sums, row: {name: [statistics.defined(x) for x in getattr(sums, name)[row]] for name in MEASURES}]
-    kl_bins: Annotated[statistics.BinsRecord, "Counts of tokens by divergence.", lambda sums, row: statistics.to_record(sums.kl_bins[row])]
 
 class OtherFigures(TextFigures):
     """Figures of a variant on another text."""
@@ -920,5 +904,4 @@ def _sums(text: str, tokens: list[float], figures: list[Mapping[str, Any]]) -> S
     counted = all(type(count) in (int, float) and 0 < count <= LARGEST_SUM and count % 1 == 0 for count in tokens)
     if not counted or any((np.abs(array) > LARGEST_SUM).any() for array in arrays.values()):
         raise ValueError(f"sums or token counts of {text} are impossible")
-    bins = np.array([statistics.from_record(f["kl_bins"]) for f in figures])
-    return SequenceSums(np.array(tokens, np.float64), **arrays, kl_bins=bins)
+    return SequenceSums(np.array(tokens, np.float64), **arrays)

@@ -31,7 +31,7 @@ from streamer.detection.options import Run
 from streamer.errors import FormatError, InputError, NumericError, OutputExistsError, UsageError
 from streamer.events import Event
 from streamer.linalg.torch_state import full_float32, thread_count, threads
-from streamer.measuring.statistics import ADAPTER_ROW, ARRAYS, MEASURES, Floats, SequenceSums, counted_bins
+from streamer.measuring.statistics import ADAPTER_ROW, MEASURES, Floats, SequenceSums
 from streamer.measuring.texts import Texts, TextSequences
 from streamer.methods import METHODS, MethodName
 from streamer.methods.files import SealedKind
@@ -194,7 +194,7 @@ def measure(model: SweepModel, held_out: Sequence[Part], progress: Progress, lim
                     f"{plan.base.path}: variant {model.job.variants[v].name!r} has a {kind} of NaN or Inf on the {name} text; check the "
                     "adapter's scale"
                 )
-        by_text[name] = SequenceSums(**arrays, kl_bins=np.sum([total.kl_bins for _, total in pairs], 0))
+        by_text[name] = SequenceSums(**arrays)
     return by_text
 
 
@@ -249,14 +249,13 @@ class _Accumulator:
         self.label = torch.where(here, z.gather(-1, at[..., None])[..., 0], self.label)
 
     def sums(self) -> SequenceSums:
-        """Return the loss, the KLs, whether the likeliest token is the base's or the text's own, and the change of p, by sequence."""
+        """Return the loss, the KLs, and whether the likeliest token is the base's or the text's own, by sequence."""
         log_sum = self.largest.double() + self.total.log()
         kl = self.cross / self.total[:1] - (log_sum[:1] - log_sum)
         of_adapter = self.total[self.adapter]
         from_adapter = self.from_adapter / of_adapter - (log_sum[self.adapter] - log_sum)
         entropy = log_sum[self.adapter] - self.adapter_mean / of_adapter
         loss = log_sum - self.label.double()
-        change = torch.exp(-loss) - torch.exp(-loss[:1])
         agree, right = (self.top == self.top[:1]).double(), (self.top == self.labels).double()
         results = {
             "loss": entropy + from_adapter if self.drawn else loss,
@@ -264,14 +263,9 @@ class _Accumulator:
             "kl_from_adapter": from_adapter,
             "agree": agree,
             "right": right,
-            "p_change": change,
-            "p_square": change**2,
         }
         arrays = {name: (t.cpu() * self.counted).sum(-1).numpy() for name, t in results.items()}
-        by_token, counted = kl.cpu().numpy(), self.counted.numpy()
-        largest = np.where(counted, by_token, 0.0).max(-1)
-        tokens = self.counted.sum(-1).double().numpy()
-        return SequenceSums(tokens, **arrays, kl_max=largest, kl_bins=counted_bins(by_token, counted))
+        return SequenceSums(self.counted.sum(-1).double().numpy(), **arrays)
 
 
 class Limits(NamedTuple):
@@ -709,7 +703,7 @@ class Prepared(ABC, Generic[Result]):
     def _resumable(self, path: Path) -> ResumableFile:
         """Describe the file and its journal, whose head has the run, the names of its sums, and the threads and torch behind their bits."""
         facts, bits = self.run_facts(path)
-        bits = f"{bits} {self.run.model_device} torch {torch.__version__} {' '.join(ARRAYS)}".strip()
+        bits = f"{bits} {self.run.model_device} torch {torch.__version__} {' '.join(MEASURES)}".strip()
         head = {"plan": facts["plan"], "facts": facts, "version": __version__, "stamps": self.plan.detection_stamps(),
                 "bits": bits, "threads": torch.get_num_threads()}  # fmt: skip
 

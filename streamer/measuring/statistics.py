@@ -1,4 +1,4 @@
-"""Estimate figures of variants from sums over each sequence: means with standard errors, and quantiles of divergences.
+"""Estimate figures of variants from sums over each sequence: means with standard errors.
 
 Tokens of one sequence depend on each other; sequences are assumed independent. Because sequences have different numbers of counted tokens,
 a mean over tokens is a ratio of two sums over S sequences. Its standard error is that of the ratio estimator (Cochran, Sampling Techniques,
@@ -8,10 +8,6 @@ a mean over tokens is a ratio of two sums over S sequences. Its standard error i
 
 All variants run on the same sequences. A difference between two variants is estimated from the differences on each sequence (paired), in
 which most of the variation between sequences cancels.
-
-Quantiles are estimated from counts of the tokens' divergences in a fixed logarithmic histogram. From `LEAST` nats on, each bin ends at
-`STEP` times its beginning, independent of the data, so that counts of parts add up. A divergence is represented by the geometric middle of
-its bin, within 1 %. Below `LEAST`, rounding dominates, and a divergence counts as 0.
 """
 
 from __future__ import annotations
@@ -21,81 +17,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from types import FunctionType
-from typing import Annotated, Any, Literal, NotRequired, TypedDict, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NotRequired, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streamer.json_types import Count
-
 Floats = NDArray[np.float64]
 
-LEAST, MOST, STEP = 1e-9, 1e6, 1.02
-
-BINS = 2 + math.floor(math.log(MOST / LEAST) / math.log(STEP))
-"""Number of bins; the first is below `LEAST`, the last contains everything from `MOST` on."""
-
-
-class BinsRecord(TypedDict):
-    """Counts of tokens by their divergence."""
-
-    first: Annotated[
-        Count, "Number of the first non-empty bin: bin 0 is below 1e-9 nats, bin i begins at 1e-9 * 1.02**(i - 1)."
-    ]
-    counts: Annotated[list[int], "Counts of this bin and of each one up to the last non-empty bin."]
-
-
-def counted_bins(divergences: Floats, counted: NDArray[np.bool_]) -> Floats:
-    """Count the tokens' divergences (V, …) in bins: (V, BINS).
-
-    Parameters
-    ----------
-    counted
-        Which tokens count, in the shape of one variant's divergences.
-    """
-    chosen = np.nan_to_num(divergences[:, counted])
-    bins = np.floor(np.log(np.clip(chosen, LEAST, MOST) / LEAST) / math.log(STEP)) + (chosen >= LEAST)
-    each = bins.astype(np.int64) + BINS * np.arange(len(chosen))[:, None]
-    return np.bincount(each.ravel(), minlength=BINS * len(chosen)).reshape(-1, BINS).astype(np.float64)
-
-
-def quantile(bins: Floats, largest: float, share: float) -> float:
-    """Estimate a quantile from the counts of bins (BINS,), linear between the two nearest tokens, as numpy and llama.cpp do.
-
-    Parameters
-    ----------
-    largest
-        The largest divergence, which is known exactly.
-    """
-    ends = np.cumsum(bins)
-    tokens = int(ends[-1])
-    place = share * (tokens - 1)
-    low = int(place)
-    ranks = [low, min(low + 1, tokens - 1)]
-    bins_of = [int(number) for number in np.searchsorted(ends, ranks, "right")]
-    middles = [float(LEAST * STEP ** (number - 0.5)) if number else 0.0 for number in bins_of]
-    a, b = (largest if rank == tokens - 1 else min(largest, x) for rank, x in zip(ranks, middles, strict=True))
-    return a + (place - low) * (b - a)
-
-
-def to_record(bins: Floats) -> BinsRecord:
-    """Convert the counts of bins (BINS,) to JSON."""
-    used = np.flatnonzero(bins)
-    first, end = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 0)
-    return {"first": first, "counts": [int(n) for n in bins[first:end]]}
-
-
-def from_record(record: BinsRecord) -> Floats:
-    """Read the counts that `to_record` made."""
-    first, counts = record["first"], np.array(record["counts"], np.float64)
-    return np.pad(counts, (first, BINS - first - len(counts)))  # an error if they begin or end outside
-
-
-MEASURES = ("loss", "kl", "kl_from_adapter", "agree", "right", "p_change", "p_square", "kl_max")
-"""Arrays with one value for each variant and sequence: sums, and one maximum."""
-
-ARRAYS = (*MEASURES, "kl_bins")
-"""All arrays with a row for each variant."""
+MEASURES = ("loss", "kl", "kl_from_adapter", "agree", "right")
+"""Sums with one value for each variant and sequence."""
 
 BASE_ROW, ADAPTER_ROW = 0, 1
 """Row numbers of the first two variants."""
@@ -192,12 +122,6 @@ class SequenceSums:
         Counts of tokens for which the variant's most likely token is the base's: (V, S).
     right
         Counts of tokens for which the variant's most likely token is the text's own: (V, S).
-    p_change, p_square
-        Sums of the change from the base in the probability of the text's own token, and of its square: (V, S).
-    kl_max
-        The largest divergence of a token: (V, S).
-    kl_bins
-        Counts of tokens by divergence over all sequences, see `counted_bins`: (V, BINS).
     """
 
     tokens: Floats
@@ -206,25 +130,21 @@ class SequenceSums:
     kl_from_adapter: Floats
     agree: Floats
     right: Floats
-    p_change: Floats
-    p_square: Floats
-    kl_max: Floats
-    kl_bins: Floats
 
     def joined(self, *others: SequenceSums) -> SequenceSums:
         """Append the variants of other sums on the same sequences."""
-        arrays = {name: np.concatenate([getattr(sums, name) for sums in (self, *others)]) for name in ARRAYS}
+        arrays = {name: np.concatenate([getattr(sums, name) for sums in (self, *others)]) for name in MEASURES}
         return replace(self, **arrays)
 
     def followed(self, other: SequenceSums) -> SequenceSums:
         """Append the sequences of other sums of the same variants."""
         names = ("tokens", *MEASURES)
         arrays = {name: np.concatenate([getattr(self, name), getattr(other, name)], -1) for name in names}
-        return SequenceSums(**arrays, kl_bins=self.kl_bins + other.kl_bins)
+        return SequenceSums(**arrays)
 
     def take(self, variants: Sequence[int]) -> SequenceSums:
         """Take some of the variants, by number."""
-        return replace(self, **{name: getattr(self, name)[list(variants)] for name in ARRAYS})
+        return replace(self, **{name: getattr(self, name)[list(variants)] for name in MEASURES})
 
     def of(self, name: str, weights: Sequence[float] | Floats) -> Estimate:
         """Estimate a linear combination of the variants' means over tokens of one of `MEASURES`.
@@ -260,26 +180,6 @@ class SequenceSums:
         array: Floats = getattr(self, name)
         base = 0.0 if name == "kl" else array[BASE_ROW]
         return ratio(array[variant] - base, array[ADAPTER_ROW] - base)
-
-    def perplexity_ratio(self, variant: int) -> Estimate:
-        """Estimate a variant's perplexity as a multiple of the base's."""
-        rise = self.mean("loss", variant, BASE_ROW)
-        value = math.exp(rise.value) if rise.value < MOST_LOSS else math.inf
-        return Estimate(value, value * rise.error, rise.sequences)
-
-    def p_rms(self, variant: int) -> Estimate:
-        """Estimate the root mean square change in the probability of the text's own token."""
-        mean = self.mean("p_square", variant)
-        root = math.sqrt(mean.value)
-        return Estimate(root, mean.error / (2 * root) if root else mean.error, mean.sequences)
-
-    def kl_quantile(self, variant: int, share: float) -> float:
-        """Estimate the divergence that this share of the tokens do not exceed; see `quantile`."""
-        return quantile(self.kl_bins[variant], self.kl_largest(variant), share)
-
-    def kl_largest(self, variant: int) -> float:
-        """Return the largest divergence of a token."""
-        return float(self.kl_max[variant].max())
 
 
 def flat(name: str, estimate: Estimate) -> dict[str, float | None]:

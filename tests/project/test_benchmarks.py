@@ -63,7 +63,7 @@ def test_a_tiny_run_gives_every_figure(tool: str, tmp_path: Path) -> None:
     ("bench_detect", "--shapes 12", "ROWSxCOLUMNS"),
     ("bench_detect", "--solvers magic", "expected certified, blocks, dense, peft"),
     ("bench_detect", "--repeats 0", "at least 1"),
-    ("bench_sweep", "--commands fit", "repair, evaluate, map"),
+    ("bench_sweep", "--commands fit", "repair, generate, evaluate, map"),
     ("bench_sweep", "--layers 2,1", "rising"),
     ("bench_sweep", "--sequences 1", "at least 4"),
 ])  # fmt: skip

@@ -123,10 +123,7 @@ FOUND: dict[str, tuple[str, int, Callable[[bytes], bytes]]] = {
     "findings: files that are numbers": ("findings", 0, lambda d: figures(d, ("base", "files"), 0.5)),
     "findings: a file without a name": ("findings", 0, lambda d: figures(d, ("base", "files", 0), {})),
     "an evaluation: a method that is an object": ("evaluation", 0, lambda d: changed(d, ("variants", 2, "method"), {})),
-    "an evaluation: a negative square": ("evaluation", 0, lambda d: changed(d, ("variants", 2, "task", "sums", "p_square", 0), -1e9)),
     "an evaluation: sums that overflow": ("evaluation", 0, lambda d: changed(d, ("variants", 2, "task", "sums", "loss", 0), 1e308)),
-    "an evaluation: bins that begin after the last": (
-        "evaluation", 0, lambda d: changed(d, ("variants", 2, "task", "kl_bins", "first"), 1 << 40)),
     "an evaluation: counts of tokens that overflow": ("evaluation", 0, lambda d: changed(d, ("tokens", "task", 0), 1e308)),
     "a detection's journal of another kind": (
         "detection journal", 2, lambda d: record(d, 0, lambda r: changed(r, ("stamps",), 0).replace(b"stamps", b"spams"))),

@@ -13,7 +13,7 @@ from seeds import vary
 from streamer.detection.findings import Findings
 from streamer.evaluation.evaluation import Evaluation
 from streamer.measuring.runs import EvaluatedVariant
-from streamer.measuring.statistics import SequenceSums, counted_bins
+from streamer.measuring.statistics import SequenceSums
 from streamer.measuring.texts import TextSequences
 
 SCHEMA = json.loads((files("streamer") / "schemas" / "evaluation-1.json").read_text())
@@ -85,12 +85,10 @@ def evaluation(
         effect = share[:, None] * drawn(change, abs(change) / 6)
         scatter = drawn(0, noise, len(share)) * (np.arange(len(share)) > 0)[:, None]
         size = np.abs(effect)
-        kl = (size + np.abs(scatter))[:, :, None] * np.array([0.5, 1.5])  # of the two halves of each sequence
         return SequenceSums(
             tokens, (hard + effect + scatter) * tokens, (size + np.abs(scatter)) * tokens,
             np.abs(effect - effect[1]) * tokens,
-            np.round(np.exp(-size) * tokens), np.round(np.exp(-hard / 4 - effect) * tokens), -effect / 9 * tokens,
-            effect**2 / 50 * tokens, kl.max(-1), counted_bins(kl, np.ones((64, 2), bool)),
+            np.round(np.exp(-size) * tokens), np.round(np.exp(-hard / 4 - effect) * tokens),
         )  # fmt: skip
 
     texts = sums(shares[0], forgets), sums(shares[1], -learns)

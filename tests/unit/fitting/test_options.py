@@ -14,7 +14,7 @@ from streamer.errors import FormatError, MismatchError, UsageError
 from streamer.evaluation.evaluation import Evaluation
 from streamer.fitting.fit import SHRINKS, Point, check_learning, divide, misses, set_facts
 from streamer.measuring.runs import LENGTHS, EvaluatedVariant, of_few_lengths
-from streamer.measuring.statistics import BINS, SequenceSums
+from streamer.measuring.statistics import SequenceSums
 from streamer.measuring.texts import TextSequences
 from streamer.options import RepairOptions
 
@@ -137,9 +137,7 @@ def sums(falls: list[float]) -> SequenceSums:
     """Of base and adapter, on sequences of 10 tokens: by how much the adapter's mean loss is below the base's."""
     base = np.full(len(falls), 50.0)
     loss = np.stack([base, base - 10 * np.array(falls)])
-    return SequenceSums(
-        np.full(len(falls), 10.0), loss, np.abs(loss - base), *[np.zeros_like(loss)] * 6, np.zeros((len(loss), BINS))
-    )
+    return SequenceSums(np.full(len(falls), 10.0), loss, np.abs(loss - base), *[np.zeros_like(loss)] * 3)
 
 
 @pytest.mark.parametrize(("left", "near"), [(0.2, False), (0.53, False), (0.55, True), (0.7, True)])
@@ -172,8 +170,8 @@ def test_a_refusal_says_how_many_errors_the_sequences_take() -> None:
 def test_a_set_says_if_it_keeps_less_than_the_floor(left: float, missed: bool) -> None:
     falls = [0.0, 1.0, *(1 - lam for lam in SHRINKS), 1 - left]
     loss = np.stack([np.linspace(40, 60, 6) - 10 * fall for fall in falls])
-    zeros, bins = [np.zeros_like(loss)] * 6, np.zeros((len(loss), BINS))
-    own = SequenceSums(np.full(6, 10.0), loss, np.abs(loss - loss[:1]), *zeros, bins)
+    zeros = [np.zeros_like(loss)] * 3
+    own = SequenceSums(np.full(6, 10.0), loss, np.abs(loss - loss[:1]), *zeros)
     shrinks = [EvaluatedVariant(f"shrink {lam}", "shrink", lam) for lam in SHRINKS]
     others = [EvaluatedVariant(name, None, None) for name in ("base", "adapter")]
     variants = (*others, *shrinks, EvaluatedVariant("regmean 0.9", "regmean", None))
