@@ -489,8 +489,8 @@ class VariantOptions(Scaling, Products, OfAdapter):
 class EvaluateOptions(Writing, Texts, VariantOptions):
     """Options of `evaluate_variants`."""
 
-    output: str | Path | None = written("JSON file to write; new variants are added to an evaluation of the same inputs, texts and options",
-        "FILE")
+    output: str | Path | None = option("JSON file to write; new variants are added to an evaluation of the same inputs, texts and options",
+        None, "-o", "--output", metavar="FILE", shown="print alone, and keep nothing")
     other: str | Path | Sequence[str | Path] = option("another text to measure; it does not affect the suggestion (repeatable)", (),
         metavar="TEXT", nargs="append", bound=PATHS)
 

@@ -206,9 +206,7 @@ class OutputRequest(Request, MitigateOptions, MergeOptions, IterateOptions):
             if any(job.made_before for job in jobs):
                 run.monitor.note("merges an adapter that was mitigated already as it is; --method mitigates it again")
         if not (self.default_method or self._names_method or all(job.method == UNCHANGED for job in jobs)):
-            error = UsageError(
-                f"method: {self.command} needs one, and none is given; choose by what each kept and left"
-            )
+            error = UsageError(f"method: {self.command} needs one; these are the choices, with what each kept and left")
             for line in METHOD_LINES:
                 error.add_note(line)
             raise error

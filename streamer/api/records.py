@@ -122,6 +122,7 @@ class ErrorEntry(TypedDict):
     exit_code: Annotated[int, Keywords(minimum=1, maximum=255), "Exit code of the command."]
     message: Annotated[str, "Where, what was expected and found, and what to do next, in one line."]
     path: Annotated[str | None, "The file or directory that it is about; null if it is about none or several."]
+    lines: NotRequired[Annotated[list[str], "More about it: the choices, if there are some."]]
 
 class ErrorsRecord(TypedDict):
     """What any command prints with --json if it fails; the message also goes to stderr."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,14 +19,22 @@ from streamer.errors import OutputExistsError, UsageError
 from streamer.evaluation.evaluate import PreparedEvaluation, prepare
 from streamer.evaluation.evaluation import Evaluation, ReliableRecord, check_dtype
 from streamer.events import Monitor
-from streamer.fitting.choice import HALF_OPTIONS, UNCHANGED_OPTIONS, RepairRow, choose, repair_line, repair_rows
+from streamer.fitting.choice import (
+    HALF_OPTIONS,
+    UNCHANGED_OPTIONS,
+    RepairRow,
+    choose,
+    repair_line,
+    repair_rows,
+    shown_shares,
+)
 from streamer.fitting.fit import PreparedFit, prepare_fit, refuse_dense
 from streamer.fitting.mapping import PreparedMap, prepare_map
 from streamer.forecast import Forecast, forecast_texts, together
 from streamer.json_types import State
-from streamer.measuring.own_text import OwnText, PreparedOwnText, prepare_own_text
+from streamer.measuring.own_text import PreparedOwnText, prepare_own_text
 from streamer.measuring.runs import Prepared
-from streamer.measuring.texts import BUILT_IN, GENERAL, TASK
+from streamer.measuring.texts import BUILT_IN, GENERAL, OWN_NAME, TASK
 from streamer.methods import Paper, Shrink, share_name
 from streamer.methods.files import MAP, InputMap
 from streamer.options import ONE_BASE, EvaluateOptions, MappingOptions, RepairOptions, Texts, VariantOptions, argument
@@ -86,15 +95,14 @@ class TextsRequest(Request):
 
     @cached_property
     def _scratch(self) -> Path:
-        """Name a directory for a text that is not kept."""
+        """Name a file beside which a text lies that is not kept."""
         return Path(tempfile.gettempdir(), f"streamer-{uuid.uuid4().hex}")
 
     @property
     def own_path(self) -> Path:
         """Return the path of the text that the adapter writes: beside the output, if there is one."""
-        directory = self._scratch if self.file is None else self.file.parent
-        stem = "text" if self.file is None else self.file.name.removesuffix(".json")
-        return directory / f"{stem}.own.jsonl"
+        file = self._scratch if self.file is None else self.file
+        return file.with_name(f"{file.name}.own.jsonl")
 
     @property
     def two_texts(self) -> dict[str, Path]:
@@ -116,26 +124,48 @@ class TextsRequest(Request):
         text = _forecast(command, own, self.own_path)
         if text["state"] == "done":
             return _forecast(command, self._prepared(monitor, peek=True), output)
-        if output is not None and output.exists() and not self.overwrite:
-            monitor.note(f"forecast only of {self.own_path}: whether {output} is of this text is not known before it")
-            return {**text, "output": str(output)}
-        with tempfile.TemporaryDirectory() as directory:
-            stand_in = Path(directory, "own.jsonl")
-            stand_in.write_text(own.stand_in().to_json(), encoding="utf-8")
-            request = replace(self, task=stand_in, prompts=None)
-            run = _forecast(command, request._prepared(monitor, peek=True), output)
+        with self._standing_in(own, monitor) as prepared:
+            if output is not None and output.exists() and not self.overwrite:
+                monitor.note(
+                    f"forecast only of {self.own_path}: whether {output} is of this text is not known before it"
+                )
+                return {**text, "output": str(output)}
+            run = _forecast(command, prepared, output)
         both = together([Forecast(**cast(Any, found["forecast"])) for found in (text, run)])
         run["state"] = text["state"]
         return {**run, "files": run["files"] + text["files"], "forecast": cast(Any, both and asdict(both))}
+
+    @contextmanager
+    def _standing_in(self, own: PreparedOwnText, monitor: Monitor) -> Iterator[Prepared[Any]]:
+        """Open and check the inputs of the run with a text of the size that the adapter is to write."""
+        with tempfile.TemporaryDirectory() as directory:
+            stand_in = Path(directory, OWN_NAME)
+            stand_in.write_text(own.stand_in().to_json(), encoding="utf-8")
+            yield replace(self, task=stand_in, prompts=None)._prepared(monitor, peek=True)
 
     def _prepared(self, monitor: Monitor, peek: bool = False) -> Prepared[Any]:
         """Open and check the inputs of the run on texts."""
         raise NotImplementedError
 
-    def write_own_text(self, monitor: Monitor) -> OwnText | None:
-        """Let the adapter write the task's text, unless it has, or the user gives it."""
+    def write_own_text(self, monitor: Monitor, output: Path | None) -> Path | None:
+        """Let the adapter write the task's text, unless it has, or the user gives it; return its path.
+
+        What the run needs besides is checked before, and so is an output that exists.
+        """
         own = self.own_text(monitor)
-        return None if own is None else own.result(self.own_path)
+        if own is None:
+            return None
+        if self.file is None:
+            self.own_path.write_text(own.result(None).to_json(), encoding="utf-8")
+            return self.own_path
+        if own.inspect(self.own_path) != "done":
+            with self._standing_in(own, Monitor(lambda event: None)) as prepared:
+                for work in prepared.sweeps():
+                    prepared.limits_of(work)
+                if output is not None and output.is_file() and not self.overwrite:
+                    prepared.refuse_others(output, except_for=TASK)
+        own.result(self.own_path)
+        return self.own_path
 
 
 class EvaluateRequest(TextsRequest, VariantsRequest, EvaluateOptions):
@@ -144,6 +174,8 @@ class EvaluateRequest(TextsRequest, VariantsRequest, EvaluateOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         _ = self.texts
+        if self.task is not None and self.seed != EvaluateOptions.seed:
+            raise UsageError("seed: decides only what the adapter writes, found task too; leave one of them out")
 
     @cached_property
     def texts(self) -> dict[str, Path]:
@@ -160,11 +192,12 @@ class EvaluateRequest(TextsRequest, VariantsRequest, EvaluateOptions):
 
     def run(self, monitor: Monitor) -> Evaluation:
         """Run the evaluation."""
+        own = self.write_own_text(monitor, self.file)
         try:
-            self.write_own_text(monitor)
             return self._prepared(monitor).result(self.file)
         finally:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+            if own is not None and self.file is None:
+                own.unlink()
 
     def forecast(self, monitor: Monitor) -> DryRun:
         """Check everything and forecast a run, without writing anything."""
@@ -315,7 +348,8 @@ class RepairRecord(TypedDict):
     chosen: Annotated[Literal["repair", "shrink", "adapter"], "What was written."]
     why: Annotated[str, "The reason, in one line."]
     rows: Annotated[list[RepairRow], "What was measured: the adapter, shrinks, the repair."]
-    reliable: Annotated[ReliableRecord, "Whether the denominators of shares are large enough."]
+    reliable: Annotated[ReliableRecord, "Which shares have a meaning: their denominators are large enough, and kept and top1_kept were not "
+        "measured on text that the adapter wrote."]
     fit: Annotated[str, "The file of the fit, beside the output."]
     lora: NotRequired[Annotated[str, "With --to-lora: the adapter as a LoRA adapter, beside the output, which was repaired in its place."]]
     own_text: NotRequired[Annotated[str, "Without --task: the file of the text that the adapter wrote, beside the output."]]
@@ -374,22 +408,22 @@ class RepairRequest(TextsRequest, RepairOptions):
             self._conversion_request.run(monitor)
             return self._repair_of_converted.run(monitor)
         self._check(monitor)
-        own = self.write_own_text(monitor)
+        own = self.write_own_text(monitor, self.fit_path)
         fit = self._prepared(monitor).result(self.fit_path)
-        choice, rows, reliable = choose(fit), repair_rows(fit), fit.facts["reliable"]
+        choice, rows, reliable = choose(fit), repair_rows(fit), shown_shares(fit)
         lines = [choice.why, *(repair_line(row, reliable) for row in rows)]
         samples = fit.facts["texts"][TASK].get("samples", [])
         figures = {"rows": rows, "reliable": reliable, "keep": self.keep, "samples": samples}
         measured = {"measured": lines, "repair": figures}
         written = cast(Written, self._output(measured=measured, **choice.options).run(monitor))  # of one adapter
         record: RepairRecord = {
-            "schema": "streamer.repair/1", "chosen": choice.what, "why": choice.why, "rows": rows, "reliable": reliable,
+            "schema": "streamer.repair/1", "chosen": choice.what, "why": choice.why, "rows": rows, "reliable": cast(Any, reliable),
             "fit": str(self.fit_path), "output": str(self.output), "state": written["state"],
         }  # fmt: skip
         if self.lora is not None:
             record["lora"] = self.lora
         if own is not None:
-            record["own_text"] = str(self.own_path)
+            record["own_text"] = str(own)
         if samples:
             record["samples"] = samples
         return Repaired(record, written)

@@ -215,9 +215,11 @@ def run(argv: list[str] | None = None) -> int:
     except Exception as e:  # with --json, an error of any kind is printed as JSON too
         described = _described(e, _paths(args))
         error = described or error_entry(type(e).__name__, 1, str(e))
+        if lines := getattr(e, "__notes__", []):
+            error["lines"] = lines
         _tell([error] if described or args.json_events else [], _errors(error), args.json, progress)
-        for note in getattr(e, "__notes__", ()):
-            progress.tell(note)
+        for line in error.get("lines", []):
+            progress.tell(line)
         if described is None:  # our own bug: print its traceback
             raise
         return error["exit_code"]

@@ -260,9 +260,9 @@ COMMANDS: dict[str, tuple[str, tuple[type, ...]]] = {
     "merge": ("write the base with the mitigated adapter merged in", (options.MergeOptions, *DIVIDED)),
     "report": ("show findings or an output as a table, JSON or a page", (options.ReportOptions,)),
     "verify": ("check an output against its record and its inputs, with independent code", (options.VerifyOptions,)),
-    "evaluate": ("measure, on your texts, what each method and lambda keeps and forgets", (options.EvaluateOptions, *RUNS)),
+    "evaluate": ("measure what the adapter and its shrinks keep and forget", (options.EvaluateOptions, *RUNS)),
     "map": ("record the inputs of a base's modules on general text, for --map", (options.MappingOptions, *RUNS)),
-    "repair": ("write an adapter that forgets less, as measured on your texts", (options.RepairOptions, *RUNS)),
+    "repair": ("write an adapter that forgets less, and measure it", (options.RepairOptions, *RUNS)),
     "demo": ("run these commands on a small model that is included", (options.DemoOptions,)),
 }  # fmt: skip
 """What each command does, and the classes of its options; `Printing` is every command's."""

@@ -288,9 +288,11 @@ def repair_table(record: RepairRecord, written: Mapping[str, Any], inputs: tuple
     adapter, output, reliable = record.get("lora", inputs[1]), record["output"], record["reliable"]
     shown_shares = {"kept": reliable["kept"], "top-1 kept": reliable["top1_kept"], "loss left": reliable["forgetting"]}
     why = "the adapter's change is too small to measure on this text; more text may help"
+    if samples := record.get("samples"):
+        shown_shares = {"loss left": reliable["forgetting"]}  # the others have no meaning on what it wrote
     lines = [
-        *sample_lines(record.get("samples", ())),
         f"writes {record['why']}",
+        *sample_lines(samples or ()),
         *(f"{share} is not shown: {why}" for share, is_shown in shown_shares.items() if not is_shown),
         *views.record_lines(written, state_line(output, record["state"])),
     ]
@@ -298,7 +300,7 @@ def repair_table(record: RepairRecord, written: Mapping[str, Any], inputs: tuple
         lines.append(f"converted first: {adapter} is {inputs[1]} as a LoRA adapter, and was repaired in its place")
     lines.append(f"a page with these figures: streamer report {shlex.join([output, '-o', output + '.html'])}")
     if record["chosen"] != "adapter":
-        texts = "--general", "TEXT", "--task", "TEXT", "-o", "FILE"
+        texts = "--general", "TEXT", *(() if "own_text" in record else ("--task", "TEXT")), "-o", "FILE"
         shrink = "--method", "shrink", "--lambda", str(written["lambda"])
         variant = ("--coefficients", record["fit"]) if record["chosen"] == "repair" else shrink
         evaluate = shlex.join(["evaluate", inputs[0], adapter, *texts, *variant, *views.input_options(written)])
@@ -339,7 +341,7 @@ def result(outcome: Any, args: argparse.Namespace, monitor: Monitor) -> Result:
             return outcome.record(), report_text(outcome, args.findings, on)
         case "evaluate":
             tree = {**outcome.to_dict(), "output": output, "state": state}
-            return tree, evaluation_table(outcome, _names(args), on, state_line(output, state))
+            return tree, evaluation_table(outcome, _names(args), on, state_line(output, state) if output else "")
         case "map":
             tree = {**views.map_record(outcome, output, state)}
             return tree, map_text(tree, shown(args.base[0]), on)

@@ -259,7 +259,8 @@ class TextFacts(TypedDict):
     tokens: Annotated[Count, "Their tokens that count, never the first of a sequence."]
     length: Annotated[Count, "Tokens of the longest sequence."]
     sha256: Annotated[Sha256, "Digest of the token ids and of the positions that count (SHA-256, hexadecimal)."]
-    samples: NotRequired[Annotated[list[str], "Of a text that an adapter wrote: its first sequences."]]
+    drawn: NotRequired[Annotated[Literal[True], "That base + adapter wrote it; `loss` is then its expectation over their distribution."]]
+    samples: NotRequired[Annotated[list[str], "Of such a text: its first sequences."]]
 
 class _Texts(TypedDict):
     general: Annotated[TextFacts, "What the base can do and should not forget."]
@@ -745,6 +746,11 @@ VERDICTS: Mapping[Reason, str] = {
 """What to say if no method is suggested, with the share to keep."""
 
 
+def gain_of(text: Mapping[str, Any]) -> str:
+    """Name what is kept of an adapter on a text of its task."""
+    return "its behaviour on text that it wrote" if text.get("drawn") else "what the adapter learned"
+
+
 def verdict(evaluation: Evaluation, suggestion: Suggestion) -> str:
     """Say in one line which variant to use."""
     variant, reason = suggestion.variant, suggestion.reason
@@ -756,7 +762,8 @@ def verdict(evaluation: Evaluation, suggestion: Suggestion) -> str:
     if not evaluation.task.change.divides:
         return f"use {variant.name}: it {_trade(Trade.of(evaluation, v))}"
     kept, left = percent(evaluation.task.share("loss", v)), percent(evaluation.general.share("kl", v))
-    return f"use {variant.name}: it keeps {kept} of what the adapter learned and leaves {left} of its divergence from the base"
+    gain = gain_of(evaluation.facts["texts"]["task"])
+    return f"use {variant.name}: it keeps {kept} of {gain} and leaves {left} of its divergence from the base"
 
 
 def _trade(trade: Trade) -> str:

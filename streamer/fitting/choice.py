@@ -46,7 +46,7 @@ class Choice(NamedTuple):
 def choose(fit: Coefficients) -> Choice:
     """Choose by the measurements: the repair if it is better than the shrink that keeps the same share, else that shrink or the adapter."""
     (fitted,) = fit.facts["sets"]
-    shrink, reliable = fitted["shrink"], fit.facts["reliable"]
+    shrink, reliable = fitted["shrink"], shown_shares(fit)
 
     def as_it_is(why: str) -> Choice:
         return Choice("adapter", f"the adapter as it is: {why}", UNCHANGED_OPTIONS)
@@ -76,6 +76,14 @@ def choose(fit: Coefficients) -> Choice:
         return as_it_is(told)
     why = f"shrink {shrink['lambda']:g}: it {_trade(shrink, reliable)}; {told}"
     return Choice("shrink", why, {"method": Shrink.name, "mitigation_lambda": shrink["lambda"]})
+
+
+def shown_shares(fit: Coefficients) -> dict[str, bool]:
+    """Say which shares have a meaning: reliable ones, and on text that the adapter wrote only its behaviour, not its learning."""
+    reliable: dict[str, bool] = {**fit.facts["reliable"]}
+    if "drawn" in fit.facts["texts"]["task"]:
+        reliable["kept"] = reliable["top1_kept"] = False
+    return reliable
 
 
 def _trade(measured: Mapping[str, Any], reliable: Mapping[str, bool]) -> str:

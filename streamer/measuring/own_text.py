@@ -28,7 +28,7 @@ from streamer.options import Texts
 from streamer.plan.plan import make_plan
 from streamer.storage.atomic_file import write_atomic
 from streamer.storage.files import open_regular, strict_json
-from streamer.streaming.generation import Prompt, Snapshot, write_text
+from streamer.streaming.generation import Prompt, Snapshot, check_generates, write_text
 from streamer.streaming.model import require_transformers
 from streamer.streaming.sweep import SweepModel
 from streamer.streaming.values import ADAPTER, BASE, Variant, VariantSet
@@ -143,6 +143,10 @@ class PreparedOwnText(Prepared[OwnText]):
         tokens = len(self.prompts) * self.options.length
         return 16 * tokens + len(json.dumps(self.facts)), len(self.prompts) * self.cache_bytes
 
+    def keep_finished(self, path: Path) -> OwnText:
+        """Keep a text that is complete, without a word: the run goes on."""
+        return load_own_text(path)
+
     def save(self, result: OwnText, path: Path) -> None:
         """Write the text."""
         write_atomic(path, result.to_json().encode())
@@ -199,6 +203,24 @@ def default_starts(model: SweepModel) -> list[list[int]]:
     return starts
 
 
+def _check_length(path: Path | None, starts: Sequence[Prompt], model: SweepModel, options: Texts, run: Run) -> None:
+    """Refuse a length that leaves the adapter nothing to write, or that the model cannot process."""
+    longest = max(map(len, starts))
+    if longest >= options.length:
+        raise UsageError(
+            f"{path}: a prompt has {longest} tokens, which leave no room in sequences of {options.length}; give --length "
+            f"{2 * longest}"
+        )
+    if 2 * longest > options.length and path is not None:
+        run.monitor.warn((
+            f"{path.name}: the longest prompt has {longest} of {options.length} tokens; with a larger --length the adapter shows more",
+        ))  # fmt: skip
+    if model.positions is not None and options.length > model.positions:
+        raise UsageError(
+            f"length: the model has {model.positions} positions, found {options.length}; give --length {model.positions}"
+        )
+
+
 def prepare_own_text(
     base: str | Path, adapter: Path, options: Texts, max_memory: int | None, run: Run
 ) -> PreparedOwnText:
@@ -216,6 +238,8 @@ def prepare_own_text(
         tokenizer = None
     path = None if options.prompts is None else Path(options.prompts)
     starts = default_starts(model) if path is None or tokenizer is None else read_prompts(path, tokenizer)
+    check_generates(model)
+    _check_length(path, starts, model, options, run)
     prompts = [starts[i % len(starts)] for i in range(options.sequences)]
     digest = "" if path is None else sample_digest(path)
     return PreparedOwnText(plan, run, max_memory, model, options, prompts, digest, tokenizer)

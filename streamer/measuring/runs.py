@@ -32,7 +32,7 @@ from streamer.errors import FormatError, InputError, NumericError, OutputExistsE
 from streamer.events import Event
 from streamer.linalg.torch_state import full_float32, thread_count, threads
 from streamer.measuring.statistics import ADAPTER_ROW, MEASURES, Floats, SequenceSums
-from streamer.measuring.texts import Texts, TextSequences
+from streamer.measuring.texts import IDENTIFYING, Texts, TextSequences
 from streamer.methods import METHODS, MethodName
 from streamer.methods.files import SealedKind
 from streamer.plan.plan import AdapterBatch, Plan, fits, resident_bytes
@@ -426,9 +426,6 @@ Facts = Mapping[str, Any]
 Configs = Annotated[dict[str, Any], "Configs: of the base, as transformers writes what its class reads; of the adapter, what determines "
     "its deltas."]  # fmt: skip
 
-IDENTIFYING = ("architecture", "files", "weights_sha256", "base_is_residual", "lora_b_layout", "ignored_keys")
-"""Keys that identify a base or an adapter, in findings and in evaluations, besides its config."""
-
 OPTIONS = {
     "algorithm": "another version's algorithm",
     **{
@@ -564,7 +561,7 @@ class Prepared(ABC, Generic[Result]):
     max_memory: int | None
     model: SweepModel
 
-    kind: ClassVar[SealedKind]
+    kind: ClassVar[SealedKind | None] = None
     noun: ClassVar[str]
     same: ClassVar[str]
     example: ClassVar[str]
@@ -604,13 +601,28 @@ class Prepared(ABC, Generic[Result]):
         try:
             recorded = self.read(path).facts
         except FormatError as e:
-            if self.kind.is_at(path):
+            if self.kind is not None and self.kind.is_at(path):
                 raise OutputExistsError(f"{e}, or pass --overwrite", path) from e
             raise
         if recorded.get("plan") != self.facts["plan"]:
             known = {"plan", "configs"} <= recorded.keys()
             raise of_others(path, self.noun, differences(self.facts, recorded) if known else ())
         return True
+
+    def refuse_others(self, path: Path, except_for: str) -> None:
+        """Refuse a file of other inputs or options than this run's, apart from one of the texts.
+
+        Raises
+        ------
+        OutputExistsError
+            If there is such a file.
+        """
+        recorded = self.read(path).facts
+        if not {"texts", "configs"} <= recorded.keys():
+            raise of_others(path, self.noun)
+        texts = {**self.facts["texts"], except_for: recorded["texts"].get(except_for)}
+        if differing := differences({**self.facts, "texts": texts}, recorded):
+            raise of_others(path, self.noun, differing)
 
     def warn(self) -> None:
         """Warn of texts that give a poor result."""

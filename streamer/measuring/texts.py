@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import cache
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
@@ -213,7 +214,7 @@ class TextSequences:
             "tokens": self.tokens,
             "length": self.longest,
             "sha256": self.digest(),
-            **({"samples": list(self.samples)} if self.samples else {}),
+            **({"drawn": True, "samples": list(self.samples)} if self.drawn else {}),
         }
 
     def digest(self) -> str:
@@ -250,8 +251,10 @@ Spans = list[tuple[int, int]]
 """Ranges of characters: begin, end."""
 
 
-def read_json_lines(path: Path, tokenizer: Tokenizer, sequences: int, length: int) -> Iterator[TokenSequence]:
-    """Read at most `sequences` nonempty lines, at even distances.
+def read_json_lines(
+    path: Path, tokenizer: Callable[[], Tokenizer], sequences: int, length: int
+) -> Iterator[TokenSequence]:
+    """Read at most `sequences` nonempty lines, at even distances; those with token ids need no tokenizer.
 
     Keys in neither `KEYS` nor `PROMPT_KEYS`, such as ``id`` and ``source``, are ignored.
 
@@ -271,7 +274,7 @@ def read_json_lines(path: Path, tokenizer: Tokenizer, sequences: int, length: in
                 yield _read_line(f"{path}: line {number}", line, tokenizer, length)
 
 
-def _read_line(where: str, raw: bytes, tokenizer: Tokenizer, length: int) -> TokenSequence:
+def _read_line(where: str, raw: bytes, load: Callable[[], Tokenizer], length: int) -> TokenSequence:
     try:
         tree = strict_json(raw.removeprefix(codecs.BOM_UTF8))  # of a file's first line
     except ValueError as e:
@@ -283,6 +286,7 @@ def _read_line(where: str, raw: bytes, tokenizer: Tokenizer, length: int) -> Tok
         raise FormatError(
             f"{where}: expected an object with 'text', with 'prompt' and 'completion', or with 'messages', one kind alone, found {found}"
         )
+    tokenizer = load()
     start = tokenizer.start
     if "messages" in kind:
         if prompt_keys := [key for key in PROMPT_KEYS if tree.get(key)]:
@@ -332,13 +336,20 @@ def is_drawn(tree: Any) -> bool:
     return isinstance(tree, dict) and {"ids", "start"} <= tree.keys() <= {"ids", "start", "text", "facts"}
 
 
-def _drawn_texts(path: Path) -> list[str] | None:
-    """Return the texts of a file that has been read, if an adapter wrote all of its lines; the first other line answers."""
-    texts = list[str]()
+def _drawn_texts(path: Path, is_own: Callable[[Any], bool]) -> list[str] | None:
+    """Return the texts of a file that has been read, if the adapter wrote all of its lines; the first other line answers.
+
+    Parameters
+    ----------
+    is_own
+        Tells from the first line's ``facts`` whether the adapter in question wrote it.
+    """
+    texts, known = list[str](), False
     with path.open("rb") as file:
         for line in filter(bytes.strip, file):
             tree: Any = strict_json(line.removeprefix(codecs.BOM_UTF8))
-            if not is_drawn(tree):
+            known = known or (is_drawn(tree) and is_own(tree.get("facts")))
+            if not (known and is_drawn(tree)):
                 return None
             texts += [str(tree["text"])] if "text" in tree else []
     return texts
@@ -390,7 +401,10 @@ def _read_prompt(where: str, raw: bytes, suffix: str, tokenizer: Tokenizer) -> l
     if not isinstance(prompt, str):
         raise unexpected(where, "an object with 'prompt' or 'messages'", quoted(str(tree)))
     ids, _ = tokenizer.encode(prompt)
-    return ids if tuple(ids[: len(start)]) == start else [*start, *ids]
+    ids = ids if tuple(ids[: len(start)]) == start else [*start, *ids]
+    if not ids:
+        raise unexpected(where, "a prompt", "an empty one")
+    return ids
 
 
 def _rendered(where: str, messages: list[Any], tokenizer: Tokenizer, with_prompt: bool) -> str:
@@ -493,6 +507,9 @@ def _header(tokenizer: Tokenizer, before: list[Any], content: Any, plain: str) -
 
 SUFFIXES = (".txt", ".jsonl", ".npy")
 
+OWN_NAME = "own.jsonl"
+"""Name of a text that the adapter wrote, in records: its file is called after the output, on which no result depends."""
+
 SHOWN = 3
 """Texts that an adapter wrote that are shown."""
 
@@ -507,7 +524,8 @@ LONGEST_WORD = 100
 
 
 def read_text(path: str | Path, tokenizer_directory: Path | None, *, sequences: int = 64, length: int = 512, least: int = 2,
-              vocabulary: int | None = None, positions: int | None = None) -> TextSequences:  # fmt: skip
+              vocabulary: int | None = None, positions: int | None = None,
+              is_own: Callable[[Any], bool] = lambda facts: True) -> TextSequences:  # fmt: skip
     """Read sequences of tokens from a file.
 
     ``.txt``
@@ -534,6 +552,8 @@ def read_text(path: str | Path, tokenizer_directory: Path | None, *, sequences: 
         Size of the vocabulary; all ids must be smaller.
     positions
         Most tokens per sequence that the model permits.
+    is_own
+        Tells from the facts of a text that an adapter wrote whether it is the adapter in question; else it is a text like any other.
 
     Raises
     ------
@@ -556,17 +576,18 @@ def read_text(path: str | Path, tokenizer_directory: Path | None, *, sequences: 
         if path.suffix == ".npy":
             pairs = [(ids, np.ones(len(ids), bool)) for ids in _read_ids(path, sequences, length, least)]
         else:
-            tokenizer = load_tokenizer(path, tokenizer_directory)
+            tokenizer = cache(lambda: load_tokenizer(path, tokenizer_directory))
             if path.suffix == ".txt":
-                counted = np.arange(length) >= len(tokenizer.start)
-                pairs = [(ids, counted.copy()) for ids in _cut_text(path, tokenizer, sequences, length, least)]
+                counted = np.arange(length) >= len(tokenizer().start)
+                pairs = [(ids, counted.copy()) for ids in _cut_text(path, tokenizer(), sequences, length, least)]
             else:
                 pairs = list(read_json_lines(path, tokenizer, sequences, length))
     for _, counted in pairs:
         counted[0] = False
-    drawn = _drawn_texts(path) if path.suffix == ".jsonl" else None
+    drawn = _drawn_texts(path, is_own) if path.suffix == ".jsonl" else None
+    name = path.name if drawn is None else OWN_NAME
     text = TextSequences(
-        tuple(ids for ids, _ in pairs), tuple(counted for _, counted in pairs), path.name, drawn is not None,
+        tuple(ids for ids, _ in pairs), tuple(counted for _, counted in pairs), name, drawn is not None,
         tuple(drawn or ())[:SHOWN],
     )  # fmt: skip
     _check(path, text, vocabulary, positions)
@@ -697,15 +718,29 @@ BUILT_IN = Path(__file__).with_name("built-in.jsonl")
 """General text for want of a given one: prose, chat and code in a hundred documents; ``built-in.md`` states their sources."""
 
 
+IDENTIFYING = ("architecture", "files", "weights_sha256", "base_is_residual", "lora_b_layout", "ignored_keys")
+"""Keys that identify a base or an adapter, in findings and in evaluations, besides its config."""
+
+
 def read_texts(
     model: LoadedModel, texts: Mapping[str, Path], sequences: Mapping[str, int], length: int, monitor: Monitor,
     least: int = 2,
 ) -> dict[str, TextSequences]:  # fmt: skip
     """Read texts with a model's tokenizer, and warn if two are the same; `sequences` has a number for each, see `read_text`."""
-    directory = tokenizer_directory(model.job.plan)
+    plan = model.job.plan
+    directory = tokenizer_directory(plan)
+
+    def is_own(facts: Any) -> bool:
+        inputs = {"base": plan.base_identity, "adapter": plan.adapter_identity}
+        return isinstance(facts, dict) and all(
+            isinstance(facts.get(what), dict) and identity.get(key) == facts[what].get(key)
+            for what, identity in inputs.items()
+            for key in IDENTIFYING
+        )
+
     sequences_of = {
         name: read_text(path, directory, sequences=sequences[name], length=length, least=least,
-                        vocabulary=model.vocabulary, positions=model.positions)
+                        vocabulary=model.vocabulary, positions=model.positions, is_own=is_own)
         for name, path in texts.items()
     }  # fmt: skip
     digests = {name: text.digest() for name, text in sequences_of.items()}

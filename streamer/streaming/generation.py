@@ -109,6 +109,26 @@ class Snapshot:
         return arrays["ids"].clone(), cache
 
 
+def _takes_cache(network: Any) -> bool:
+    """Test whether a model can use results of earlier tokens; else each step runs all tokens."""
+    return not {*CACHES, "cache_params"}.isdisjoint(inspect.signature(network.forward).parameters)
+
+
+def check_generates(model: SweepModel) -> None:
+    """Check that a model can generate.
+
+    Raises
+    ------
+    UnsupportedError
+        If it cannot.
+    """
+    network: Any = model.network
+    if not network.can_generate():
+        raise UnsupportedError(
+            f"{model.job.plan.base.path}: {type(network).__name__} cannot generate text; give --task"
+        )
+
+
 def write_text(
     model: SweepModel,
     variant: int,
@@ -141,16 +161,12 @@ def write_text(
     ------
     NumericError
         If a logit is NaN or Inf.
-    UnsupportedError
-        If the model cannot generate.
     """
     transformers = require_transformers()
     network: Any = model.network
     name = str(model.job.plan.base.path)
-    if not network.can_generate():
-        raise UnsupportedError(f"{name}: {type(network).__name__} cannot generate text; give --task")
     ids, cache = torch.tensor([prompt[:1] for prompt in prompts.values()]), None
-    if network._supports_default_dynamic_cache():
+    if network._supports_default_dynamic_cache() and _takes_cache(network):
         cache = transformers.DynamicCache(config=network.config.get_text_config(decoder=True))
         if all(getattr(cache, "is_linear", [False])):
             snapshot = None  # such a cache does not know how many tokens it holds, and `generate` would run them again
@@ -164,7 +180,8 @@ def write_text(
         after(tokens)
 
     network.generation_config = transformers.GenerationConfig()  # without the stops and filters of the base's config
-    config = transformers.GenerationConfig(max_length=length, do_sample=False, use_cache=True, pad_token_id=0)
+    uses_cache = _takes_cache(network)
+    config = transformers.GenerationConfig(max_length=length, do_sample=False, use_cache=uses_cache, pad_token_id=0)
     sampler = Sampler(prompts, seed, name, step)
     # The keyword was renamed within version 5.
     known = inspect.signature(transformers.GenerationMixin.prepare_inputs_for_generation).parameters

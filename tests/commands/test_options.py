@@ -157,7 +157,7 @@ def test_without_a_method_each_is_named_and_nothing_is_written(
     done = server().run(command, *job, "-o", tmp_path / "out", *options, as_given=True)
     assert (done.code, done.out, done.calls) == (2, "", [])
     first, *lines = done.err.splitlines()
-    assert first == f"streamer: --method: {command} needs one, and none is given; choose by what each kept and left"
+    assert first == f"streamer: --method: {command} needs one; these are the choices, with what each kept and left"
     for words in ("streamer repair", "--method shrink", "--map", "--method paper", "--coefficients", "--lambda 1"):
         assert any(line.strip().startswith(words) for line in lines), words
     assert server().run(command, *job, "-o", tmp_path / "out", "--lambda", 1, as_given=True).code == 0

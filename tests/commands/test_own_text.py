@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import textwrap
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from forks import Server
 from helpers import tree_digest
@@ -139,9 +141,9 @@ def test_lines_of_ids_that_make_no_sense_are_refused(tmp_path: Path, line: str, 
 def test_an_evaluation_needs_no_text(server: Server, tmp_path: Path) -> None:
     done = server.run("evaluate", BASE, ADAPTER, "-o", tmp_path / "e.json", "--sequences", 8, "--length", 32)
     assert done.code == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"e.json", "e.own.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {"e.json", "e.json.own.jsonl"}
     evaluation = streamer.load_evaluation(tmp_path / "e.json")
-    own = (tmp_path / "e.own.jsonl").read_bytes()
+    own = (tmp_path / "e.json.own.jsonl").read_bytes()
     assert server.run("report", tmp_path / "e.json", "-o", tmp_path / "e.html").code == 0
     assert page_data(tmp_path / "e.html")["samples"] == [*map(printable, samples_of(own))]
     assert done.out.count("the adapter wrote: ") == 3
@@ -163,3 +165,78 @@ def test_other_lines_may_have_keys_of_these_names(tmp_path: Path, line: dict[str
         texts.append(read_text(tmp_path / name, BASE))
     assert not texts[0].drawn
     assert texts[0].digest() == texts[1].digest()
+
+
+def test_a_file_of_its_name_that_holds_something_else_is_kept(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "out.own.jsonl").write_text('{"text": "my own text"}\n')
+    done = server.run("repair", BASE, ADAPTER, "-o", tmp_path / "out", *SMALL)
+    assert (done.code, done.err.count("\n")) == (4, 1)
+    assert "out.own.jsonl" in done.err
+    assert (tmp_path / "out.own.jsonl").read_text() == '{"text": "my own text"}\n'
+
+
+@pytest.mark.parametrize(("options", "code", "words"), [
+    (("--general", "missing.txt"), 3, "missing.txt: no such file"),
+    (("--length", 1100), 2, "--length: the model has 1024 positions, found 1100; give --length 1024"),
+    (("--prompts", "long.txt"), 2, "long.txt: a prompt has "),
+    (("--prompts", "empty.jsonl"), 3, "empty.jsonl: line 2: expected a prompt, found an empty one"),
+])  # fmt: skip
+def test_what_would_end_the_run_ends_it_before_the_adapter_writes(
+    server: Server, tmp_path: Path, options: tuple[object, ...], code: int, words: str
+) -> None:
+    (tmp_path / "long.txt").write_text("The value of an expression is " * 20)
+    (tmp_path / "empty.jsonl").write_text('{"prompt": "The value of"}\n{"prompt": ""}\n')
+    given = [tmp_path / word if str(word).endswith((".txt", ".jsonl")) else word for word in options]
+    before = {*tmp_path.iterdir()}
+    done = server.run("repair", BASE, ADAPTER, "-o", tmp_path / "out", "--sequences", 8, *given)
+    assert (done.code, words in done.err) == (code, True), done.err
+    assert {*tmp_path.iterdir()} == before
+
+
+def test_a_fit_of_other_options_is_refused_before_the_adapter_writes(
+    server: Server, repaired: Path, tmp_path: Path
+) -> None:
+    fit = repaired.with_name("out.fit.safetensors")
+    (tmp_path / fit.name).write_bytes(fit.read_bytes())
+    done = server.run("repair", BASE, ADAPTER, "-o", tmp_path / "out", *SMALL, "--keep", 0.8)
+    assert (done.code, "of other inputs or options (--keep)" in done.err) == (4, True), done.err
+    assert {path.name for path in tmp_path.iterdir()} == {fit.name}
+    done = server.run("repair", BASE, ADAPTER, "-o", tmp_path / "out", *SMALL)
+    assert (done.code, "out.fit.safetensors holds this very fit already" in done.err) == (0, True), "under any name"
+
+
+def test_a_base_without_a_tokenizer_needs_none(server: Server, tmp_path: Path) -> None:
+    for path in BASE.iterdir():
+        if not path.name.startswith("tokenizer"):
+            (tmp_path / "base").mkdir(exist_ok=True)
+            (tmp_path / "base" / path.name).symlink_to(path)
+    general = BASE.with_name("general.npy")
+    done = server.run("repair", tmp_path / "base", ADAPTER, "--general", general, "-o", tmp_path / "out", *SMALL)
+    assert done.code == 0
+    assert "text" not in json.loads((tmp_path / "out.own.jsonl").read_text().splitlines()[0])
+
+
+def test_text_of_another_adapter_is_a_text_like_any_other(repaired: Path, tmp_path: Path) -> None:
+    """Its loss is that of its tokens, and not an expectation under an adapter that did not draw them."""
+    own = repaired.with_name("out.own.jsonl")
+    lines = [json.loads(line) for line in own.read_text().splitlines()]
+    np.save(tmp_path / "ids.npy", np.array([line["ids"] for line in lines]))
+    options = {"general": BASE.with_name("general.npy"), "sequences": 8, "length": 32, "on_event": str}
+    first = json.loads(own.read_text().splitlines()[0])
+    first["facts"]["adapter"]["weights_sha256"] = "0" * 64
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (first, *lines[1:])))
+    by_this, by_other, plain = (
+        streamer.evaluate_variants(BASE, ADAPTER, task=task, **options)
+        for task in (own, tmp_path / "other.jsonl", tmp_path / "ids.npy")
+    )
+    np.testing.assert_allclose(by_other.task.loss, plain.task.loss, rtol=1e-6)
+    assert not np.allclose(by_this.task.loss, plain.task.loss, rtol=1e-3)
+
+
+def test_an_evaluation_without_a_file_leaves_nothing(server: Server) -> None:
+    before = {*Path(tempfile.gettempdir()).glob("streamer-*")}
+    done = server.run("evaluate", BASE, ADAPTER, "--sequences", 8, "--length", 32)
+    assert (done.code, "of its behaviour on text that it wrote" in done.out) == (0, True)
+    assert {*Path(tempfile.gettempdir()).glob("streamer-*")} == before
+    refused = server.run("evaluate", BASE, ADAPTER, "--task", BASE.with_name("task.npy"), "--seed", 7)
+    assert (refused.code, "--seed: decides only what the adapter writes" in refused.err) == (2, True)
