@@ -206,10 +206,7 @@ EXAMPLES = {
   streamer verify merged BASE ADAPTER --sample all
       recomputes every matrix, and compares every other tensor byte by byte
 """,
-    "evaluate": """\
-  streamer evaluate BASE ADAPTER -o e.json
-  streamer evaluate BASE ADAPTER --general web.txt --task chats.jsonl -o e.json
-""",
+    "evaluate": "  streamer evaluate BASE ADAPTER --task chats.jsonl -o e.json\n",
     "map": "  streamer map BASE --general web.txt -o base.map.safetensors\n",
     "repair": """\
   streamer repair BASE ADAPTER -o repaired
