@@ -28,7 +28,9 @@ IGNORE = ["lm_head", "re:.*embed_tokens$"]
 """Modules that stay as they are: from names alone, llm-compressor takes an embedding for a linear layer."""
 
 
-def quantize(base: Path, adapter: Path, output: Path, scheme: str, ignore: list[str] = IGNORE, **options: Any) -> None:
+def quantize(
+    base: Path, adapter: Path, output: Path, scheme: str, ignore: list[str] = IGNORE, **options: Any
+) -> None:
     """Write the merged model quantized; see `Merge` for the options."""
     model_free_ptq(base, output, scheme, ignore=ignore, converter=Merge(base, adapter, **options))
 
@@ -45,13 +47,23 @@ class Merge(Converter):
     """
 
     def __init__(self, base: Path, adapter: Path, **options: Any) -> None:
-        self.merged = functools.partial(streamer.iter_merged, base, adapter, dequantize=True, **options)
-        self.lock = threading.Lock()  # with several workers, llm-compressor converts several files at once
+        self.merged = functools.partial(
+            streamer.iter_merged, base, adapter, dequantize=True, **options
+        )
+        self.lock = (
+            threading.Lock()
+        )  # with several workers, llm-compressor converts several files at once
         names = get_weight_map(get_checkpoint_files(base))
         for name, _ in self.merged(tensors=lambda name: name not in names):
             refuse(name, "the merged model has it, the base does not")
-        if AutoConfig.from_pretrained(base).get_text_config().tie_word_embeddings and "lm_head.weight" in names:
-            refuse("lm_head.weight", "the base has it though it is tied, and a merge may untie it in the config")
+        if (
+            AutoConfig.from_pretrained(base).get_text_config().tie_word_embeddings
+            and "lm_head.weight" in names
+        ):
+            refuse(
+                "lm_head.weight",
+                "the base has it though it is tied, and a merge may untie it in the config",
+            )
 
     def process(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Replace the tensors by merged ones, one at a time."""
@@ -87,14 +99,33 @@ def refuse(name: str, why: str) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("base", type=Path)
     parser.add_argument("adapter", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--lambda", dest="mitigation_lambda", type=float, default=0.75, help="(default: %(default)s)")
-    parser.add_argument("--findings", type=Path, help="of `streamer detect`; without them each matrix is judged first")
-    parser.add_argument("--scheme", default="FP8_DYNAMIC", help="llm-compressor's, like W4A16 (default: %(default)s)")
     parser.add_argument(
-        "--ignore", nargs="*", default=IGNORE, help="modules to leave as they are (default: %(default)s)"
+        "--lambda",
+        dest="mitigation_lambda",
+        type=float,
+        default=0.75,
+        help="(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--findings",
+        type=Path,
+        help="of `streamer detect`; without them each matrix is judged first",
+    )
+    parser.add_argument(
+        "--scheme",
+        default="FP8_DYNAMIC",
+        help="llm-compressor's, like W4A16 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--ignore",
+        nargs="*",
+        default=IGNORE,
+        help="modules to leave as they are (default: %(default)s)",
     )
     quantize(**vars(parser.parse_args()))

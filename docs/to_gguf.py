@@ -51,7 +51,9 @@ def convert(base: Path, adapter: Path, output: Path, pre: str = "default", **opt
     """
     config = json.loads((base / "config.json").read_text())
     if config["model_type"] not in ARCHITECTURES:
-        raise SystemExit(f"{base}: expected one of {', '.join(ARCHITECTURES)}, found {config['model_type']}")
+        raise SystemExit(
+            f"{base}: expected one of {', '.join(ARCHITECTURES)}, found {config['model_type']}"
+        )
     arch = ARCHITECTURES[config["model_type"]]
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
@@ -93,7 +95,9 @@ def add_hyperparameters(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None
     """Write what llama.cpp takes from ``config.json``."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise SystemExit(f"config.json: RoPE without scaling is all that this example writes, found {rope}")
+        raise SystemExit(
+            f"config.json: RoPE without scaling is all that this example writes, found {rope}"
+        )
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
@@ -129,12 +133,28 @@ def add_vocabulary(writer: gguf.GGUFWriter, base: Path, size: int, pre: str) -> 
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("base", type=Path)
     parser.add_argument("adapter", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--lambda", dest="mitigation_lambda", type=float, default=0.75, help="(default: %(default)s)")
-    parser.add_argument("--findings", type=Path, help="of `streamer detect`; without them each matrix is judged first")
-    parser.add_argument("--pre", default="default", help="llama.cpp's name of the tokenizer's rule for splitting text")
+    parser.add_argument(
+        "--lambda",
+        dest="mitigation_lambda",
+        type=float,
+        default=0.75,
+        help="(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--findings",
+        type=Path,
+        help="of `streamer detect`; without them each matrix is judged first",
+    )
+    parser.add_argument(
+        "--pre",
+        default="default",
+        help="llama.cpp's name of the tokenizer's rule for splitting text",
+    )
     arguments = parser.parse_args()
     convert(**vars(arguments))

@@ -76,13 +76,34 @@ _NAMES = {
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
-    "Coefficients", "Detection", "DetectionOptions", "Evaluation", "Event", "Findings", "InputMap",
-    "MatrixFinding", "Monitor", "StreamerError", "StreamerWarning", "VerificationError",
-    "detect_intruder_dimensions", "evaluate_variants", "iter_merged",
-    "load_coefficients", "load_evaluation", "load_findings", "load_map", "map_inputs",
-    "merge_with_reduced_intruder_dimensions", "read_tensors", "reduce_intruder_dimension", "repair_adapter",
-    "verify_output", "write_report", "write_safetensors",
-]  # fmt: skip
+    "Coefficients",
+    "Detection",
+    "DetectionOptions",
+    "Evaluation",
+    "Event",
+    "Findings",
+    "InputMap",
+    "MatrixFinding",
+    "Monitor",
+    "StreamerError",
+    "StreamerWarning",
+    "VerificationError",
+    "detect_intruder_dimensions",
+    "evaluate_variants",
+    "iter_merged",
+    "load_coefficients",
+    "load_evaluation",
+    "load_findings",
+    "load_map",
+    "map_inputs",
+    "merge_with_reduced_intruder_dimensions",
+    "read_tensors",
+    "reduce_intruder_dimension",
+    "repair_adapter",
+    "verify_output",
+    "write_report",
+    "write_safetensors",
+]
 
 if TYPE_CHECKING:
     from streamer.api.intruders import (

@@ -47,7 +47,9 @@ class StreamerError(Exception):
     exit_code = 1
 
     def __str__(self) -> str:
-        return one_line(BaseException.__str__(self))  # OSError and KeyError, bases of some, format differently
+        return one_line(
+            BaseException.__str__(self)
+        )  # OSError and KeyError, bases of some, format differently
 
 
 class StreamerWarning(UserWarning):
@@ -63,7 +65,11 @@ def one_line(text: str) -> str:
 
 def printable(text: str) -> str:
     """Escape characters that would control a terminal, because names may come from downloads."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return (
+        text
+        if text.isprintable()
+        else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    )
 
 
 class UsageError(StreamerError, ValueError):
@@ -213,7 +219,9 @@ class InputChangedError(StreamerError):
     @classmethod
     def changed(cls, path: object) -> Self:
         """Make the error of a file that is another one now."""
-        return cls(f"{path}: changed since the run began; start again, and leave the inputs unchanged")
+        return cls(
+            f"{path}: changed since the run began; start again, and leave the inputs unchanged"
+        )
 
     @classmethod
     def vanished(cls, path: object) -> Self:

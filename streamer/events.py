@@ -69,7 +69,10 @@ def warn(event: Event) -> None:
     """Issue warnings through the `warnings` module, attributed to the line that called the library; ignore other events."""
     if event.stage == "warning":
         level, frame = 1, sys._getframe()
-        while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "streamer":
+        while (
+            frame.f_back is not None
+            and frame.f_globals.get("__name__", "").partition(".")[0] == "streamer"
+        ):
             level, frame = level + 1, frame.f_back
         warnings.warn(one_line(event.name), StreamerWarning, stacklevel=level)
 
@@ -157,4 +160,6 @@ class Progress:
         self._report("")
 
     def _report(self, name: str, adapter: str = "") -> None:
-        self._monitor.emit(Event(self._stage, name, self.done, self.total, self.items, self.of, adapter))
+        self._monitor.emit(
+            Event(self._stage, name, self.done, self.total, self.items, self.of, adapter)
+        )

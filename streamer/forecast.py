@@ -97,18 +97,25 @@ def measure_rates(base: Checkpoint, monitor: Monitor) -> Rates | None:
     while (product_seconds := time.perf_counter() - began) < PROBE_SECONDS:
         W @ block
         count += 1
-    file, info = max(((f, t) for f in base.files.values() for t in f.header.tensors), key=lambda pair: pair[1].nbytes)
+    file, info = max(
+        ((f, t) for f in base.files.values() for t in f.header.tensors),
+        key=lambda pair: pair[1].nbytes,
+    )
     digest, nbytes, began = hashlib.sha256(), 0, time.perf_counter()
     for view in views(file.chunks(info)):
         digest.update(view)
         nbytes += len(view)
         if time.perf_counter() - began > PROBE_SECONDS:
             break
-    return Rates(SIDE * SIDE * COLUMNS * count / product_seconds, max(1, nbytes) / (time.perf_counter() - began))
+    return Rates(
+        SIDE * SIDE * COLUMNS * count / product_seconds,
+        max(1, nbytes) / (time.perf_counter() - began),
+    )
 
 
-def forecast_detection(plan: Plan, options: DetectionOptions, device: torch.device, resident: int,
-                       rates: Rates | None) -> Forecast:  # fmt: skip
+def forecast_detection(
+    plan: Plan, options: DetectionOptions, device: torch.device, resident: int, rates: Rates | None
+) -> Forecast:
     """Forecast what `detect` needs.
 
     Parameters
@@ -126,23 +133,37 @@ def forecast_detection(plan: Plan, options: DetectionOptions, device: torch.devi
         seconds = sum(products) / rates.products + read / rates.nbytes
     nbytes = findings_bytes(plan, options)
     return Forecast(
-        peak_memory_bytes=max(peaks), temporary_bytes=nbytes, seconds=seconds,
-        escalated_memory_bytes=max(escalated), write_bytes=nbytes,
-        read_bytes=_identified_bytes(plan) + read, network_bytes=network_bytes(plan, _base_bytes(plan)),
-    )  # fmt: skip
+        peak_memory_bytes=max(peaks),
+        temporary_bytes=nbytes,
+        seconds=seconds,
+        escalated_memory_bytes=max(escalated),
+        write_bytes=nbytes,
+        read_bytes=_identified_bytes(plan) + read,
+        network_bytes=network_bytes(plan, _base_bytes(plan)),
+    )
 
 
-def _detection_work(plan: Plan, target: Target, options: DetectionOptions, resident: int) -> tuple[int, int, int | None]:  # fmt: skip
+def _detection_work(
+    plan: Plan, target: Target, options: DetectionOptions, resident: int
+) -> tuple[int, int, int | None]:
     """Estimate for one matrix the memory, the same if it escalates, and the multiply-adds: None if each product decodes the matrix."""
     module, shape = target.module, target.module.shape
     m, n = shape
     k, ways = options.directions(shape), detection_bytes(plan, target, options, resident)
     way = best_way(plan, target, options, resident)
-    solver = "dense" if k + OVERSAMPLING >= min(shape) else chosen_solver(shape, k, options.solver, way is Way.DENSE)
+    solver = (
+        "dense"
+        if k + OVERSAMPLING >= min(shape)
+        else chosen_solver(shape, k, options.solver, way is Way.DENSE)
+    )
     peak = ways[Way.WHOLE] if way is Way.DENSE and solver == "certified" else ways[way]
-    repeat = float64_way(plan, target, options, resident, "dense" if way is Way.DENSE else "certified")
+    repeat = float64_way(
+        plan, target, options, resident, "dense" if way is Way.DENSE else "certified"
+    )
     escalated = max(ways[way], repeat[1] if repeat else 0)
-    products = MULTIPLY_ADDS_PER_SOLVER_UNIT * cost(shape, k, solver) + MULTIPLY_ADDS_PER_VALUE * m * n
+    products = (
+        MULTIPLY_ADDS_PER_SOLVER_UNIT * cost(shape, k, solver) + MULTIPLY_ADDS_PER_VALUE * m * n
+    )
     products += _norm_cost(shape, module.factor_rank) if module.low_rank else 0
     decodes_again = way is Way.BLOCKS and plan.weights[target.tensor].quantized
     return peak, escalated, None if decodes_again else products
@@ -168,23 +189,40 @@ def forecast_output(writer: Writer, resident: int, rates: Rates | None) -> Forec
     peak = escalated = max(estimate.nbytes for estimate in writer.estimates(resident))
     network = writer.base_bytes
     read = network + _adapter_bytes(plan) + sum(p.stat().st_size for _, p in writer.copies)
-    read += sum(f.nbytes for m in job.findings or () for f in (m.detection.U, m.detection.S, m.detection.Vh))
-    seconds, works = None, [(t.module.shape, t.module.factor_rank + job.intruders(t)) for t in plan.targets]
-    if rates is not None and job.requantize is None and all(target.module.low_rank for target in plan.targets):
+    read += sum(
+        f.nbytes for m in job.findings or () for f in (m.detection.U, m.detection.S, m.detection.Vh)
+    )
+    seconds, works = (
+        None,
+        [(t.module.shape, t.module.factor_rank + job.intruders(t)) for t in plan.targets],
+    )
+    if (
+        rates is not None
+        and job.requantize is None
+        and all(target.module.low_rank for target in plan.targets)
+    ):
         products = sum(_norm_cost(*work) for work in works)
         if writer.command == "merge":
             products += sum(m * n * (MULTIPLY_ADDS_PER_VALUE + rank) for (m, n), rank in works)
         seconds = products / rates.products + (read + output.total_bytes) / rates.nbytes
     if job.detects:
         first = forecast_detection(plan, job.detection, job.device, resident, rates)
-        peak, escalated = max(peak, first.peak_memory_bytes), max(escalated, first.escalated_memory_bytes)
+        peak, escalated = (
+            max(peak, first.peak_memory_bytes),
+            max(escalated, first.escalated_memory_bytes),
+        )
         read += _adapter_bytes(plan) + _base_bytes(plan)
         network += _base_bytes(plan)
         seconds = None if seconds is None or first.seconds is None else seconds + first.seconds
     return Forecast(
-        peak_memory_bytes=peak, escalated_memory_bytes=escalated, seconds=seconds, network_bytes=network_bytes(plan, network),
-        write_bytes=output.total_bytes, temporary_bytes=output.temporary_bytes, read_bytes=_identified_bytes(plan) + read,
-    )  # fmt: skip
+        peak_memory_bytes=peak,
+        escalated_memory_bytes=escalated,
+        seconds=seconds,
+        network_bytes=network_bytes(plan, network),
+        write_bytes=output.total_bytes,
+        temporary_bytes=output.temporary_bytes,
+        read_bytes=_identified_bytes(plan) + read,
+    )
 
 
 def forecast_texts(prepared: Prepared[Any], output: Path) -> Forecast:
@@ -200,17 +238,31 @@ def forecast_texts(prepared: Prepared[Any], output: Path) -> Forecast:
     if device == CPU and (rates := measure_rates(plan.base, prepared.run.monitor)) is not None:
         products = sum(sweep_cost(model.size, work.fitted + work.riding) for work in sweeps)
         # The run needs the time that this process has used so far, mostly for imports, as well.
-        seconds = time.process_time() + START_SECONDS + MULTIPLY_ADDS_PER_SWEEP_STEP * products / rates.products
+        seconds = (
+            time.process_time()
+            + START_SECONDS
+            + MULTIPLY_ADDS_PER_SWEEP_STEP * products / rates.products
+        )
     return Forecast(
-        peak_memory_bytes=peak, escalated_memory_bytes=peak, read_bytes=read, network_bytes=network_bytes(plan, read), seconds=seconds,
-        write_bytes=writes, temporary_bytes=temporary, device_memory_bytes=0 if device == CPU else peak - TRANSFORMERS_BYTES - resident,
-    )  # fmt: skip
+        peak_memory_bytes=peak,
+        escalated_memory_bytes=peak,
+        read_bytes=read,
+        network_bytes=network_bytes(plan, read),
+        seconds=seconds,
+        write_bytes=writes,
+        temporary_bytes=temporary,
+        device_memory_bytes=0 if device == CPU else peak - TRANSFORMERS_BYTES - resident,
+    )
 
 
 def _identified_bytes(plan: Plan) -> int:
     """Count the bytes read to identify the inputs: headers, samples of models, and the whole adapter."""
     source = plan.adapter
-    read = sampled_bytes(source.files) if source.describes_model else sum(f.header.file_bytes for f in source.files)
+    read = (
+        sampled_bytes(source.files)
+        if source.describes_model
+        else sum(f.header.file_bytes for f in source.files)
+    )
     return sampled_bytes(plan.base.files.values()) + read
 
 
@@ -235,9 +287,13 @@ def on_workers(forecast: Forecast, workers: Workers | None, resident: int) -> Fo
     if workers is None or workers.processes is None:
         return forecast
     count, seconds = workers.processes, forecast.seconds
-    peak, escalated = (resident + count * n for n in (forecast.peak_memory_bytes, forecast.escalated_memory_bytes))
+    peak, escalated = (
+        resident + count * n for n in (forecast.peak_memory_bytes, forecast.escalated_memory_bytes)
+    )
     seconds = seconds and seconds / count
-    return replace(forecast, peak_memory_bytes=peak, escalated_memory_bytes=escalated, seconds=seconds)
+    return replace(
+        forecast, peak_memory_bytes=peak, escalated_memory_bytes=escalated, seconds=seconds
+    )
 
 
 def together(planned: Sequence[Forecast | None], shared: int = 0) -> Forecast | None:
@@ -255,16 +311,23 @@ def together(planned: Sequence[Forecast | None], shared: int = 0) -> Forecast | 
         return None
     seconds = [f.seconds for f in forecasts if f.seconds is not None]
     return Forecast(
-        peak_memory_bytes=max(f.peak_memory_bytes for f in forecasts), read_bytes=sum(f.read_bytes for f in forecasts) - shared,
-        escalated_memory_bytes=max(f.escalated_memory_bytes for f in forecasts), network_bytes=sum(f.network_bytes for f in forecasts),
-        write_bytes=sum(f.write_bytes for f in forecasts), temporary_bytes=sum(f.temporary_bytes for f in forecasts),
+        peak_memory_bytes=max(f.peak_memory_bytes for f in forecasts),
+        read_bytes=sum(f.read_bytes for f in forecasts) - shared,
+        escalated_memory_bytes=max(f.escalated_memory_bytes for f in forecasts),
+        network_bytes=sum(f.network_bytes for f in forecasts),
+        write_bytes=sum(f.write_bytes for f in forecasts),
+        temporary_bytes=sum(f.temporary_bytes for f in forecasts),
         seconds=sum(seconds) if len(seconds) == len(forecasts) else None,
-    )  # fmt: skip
+    )
 
 
 def shared_by_detections(batch: AdapterBatch) -> int:
     """Count the bytes of matrices that several plans change, for every plan except the first."""
-    return sum(batch.plans[i].weights[target.tensor].nbytes for group in batch.matrices() for i, target in group[1:])
+    return sum(
+        batch.plans[i].weights[target.tensor].nbytes
+        for group in batch.matrices()
+        for i, target in group[1:]
+    )
 
 
 def shared_by_merges(writers: Sequence[Writer]) -> int:
@@ -273,4 +336,6 @@ def shared_by_merges(writers: Sequence[Writer]) -> int:
     if not jobs:
         return 0
     base = sum(file.header.file_bytes for job in jobs[1:] for file in job.plan.base.files.values())
-    return base + shared_by_detections(AdapterBatch(jobs[0].plan.base, tuple(job.plan for job in jobs if job.detects)))
+    return base + shared_by_detections(
+        AdapterBatch(jobs[0].plan.base, tuple(job.plan for job in jobs if job.detects))
+    )

@@ -40,7 +40,13 @@ from streamer.streaming.model import require_transformers
 from streamer.streaming.values import ADAPTER, BASE, Variant
 from streamer.units import quoted
 
-KEYWORDS = {f.name for f in fields(VariantOptions)} - {"base", "adapter", "on_event", "monitor", "progress"}
+KEYWORDS = {f.name for f in fields(VariantOptions)} - {
+    "base",
+    "adapter",
+    "on_event",
+    "monitor",
+    "progress",
+}
 """Keywords of `evaluate_variants` that have an effect here."""
 
 BLOCK = 8192
@@ -84,19 +90,36 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         ``device``, whose default ``cuda:0`` means ``auto`` here, and ``batch_size`` and ``max_batch_size``, which are ignored.
     """
 
-    def __init__(self, base: str, adapter: str, method: str = ADAPTER, cache: str | None = None, max_length: int | None = None,
-                 **options: Any) -> None:  # fmt: skip
+    def __init__(
+        self,
+        base: str,
+        adapter: str,
+        method: str = ADAPTER,
+        cache: str | None = None,
+        max_length: int | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__()
         lam, keep = options.pop("lambda", None), options.get("keep")
-        keywords = {k: v for k, v in options.items() if k not in ("batch_size", "max_batch_size") and v is not None}
-        if keywords.get("device") == "cuda:0":  # the harness's default, even on a machine without a GPU
+        keywords = {
+            k: v
+            for k, v in options.items()
+            if k not in ("batch_size", "max_batch_size") and v is not None
+        }
+        if (
+            keywords.get("device") == "cuda:0"
+        ):  # the harness's default, even on a machine without a GPU
             keywords["device"] = "auto"
         if unknown := sorted(keywords.keys() - KEYWORDS):
-            raise UsageError(f"model_args: expected keywords of evaluate_variants, found {unknown[0]!r}")
+            raise UsageError(
+                f"model_args: expected keywords of evaluate_variants, found {unknown[0]!r}"
+            )
         if "methods" in keywords:
             keywords["methods"] = tuple(map(str, _several(keywords["methods"])))
         if "lambdas" in keywords:
-            keywords["lambdas"] = tuple(_number("lambdas", value) for value in _several(keywords["lambdas"]))
+            keywords["lambdas"] = tuple(
+                _number("lambdas", value) for value in _several(keywords["lambdas"])
+            )
         several = "methods" in keywords or method not in (BASE, ADAPTER)
         if several:
             keywords.setdefault("methods", (method,))
@@ -107,14 +130,20 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         self._variants = request.variants if several else request.variants[:2]
         self._variant = _requested(self._variants, method, lam, keep)
         with watched(request) as monitor:
-            base_path, adapter_path, findings, run = request.opened(adapter, request.findings, monitor)
-            self._model = open_model(base_path, adapter_path, findings, request, request.variants, run)
+            base_path, adapter_path, findings, run = request.opened(
+                adapter, request.findings, monitor
+            )
+            self._model = open_model(
+                base_path, adapter_path, findings, request, request.variants, run
+            )
         self._run = run
         self._max_memory = request.memory
         plan = self._model.job.plan
         directory = tokenizer_directory(plan)
         self.tokenizer = load_tokenizer(Path(REQUESTS), directory).loaded
-        config = require_transformers().AutoConfig.from_pretrained(plan.base.directory, local_files_only=True)
+        config = require_transformers().AutoConfig.from_pretrained(
+            plan.base.directory, local_files_only=True
+        )
         # Unlike `hf`, this also runs the last token of a request.
         positions = (self._model.positions or sys.maxsize) - self._model.strict_positions
         self.max_length = max_length or min(resolve_max_length(config, self.tokenizer), positions)
@@ -135,9 +164,13 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         begin = self.tokenizer.bos_token_id
         return self.eot_token_id if begin is None else int(begin)
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
         """Encode a text as the harness's ``hf`` does: with the tokenizer's special tokens, unless the text already begins with one."""
-        if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
+        if add_special_tokens is None and has_bos_prefix(
+            string, self.tokenizer.decode(self.prefix_token_id)
+        ):
             add_special_tokens = False
         kinds = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         return list(self.tokenizer.encode(string, **kinds))
@@ -147,10 +180,18 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         """Return the tokenizer's name, for the harness's cache of prompts."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
         """Write a conversation by the tokenizer's chat template."""
-        return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
-                                                      continue_final_message=not add_generation_prompt))  # fmt: skip
+        return str(
+            self.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+        )
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Refuse to generate text."""
@@ -160,21 +201,37 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
             "--model hf"
         )
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[float]:
         """Return the log-likelihood of each text, computed in windows if the text is longer than the model's context."""
         windows = [
-            [utils.make_disjoint_window(w) for w in utils.get_rolling_token_windows(
-                self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, 1)]
+            [
+                utils.make_disjoint_window(w)
+                for w in utils.get_rolling_token_windows(
+                    self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, 1
+                )
+            ]
             for request in requests
-        ]  # fmt: skip
-        answers = iter(self._loglikelihood_tokens([(None, *w) for of_text in windows for w in of_text], disable_tqdm))
-        totals = [sum(log_likelihood for log_likelihood, _ in islice(answers, len(of_text))) for of_text in windows]
+        ]
+        answers = iter(
+            self._loglikelihood_tokens(
+                [(None, *w) for of_text in windows for w in of_text], disable_tqdm
+            )
+        )
+        totals = [
+            sum(log_likelihood for log_likelihood, _ in islice(answers, len(of_text)))
+            for of_text in windows
+        ]
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+        self,
+        requests: Sequence[tuple[Any, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **_: Any,
     ) -> list[Answer]:
         """Answer requests, each a text with the tokens of its context and continuation; measure the answers not yet known."""
         questions = []
@@ -186,7 +243,11 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
                 )
             ids = np.array([*context, *continuation][-self.max_length - 1 :], np.int64)
             questions.append(Question(ids, len(continuation)))
-        new = {self._key(self._variant, question): question for question in questions if self._find(question) is None}
+        new = {
+            self._key(self._variant, question): question
+            for question in questions
+            if self._find(question) is None
+        }
         if new:
             self._measure(list(new.values()), disable_tqdm)
         answers = []
@@ -200,7 +261,9 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
 
     def _find(self, question: Question) -> Answer | None:
         key = self._key(self._variant, question)
-        row = self._results.execute("select loss, greedy from results where key = ?", (key,)).fetchone()
+        row = self._results.execute(
+            "select loss, greedy from results where key = ?", (key,)
+        ).fetchone()
         return None if row is None else (-row[0], bool(row[1]))
 
     def _key(self, variant: Variant, question: Question) -> bytes:
@@ -211,19 +274,31 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
     def _keys(self) -> dict[str, bytes]:
         """Hash everything that determines each variant's results, including the inputs' identities and stamps."""
         job = self._model.job
-        about = {"transformers": require_transformers().__version__, "config": self._model.config,
-                 "stamps": job.plan.detection_stamps(), "projected": job.projected, "bf16": 2 * job.rounds_products}  # fmt: skip
+        about = {
+            "transformers": require_transformers().__version__,
+            "config": self._model.config,
+            "stamps": job.plan.detection_stamps(),
+            "projected": job.projected,
+            "bf16": 2 * job.rounds_products,
+        }
         intruders = None if job.findings is None else job.findings.decisions_digest()
         return {
-            v.name: bytes.fromhex(job.plan.digest(**about, method=v.mitigation and v.mitigation.as_dict(),
-                                                  intruders=intruders if v.scales_intruders else None))
+            v.name: bytes.fromhex(
+                job.plan.digest(
+                    **about,
+                    method=v.mitigation and v.mitigation.as_dict(),
+                    intruders=intruders if v.scales_intruders else None,
+                )
+            )
             for v in self._variants
-        }  # fmt: skip
+        }
 
     def _measure(self, questions: Sequence[Question], disable_tqdm: bool) -> None:
         """Run the sweeps that answer requests, and store the results after each sweep."""
         with _using(self._cache), self._results:
-            self._results.execute("delete from results where key is null")  # deletes nothing, but fails if not writable
+            self._results.execute(
+                "delete from results where key is null"
+            )  # deletes nothing, but fails if not writable
         other = self._variants[1] if self._variant.name == BASE else self._variant
         variants = self._variants if self._cache is not None else (self._variants[0], other)
         counted = tuple(np.arange(len(ids)) >= len(ids) - scored for ids, scored in questions)
@@ -235,21 +310,34 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         work = Work(fitted=0, riding=rows, length=text.longest)
         limits = work.limits(model.size, resident, self._max_memory)
         model.use(replace(model.job, variants=variants))
-        with full_float32(), tqdm(total=len(questions), desc="Scored requests", disable=disable_tqdm) as bar:
+        with (
+            full_float32(),
+            tqdm(total=len(questions), desc="Scored requests", disable=disable_tqdm) as bar,
+        ):
             one_length = needs_one_length(model, texts, limits.rows, lambda: None)
             parts = riders(texts, len(variants), model.size, limits.rows, one_length)
             while parts:
                 block = [parts.pop(0)]
-                while parts and sum(group.rows for part in (*block, parts[0]) for group in part.groups) <= BLOCK:
+                while (
+                    parts
+                    and sum(group.rows for part in (*block, parts[0]) for group in part.groups)
+                    <= BLOCK
+                ):
                     block.append(parts.pop(0))
                 sums = measure(model, block, progress, limits)[REQUESTS]
                 results = [
-                    (self._key(variant, questions[i]), sums.loss[v, s], int(sums.right[v, s] == sums.tokens[s]))
+                    (
+                        self._key(variant, questions[i]),
+                        sums.loss[v, s],
+                        int(sums.right[v, s] == sums.tokens[s]),
+                    )
                     for v, variant in enumerate(variants)
                     for s, i in enumerate(sorted(i for part in block for i in part.numbers))
                 ]
                 with self._results:
-                    self._results.executemany("insert or replace into results values (?, ?, ?)", results)
+                    self._results.executemany(
+                        "insert or replace into results values (?, ?, ?)", results
+                    )
                 bar.update(len(results) // len(variants))
 
 
@@ -277,7 +365,9 @@ def _number(name: str, value: object) -> float:
         raise UsageError(f"{name}: expected a number, such as 0.5, found {quoted(value)}") from None
 
 
-def _requested(variants: Sequence[Variant], method: str, lam: float | None, keep: float | None) -> Variant:
+def _requested(
+    variants: Sequence[Variant], method: str, lam: float | None, keep: float | None
+) -> Variant:
     """Find the requested variant among the measured ones."""
     fitting = [
         v
@@ -289,7 +379,9 @@ def _requested(variants: Sequence[Variant], method: str, lam: float | None, keep
     if len(fitting) != 1:
         names = ", ".join(v.name for v in variants)
         stated = json.dumps({"method": method, "lambda": lam, "keep": keep})
-        raise UsageError(f"model_args: expected method, lambda and keep of one variant of {names}; found {stated}")
+        raise UsageError(
+            f"model_args: expected method, lambda and keep of one variant of {names}; found {stated}"
+        )
     return fitting[0]
 
 

@@ -62,21 +62,42 @@ def _is_list(value: object) -> bool:
 
 
 def _lies(number: Any, above: float, to: float) -> bool:
-    return isinstance(number, Real) and not isinstance(number, bool) and bool(above < cast(Any, number) <= to)
+    return (
+        isinstance(number, Real)
+        and not isinstance(number, bool)
+        and bool(above < cast(Any, number) <= to)
+    )
 
 
 SHARE = Bound("a share in (0, 1]", lambda x: _lies(x, 0, 1))
 PART = Bound("a share between 0 and 1", lambda x: _lies(x, 0, 1) and x < 1)
-RANK = Bound("a rank from 1, or a share in (0, 1] with a decimal point",
-             lambda x: whole(1).holds(x) or (isinstance(x, float) and _lies(x, 0, 1)))  # fmt: skip
-RISING = Bound("rising numbers above 0", lambda xs: _is_list(xs) and len(xs) > 0
-               and all(_lies(x, 0, math.inf) and x < math.inf for x in xs) and sorted({*xs}) == [*xs])  # fmt: skip
+RANK = Bound(
+    "a rank from 1, or a share in (0, 1] with a decimal point",
+    lambda x: whole(1).holds(x) or (isinstance(x, float) and _lies(x, 0, 1)),
+)
+RISING = Bound(
+    "rising numbers above 0",
+    lambda xs: (
+        _is_list(xs)
+        and len(xs) > 0
+        and all(_lies(x, 0, math.inf) and x < math.inf for x in xs)
+        and sorted({*xs}) == [*xs]
+    ),
+)
 
 PATH = Bound("a path", lambda path: isinstance(path, str | os.PathLike))
-PATHS = Bound("a path, or a list of paths", lambda paths: all(map(PATH.holds, paths if _is_list(paths) else [paths])))
-ONE_BASE = Bound("one; to map several texts, join them in one file", lambda path: isinstance(path, str | os.PathLike))
+PATHS = Bound(
+    "a path, or a list of paths",
+    lambda paths: all(map(PATH.holds, paths if _is_list(paths) else [paths])),
+)
+ONE_BASE = Bound(
+    "one; to map several texts, join them in one file",
+    lambda path: isinstance(path, str | os.PathLike),
+)
 BYTES = Bound("a whole number of bytes", lambda size: isinstance(size, str) or type(size) is int)
-KEYS = Bound("a list of keys", lambda keys: _is_list(keys) and all(isinstance(key, str) for key in keys))
+KEYS = Bound(
+    "a list of keys", lambda keys: _is_list(keys) and all(isinstance(key, str) for key in keys)
+)
 
 
 @dataclass(frozen=True)
@@ -125,9 +146,15 @@ class Option:
         """Return the help with the default."""
         if isinstance(default, tuple | list):
             default = ",".join(f"{value:g}" for value in default)
-        silent = self.nargs == "count" or any(default is value for value in (MISSING, None, True, False))
+        silent = self.nargs == "count" or any(
+            default is value for value in (MISSING, None, True, False)
+        )
         shown = self.shown or ("" if silent else str(default))
-        return f"{self.text} (default: {shown})".replace("CORES", str(available_cores())) if shown else self.text
+        return (
+            f"{self.text} (default: {shown})".replace("CORES", str(available_cores()))
+            if shown
+            else self.text
+        )
 
 
 def option(text: str, default: Any = None, *flags: str, **form: Any) -> Any:
@@ -192,7 +219,10 @@ def _check(option_field: Any, value: Any) -> None:
         bound = Bound(f"one of {', '.join(form.choices)}", tuple(form.choices).__contains__)
     elif bound is None and kind.startswith("Sequence["):
         example = f", such as {[*option_field.default]}" if option_field.default else ""
-        bound = Bound(f"a list{example}", lambda values: isinstance(values, Iterable) and not isinstance(values, str))
+        bound = Bound(
+            f"a list{example}",
+            lambda values: isinstance(values, Iterable) and not isinstance(values, str),
+        )
     elif bound is None and kind.removesuffix(" | None") in ("str | Path", "Adapters"):
         bound = PATH
     for item in values:
@@ -213,9 +243,11 @@ def declared(kind: type) -> Iterator[tuple[Any, Option, str]]:
 
 
 ONE_ADAPTER = "directory, hub name or address of a PEFT adapter; only one"
-ADAPTERS = "directory, hub name or address of a PEFT adapter. Several, or a directory of them, share one pass over the base"  # fmt: skip
+ADAPTERS = "directory, hub name or address of a PEFT adapter. Several, or a directory of them, share one pass over the base"
 FINDINGS = "findings from `streamer detect`"
-RANK_OR_SHARE = "A share such as 0.95 uses the smallest rank that keeps this share of each delta's energy"
+RANK_OR_SHARE = (
+    "A share such as 0.95 uses the smallest rank that keeps this share of each delta's energy"
+)
 SEVERAL = "for several adapters, a directory that gets one"
 BUILT_IN_TITLE = "a built-in text of prose, chat and code"
 BESIDE = "of the recorded name, beside OUTPUT"

@@ -29,7 +29,11 @@ def require_package(name: str, version: tuple[int, ...], needs: str, extra: str)
     try:
         package = importlib.import_module(name)
     except ImportError:
-        raise MissingPackageError(f"{needs}, which is not installed; pip install {install}", name) from None
+        raise MissingPackageError(
+            f"{needs}, which is not installed; pip install {install}", name
+        ) from None
     if tuple(map(int, package.__version__.split(".")[: len(version)])) < version:
-        raise MissingPackageError(f"{needs}, found {package.__version__}; pip install -U {install}", name)
+        raise MissingPackageError(
+            f"{needs}, found {package.__version__}; pip install -U {install}", name
+        )
     return package

@@ -52,7 +52,13 @@ from streamer.plan.name_matching import Match, Renames, renames_for
 from streamer.plan.plan import AdapterBatch, Plan, match_plan
 from streamer.plan.targets import Orientation, Target
 from streamer.storage.atomic_file import Piece, gather
-from streamer.storage.checkpoint import SAMPLE_BYTES, Checkpoint, TensorFile, checkpoint_identity, open_checkpoint
+from streamer.storage.checkpoint import (
+    SAMPLE_BYTES,
+    Checkpoint,
+    TensorFile,
+    checkpoint_identity,
+    open_checkpoint,
+)
 from streamer.storage.files import AdapterIdentity, BaseIdentity
 from streamer.storage.header import Header, TensorInfo, tensor_nbytes
 from streamer.units import listed
@@ -64,7 +70,11 @@ if TYPE_CHECKING:
     from streamer.api.keywords import LiveDetectKeywords, LiveKeywords
 
 
-__all__ = ["detect_intruder_dimensions", "merge_and_unload_with_reduced_intruder_dimensions", "reduce_intruder_dimension"]  # fmt: skip
+__all__ = [
+    "detect_intruder_dimensions",
+    "merge_and_unload_with_reduced_intruder_dimensions",
+    "reduce_intruder_dimension",
+]
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
@@ -198,19 +208,29 @@ class LiveModel:
         try:
             with quiet_peft():
                 state = {name: live.tensor for name, live in tensors.items()}
-                saved = require_peft().get_peft_model_state_dict(self.model, state, adapter_name, save_embedding_layers=False)  # fmt: skip
+                saved = require_peft().get_peft_model_state_dict(
+                    self.model, state, adapter_name, save_embedding_layers=False
+                )
         except KeyError as e:
             raise UnsupportedError(
                 f"adapter {adapter_name!r}: PEFT cannot save it, because it looks for {e}, which belongs to another adapter; load it in a "
                 "model of its own"
             ) from e
-        return {name: by_id.get(id(t)) or LiveTensor(self.model, name, t) for name, t in saved.items()}
+        return {
+            name: by_id.get(id(t)) or LiveTensor(self.model, name, t) for name, t in saved.items()
+        }
 
     def adapter_config(self) -> AdapterConfig:
         """Return the adapter's config as PEFT would save it, with the version of the running PEFT."""
         tree = self.configs[self.adapter_name].to_dict()
-        text = json.dumps({**tree, "peft_version": require_peft().__version__}, default=lambda value: sorted(value)
-                          if isinstance(value, set | frozenset) else getattr(value, "value", str(value)))  # fmt: skip
+        text = json.dumps(
+            {**tree, "peft_version": require_peft().__version__},
+            default=lambda value: (
+                sorted(value)
+                if isinstance(value, set | frozenset)
+                else getattr(value, "value", str(value))
+            ),
+        )
         return AdapterConfig(json.loads(text), Path(self.adapter_title))
 
     def layers(self) -> Iterator[tuple[str, Any]]:
@@ -253,26 +273,43 @@ def open_model(peft_model: nn.Module, adapter_name: str) -> LiveModel:
             f"peft_model: expected a model with PEFT adapters, found {type(model).__name__}; load one with PeftModel.from_pretrained, or "
             "pass the PEFT model inside it"
         )
-    if isinstance(model, peft.PeftModel) and isinstance(_uncompiled(model.get_base_model()), peft.PeftModel):
-        raise UnsupportedError("peft_model: a PeftModel around a PeftModel is not supported; merge the inner one, or pass it")  # fmt: skip
+    if isinstance(model, peft.PeftModel) and isinstance(
+        _uncompiled(model.get_base_model()), peft.PeftModel
+    ):
+        raise UnsupportedError(
+            "peft_model: a PeftModel around a PeftModel is not supported; merge the inner one, or pass it"
+        )
     if isinstance(model, peft.PeftMixedModel):
-        raise UnsupportedError("peft_model: a PeftMixedModel, whose adapters are of several kinds, is not supported")
+        raise UnsupportedError(
+            "peft_model: a PeftMixedModel, whose adapters are of several kinds, is not supported"
+        )
     if adapter_name not in configs:
-        raise UsageError(f"adapter {adapter_name!r}: the model has none of this name; it has {listed(map(repr, configs))}")  # fmt: skip
+        raise UsageError(
+            f"adapter {adapter_name!r}: the model has none of this name; it has {listed(map(repr, configs))}"
+        )
     base = _uncompiled(model.get_base_model() if isinstance(model, peft.PeftModel) else model)
-    merged = next((n for n, m in base.named_modules() if isinstance(m, BaseTunerLayer) and m.merged), None)
+    merged = next(
+        (n for n, m in base.named_modules() if isinstance(m, BaseTunerLayer) and m.merged), None
+    )
     if merged is not None:
         raise UnsupportedError(
             f"{merged}: an adapter is merged into its weight, so the base's values are not available; call unmerge_adapter() first"
         )
-    offloaded = next((name for name, parameter in base.named_parameters() if parameter.is_meta), None)
+    offloaded = next(
+        (name for name, parameter in base.named_parameters() if parameter.is_meta), None
+    )
     if offloaded is not None:
         raise UnsupportedError(
             f"{offloaded}: has no values (it is on the meta device, or accelerate offloads it), which is not supported; "
             "load the whole model, or use the commands on its files"
         )
-    states = ((name, getattr(parameter, "quant_state", None)) for name, parameter in base.named_parameters())
-    packed = next((name for name, state in states if getattr(state, "packing_format_for_cpu", False)), None)
+    states = (
+        (name, getattr(parameter, "quant_state", None))
+        for name, parameter in base.named_parameters()
+    )
+    packed = next(
+        (name for name, state in states if getattr(state, "packing_format_for_cpu", False)), None
+    )
     if packed is not None:
         raise UnsupportedError(
             f"{packed}: bitsandbytes repacked it for this CPU when the model ran, which is not supported; load the model again, and call "
@@ -283,7 +320,9 @@ def open_model(peft_model: nn.Module, adapter_name: str) -> LiveModel:
 
 def _uncompiled(model: Any) -> Any:
     """Return the model without the wrapper of `torch.compile`."""
-    while isinstance(model, nn.Module) and "_orig_mod" in model._modules:  # PeftModel passes attributes on to its base
+    while (
+        isinstance(model, nn.Module) and "_orig_mod" in model._modules
+    ):  # PeftModel passes attributes on to its base
         model = model._modules["_orig_mod"]
     return model
 
@@ -294,7 +333,9 @@ def entries(module: nn.Module, prefix: str, base_only: bool) -> Iterator[tuple[s
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     if base_only and isinstance(module, AuxiliaryTrainingWrapper | BaseTunerLayer):
-        wrapped = "original_module" if isinstance(module, AuxiliaryTrainingWrapper) else "base_layer"
+        wrapped = (
+            "original_module" if isinstance(module, AuxiliaryTrainingWrapper) else "base_layer"
+        )
         yield from entries(module.get_submodule(wrapped), prefix, base_only)
         return
     state: dict[str, Any] = {}
@@ -341,8 +382,12 @@ class LiveAdapter(PeftAdapter):
         for info in self.file.header.tensors:
             digest.update(self.file.view(info))
         config = json.dumps(dict(self.config.values), sort_keys=True)
-        return {"weights_sha256": digest.hexdigest(), "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
-                "modules": len(self.modules), "base_model_name_or_path": self.config.base_model}  # fmt: skip
+        return {
+            "weights_sha256": digest.hexdigest(),
+            "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
+            "modules": len(self.modules),
+            "base_model_name_or_path": self.config.base_model,
+        }
 
 
 @dataclass(frozen=True)
@@ -357,7 +402,9 @@ class LiveOrientation(Orientation):
 
     conv1d: frozenset[str] = frozenset()
 
-    def seen(self, adapter: DeltaSource, weights: WeightView, names: Mapping[str, Match]) -> Orientation:
+    def seen(
+        self, adapter: DeltaSource, weights: WeightView, names: Mapping[str, Match]
+    ) -> Orientation:
         """Return itself; there is nothing more to learn."""
         return self
 
@@ -399,10 +446,17 @@ class LivePlan:
         if self.files is None:
             return {}
         renames = renames_for(read_model_config(self.files.path))
-        by_run_time = {now: name for name, now in renames.at_run_time(self.files.weight_map).items()}
+        by_run_time = {
+            now: name for name, now in renames.at_run_time(self.files.weight_map).items()
+        }
         prefix = f"{getattr(self.live.base, 'base_model_prefix', '')}."
-        spellings = {name: (name, name.removeprefix(prefix), prefix + name) for name in self.tensors}
-        known = {name: [by_run_time[way] for way in ways if way in by_run_time] for name, ways in spellings.items()}
+        spellings = {
+            name: (name, name.removeprefix(prefix), prefix + name) for name in self.tensors
+        }
+        known = {
+            name: [by_run_time[way] for way in ways if way in by_run_time]
+            for name, ways in spellings.items()
+        }
         names = {name: matches[0] for name, matches in known.items() if matches}
         return names if len({*names.values()}) == len(names) else {}
 
@@ -428,20 +482,32 @@ def plan_live(peft_model: nn.Module, adapter_name: str, ignore_keys: Sequence[st
     refuse_kinds(config)
     adapter_file = LiveFile(live.adapter_title, live.adapter_tensors())
     loaded = adapter_from_tensors(Path(live.adapter_title), config, adapter_file)
-    adapter = LiveAdapter(loaded.path, loaded.config, loaded.files, loaded.modules, loaded.carried, loaded.wrapped)
+    adapter = LiveAdapter(
+        loaded.path, loaded.config, loaded.files, loaded.modules, loaded.carried, loaded.wrapped
+    )
     tensors = dict(entries(live.base, "", base_only=True))
     first = {id(live_tensor.tensor): name for name, live_tensor in reversed(tensors.items())}
     # Tied ones once, as in files.
     distinct = {name: tensors[name] for name in tensors if first[id(tensors[name].tensor)] == name}
     title = f"{type(live.base).__name__} in memory"
-    base = LiveBase(Path(title), {title: LiveFile(title, distinct)}, dict.fromkeys(distinct, title), None)
+    base = LiveBase(
+        Path(title), {title: LiveFile(title, distinct)}, dict.fromkeys(distinct, title), None
+    )
     model = _config(live.base, tied=len(distinct) < len(tensors))
     classes = {name: type(t.module).__mro__ for name, t in distinct.items() if t.key == "weight"}
-    conv1d = frozenset(name for name, kinds in classes.items() if any(kind.__name__ == "Conv1D" for kind in kinds))
+    conv1d = frozenset(
+        name for name, kinds in classes.items() if any(kind.__name__ == "Conv1D" for kind in kinds)
+    )
     orientation = LiveOrientation(Orientation.of(base, model).architectures, conv1d=conv1d)
-    plan = match_plan(base, open_weights(base, model), model, orientation, adapter, Renames("", (), ()))
+    plan = match_plan(
+        base, open_weights(base, model), model, orientation, adapter, Renames("", (), ())
+    )
     # Layers may have been scaled after loading, so that the config's scaling is wrong.
-    layers = {name: layer for name, layer in live.layers() if isinstance(getattr(layer, "scaling", None), dict)}
+    layers = {
+        name: layer
+        for name, layer in live.layers()
+        if isinstance(getattr(layer, "scaling", None), dict)
+    }
     for target in plan.targets:
         if isinstance(target.module, MethodModule) and not target.module.method.scaled:
             continue
@@ -462,8 +528,14 @@ def _config(base_model: nn.Module, tied: bool) -> ModelConfig:
     For an unknown class, state that nothing is tied unless a parameter has two names.
     """
     config: Any = getattr(base_model, "config", None)
-    values = json.loads(config.to_json_string(use_diff=False)) if hasattr(config, "to_json_string") else {}
-    named = (ModelConfig({**values, "architectures": [cls.__name__]}) for cls in type(base_model).__mro__)
+    values = (
+        json.loads(config.to_json_string(use_diff=False))
+        if hasattr(config, "to_json_string")
+        else {}
+    )
+    named = (
+        ModelConfig({**values, "architectures": [cls.__name__]}) for cls in type(base_model).__mro__
+    )
     known = next((config for config in named if architecture_for(config) is not None), None)
     if known is not None:
         return known
@@ -486,9 +558,13 @@ def _directory(stated: object) -> Path | None:
 
 
 @explained(LiveOptions)
-def detect_intruder_dimensions(peft_model: nn.Module, adapter_name: str = "default", top_k: int | float | None = None,
-                               threshold_epsilon: float | None = None,
-                               **options: Unpack[LiveDetectKeywords]) -> Findings:  # fmt: skip
+def detect_intruder_dimensions(
+    peft_model: nn.Module,
+    adapter_name: str = "default",
+    top_k: int | float | None = None,
+    threshold_epsilon: float | None = None,
+    **options: Unpack[LiveDetectKeywords],
+) -> Findings:
     """Find the intruder dimensions of every matrix that an adapter of a live model changes; the model stays unchanged.
 
     Parameters
@@ -515,10 +591,14 @@ def detect_intruder_dimensions(peft_model: nn.Module, adapter_name: str = "defau
     with watched(settings) as monitor:
         live_plan = plan_live(peft_model, adapter_name, settings.ignore_keys)
         monitor.warn(live_plan.plan.warnings)
-        return named_as_files(live_plan, detect_live(live_plan, detection, choose_device(settings.device), monitor))
+        return named_as_files(
+            live_plan, detect_live(live_plan, detection, choose_device(settings.device), monitor)
+        )
 
 
-def detect_live(live_plan: LivePlan, options: DetectionOptions, device: torch.device, monitor: Monitor) -> Findings:
+def detect_live(
+    live_plan: LivePlan, options: DetectionOptions, device: torch.device, monitor: Monitor
+) -> Findings:
     """Detect in one matrix after another; the findings use the names in memory."""
     batch = AdapterBatch(live_plan.plan.base, (live_plan.plan,))
     return detect_in_memory(batch, options, Run(device, monitor=monitor))[0]
@@ -526,10 +606,15 @@ def detect_live(live_plan: LivePlan, options: DetectionOptions, device: torch.de
 
 def named_as_files(live_plan: LivePlan, findings: Findings) -> Findings:
     """Rename findings on a live model to the names in the base's files."""
-    return replace(findings, matrices=tuple(replace(m, tensor=live_plan.name_in_files(m.tensor)) for m in findings))
+    return replace(
+        findings,
+        matrices=tuple(replace(m, tensor=live_plan.name_in_files(m.tensor)) for m in findings),
+    )
 
 
-def live_job(live_plan: LivePlan, method: Method, settings: LiveMitigation, monitor: Monitor) -> Job:
+def live_job(
+    live_plan: LivePlan, method: Method, settings: LiveMitigation, monitor: Monitor
+) -> Job:
     """Make the job, with findings if the method needs them: the given ones or new ones; findings, factors and maps get names in memory.
 
     Raises
@@ -543,7 +628,9 @@ def live_job(live_plan: LivePlan, method: Method, settings: LiveMitigation, moni
     detection, device = detection_options(settings), choose_device(settings.device)
     monitor.warn(plan.warnings)
     usable, has_file = None, isinstance(method, RegMean | NullSpace)
-    names = {live_plan.name_in_files(target.tensor): target.tensor for target in plan.targets if has_file}
+    names = {
+        live_plan.name_in_files(target.tensor): target.tensor for target in plan.targets if has_file
+    }
     if isinstance(method, RegMean):
         matrices = {names.get(name, name): R for name, R in method.coefficients.matrices.items()}
         method = replace(method, coefficients=replace(method.coefficients, matrices=matrices))
@@ -554,9 +641,14 @@ def live_job(live_plan: LivePlan, method: Method, settings: LiveMitigation, moni
             raise UnsupportedError(
                 f"{inputs.name}: is a map of a base's files, but the model's files are unknown; load the model from their directory"
             )
-        mapped_base = {key: value for key, value in inputs.facts["base"].items() if key != "architecture"}
+        mapped_base = {
+            key: value for key, value in inputs.facts["base"].items() if key != "architecture"
+        }
         refuse_other_base(inputs, mapped_base, {**live_plan.files.identity})
-        renamed = (replace(entry, names=tuple(names[n] for n in entry.names if n in names)) for entry in inputs.inputs)
+        renamed = (
+            replace(entry, names=tuple(names[n] for n in entry.names if n in names))
+            for entry in inputs.inputs
+        )
         inputs = replace(inputs, inputs=tuple(entry for entry in renamed if entry.names))
         monitor.warn(lacking_inputs(plan, inputs))
         method = replace(method, map=inputs)
@@ -565,16 +657,21 @@ def live_job(live_plan: LivePlan, method: Method, settings: LiveMitigation, moni
     elif method.needs_detection and findings is not None:
         loaded = findings if isinstance(findings, Findings) else load_findings(findings)
         usable = matched_findings(plan, loaded, loaded.name)
-        usable.check_matches(plan.base_identity, plan.adapter_identity, detection_options(settings, None, loaded))
+        usable.check_matches(
+            plan.base_identity, plan.adapter_identity, detection_options(settings, None, loaded)
+        )
     return Job(plan, method, detection, device, usable)
 
 
 @explained(LiveMitigation)
-def merge_and_unload_with_reduced_intruder_dimensions(peft_model: nn.Module, adapter_name: str = "default",
-                                                      top_k: int | float | None = None,
-                                                      threshold_epsilon: float | None = None,
-                                                      mitigation_lambda: float | None = None,
-                                                      **options: Unpack[LiveKeywords]) -> nn.Module:  # fmt: skip
+def merge_and_unload_with_reduced_intruder_dimensions(
+    peft_model: nn.Module,
+    adapter_name: str = "default",
+    top_k: int | float | None = None,
+    threshold_epsilon: float | None = None,
+    mitigation_lambda: float | None = None,
+    **options: Unpack[LiveKeywords],
+) -> nn.Module:
     """Merge an adapter with its intruders scaled by `mitigation_lambda` into the base, and return the base without PEFT.
 
     Weights are changed in place, one matrix after another, in the base's dtypes and on its devices; each is rounded once from a float32
@@ -605,7 +702,12 @@ def merge_and_unload_with_reduced_intruder_dimensions(peft_model: nn.Module, ada
     StreamerError
         Of the class for the kind of error (see `streamer.errors`).
     """
-    settings = LiveMitigation(top_k=top_k, threshold_epsilon=threshold_epsilon, mitigation_lambda=mitigation_lambda, **options)  # fmt: skip
+    settings = LiveMitigation(
+        top_k=top_k,
+        threshold_epsilon=threshold_epsilon,
+        mitigation_lambda=mitigation_lambda,
+        **options,
+    )
     method = settings.chosen
     with watched(settings) as monitor:
         live_plan = plan_live(peft_model, adapter_name, settings.ignore_keys)
@@ -625,7 +727,9 @@ def merge_and_unload_with_reduced_intruder_dimensions(peft_model: nn.Module, ada
             if output.name in live_plan.plan.base.weight_map:
                 tensor.detach().copy_(values)
             else:  # the parameter still belongs to another module
-                module.register_parameter(key, nn.Parameter(values.to(tensor), tensor.requires_grad))
+                module.register_parameter(
+                    key, nn.Parameter(values.to(tensor), tensor.requires_grad)
+                )
             done += tensor_nbytes(output.dtype, output.shape)
         monitor.emit(Event("write", "", total, total, len(outputs), len(outputs)))
         for *path, key in live_plan.plan.edits.untied:  # head and embedding are separate now
@@ -644,7 +748,9 @@ def _changed(live_plan: LivePlan) -> list[OutputTensor]:
     for output in (output for outputs in plan_merged(plan).files.values() for output in outputs):
         source, stays = plan.edits.sources.get(output.name), output.name in plan.base.weight_map
         saved = source is not None and source.file is plan.adapter.file
-        if (isinstance(output.recipe, CopyBytes) and (stays or saved)) or (saved and isinstance(output.recipe, Cast)):
+        if (isinstance(output.recipe, CopyBytes) and (stays or saved)) or (
+            saved and isinstance(output.recipe, Cast)
+        ):
             continue
         if saved and not isinstance(output.recipe, AddBias):
             raise UnsupportedError(
@@ -656,10 +762,16 @@ def _changed(live_plan: LivePlan) -> list[OutputTensor]:
                 f"{plan.base.path}: {output.name!r} is not a parameter of the model; merge its files with `streamer merge`"
             )
         outputs.append(output)
-    ties = (plan.architecture.tied_names if plan.architecture else set()) | {output.name for output in outputs}
-    shared = {_place(tensor): name for name, tensor in live_plan.tensors.items() if name not in ties}
+    ties = (plan.architecture.tied_names if plan.architecture else set()) | {
+        output.name for output in outputs
+    }
+    shared = {
+        _place(tensor): name for name, tensor in live_plan.tensors.items() if name not in ties
+    }
     for output in outputs:
-        if output.name in plan.base.weight_map and (other := shared.get(_place(live_plan.tensors[output.name]))):
+        if output.name in plan.base.weight_map and (
+            other := shared.get(_place(live_plan.tensors[output.name]))
+        ):
             raise UnsupportedError(
                 f"{plan.base.path}: {output.name!r} and {other!r} are one parameter, but the adapter changes only the former; give "
                 "each module a parameter of its own"
@@ -680,7 +792,9 @@ def _place(live: LiveTensor) -> tuple[str, int]:
 def _values(job: Job, output: OutputTensor) -> Tensor:
     """Compute a tensor's values in its own dtype."""
     with threads():
-        data = gather(output.recipe.pieces(job.mitigated), tensor_nbytes(output.dtype, output.shape))
+        data = gather(
+            output.recipe.pieces(job.mitigated), tensor_nbytes(output.dtype, output.shape)
+        )
     return as_tensor(data, TORCH_DTYPES[output.dtype], output.shape)
 
 
@@ -690,13 +804,19 @@ def unloaded(live: LiveModel) -> nn.Module:
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     base: Any = live.base
-    names = [n for n, module in base.named_modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    names = [
+        n
+        for n, module in base.named_modules()
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    ]
     for name in names:
         if any(name.startswith(f"{above}.") for above in names):
             continue
         wrapper: Any = base.get_submodule(name)
         if hasattr(wrapper, "unload_and_optionally_merge_module"):
-            inner = wrapper.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
+            inner = wrapper.unload_and_optionally_merge_module(
+                merge=False, safe_merge=False, adapter_names=None
+            )
         else:
             inner = wrapper.get_base_layer()
         parent, _, child = name.rpartition(".")
@@ -709,11 +829,16 @@ def unloaded(live: LiveModel) -> nn.Module:
 
 
 @explained(LiveMitigation)
-def reduce_intruder_dimension(peft_model: nn.Module, old_adapter_name: str = "default",
-                              new_adapter_name: str = "intruder_reduced", top_k: int | float | None = None,
-                              threshold_epsilon: float | None = None, mitigation_lambda: float | None = None,
-                              logging_sink: Callable[[str], Any] | None = None,
-                              **options: Unpack[LiveKeywords]) -> Findings | None:  # fmt: skip
+def reduce_intruder_dimension(
+    peft_model: nn.Module,
+    old_adapter_name: str = "default",
+    new_adapter_name: str = "intruder_reduced",
+    top_k: int | float | None = None,
+    threshold_epsilon: float | None = None,
+    mitigation_lambda: float | None = None,
+    logging_sink: Callable[[str], Any] | None = None,
+    **options: Unpack[LiveKeywords],
+) -> Findings | None:
     """Add an adapter whose delta has its intruders scaled by `mitigation_lambda`, and make it active.
 
     The mitigated delta is projected onto ``lora_A`` and ``lora_B`` at the adapter's rank, with a warning if more than 1 % of a matrix's
@@ -747,7 +872,12 @@ def reduce_intruder_dimension(peft_model: nn.Module, old_adapter_name: str = "de
     StreamerError
         Of the class for the kind of error (see `streamer.errors`).
     """
-    settings = LiveMitigation(top_k=top_k, threshold_epsilon=threshold_epsilon, mitigation_lambda=mitigation_lambda, **options)  # fmt: skip
+    settings = LiveMitigation(
+        top_k=top_k,
+        threshold_epsilon=threshold_epsilon,
+        mitigation_lambda=mitigation_lambda,
+        **options,
+    )
     method = settings.chosen
     try:  # PEFT keeps an adapter's tensors in modules of its name
         nn.ModuleDict().add_module(new_adapter_name, None)
@@ -757,7 +887,9 @@ def reduce_intruder_dimension(peft_model: nn.Module, old_adapter_name: str = "de
     with watched(settings) as monitor:
         live_plan = plan_live(peft_model, old_adapter_name, settings.ignore_keys)
         if new_adapter_name in live_plan.live.configs:
-            raise UsageError(f"adapter {new_adapter_name!r}: the model has one of this name; choose another, or delete it")  # fmt: skip
+            raise UsageError(
+                f"adapter {new_adapter_name!r}: the model has one of this name; choose another, or delete it"
+            )
         merge = "merge_and_unload_with_reduced_intruder_dimensions"
         files = "for files `streamer mitigate --to-lora RANK` writes it as a LoRA adapter"
         refuse_dense(live_plan.plan, f"{merge} merges it into the base, and {files}")
@@ -770,16 +902,29 @@ def reduce_intruder_dimension(peft_model: nn.Module, old_adapter_name: str = "de
         way = f'method="{Project.name}" or ' if not method.keeps_rank else ""
         remedy = f"{way}{merge} loses nothing"
         monitor.warn(truncation_warnings(metrics, lambda: remedy))
-        _add(live_plan.live, new_adapter_name, {name: values for name, values in new.items() if values is not None})
+        _add(
+            live_plan.live,
+            new_adapter_name,
+            {name: values for name, values in new.items() if values is not None},
+        )
         if logging_sink is not None:
-            by_tensor, counts = {} if job.findings is None else job.findings.by_tensor, Counter[str]()
+            by_tensor, counts = (
+                {} if job.findings is None else job.findings.by_tensor,
+                Counter[str](),
+            )
             layers = dict(live_plan.live.layers())
             for target in live_plan.plan.targets:
                 finding = by_tensor.get(target.tensor)
-                counts[layer_of(target, layers)] += len(finding.detection.intruders) if finding else 0
+                counts[layer_of(target, layers)] += (
+                    len(finding.detection.intruders) if finding else 0
+                )
             for path in layers:  # the lines of PEFT's function
                 if path in counts:
-                    logging_sink(f"{path}: Intruders: {counts[path]}" if counts[path] else f"{path}: No intruders")
+                    logging_sink(
+                        f"{path}: Intruders: {counts[path]}"
+                        if counts[path]
+                        else f"{path}: No intruders"
+                    )
             logging_sink(f"Enabling new adapter {new_adapter_name}")
         return None if job.findings is None else named_as_files(live_plan, job.findings)
 

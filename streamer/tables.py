@@ -38,7 +38,10 @@ class Screen:
 
     def join(self, *parts: str | Sequence[str]) -> str:
         """Join texts, and lists of lines, which are wrapped, with empty lines between them; empty ones are left out."""
-        texts = [p if isinstance(p, str) else "\n".join(fit(line, self.width) for line in p if line) for p in parts]
+        texts = [
+            p if isinstance(p, str) else "\n".join(fit(line, self.width) for line in p if line)
+            for p in parts
+        ]
         return "\n\n".join(text for text in texts if text)
 
 
@@ -86,7 +89,11 @@ class Column:
     @property
     def least(self) -> int:
         """Return the smallest width before other columns are hidden."""
-        return min(self.width, max(NAME_COLUMNS, len(self.head), len(self.foot))) if self.names else self.width
+        return (
+            min(self.width, max(NAME_COLUMNS, len(self.head), len(self.foot)))
+            if self.names
+            else self.width
+        )
 
 
 def table(columns: Sequence[Column], screen: Screen = NO_LIMIT) -> str:
@@ -104,13 +111,22 @@ def table(columns: Sequence[Column], screen: Screen = NO_LIMIT) -> str:
         for c in names:
             room = max(8, c.least + spare)
             spare = max(0, spare - (min(c.width, room) - c.least))
-            shown[shown.index(c)] = replace(c, head=c.head[:room], cells=shorten(c.cells, room, c.among))
+            shown[shown.index(c)] = replace(
+                c, head=c.head[:room], cells=shorten(c.cells, room, c.among)
+            )
     lines = []
-    rows = [[c.head for c in shown], ["-" * c.width for c in shown], *zip(*(c.cells for c in shown), strict=True)]
+    rows = [
+        [c.head for c in shown],
+        ["-" * c.width for c in shown],
+        *zip(*(c.cells for c in shown), strict=True),
+    ]
     if any(c.foot for c in shown):
         rows.append([c.foot for c in shown])
     for row in rows:
-        cells = (f"{text:<{c.width}}" if c.left else f"{text:>{c.width}}" for c, text in zip(shown, row, strict=True))
+        cells = (
+            f"{text:<{c.width}}" if c.left else f"{text:>{c.width}}"
+            for c, text in zip(shown, row, strict=True)
+        )
         lines.append("  ".join(cells).rstrip())
     legend = [(c.head, c.about) for c in shown if c.about and screen.legend]
     if legend:
@@ -127,11 +143,19 @@ def fit(text: str, width: int | None, indent: int = 2) -> str:
         return text
     indent = indent if indent < width // 2 else 2
     lines = [
-        textwrap.fill(line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False,
-                      drop_whitespace=True, replace_whitespace=False)
-        if len(line) > width else line
+        textwrap.fill(
+            line,
+            width,
+            subsequent_indent=" " * indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+            drop_whitespace=True,
+            replace_whitespace=False,
+        )
+        if len(line) > width
+        else line
         for line in text.split("\n")
-    ]  # fmt: skip
+    ]
     return "\n".join(lines)
 
 
@@ -161,7 +185,9 @@ def _ways(names: Sequence[str]) -> list[Callable[[str], str]]:
         return name.removesuffix(tail)
 
     columns = zip(*(bare(name).split(".")[:-1] for name in names), strict=False)
-    alike = sum(1 for _ in takewhile(lambda parts: len({*parts}) == 1 and not parts[0].isdigit(), columns))
+    alike = sum(
+        1 for _ in takewhile(lambda parts: len({*parts}) == 1 and not parts[0].isdigit(), columns)
+    )
 
     def without_start(name: str, count: int) -> str:
         return "…" + ".".join(bare(name).split(".")[count:])
@@ -173,10 +199,17 @@ def _ways(names: Sequence[str]) -> list[Callable[[str], str]]:
 
     def letters(name: str, count: int) -> str:
         parts = bare(name).split(".")[alike:]
-        return ("…" if alike else "") + ".".join([*(p if p.isdigit() else p[:count] for p in parts[:-1]), parts[-1]])
+        return ("…" if alike else "") + ".".join(
+            [*(p if p.isdigit() else p[:count] for p in parts[:-1]), parts[-1]]
+        )
 
     starts = [partial(without_start, count=n) for n in range(1, alike + 1)]
-    return [bare, *starts, partial(numbers_and_end, count=alike), *(partial(letters, count=n) for n in (8, 4, 3, 1))]
+    return [
+        bare,
+        *starts,
+        partial(numbers_and_end, count=alike),
+        *(partial(letters, count=n) for n in (8, 4, 3, 1)),
+    ]
 
 
 def _middle(name: str, width: int) -> str:

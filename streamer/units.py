@@ -100,7 +100,9 @@ def quoted(value: object, most: int = 100) -> str:
     return text if len(text) <= most else text[:most] + "…"
 
 
-def listed(names: Iterable[object], most: int = MOST_LISTED, separator: str = ", ", room: float = math.inf) -> str:
+def listed(
+    names: Iterable[object], most: int = MOST_LISTED, separator: str = ", ", room: float = math.inf
+) -> str:
     """List names in a message: the first, as many others as fit, and the number of the rest.
 
     >>> listed(["a", "b"]), listed("abcdefghij")

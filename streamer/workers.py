@@ -86,7 +86,9 @@ class Inputs:
         except (InputError, StorageError) as e:
             raise MismatchError(f"{worker_name()}: {e} (the caller can open it)") from e
         paths = (self.base, *self.adapters)
-        for path, expected, identity in zip(paths, self.identities, _identities(batch), strict=True):
+        for path, expected, identity in zip(
+            paths, self.identities, _identities(batch), strict=True
+        ):
             if expected != identity:
                 differs = difference(json.loads(identity), json.loads(expected))
                 what = f"{path} differs from the caller's input ({differs})"
@@ -117,8 +119,12 @@ class Task(Generic[Value]):
 _caches: dict[str, tuple[threading.RLock, dict[Any, Any]]] = {}
 
 
-def cached_in_process(kind: str, key: Any, make: Callable[[], Value],
-                      is_valid: Callable[[Value], bool] = lambda _: True) -> Value:  # fmt: skip
+def cached_in_process(
+    kind: str,
+    key: Any,
+    make: Callable[[], Value],
+    is_valid: Callable[[Value], bool] = lambda _: True,
+) -> Value:
     """Return the value that this process has for a key if it is still valid, or make it; the last ones used of a kind are kept."""
     lock, values = _caches.setdefault(kind, (threading.RLock(), {}))
     with lock:
@@ -190,7 +196,10 @@ def perform(task: Task[Any]) -> TaskResult:
 
     try:
         with task_threads(task.threads):
-            value = task.step(cached_in_process("inputs", task.inputs, task.inputs.open, _unchanged), Monitor(note))
+            value = task.step(
+                cached_in_process("inputs", task.inputs, task.inputs.open, _unchanged),
+                Monitor(note),
+            )
     except Exception as e:  # the caller raises it; an exception that left this function would look like a dead worker
         try:
             pickle.loads(pickle.dumps(e))  # noqa: S301  # our own bytes
@@ -260,8 +269,12 @@ class Workers:
         Number of processes on this machine that share the allowed memory; None if each has its own.
     """
 
-    def __init__(self, opens: Callable[[], contextlib.AbstractContextManager[Executor]],
-                 at_once: int = AT_ONCE, processes: int | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        opens: Callable[[], contextlib.AbstractContextManager[Executor]],
+        at_once: int = AT_ONCE,
+        processes: int | None = None,
+    ) -> None:
         self._open, self.at_once, self.processes = opens, at_once, processes
         self._opened, self._users = contextlib.ExitStack(), 0
         self._executor: Executor | None = None
@@ -286,7 +299,9 @@ class Workers:
         self._executor = None
         self._opened.close()
 
-    def budget(self, max_memory: int | None, caller_bytes: int, needs: Iterable[MemoryEstimate]) -> int | None:
+    def budget(
+        self, max_memory: int | None, caller_bytes: int, needs: Iterable[MemoryEstimate]
+    ) -> int | None:
         """Divide the allowed memory among this process and the workers on this machine; return the share of each worker.
 
         Results equal those of a single process that is allowed a worker's share, and they state that amount.
@@ -306,7 +321,10 @@ class Workers:
         if self.processes is None or max_memory is None:
             return max_memory
         n = self.processes
-        check_budget((replace(e, nbytes=caller_bytes + n * (-(-e.nbytes >> 20) << 20)) for e in needs), max_memory)
+        check_budget(
+            (replace(e, nbytes=caller_bytes + n * (-(-e.nbytes >> 20) << 20)) for e in needs),
+            max_memory,
+        )
         return (max_memory - caller_bytes) // n >> 20 << 20
 
     def run(
@@ -348,7 +366,9 @@ class Workers:
                     begin(next(iter(running.values())))
                     future = _next(arrived, executor, monitor)
                     key = running.pop(future)
-                    fault = CancelledError("cancelled") if future.cancelled() else future.exception()
+                    fault = (
+                        CancelledError("cancelled") if future.cancelled() else future.exception()
+                    )
                     if fault is None:
                         result = future.result()
                         if result.error is not None:
@@ -359,9 +379,13 @@ class Workers:
                         continue
                     monitor.checkpoint()  # whatever ended the worker may have asked this process to stop as well
                     _lacks(executor)
-                    said = f"{tasks[key].name}: its worker was lost ({type(fault).__name__}: {fault})"
+                    said = (
+                        f"{tasks[key].name}: its worker was lost ({type(fault).__name__}: {fault})"
+                    )
                     if key in lost:
-                        raise WorkerError(f"{said} for the second time; the same command resumes here") from fault
+                        raise WorkerError(
+                            f"{said} for the second time; the same command resumes here"
+                        ) from fault
                     if not broken:  # warn once for all tasks that the executor had
                         monitor.emit(Event("warning", f"{said}; it is run again"))
                     lost.add(key)
@@ -382,7 +406,9 @@ def _submitted(executor: Executor, task: Task[Any]) -> Future[TaskResult]:
         return failed
 
 
-def _next(arrived: queue.SimpleQueue[Future[TaskResult]], executor: Executor, monitor: Monitor) -> Future[TaskResult]:
+def _next(
+    arrived: queue.SimpleQueue[Future[TaskResult]], executor: Executor, monitor: Monitor
+) -> Future[TaskResult]:
     """Wait for a task to end or for a request to stop; warn once of each thing that a cluster lacks meanwhile."""
     last_lack, asked_at = "", time.monotonic()
     while True:

@@ -11,7 +11,9 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the oracles of numpy: as for torch below
 os.environ.pop("COLUMNS", None)  # tables would fit a width of the test runner's
-os.environ["STREAMER_CHECK_BUFFERS"] = "1"  # read by streamer.storage.atomic_file: who uses a released buffer fails
+os.environ["STREAMER_CHECK_BUFFERS"] = (
+    "1"  # read by streamer.storage.atomic_file: who uses a released buffer fails
+)
 
 import streamer.plan.plan  # noqa: F401 - before what else the tests need: it measures the process that imports it
 
@@ -30,7 +32,11 @@ if "OMP_NUM_THREADS" not in os.environ:
 # The time that an example takes says nothing on a busy machine. No example is remembered, and none is fixed, as Hypothesis does by itself
 # if CI is set: a run depends on its seed alone.
 settings.register_profile(
-    "seeded", deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None, derandomize=False
+    "seeded",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    database=None,
+    derandomize=False,
 )
 settings.load_profile("seeded")
 
@@ -71,7 +77,10 @@ FOLDERS = ("parity", "property", "resources", "project", "faults", "commands", "
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the option that seeds all random numbers."""
     parser.addoption(
-        "--seed", type=int, default=0, help="seed of all random numbers that the tests draw (default: %(default)s)"
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of all random numbers that the tests draw (default: %(default)s)",
     )
 
 
@@ -92,7 +101,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item, path in paths.items():
         item.add_marker(path.parts[0])
     if hasattr(config, "workerinput"):  # set by xdist in its workers
-        items.sort(key=lambda item: (rank.get(str(paths[item]), len(HEAVY)), FOLDERS.index(paths[item].parts[0])))
+        items.sort(
+            key=lambda item: (
+                rank.get(str(paths[item]), len(HEAVY)),
+                FOLDERS.index(paths[item].parts[0]),
+            )
+        )
 
 
 def pytest_collection_finish() -> None:

@@ -22,7 +22,9 @@ def record(
         slot = {"class": cls, "config": list(key), "auto": kind, "disk": prefix}
         slots[path] = {k: v for k, v in slot.items() if (v != f"{path}." if k == "disk" else v)}
         for run_time in _named(built[cls]):
-            disk[f"{path}.{run_time}"] = [prefix + n for n in built[cls].disk.get(run_time, [run_time])]
+            disk[f"{path}.{run_time}"] = [
+                prefix + n for n in built[cls].disk.get(run_time, [run_time])
+            ]
     own_disk = {n: facts.disk.get(n, [n]) for n in {*facts.disk, *disk}}
     out = {
         "type": facts.model_type,
@@ -31,15 +33,31 @@ def record(
         "input": _reference(facts.input, "input", parts, built),
         "output": _reference(facts.output, "output", parts, built),
         "disk": {n: own_disk[n] for n in sorted(own_disk) if own_disk[n] != disk.get(n, [n])},
-        "stacks": {n: o for n, o in sorted(facts.stacks.items()) if not any(n in w.stacks for w in whole.values())},
+        "stacks": {
+            n: o
+            for n, o in sorted(facts.stacks.items())
+            if not any(n in w.stacks for w in whole.values())
+        },
         "ties": [
             [*pair, *([list(place), default] for place, default in sorted(places.items()))]
             for pair, places in sorted(facts.ties.items())
-            if not any(pair in w.ties and w.ties[pair].keys() == places.keys() for w in whole.values())
+            if not any(
+                pair in w.ties and w.ties[pair].keys() == places.keys() for w in whole.values()
+            )
         ],
     }
-    for key in ("tensors", "embeddings", "transposed", "matrices", "buffers", "may_miss", "unsaved"):
-        out[key] = sorted(getattr(facts, key) - set().union(*(getattr(w, key) for w in whole.values())))
+    for key in (
+        "tensors",
+        "embeddings",
+        "transposed",
+        "matrices",
+        "buffers",
+        "may_miss",
+        "unsaved",
+    ):
+        out[key] = sorted(
+            getattr(facts, key) - set().union(*(getattr(w, key) for w in whole.values()))
+        )
     out["labels"] = sorted(facts.labels)
     out["vocabulary"] = {
         n: list(keys)
@@ -69,15 +87,25 @@ def _within(path: str, part: Facts, key: tuple[str, ...]) -> Facts:
         return {f"{path}.{n}" for n in found}
 
     ties = {
-        (f"{path}.{a}", f"{path}.{b}"): {(*key, *place): default for place, default in places.items()}
+        (f"{path}.{a}", f"{path}.{b}"): {
+            (*key, *place): default for place, default in places.items()
+        }
         for (a, b), places in part.ties.items()
     }
     return Facts(
-        part.model_type, part.prefix, names(part.tensors), {f"{path}.{n}": (*key, *keys) for n, keys in part.vocabulary.items()},
-        embeddings=names(part.embeddings), transposed=names(part.transposed),
-        stacks={f"{path}.{n}": o for n, o in part.stacks.items()}, matrices=names(part.matrices), buffers=names(part.buffers),
-        ties=ties, may_miss=part.may_miss, unsaved=names(part.unsaved),
-    )  # fmt: skip
+        part.model_type,
+        part.prefix,
+        names(part.tensors),
+        {f"{path}.{n}": (*key, *keys) for n, keys in part.vocabulary.items()},
+        embeddings=names(part.embeddings),
+        transposed=names(part.transposed),
+        stacks={f"{path}.{n}": o for n, o in part.stacks.items()},
+        matrices=names(part.matrices),
+        buffers=names(part.buffers),
+        ties=ties,
+        may_miss=part.may_miss,
+        unsaved=names(part.unsaved),
+    )
 
 
 def _says(path: str, facts: Facts, part: Facts) -> bool:
@@ -92,20 +120,31 @@ def _says(path: str, facts: Facts, part: Facts) -> bool:
         all(here(getattr(facts, kind)) <= getattr(part, kind) for kind in more)
         and here(facts.buffers) == part.buffers
         and ties == part.ties.keys()
-        and all(part.stacks.get(n) == o for n, o in facts.stacks.items() if n.startswith(f"{path}."))
+        and all(
+            part.stacks.get(n) == o for n, o in facts.stacks.items() if n.startswith(f"{path}.")
+        )
     )
 
 
 def _named(facts: Facts) -> set[str]:
     modules = {*facts.embeddings, *facts.transposed, *filter(None, (facts.input, facts.output))}
-    return {*(f"{m}.weight" for m in modules), *facts.stacks, *facts.matrices, *facts.buffers, *facts.disk}
+    return {
+        *(f"{m}.weight" for m in modules),
+        *facts.stacks,
+        *facts.matrices,
+        *facts.buffers,
+        *facts.disk,
+    }
 
 
 def _disk_prefix(path: str, part: Facts, facts: Facts) -> str:
     """What stands on disk before the part's own names there, most often."""
     seen: dict[str, int] = {f"{path}.": 0}
     for name in _named(part):
-        mine, theirs = facts.disk.get(f"{path}.{name}", [f"{path}.{name}"]), part.disk.get(name, [name])
+        mine, theirs = (
+            facts.disk.get(f"{path}.{name}", [f"{path}.{name}"]),
+            part.disk.get(name, [name]),
+        )
         if len(mine) == len(theirs) == 1 and mine[0].endswith(theirs[0]):
             prefix = mine[0].removesuffix(theirs[0])
             seen[prefix] = seen.get(prefix, 0) + 1
@@ -116,7 +155,9 @@ def _auto_kind(cls: str, model_type: str, auto: Mapping[str, Mapping[str, str]])
     return next((kind for kind, table in auto.items() if table.get(model_type) == cls), "")
 
 
-def _reference(module: str, kind: str, parts: Mapping[str, Model], built: Mapping[str, Facts]) -> str:
+def _reference(
+    module: str, kind: str, parts: Mapping[str, Model], built: Mapping[str, Facts]
+) -> str:
     """A module's path, or ``@`` and the part whose own input or output embedding it is."""
     for path, (cls, _, _) in parts.items():
         inner = getattr(built[cls], kind)

@@ -34,7 +34,9 @@ TOP = 64
 """Leading directions of a matrix that fall like a power; the rest is noise below them."""
 
 
-def generate(directory: Path, shape: tuple[int, int], matrices: int, adapters: int) -> tuple[Path, list[Path]]:
+def generate(
+    directory: Path, shape: tuple[int, int], matrices: int, adapters: int
+) -> tuple[Path, list[Path]]:
     """Write the base, and adapters with an intruder in each of its matrices."""
     g = torch.Generator().manual_seed(0)
     base, (m, n) = directory / "base", shape
@@ -51,7 +53,12 @@ def generate(directory: Path, shape: tuple[int, int], matrices: int, adapters: i
     paths = [directory / f"adapter-{i}" for i in range(adapters)]
     for path in paths:
         write_adapter(
-            path, {"target_modules": ["q_proj"]}, shapes, RANK, RANK, lambda _: planted_factors(shape, RANK, 1.0, 1, g)
+            path,
+            {"target_modules": ["q_proj"]},
+            shapes,
+            RANK,
+            RANK,
+            lambda _: planted_factors(shape, RANK, 1.0, 1, g),
         )
     return base, paths
 
@@ -98,13 +105,18 @@ def measure(base: Path, adapters: list[Path], rounds: int) -> dict[str, Any]:
             found[way], row[way], row[f"{way}_wall"] = timed(call)
         of_all = [decisions(found[way]) for way in ("in_turn", "in_one_pass")]
         row |= {f"{way}_share": row[way] / row["in_turn"] for way in calls}
-        row |= {"equal": sum(len(set(each)) == 1 for each in zip(*of_all, strict=True)), "decided": len(of_all[0])}
+        row |= {
+            "equal": sum(len(set(each)) == 1 for each in zip(*of_all, strict=True)),
+            "decided": len(of_all[0]),
+        }
         rows.append(row)
     return {"rounds": rows, "spread": {key: spread([row[key] for row in rows]) for key in rows[0]}}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", default="4096x4096", help="of the matrices (default: 4096x4096)")
     parser.add_argument("--matrices", type=int, default=2, help="how many (default: 2)")
     parser.add_argument("--adapters", type=int, default=10, help="how many (default: 10)")
@@ -115,16 +127,22 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     m, n = map(int, args.shape.split("x"))
     with tempfile.TemporaryDirectory() as directory:
-        tree = measure(*generate(Path(directory), (m, n), args.matrices, args.adapters), args.rounds)
+        tree = measure(
+            *generate(Path(directory), (m, n), args.matrices, args.adapters), args.rounds
+        )
     if args.json:
         print(json.dumps({"machine": machine(), "load": os.getloadavg(), **tree}, indent=1))
         return
     middle = {key: values["median"] for key, values in tree["spread"].items()}
-    print(f"{args.adapters} adapters on {args.matrices} matrices of {args.shape}, {args.threads} thread, medians of {args.rounds}; "
-          f"load {statistics.fmean(os.getloadavg()):.1f}")  # fmt: skip
+    print(
+        f"{args.adapters} adapters on {args.matrices} matrices of {args.shape}, {args.threads} thread, medians of {args.rounds}; "
+        f"load {statistics.fmean(os.getloadavg()):.1f}"
+    )
     for key, text in WAYS.items():
         share = tree["spread"][f"{key}_share"]
-        print(f"{text:40} {middle[key]:8.2f} s  {share['median']:5.2f} ({share['min']:.2f} to {share['max']:.2f})")
+        print(
+            f"{text:40} {middle[key]:8.2f} s  {share['median']:5.2f} ({share['min']:.2f} to {share['max']:.2f})"
+        )
     print(f"{middle['equal']:.0f} of {middle['decided']:.0f} decisions equal")
 
 

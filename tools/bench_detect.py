@@ -54,9 +54,20 @@ SLOW = 5.0
 TOP = 64
 SCALE = 2.0
 LAYERS = 32
-BLOCK = {"q_proj": (4096, 4096), "k_proj": (1024, 4096), "v_proj": (1024, 4096), "o_proj": (4096, 4096),
-         "gate_proj": (14336, 4096), "up_proj": (14336, 4096), "down_proj": (4096, 14336)}  # fmt: skip
-PLANTED = {"power": (1.4, 0.8, 0.53, 0.42), "outlier": (1.4, 0.8, 0.53, 0.42), "flat": (2.2, 1.9, 1.6, 1.4)}
+BLOCK = {
+    "q_proj": (4096, 4096),
+    "k_proj": (1024, 4096),
+    "v_proj": (1024, 4096),
+    "o_proj": (4096, 4096),
+    "gate_proj": (14336, 4096),
+    "up_proj": (14336, 4096),
+    "down_proj": (4096, 14336),
+}
+PLANTED = {
+    "power": (1.4, 0.8, 0.53, 0.42),
+    "outlier": (1.4, 0.8, 0.53, 0.42),
+    "flat": (2.2, 1.9, 1.6, 1.4),
+}
 
 
 class Case(NamedTuple):
@@ -72,7 +83,9 @@ class Case(NamedTuple):
         return LowRank(SCALE * self.B, self.A.T)
 
 
-def make_case(shape: tuple[int, int], spectrum: str, rank: int, dtype: torch.dtype, seed: int, device: str) -> Case:
+def make_case(
+    shape: tuple[int, int], spectrum: str, rank: int, dtype: torch.dtype, seed: int, device: str
+) -> Case:
     """A base of this spectrum and an adapter with planted intruders, the same for the same arguments."""
     m, n = shape
     g = torch.Generator().manual_seed(seed)
@@ -85,7 +98,10 @@ def make_case(shape: tuple[int, int], spectrum: str, rank: int, dtype: torch.dty
         if spectrum == "outlier":
             top.L[:, 0] *= 300
         weight.addmm_(top.L, top.R.T)
-    A, B = torch.randn(rank, n, generator=g) / n**0.5, 0.05 * torch.randn(m, rank, generator=g) / m**0.5
+    A, B = (
+        torch.randn(rank, n, generator=g) / n**0.5,
+        0.05 * torch.randn(m, rank, generator=g) / m**0.5,
+    )
     for j, sigma in enumerate(PLANTED[spectrum][:rank]):
         u = torch.randn(m, generator=g)
         B[:, j] = u / u.norm() * sigma / SCALE / A[j].norm()
@@ -100,7 +116,9 @@ def row_blocks(weight: Tensor) -> RowBlocks:
 
 def upcast(weight: Tensor) -> Dense:
     """The weight in float32, in memory as a run has it."""
-    return Dense(empty_matrix((weight.shape[0], weight.shape[1]), torch.float32, weight.device).copy_(weight))
+    return Dense(
+        empty_matrix((weight.shape[0], weight.shape[1]), torch.float32, weight.device).copy_(weight)
+    )
 
 
 def run_ours(case: Case, solver: str, k: int, epsilon: float) -> Detection:
@@ -108,7 +126,9 @@ def run_ours(case: Case, solver: str, k: int, epsilon: float) -> Detection:
     base = row_blocks(case.weight) if solver == "blocks" else upcast(case.weight)
     options = DetectionOptions(k, epsilon, "certified" if solver == "blocks" else solver)
     found = decide(base, case.delta, options, name="bench").detection
-    mitigated = Paper(0.75).mitigated(LowRank(*(t.cpu() for t in (case.delta.L, case.delta.R))), found)
+    mitigated = Paper(0.75).mitigated(
+        LowRank(*(t.cpu() for t in (case.delta.L, case.delta.R))), found
+    )
     back_project(mitigated, case.A.shape[0], SCALE)
     return found
 
@@ -124,7 +144,10 @@ def peft_model(case: Case) -> Any:
     rank = case.A.shape[0]
     model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=["0"]))
     layer = model.base_model.model[0]
-    layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data = case.A.clone(), case.B.clone()
+    layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data = (
+        case.A.clone(),
+        case.B.clone(),
+    )
     return model
 
 
@@ -133,7 +156,9 @@ def run_peft(case: Case, k: int, epsilon: float) -> int:
     from peft.tuners.lora.intruders import reduce_intruder_dimension
 
     lines: list[str] = []
-    reduce_intruder_dimension(peft_model(case), top_k=k, threshold_epsilon=epsilon, logging_sink=lines.append)
+    reduce_intruder_dimension(
+        peft_model(case), top_k=k, threshold_epsilon=epsilon, logging_sink=lines.append
+    )
     return sum(int(line.rpartition(":")[2]) for line in lines if "Intruders: " in line)
 
 
@@ -173,10 +198,14 @@ def watched(job: Callable[[], Any]) -> Run:
     return run._replace(memory=peak - before)
 
 
-def compare(jobs: dict[str, Callable[[], Any]], repeats: int, *, turns: bool = True) -> list[dict[str, Any]]:
+def compare(
+    jobs: dict[str, Callable[[], Any]], repeats: int, *, turns: bool = True
+) -> list[dict[str, Any]]:
     """Every job in turns, or each one's runs together; the first one's median is the unit of the ratios."""
     first = {name: watched(job) for name, job in jobs.items()}
-    runs: dict[str, list[Run]] = {name: [run] if run.seconds > SLOW else [] for name, run in first.items()}
+    runs: dict[str, list[Run]] = {
+        name: [run] if run.seconds > SLOW else [] for name, run in first.items()
+    }
     leader = next(iter(jobs))
     names = list(jobs) * repeats if turns else [name for name in jobs for _ in range(repeats)]
     for name in names:
@@ -184,9 +213,21 @@ def compare(jobs: dict[str, Callable[[], Any]], repeats: int, *, turns: bool = T
             runs[name].append(timed(jobs[name]))
     rows = []
     for name, of in runs.items():
-        seconds, cpu = statistics.median(run.seconds for run in of), statistics.median(run.cpu for run in of)
-        rows.append({"solver": name, "seconds": seconds, "seconds_min": min(run.seconds for run in of), "cpu": cpu,
-                     "runs": len(of), "memory": first[name].memory, "result": first[name].result})  # fmt: skip
+        seconds, cpu = (
+            statistics.median(run.seconds for run in of),
+            statistics.median(run.cpu for run in of),
+        )
+        rows.append(
+            {
+                "solver": name,
+                "seconds": seconds,
+                "seconds_min": min(run.seconds for run in of),
+                "cpu": cpu,
+                "runs": len(of),
+                "memory": first[name].memory,
+                "result": first[name].result,
+            }
+        )
         rows[-1] |= {"ratio": seconds / rows[0]["seconds"], "ratio_cpu": cpu / rows[0]["cpu"]}
     return rows
 
@@ -208,17 +249,27 @@ def measure(shape: tuple[int, int], args: argparse.Namespace) -> list[dict[str, 
         agrees = None
         if dense is not None:
             agrees = found.intruders == dense.intruders if ours else found == len(dense.intruders)
-        row |= {"shape": list(shape), "intruders": len(found.intruders) if ours else found, "agrees": agrees,
-                "steps": found.steps if ours else None, "products": found.products if ours else None,
-                "certified": found.certified if ours else None, "escalated": found.escalated if ours else None}  # fmt: skip
+        row |= {
+            "shape": list(shape),
+            "intruders": len(found.intruders) if ours else found,
+            "agrees": agrees,
+            "steps": found.steps if ours else None,
+            "products": found.products if ours else None,
+            "certified": found.certified if ours else None,
+            "escalated": found.escalated if ours else None,
+        }
     return rows
 
 
-def topk_jobs(W: Tensor, base: Dense, delta: LowRank, k: int) -> dict[str, Callable[[], tuple[Tensor, Tensor, Tensor]]]:
+def topk_jobs(
+    W: Tensor, base: Dense, delta: LowRank, k: int
+) -> dict[str, Callable[[], tuple[Tensor, Tensor, Tensor]]]:
     """The leading triplets of W by every solver that is installed, asked for the accuracy of float32 decisions: 1e-5."""
 
     def krylov() -> tuple[Tensor, Tensor, Tensor]:
-        found = krylov_triplets(Sum(base, delta), k, torch.Generator().manual_seed(0), W, triplets_columns(k), 400)
+        found = krylov_triplets(
+            Sum(base, delta), k, torch.Generator().manual_seed(0), W, triplets_columns(k), 400
+        )
         if not found.converged:
             raise RuntimeError("the Krylov process did not converge")
         return found.triplets.U, found.triplets.S, found.triplets.Vh
@@ -227,7 +278,10 @@ def topk_jobs(W: Tensor, base: Dense, delta: LowRank, k: int) -> dict[str, Calla
         U, S, V = torch.svd_lowrank(W, q=min(k + 6, *W.shape), niter=8)
         return U[:, :k], S[:k], V.T[:k]
 
-    jobs: dict[str, Callable[[], tuple[Tensor, Tensor, Tensor]]] = {"krylov": krylov, "torch.svd_lowrank": lowrank}
+    jobs: dict[str, Callable[[], tuple[Tensor, Tensor, Tensor]]] = {
+        "krylov": krylov,
+        "torch.svd_lowrank": lowrank,
+    }
 
     def sorted_back(U: Any, S: Any, Vh: Any) -> tuple[Tensor, Tensor, Tensor]:
         order = (-S).argsort()
@@ -260,13 +314,18 @@ def measure_topk(shape: tuple[int, int], args: argparse.Namespace) -> list[dict[
         try:
             job()
         except Exception as e:  # a peer's failure is a result
-            failed.append({"shape": list(shape), "solver": name, "error": f"{type(e).__name__}: {e}"})
+            failed.append(
+                {"shape": list(shape), "solver": name, "error": f"{type(e).__name__}: {e}"}
+            )
             del jobs[name]
     # scipy's BLAS has threads of its own, which go on spinning for a while and slow whoever comes next.
     rows = compare(jobs, args.repeats, turns=False)
     for row in rows:
         U, S, Vh = (t.to(W) for t in row.pop("result"))
-        row |= {"shape": list(shape), "residual": float(residuals(Dense(W), U, S, Vh).max() / float(S[0]))}
+        row |= {
+            "shape": list(shape),
+            "residual": float(residuals(Dense(W), U, S, Vh).max() / float(S[0])),
+        }
     return rows + failed
 
 
@@ -274,22 +333,43 @@ def measure_block(args: argparse.Namespace) -> dict[str, Any]:
     """The certified solver on each linear layer of a block in bf16, and what 32 blocks would take."""
     rows = []
     for seed, (name, shape) in enumerate(BLOCK.items()):
-        case = make_case(shape, args.spectrum, args.rank, torch.bfloat16, args.seed + seed, args.device)
-        (row,) = compare({"certified": lambda case=case: run_ours(case, "certified", args.top_k, args.epsilon)},
-                         args.repeats)  # fmt: skip
+        case = make_case(
+            shape, args.spectrum, args.rank, torch.bfloat16, args.seed + seed, args.device
+        )
+        (row,) = compare(
+            {"certified": lambda case=case: run_ours(case, "certified", args.top_k, args.epsilon)},
+            args.repeats,
+        )
         found = row.pop("result")
-        rows.append(row | {"shape": list(shape), "layer": name, "intruders": len(found.intruders), "agrees": None,
-                           "steps": found.steps, "products": found.products, "certified": found.certified,
-                           "escalated": found.escalated})  # fmt: skip
+        rows.append(
+            row
+            | {
+                "shape": list(shape),
+                "layer": name,
+                "intruders": len(found.intruders),
+                "agrees": None,
+                "steps": found.steps,
+                "products": found.products,
+                "certified": found.certified,
+                "escalated": found.escalated,
+            }
+        )
     seconds = sum(row["seconds"] for row in rows)
-    return {"rows": rows, "seconds": seconds, "layers": LAYERS, "projected_seconds": LAYERS * seconds}
+    return {
+        "rows": rows,
+        "seconds": seconds,
+        "layers": LAYERS,
+        "projected_seconds": LAYERS * seconds,
+    }
 
 
 def table(tree: dict[str, Any]) -> str:
     """The result for people."""
     m = tree["machine"]
-    lines = [f"{m['cores']} cores ({m['cpu']}), {tree['threads']} threads, torch {m['torch']}, {tree['device']}; "
-             f"{tree['spectrum']} spectrum, {tree['dtype']}, rank {tree['rank']}, k = {tree['top_k']}, ε = {tree['epsilon']}"]  # fmt: skip
+    lines = [
+        f"{m['cores']} cores ({m['cpu']}), {tree['threads']} threads, torch {m['torch']}, {tree['device']}; "
+        f"{tree['spectrum']} spectrum, {tree['dtype']}, rank {tree['rank']}, k = {tree['top_k']}, ε = {tree['epsilon']}"
+    ]
     head = f"{'shape':<13}{'solver':<11}{'s':>9}{'runs':>6}{'ratio':>8}{'cpu s':>9}{'ratio':>8}{'steps':>7}"
     head += f"{'products':>10}{'MB':>8}{'intruders':>11}  agrees  decided"
 
@@ -298,14 +378,19 @@ def table(tree: dict[str, Any]) -> str:
         agrees = {None: "-", True: "yes", False: "NO"}[row["agrees"]]
         decided = "-" if row["certified"] is None else "certified" if row["certified"] else "open"
         decided += " (escalated)" if row["escalated"] else ""
-        return (f"{'x'.join(map(str, row['shape'])):<13}{label:<11}{row['seconds']:>9.3f}{row['runs']:>6}{row['ratio']:>8.1f}"
+        return (
+            f"{'x'.join(map(str, row['shape'])):<13}{label:<11}{row['seconds']:>9.3f}{row['runs']:>6}{row['ratio']:>8.1f}"
             f"{row['cpu']:>9.3f}{row['ratio_cpu']:>8.1f}"
-                f"{steps:>7}{products:>10}{row['memory'] / 1e6:>8.0f}{row['intruders']:>11}  {agrees:<8}{decided}")  # fmt: skip
+            f"{steps:>7}{products:>10}{row['memory'] / 1e6:>8.0f}{row['intruders']:>11}  {agrees:<8}{decided}"
+        )
 
     if tree["rows"]:
         lines += ["", head, *(line(row, row["solver"]) for row in tree["rows"])]
     if tree["topk"]:
-        lines += ["", f"{'shape':<13}{'top-k by':<20}{'s':>9}{'runs':>6}{'ratio':>8}{'MB':>8}{'residual/σ_1':>14}"]
+        lines += [
+            "",
+            f"{'shape':<13}{'top-k by':<20}{'s':>9}{'runs':>6}{'ratio':>8}{'MB':>8}{'residual/σ_1':>14}",
+        ]
         for row in tree["topk"]:
             if "error" in row:
                 cells = f"  {row['error']}"
@@ -316,7 +401,9 @@ def table(tree: dict[str, Any]) -> str:
     if tree["block"]:
         b = tree["block"]
         lines += ["", head, *(line(row, row["layer"]) for row in b["rows"])]
-        lines.append(f"one block {b['seconds']:.1f} s; {b['layers']} blocks {b['projected_seconds']:.0f} s")
+        lines.append(
+            f"one block {b['seconds']:.1f} s; {b['layers']} blocks {b['projected_seconds']:.0f} s"
+        )
     return "\n".join(lines)
 
 
@@ -324,50 +411,94 @@ def shape_of(text: str) -> tuple[int, int]:
     try:
         m, n = (int(side) for side in text.split("x"))
     except ValueError:
-        raise SystemExit(f"--shapes: expected ROWSxCOLUMNS, comma-separated, found {text!r}") from None
+        raise SystemExit(
+            f"--shapes: expected ROWSxCOLUMNS, comma-separated, found {text!r}"
+        ) from None
     if min(m, n) < 1:
         raise SystemExit(f"--shapes: sides from 1, found {text!r}")
     return m, n
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shapes", default="2048x2048", metavar="MxN,…", help="default: 2048x2048")
-    parser.add_argument("--spectrum", choices=PLANTED, default="power", help="of the base (default: power)")
-    parser.add_argument("--rank", type=int, default=16, metavar="R", help="of the adapter (default: 16)")
-    parser.add_argument("--top-k", type=int, default=10, metavar="K", help="directions judged (default: 10)")
-    parser.add_argument("--epsilon", type=float, default=0.5, metavar="X", help="threshold (default: 0.5)")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the base (default: fp32)")
-    parser.add_argument("--solvers", default="certified,dense", metavar="NAME,…",
-                        help="of certified, blocks, dense, peft; the first is the ratios' unit (default: certified,dense)")  # fmt: skip
+    parser.add_argument(
+        "--spectrum", choices=PLANTED, default="power", help="of the base (default: power)"
+    )
+    parser.add_argument(
+        "--rank", type=int, default=16, metavar="R", help="of the adapter (default: 16)"
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=10, metavar="K", help="directions judged (default: 10)"
+    )
+    parser.add_argument(
+        "--epsilon", type=float, default=0.5, metavar="X", help="threshold (default: 0.5)"
+    )
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16"), default="fp32", help="of the base (default: fp32)"
+    )
+    parser.add_argument(
+        "--solvers",
+        default="certified,dense",
+        metavar="NAME,…",
+        help="of certified, blocks, dense, peft; the first is the ratios' unit (default: certified,dense)",
+    )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--topk-peers", action="store_true",
-                      help="instead: the top-k stage against scipy's svds, torch.svd_lowrank, and primme where installed")  # fmt: skip
-    what.add_argument("--block", action="store_true", help="instead: a Llama-3-8B block in bf16, certified, times 32")
+    what.add_argument(
+        "--topk-peers",
+        action="store_true",
+        help="instead: the top-k stage against scipy's svds, torch.svd_lowrank, and primme where installed",
+    )
+    what.add_argument(
+        "--block",
+        action="store_true",
+        help="instead: a Llama-3-8B block in bf16, certified, times 32",
+    )
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="of torch (default: 2)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, … (default: cpu)")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timed runs of each (default: 5)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="another seed, other values (default: 0)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object; seconds and bytes")
+    parser.add_argument(
+        "--repeats", type=int, default=5, metavar="N", help="timed runs of each (default: 5)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="another seed, other values (default: 0)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object; seconds and bytes"
+    )
     args = parser.parse_args()
     args.solver_names = args.solvers.split(",")
     unknown = set(args.solver_names) - {"certified", "blocks", "dense", "peft"}
     if unknown:
-        parser.error(f"--solvers: expected certified, blocks, dense, peft, found {', '.join(sorted(unknown))}")
+        parser.error(
+            f"--solvers: expected certified, blocks, dense, peft, found {', '.join(sorted(unknown))}"
+        )
     if "peft" in args.solver_names and not importlib.util.find_spec("peft"):
         parser.error("--solvers: peft is not installed; pip install peft")
     if min(args.repeats, args.rank, args.threads, args.top_k) < 1:
         parser.error("--repeats, --rank, --threads and --top-k: at least 1")
     if "peft" in args.solver_names:
-        importlib.import_module("peft.tuners.lora.intruders")  # which takes seconds that are not the solver's
+        importlib.import_module(
+            "peft.tuners.lora.intruders"
+        )  # which takes seconds that are not the solver's
     shapes = [shape_of(text) for text in args.shapes.split(",")]
     args.torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     torch.set_num_threads(args.threads)
     tree: dict[str, Any] = {
-        "schema": "streamer.bench-detect/1", "machine": machine(), "threads": args.threads, "device": args.device,
-        "spectrum": args.spectrum, "dtype": "bf16" if args.block else args.dtype, "rank": args.rank, "top_k": args.top_k,
-        "epsilon": args.epsilon, "rows": [], "topk": [], "block": None,
-    }  # fmt: skip
+        "schema": "streamer.bench-detect/1",
+        "machine": machine(),
+        "threads": args.threads,
+        "device": args.device,
+        "spectrum": args.spectrum,
+        "dtype": "bf16" if args.block else args.dtype,
+        "rank": args.rank,
+        "top_k": args.top_k,
+        "epsilon": args.epsilon,
+        "rows": [],
+        "topk": [],
+        "block": None,
+    }
     if args.block:
         tree["block"] = measure_block(args)
     else:

@@ -59,7 +59,9 @@ def kinds() -> None:
             home = Path(directory)
             made = kinds_cases.make(name, torch.float32, home)
             options: dict[str, Any] = {"mitigation_lambda": 0.5, **made.kind.options}
-            on_files = streamer.detect_intruder_dimensions(made.base, made.adapter, **made.kind.options)
+            on_files = streamer.detect_intruder_dimensions(
+                made.base, made.adapter, **made.kind.options
+            )
             model = loaded(made)
             found = live.detect_intruder_dimensions(model).by_tensor
             counts["findings"] += all(found[m.tensor].detection == m.detection for m in on_files)
@@ -68,11 +70,15 @@ def kinds() -> None:
                 streamer.reduce_intruder_dimension(made.base, made.adapter, home / "out", **options)
                 theirs = load_state(home / "out")
                 for key, tensor in adapter_state(model, "intruder_reduced").items():
-                    worst["adapter"] = max(worst["adapter"], kinds_cases.relative(tensor, theirs[key]))
+                    worst["adapter"] = max(
+                        worst["adapter"], kinds_cases.relative(tensor, theirs[key])
+                    )
                 counts["adapters"] += 1
             except streamer.StreamerError as e:
                 refused[name] = str(e)
-            merged = live.merge_and_unload_with_reduced_intruder_dimensions(loaded(made), mitigation_lambda=0.5)
+            merged = live.merge_and_unload_with_reduced_intruder_dimensions(
+                loaded(made), mitigation_lambda=0.5
+            )
             theirs = dict(streamer.iter_merged(made.base, made.adapter, **options))
             for key, tensor in kinds_cases.by_disk(merged.state_dict(), theirs).items():
                 worst["merge"] = max(worst["merge"], kinds_cases.relative(tensor, theirs[key]))
@@ -81,17 +87,25 @@ def kinds() -> None:
             x = kinds_cases.inputs(model)
             with torch.no_grad():
                 expected = kinds_cases.values(model(*x))
-                ours = live.merge_and_unload_with_reduced_intruder_dimensions(model, mitigation_lambda=1.0).eval()
+                ours = live.merge_and_unload_with_reduced_intruder_dimensions(
+                    model, mitigation_lambda=1.0
+                ).eval()
                 off = kinds_cases.relative(kinds_cases.values(ours(*x)), expected)
-                theirs_off = kinds_cases.relative(kinds_cases.values(loaded(made).merge_and_unload()(*x)), expected)
+                theirs_off = kinds_cases.relative(
+                    kinds_cases.values(loaded(made).merge_and_unload()(*x)), expected
+                )
             if theirs_off > 1e-3:
-                print(f"{name}: PEFT's own merge is off its layers by {theirs_off:.1e}, ours by {off:.1e}")
+                print(
+                    f"{name}: PEFT's own merge is off its layers by {theirs_off:.1e}, ours by {off:.1e}"
+                )
             if min(off, theirs_off) <= 1e-3:
                 worst["outputs"] = max(worst["outputs"], off)
     print(f"{len(kinds_cases.KINDS)} kinds: findings equal to the last bit in {counts['findings']}")
     print(f"mitigated in {counts['adapters']}: worst difference from files {worst['adapter']:.1e}")
     print(f"merged in {counts['merges']}: worst difference from files {worst['merge']:.1e}")
-    print(f"outputs of the model merged at λ = 1 and of PEFT's model: worst difference {worst['outputs']:.1e}")
+    print(
+        f"outputs of the model merged at λ = 1 and of PEFT's model: worst difference {worst['outputs']:.1e}"
+    )
     for name, reason in refused.items():
         print(f"  mitigation refused, {name}: {reason}")
 
@@ -102,7 +116,9 @@ class Layers(nn.Module):
     def __init__(self, size: int, count: int, dtype: torch.dtype) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.ModuleList(nn.Linear(size, size, bias=False, dtype=dtype) for _ in range(count))
+        self.layers = nn.ModuleList(
+            nn.Linear(size, size, bias=False, dtype=dtype) for _ in range(count)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Run one after the other."""
@@ -114,7 +130,10 @@ class Layers(nn.Module):
 def adapted(size: int, count: int, dtype: torch.dtype) -> peft.PeftModel:
     """Make such layers with an adapter of rank 16 that has intruders."""
     config = peft.LoraConfig(
-        r=16, lora_alpha=32, target_modules=[f"layers.{i}" for i in range(count)], init_lora_weights=False
+        r=16,
+        lora_alpha=32,
+        target_modules=[f"layers.{i}" for i in range(count)],
+        init_lora_weights=False,
     )
     torch.manual_seed(1)
     return peft.get_peft_model(Layers(size, count, dtype), config)
@@ -138,7 +157,9 @@ def speed(size: int, repeats: int) -> None:
             peer = adapted(size, 1, torch.float32)
             theirs.append(timed(lambda: of_peft(peer, logging_sink=None)))  # noqa: B023  # called here
     a, b = statistics.median(ours), statistics.median(theirs)
-    print(f"one {size}x{size} float32 layer, rank 16: {a:.2f} s; PEFT's function {b:.1f} s: {b / a:.0f} times as long")
+    print(
+        f"one {size}x{size} float32 layer, rank 16: {a:.2f} s; PEFT's function {b:.1f} s: {b / a:.0f} times as long"
+    )
 
 
 def memory(size: int, count: int) -> None:
@@ -168,7 +189,9 @@ def memory(size: int, count: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", choices=("kinds", "time", "memory"))
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--layers", type=int, default=4)

@@ -60,7 +60,9 @@ def streamer(*arguments: str | Path) -> list[str]:
 
 def merge_command(base: Path, adapter: Path, out: Path, findings: Path | None = None) -> list[str]:
     """`streamer merge`: at λ = 1, or from findings."""
-    options = ("1",) if findings is None else (str(LAMBDA), "--method", "paper", "--findings", findings)
+    options = (
+        ("1",) if findings is None else (str(LAMBDA), "--method", "paper", "--findings", findings)
+    )
     return streamer("merge", "--quiet", base, adapter, "-o", out, "--lambda", *options)
 
 
@@ -86,7 +88,9 @@ def fresh(out: Path) -> Iterator[Path]:
         shutil.rmtree(out, ignore_errors=True)
 
 
-def measure_rounds(inputs: Inputs, work: Path, contenders: list[str], rounds: int, cache: str) -> dict[str, Any]:
+def measure_rounds(
+    inputs: Inputs, work: Path, contenders: list[str], rounds: int, cache: str
+) -> dict[str, Any]:
     """Seconds of each contender, and how merge compares, round by round; the largest share of the base that stayed in the cache."""
     rows, kept = [], 0.0
     for i in range(rounds):
@@ -114,12 +118,19 @@ def measure_rounds(inputs: Inputs, work: Path, contenders: list[str], rounds: in
     }
 
 
-def measure_memory(inputs: Inputs, work: Path, contender: str = "merge", *options: str) -> dict[str, Any]:
+def measure_memory(
+    inputs: Inputs, work: Path, contender: str = "merge", *options: str
+) -> dict[str, Any]:
     """Seconds and peak memory of one run."""
     with fresh(work / "out") as out:
         cold(inputs.base)
         peak = watched([*command(contender, inputs, out), *options])
-    return {"bytes": size_of(inputs.base), "seconds": peak.seconds, "anonymous": peak.anonymous, "hwm": peak.hwm}
+    return {
+        "bytes": size_of(inputs.base),
+        "seconds": peak.seconds,
+        "anonymous": peak.anonymous,
+        "hwm": peak.hwm,
+    }
 
 
 def measure_profile(inputs: Inputs, work: Path) -> dict[str, Any]:
@@ -143,20 +154,33 @@ def table(tree: dict[str, Any]) -> str:
         head += f", though the system kept up to {100 * tree['kept']:.0f} % of the base in it"
     lines = [head, "", "".join([f"{'round':<8}", *(f"{key:>14}" for key in tree["spread"])])]
     rows = [(str(i), row) for i, row in enumerate(tree["rounds"], 1)]
-    rows += [(what, {key: s[what] for key, s in tree["spread"].items()}) for what in ("median", "min", "max")]
-    lines += ["".join([f"{name:<8}", *(f"{row[key]:>14.2f}" for key in tree["spread"])]) for name, row in rows]
+    rows += [
+        (what, {key: s[what] for key, s in tree["spread"].items()})
+        for what in ("median", "min", "max")
+    ]
+    lines += [
+        "".join([f"{name:<8}", *(f"{row[key]:>14.2f}" for key in tree["spread"])])
+        for name, row in rows
+    ]
     lines += ["", f"{'peak memory':<28}{'anonymous MB':>14}{'VmHWM MB':>10}{'s':>8}"]
     for name, peak in tree["memory"].items():
         label = f"{name}, {peak['bytes'] / 1e9:.2f} GB"
-        lines.append(f"{label:<28}{peak['anonymous'] / 1e6:>14.0f}{peak['hwm'] / 1e6:>10.0f}{peak['seconds']:>8.1f}")
+        lines.append(
+            f"{label:<28}{peak['anonymous'] / 1e6:>14.0f}{peak['hwm'] / 1e6:>10.0f}{peak['seconds']:>8.1f}"
+        )
     if "difference_percent" in tree:
         lines.append(f"twice the size: {tree['difference_percent']:+.1f} % anonymous memory")
     profile = tree["profile"]
     lines += ["", f"{'where the time goes':<28}{'s':>8}{'CPU s':>8}{'%':>7}"]
     for name, t in sorted(profile["stages"].items(), key=lambda item: -item[1]["wall"]):
-        lines.append(f"{name:<28}{t['wall']:>8.2f}{t['cpu']:>8.2f}{100 * t['wall'] / profile['seconds']:>7.1f}")
+        lines.append(
+            f"{name:<28}{t['wall']:>8.2f}{t['cpu']:>8.2f}{100 * t['wall'] / profile['seconds']:>7.1f}"
+        )
     lines.append(f"{'instrumented run':<28}{profile['seconds']:>8.2f}")
-    lines += [f"{'beside it: ' + name:<28}{t['wall']:>8.2f}{t['cpu']:>8.2f}" for name, t in profile["beside"].items()]
+    lines += [
+        f"{'beside it: ' + name:<28}{t['wall']:>8.2f}{t['cpu']:>8.2f}"
+        for name, t in profile["beside"].items()
+    ]
     return "\n".join(lines)
 
 
@@ -164,30 +188,62 @@ def contenders_of(text: str) -> list[str]:
     """The names in a list of them."""
     names = text.split(",")
     if "merge" not in names or not set(names) <= {*CONTENDERS}:
-        raise argparse.ArgumentTypeError(f"expected merge, and others of {', '.join(CONTENDERS)}; found {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected merge, and others of {', '.join(CONTENDERS)}; found {text!r}"
+        )
     return names
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, metavar="DIR", help="measure this model instead of a generated one")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--base", type=Path, metavar="DIR", help="measure this model instead of a generated one"
+    )
     parser.add_argument("--adapter", type=Path, metavar="DIR", help="with this adapter")
-    parser.add_argument("--findings", type=Path, metavar="FILE", help="from these findings, instead of detecting first")
-    parser.add_argument("--work", type=Path, metavar="DIR",
-                        help="where everything is written: the file system that is measured (default: beside --base, or the "
-                        "system's directory for temporary files)")  # fmt: skip
-    parser.add_argument("--contenders", type=contenders_of, default=list(CONTENDERS), metavar="A,B",
-                        help=f"who takes turns (default: {','.join(CONTENDERS)})")  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="runs of each that are timed (default: 3)")
+    parser.add_argument(
+        "--findings",
+        type=Path,
+        metavar="FILE",
+        help="from these findings, instead of detecting first",
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        metavar="DIR",
+        help="where everything is written: the file system that is measured (default: beside --base, or the "
+        "system's directory for temporary files)",
+    )
+    parser.add_argument(
+        "--contenders",
+        type=contenders_of,
+        default=list(CONTENDERS),
+        metavar="A,B",
+        help=f"who takes turns (default: {','.join(CONTENDERS)})",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=3,
+        metavar="N",
+        help="runs of each that are timed (default: 3)",
+    )
     parser.add_argument(
         "--cache",
         choices=["cold", "warm"],
         default="cold",
         help="where the base is when a clock starts (default: cold)",
     )
-    parser.add_argument("--max-memory", metavar="SIZE", help="measure one more merge, under this budget")
-    parser.add_argument("--double", action="store_true", help="memory for twice the layers as well; not with --base")
-    parser.add_argument("--json", action="store_true", help="print one JSON object; seconds and bytes")
+    parser.add_argument(
+        "--max-memory", metavar="SIZE", help="measure one more merge, under this budget"
+    )
+    parser.add_argument(
+        "--double", action="store_true", help="memory for twice the layers as well; not with --base"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object; seconds and bytes"
+    )
     make_checkpoint.add_file_options(parser)
     make_checkpoint.add_model_options(parser)
     args = parser.parse_args()
@@ -226,9 +282,15 @@ def prepare(args: argparse.Namespace, work: Path, times: int = 1) -> Inputs:
 def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Every figure, from what the options say."""
     inputs = prepare(args, work)
-    tree: dict[str, Any] = {"schema": "streamer.bench-merge/2", "machine": machine(), "bytes": size_of(inputs.base)}
+    tree: dict[str, Any] = {
+        "schema": "streamer.bench-merge/2",
+        "machine": machine(),
+        "bytes": size_of(inputs.base),
+    }
     tree |= measure_rounds(inputs, work, args.contenders, args.rounds, args.cache)
-    tree["memory"] = {name: measure_memory(inputs, work, name) for name in args.contenders if name != "cp"}
+    tree["memory"] = {
+        name: measure_memory(inputs, work, name) for name in args.contenders if name != "cp"
+    }
     if args.max_memory:
         tree["memory"][f"--max-memory {args.max_memory}"] = measure_memory(
             inputs, work, "merge", "--max-memory", args.max_memory

@@ -44,7 +44,9 @@ from shapes import KNOWN
 Row = dict[str, Any]
 
 
-def instrumented(base: str, adapter: str, work: str, device: str, threads: str, launched: str) -> None:
+def instrumented(
+    base: str, adapter: str, work: str, device: str, threads: str, launched: str
+) -> None:
     """Detect in this process, as the command does, and leave the times of its events and of its reading in `work`."""
     import torch
 
@@ -80,16 +82,34 @@ def instrumented(base: str, adapter: str, work: str, device: str, threads: str, 
 
     pipeline.read_ahead = clocked  # type: ignore[assignment]  # what it hands out is the same
     found = streamer.detect_intruder_dimensions(
-        base, adapter, Path(work) / "findings.safetensors", device=device,
-        on_event=lambda e: events.append((since(), e.name, e.done, e.total)) if e.stage == "detect" else None,
-    )  # fmt: skip
+        base,
+        adapter,
+        Path(work) / "findings.safetensors",
+        device=device,
+        on_event=lambda e: (
+            events.append((since(), e.name, e.done, e.total)) if e.stage == "detect" else None
+        ),
+    )
     rows = [
-        {"tensor": m.tensor, "shape": list(m.shape), "compute": m.seconds, "intruders": len(m.detection.intruders),
-         "certified": m.detection.certified, "escalated": m.detection.escalated, "steps": m.detection.steps,
-         "units": cost(m.shape, found.options.directions(m.shape), found.options.solver)}
+        {
+            "tensor": m.tensor,
+            "shape": list(m.shape),
+            "compute": m.seconds,
+            "intruders": len(m.detection.intruders),
+            "certified": m.detection.certified,
+            "escalated": m.detection.escalated,
+            "steps": m.detection.steps,
+            "units": cost(m.shape, found.options.directions(m.shape), found.options.solver),
+        }
         for m in found
-    ]  # fmt: skip
-    tree = {"events": events, "reading": reading, "waited": waited, "matrices": rows, "seconds": since()}
+    ]
+    tree = {
+        "events": events,
+        "reading": reading,
+        "waited": waited,
+        "matrices": rows,
+        "seconds": since(),
+    }
     (Path(work) / "run.json").write_text(json.dumps(tree))
 
 
@@ -123,7 +143,12 @@ def forecasts(events: list[list[Any]]) -> list[Row]:
         at, _, done, total = next(event for event in events if event[2] >= tenth * event[3] / 10)
         promised = (at - began) * total / done
         rows.append(
-            {"done": done / total, "seconds": at - began, "promised": promised, "error": promised / (ended - began) - 1}
+            {
+                "done": done / total,
+                "seconds": at - began,
+                "promised": promised,
+                "error": promised / (ended - began) - 1,
+            }
         )
     return rows
 
@@ -134,22 +159,41 @@ def by_shape(matrices: list[Row]) -> list[Row]:
     for row in matrices:
         groups[tuple(row["shape"])].append(row)
     return [
-        {"shape": list(shape), "matrices": len(rows), "seconds": statistics.median(r["compute"] for r in rows),
-         "fastest": min(r["compute"] for r in rows), "slowest": max(r["compute"] for r in rows),
-         "steps": statistics.median(r["steps"] for r in rows), "escalated": sum(r["escalated"] for r in rows),
-         "per_unit": statistics.median(1e9 * r["compute"] / r["units"] for r in rows)}
+        {
+            "shape": list(shape),
+            "matrices": len(rows),
+            "seconds": statistics.median(r["compute"] for r in rows),
+            "fastest": min(r["compute"] for r in rows),
+            "slowest": max(r["compute"] for r in rows),
+            "steps": statistics.median(r["steps"] for r in rows),
+            "escalated": sum(r["escalated"] for r in rows),
+            "per_unit": statistics.median(1e9 * r["compute"] / r["units"] for r in rows),
+        }
         for shape, rows in groups.items()
-    ]  # fmt: skip
+    ]
 
 
-def measure(base: Path, adapter: Path, work: Path, args: argparse.Namespace, planted: dict[str, int] | None) -> Row:
+def measure(
+    base: Path, adapter: Path, work: Path, args: argparse.Namespace, planted: dict[str, int] | None
+) -> Row:
     """One run and all its figures."""
     (warm if args.warm else cold)(base)
     nbytes = size_of(base)
     held = resident(files_of([base])) * nbytes
     began = time.time()
-    peak = watched([sys.executable, __file__, "--instrumented", str(base), str(adapter), str(work), args.device,
-                    str(args.threads), repr(began)])  # fmt: skip
+    peak = watched(
+        [
+            sys.executable,
+            __file__,
+            "--instrumented",
+            str(base),
+            str(adapter),
+            str(work),
+            args.device,
+            str(args.threads),
+            repr(began),
+        ]
+    )
     run = json.loads((work / "run.json").read_text())
     matrices, events = run["matrices"], run["events"]
     layers = by_layer(events)
@@ -159,18 +203,35 @@ def measure(base: Path, adapter: Path, work: Path, args: argparse.Namespace, pla
     hidden = max(0.0, 1 - (waited - first) / max(reading - first, 1e-9))
     found = {row["tensor"]: row["intruders"] for row in matrices if row["intruders"]}
     tree: Row = {
-        "schema": "streamer.bench-model/1", "machine": machine(), "threads": args.threads, "device": args.device,
-        "bytes": nbytes, "cached_bytes": held, "warm": args.warm,
-        "matrices": len(matrices), "certified": sum(row["certified"] for row in matrices),
-        "escalated": sum(row["escalated"] for row in matrices), "seconds": run["seconds"], "before": events[0][0],
-        "layers": layers, "seconds_per_layer": each, "second_half": halves(layers),
+        "schema": "streamer.bench-model/1",
+        "machine": machine(),
+        "threads": args.threads,
+        "device": args.device,
+        "bytes": nbytes,
+        "cached_bytes": held,
+        "warm": args.warm,
+        "matrices": len(matrices),
+        "certified": sum(row["certified"] for row in matrices),
+        "escalated": sum(row["escalated"] for row in matrices),
+        "seconds": run["seconds"],
+        "before": events[0][0],
+        "layers": layers,
+        "seconds_per_layer": each,
+        "second_half": halves(layers),
         "reading": {"seconds": reading, "waited": waited, "first": first, "hidden": hidden},
-        "anonymous": peak.anonymous, "forecasts": forecasts(events), "shapes": by_shape(matrices),
-        "planted": None if planted is None else {"matrices": len(planted), "intruders": sum(planted.values()),
-                                                 "missed": sorted(n for n, k in planted.items() if found.get(n, 0) != k),
-                                                 "others": sorted(found.keys() - planted.keys())},
+        "anonymous": peak.anonymous,
+        "forecasts": forecasts(events),
+        "shapes": by_shape(matrices),
+        "planted": None
+        if planted is None
+        else {
+            "matrices": len(planted),
+            "intruders": sum(planted.values()),
+            "missed": sorted(n for n, k in planted.items() if found.get(n, 0) != k),
+            "others": sorted(found.keys() - planted.keys()),
+        },
         "projected": None,
-    }  # fmt: skip
+    }
     if each is not None and args.project:
         rest = run["seconds"] - sum(layers)
         tree["projected"] = {"layers": args.project, "seconds": rest + args.project * each}
@@ -180,34 +241,53 @@ def measure(base: Path, adapter: Path, work: Path, args: argparse.Namespace, pla
 def table(tree: Row) -> str:
     """The result for people."""
     m, reading = tree["machine"], tree["reading"]
-    lines = [f"{m['cores']} cores ({m['cpu']}), {m['memory'] / 2**30:.0f} GiB memory, torch {m['torch']}, "
-             f"{tree['threads']} threads, {tree['device']}",
-             f"{tree['bytes'] / 1e9:.2f} GB base, {tree['cached_bytes'] / 1e9:.2f} GB of it in the page cache at the start"
-             + ("" if tree["warm"] or not tree["cached_bytes"] else ", which the system kept"), "",
-             f"{tree['matrices']} matrices ({tree['certified']} certified, {tree['escalated']} escalated) in {tree['seconds']:.1f} s, "
-             f"{tree['before']:.1f} s before the first; peak anonymous memory {tree['anonymous'] / 1e6:.0f} MB"]  # fmt: skip
+    lines = [
+        f"{m['cores']} cores ({m['cpu']}), {m['memory'] / 2**30:.0f} GiB memory, torch {m['torch']}, "
+        f"{tree['threads']} threads, {tree['device']}",
+        f"{tree['bytes'] / 1e9:.2f} GB base, {tree['cached_bytes'] / 1e9:.2f} GB of it in the page cache at the start"
+        + ("" if tree["warm"] or not tree["cached_bytes"] else ", which the system kept"),
+        "",
+        f"{tree['matrices']} matrices ({tree['certified']} certified, {tree['escalated']} escalated) in {tree['seconds']:.1f} s, "
+        f"{tree['before']:.1f} s before the first; peak anonymous memory {tree['anonymous'] / 1e6:.0f} MB",
+    ]
     if tree["layers"]:
-        lines.append(f"{len(tree['layers'])} layers: {tree['seconds_per_layer']:.2f} s each "
-                     f"({min(tree['layers']):.2f} to {max(tree['layers']):.2f})"
-                     + (f"; the second half {tree['second_half']:+.1%}" if tree["second_half"] is not None else ""))  # fmt: skip
+        lines.append(
+            f"{len(tree['layers'])} layers: {tree['seconds_per_layer']:.2f} s each "
+            f"({min(tree['layers']):.2f} to {max(tree['layers']):.2f})"
+            + (
+                f"; the second half {tree['second_half']:+.1%}"
+                if tree["second_half"] is not None
+                else ""
+            )
+        )
     if tree["projected"]:
         seconds = tree["projected"]["seconds"]
-        lines.append(f"projected to {tree['projected']['layers']} layers: {seconds:.0f} s, {seconds / 60:.1f} minutes")
-    lines.append(f"reading: {reading['seconds']:.2f} s, of which the run waited {reading['waited']:.2f} s, "
-                 f"{reading['first']:.2f} s for the first weight; of the others {reading['hidden']:.1%} was hidden")  # fmt: skip
+        lines.append(
+            f"projected to {tree['projected']['layers']} layers: {seconds:.0f} s, {seconds / 60:.1f} minutes"
+        )
+    lines.append(
+        f"reading: {reading['seconds']:.2f} s, of which the run waited {reading['waited']:.2f} s, "
+        f"{reading['first']:.2f} s for the first weight; of the others {reading['hidden']:.1%} was hidden"
+    )
     if tree["planted"]:
         p = tree["planted"]
-        lines.append(f"planted: {p['intruders']} intruders in {p['matrices']} matrices; missed or more in {len(p['missed'])}, "
-                     f"others in {len(p['others'])}")  # fmt: skip
+        lines.append(
+            f"planted: {p['intruders']} intruders in {p['matrices']} matrices; missed or more in {len(p['missed'])}, "
+            f"others in {len(p['others'])}"
+        )
     lines += [
         "",
         f"{'shape':<14}{'matrices':>9}{'s':>8}{'fastest':>9}{'slowest':>9}{'steps':>7}{'escalated':>11}{'s/10⁹ units':>13}",
     ]
-    lines += [f"{'x'.join(map(str, r['shape'])):<14}{r['matrices']:>9}{r['seconds']:>8.3f}{r['fastest']:>9.3f}{r['slowest']:>9.3f}"
-              f"{r['steps']:>7.0f}{r['escalated']:>11}{r['per_unit']:>13.2f}" for r in tree["shapes"]]  # fmt: skip
+    lines += [
+        f"{'x'.join(map(str, r['shape'])):<14}{r['matrices']:>9}{r['seconds']:>8.3f}{r['fastest']:>9.3f}{r['slowest']:>9.3f}"
+        f"{r['steps']:>7.0f}{r['escalated']:>11}{r['per_unit']:>13.2f}"
+        for r in tree["shapes"]
+    ]
     lines += ["", f"{'work done':<14}{'s':>9}{'promised':>11}{'error':>9}"]
     lines += [
-        f"{r['done']:<14.1%}{r['seconds']:>9.1f}{r['promised']:>11.1f}{r['error']:>9.1%}" for r in tree["forecasts"]
+        f"{r['done']:<14.1%}{r['seconds']:>9.1f}{r['promised']:>11.1f}{r['error']:>9.1%}"
+        for r in tree["forecasts"]
     ]
     return "\n".join(lines)
 
@@ -216,18 +296,40 @@ def main() -> None:
     if sys.argv[1:2] == ["--instrumented"]:
         instrumented(*sys.argv[2:])
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "base", metavar="BASE", nargs="?", type=Path, help="measure this model instead of a generated one"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("adapter", metavar="ADAPTER", nargs="?", type=Path, help="with this adapter")
-    parser.add_argument("--work", type=Path, metavar="DIR", help="where all is written that is removed afterwards (default: the "
-                        "system's directory for temporary files)")  # fmt: skip
-    parser.add_argument("--project", type=int, metavar="N", help="layers of the full model (default: those of --like)")
+    parser.add_argument(
+        "base",
+        metavar="BASE",
+        nargs="?",
+        type=Path,
+        help="measure this model instead of a generated one",
+    )
+    parser.add_argument(
+        "adapter", metavar="ADAPTER", nargs="?", type=Path, help="with this adapter"
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        metavar="DIR",
+        help="where all is written that is removed afterwards (default: the "
+        "system's directory for temporary files)",
+    )
+    parser.add_argument(
+        "--project",
+        type=int,
+        metavar="N",
+        help="layers of the full model (default: those of --like)",
+    )
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="of torch (default: 2)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, … (default: cpu)")
-    parser.add_argument("--warm", action="store_true", help="with the base in the page cache, as far as it fits")
-    parser.add_argument("--json", action="store_true", help="print one JSON object; seconds and bytes")
+    parser.add_argument(
+        "--warm", action="store_true", help="with the base in the page cache, as far as it fits"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object; seconds and bytes"
+    )
     make_checkpoint.add_model_options(parser)
     args = parser.parse_args()
     if (args.base is None) != (args.adapter is None):
@@ -240,8 +342,14 @@ def main() -> None:
         base, adapter, planted = args.base, args.adapter, None
         if base is None:
             made = make_checkpoint.make_checkpoint(
-                work, make_checkpoint.model_of(args), make_checkpoint.DTYPES[args.dtype], rank=args.rank, seed=args.seed,
-                shards=None, shard_bytes=make_checkpoint.HUB_SHARD_BYTES)  # fmt: skip
+                work,
+                make_checkpoint.model_of(args),
+                make_checkpoint.DTYPES[args.dtype],
+                rank=args.rank,
+                seed=args.seed,
+                shards=None,
+                shard_bytes=make_checkpoint.HUB_SHARD_BYTES,
+            )
             base, adapter, planted = made.base, made.adapter, made.planted
         elif args.like:
             config = json.loads((base / "config.json").read_text())

@@ -33,20 +33,32 @@ def attention_adapter(adapter: Path, to: Path) -> Path:
     to.mkdir()
     config = json.loads((adapter / "adapter_config.json").read_text())
     config["target_modules"] = [
-        name for name in config["target_modules"] if name in ("q_proj", "k_proj", "v_proj", "o_proj")
+        name
+        for name in config["target_modules"]
+        if name in ("q_proj", "k_proj", "v_proj", "o_proj")
     ]
     (to / "adapter_config.json").write_text(json.dumps(config))
     save_file(
-        {k: v for k, v in tensors.items() if ".self_attn." in k}, to / "adapter_model.safetensors", {"format": "pt"}
+        {k: v for k, v in tensors.items() if ".self_attn." in k},
+        to / "adapter_model.safetensors",
+        {"format": "pt"},
     )
     return to
 
 
 def arguments(command: str, base: str, adapter: Path, home: Path) -> list[str]:
     """The arguments of a command; all but `inspect` and `detect` take findings."""
-    out = {"inspect": [], "detect": ["-o", f"{home}/found.safetensors"], "mitigate": ["-o", f"{home}/adapter"],
-           "merge": ["-o", f"{home}/model"]}[command]  # fmt: skip
-    found = ["--method", "paper", "--findings", f"{home}/found.safetensors"] if command in ("mitigate", "merge") else []
+    out = {
+        "inspect": [],
+        "detect": ["-o", f"{home}/found.safetensors"],
+        "mitigate": ["-o", f"{home}/adapter"],
+        "merge": ["-o", f"{home}/model"],
+    }[command]
+    found = (
+        ["--method", "paper", "--findings", f"{home}/found.safetensors"]
+        if command in ("mitigate", "merge")
+        else []
+    )
     return [sys.executable, "-m", "streamer", command, base, str(adapter), *out, *found, "-q"]
 
 
@@ -83,7 +95,9 @@ class Served:
         self._process.wait()
 
 
-def measured(served: Served | None, base: str, adapter: Path, commands: list[str], home: Path) -> dict[str, Any]:
+def measured(
+    served: Served | None, base: str, adapter: Path, commands: list[str], home: Path
+) -> dict[str, Any]:
     """Figures of each command."""
     figures = {}
     for command in commands:
@@ -102,10 +116,16 @@ def measured(served: Served | None, base: str, adapter: Path, commands: list[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("directory", type=Path, help="of make_checkpoint.py: base and adapter")
-    parser.add_argument("--rate", type=float, default=100, help="of the slow server, in MB/s (default: 100)")
-    parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=list(COMMANDS), help="default: all")
+    parser.add_argument(
+        "--rate", type=float, default=100, help="of the slow server, in MB/s (default: 100)"
+    )
+    parser.add_argument(
+        "--commands", nargs="+", choices=COMMANDS, default=list(COMMANDS), help="default: all"
+    )
     args = parser.parse_args()
     base = args.directory / "base"
     figures: dict[str, Any] = {

@@ -35,14 +35,21 @@ BUSY = "import torch; a = torch.ones(1500, 1500)\nwhile True: a @ a"
 
 def environment(waiting: str) -> dict[str, str]:
     """The environment in which threads wait like that."""
-    own = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    own = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    }
     return own | WAITING[waiting]
 
 
 @contextlib.contextmanager
 def beside(busy: int) -> Iterator[None]:
     """Run as many busy processes meanwhile."""
-    others = [subprocess.Popen([sys.executable, "-c", BUSY], env=environment("spinning")) for _ in range(busy)]
+    others = [
+        subprocess.Popen([sys.executable, "-c", BUSY], env=environment("spinning"))
+        for _ in range(busy)
+    ]
     try:
         if others:
             time.sleep(4)  # it has imported torch by then
@@ -53,16 +60,31 @@ def beside(busy: int) -> Iterator[None]:
             other.wait()
 
 
-def run(base: Path, adapter: Path, waiting: str, copies: int, threads: int | None, limit: float) -> tuple[float, float]:
+def run(
+    base: Path, adapter: Path, waiting: str, copies: int, threads: int | None, limit: float
+) -> tuple[float, float]:
     """Wall and processor seconds of so many detections at once; infinite if they take longer than the limit."""
     with tempfile.TemporaryDirectory() as directory:
         began, used = time.perf_counter(), _children()
         commands = [
-            [sys.executable, "-m", "streamer", "detect", str(base), str(adapter), "--quiet", "-o", f"{directory}/{i}.safetensors",
-             *(["--threads", str(threads)] if threads else [])]
+            [
+                sys.executable,
+                "-m",
+                "streamer",
+                "detect",
+                str(base),
+                str(adapter),
+                "--quiet",
+                "-o",
+                f"{directory}/{i}.safetensors",
+                *(["--threads", str(threads)] if threads else []),
+            ]
             for i in range(copies)
-        ]  # fmt: skip
-        running = [subprocess.Popen(c, env=environment(waiting), stdout=subprocess.DEVNULL) for c in commands]
+        ]
+        running = [
+            subprocess.Popen(c, env=environment(waiting), stdout=subprocess.DEVNULL)
+            for c in commands
+        ]
         try:
             for process in running:
                 if process.wait(max(0.1, limit - (time.perf_counter() - began))):
@@ -81,14 +103,26 @@ def _children() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("base", nargs="?", type=Path)
     parser.add_argument("adapter", nargs="?", type=Path)
     parser.add_argument("--runs", type=int, default=3, help="of each row (default: 3)")
-    parser.add_argument("--threads", type=int, help="of each detection (default: the command's own choice)")
-    parser.add_argument("--limit", type=float, default=120, help="seconds after which a run is given up (default: 120)")
     parser.add_argument(
-        "--hidden", type=int, default=2048, help="rows and columns of the generated matrices (default: 2048)"
+        "--threads", type=int, help="of each detection (default: the command's own choice)"
+    )
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=120,
+        help="seconds after which a run is given up (default: 120)",
+    )
+    parser.add_argument(
+        "--hidden",
+        type=int,
+        default=2048,
+        help="rows and columns of the generated matrices (default: 2048)",
     )
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     arguments = parser.parse_args()
@@ -96,7 +130,11 @@ def main() -> None:
         base, adapter = arguments.base, arguments.adapter
         if base is None or adapter is None:
             base, adapter = generated(Path(directory), arguments.hidden)
-        kinds = [(copies, busy, waiting) for copies, busy in ((1, 0), (1, 1), (2, 0)) for waiting in WAITING]
+        kinds = [
+            (copies, busy, waiting)
+            for copies, busy in ((1, 0), (1, 1), (2, 0))
+            for waiting in WAITING
+        ]
         taken: dict[tuple[int, int, str], list[tuple[float, float]]] = {kind: [] for kind in kinds}
         run(
             base, adapter, "sleeping", 1, arguments.threads, arguments.limit
@@ -111,8 +149,16 @@ def main() -> None:
     rows = []
     for (copies, busy, waiting), times in taken.items():
         wall = statistics.median(w for w, _ in times)
-        rows.append({"detections": copies, "busy_beside": busy, "threads": waiting, "seconds": wall,
-                     "cpu_seconds": statistics.median(c for _, c in times), "times_alone": wall / alone})  # fmt: skip
+        rows.append(
+            {
+                "detections": copies,
+                "busy_beside": busy,
+                "threads": waiting,
+                "seconds": wall,
+                "cpu_seconds": statistics.median(c for _, c in times),
+                "times_alone": wall / alone,
+            }
+        )
     if arguments.json:
         print(json.dumps({"machine": machine(), "rows": rows}, indent=1))
         return
@@ -135,14 +181,26 @@ def generated(directory: Path, hidden: int) -> tuple[Path, Path]:
     weights, factors = {}, {}
     decay = torch.arange(1, hidden + 1).pow(-0.7)
     for i in range(4):
-        left, right = (torch.linalg.qr(torch.randn(hidden, hidden, generator=g)).Q for _ in range(2))
+        left, right = (
+            torch.linalg.qr(torch.randn(hidden, hidden, generator=g)).Q for _ in range(2)
+        )
         module = f"model.layers.{i}.self_attn.q_proj"
         weights[f"{module}.weight"] = ((left * decay) @ right).bfloat16()
-        factors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(16, hidden, generator=g) / hidden**0.5
-        factors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(hidden, 16, generator=g) * (0.2 / hidden**0.5)
+        factors[f"base_model.model.{module}.lora_A.weight"] = (
+            torch.randn(16, hidden, generator=g) / hidden**0.5
+        )
+        factors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(
+            hidden, 16, generator=g
+        ) * (0.2 / hidden**0.5)
     save_file(weights, base / "model.safetensors")
     save_file(factors, adapter / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 16, "lora_alpha": 16, "bias": "none", "target_modules": ["q_proj"]}
+    config = {
+        "peft_type": "LORA",
+        "r": 16,
+        "lora_alpha": 16,
+        "bias": "none",
+        "target_modules": ["q_proj"],
+    }
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     return base, adapter
 

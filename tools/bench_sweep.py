@@ -100,7 +100,10 @@ def teach(base: Path, adapter: Path, model: Known, tokens: int) -> None:
     attended = value.repeat_interleave(model.heads // model.kv_heads, 0).flatten()
     path = adapter / "adapter_model.safetensors"
     tensors = load_file(path)
-    for name, left, right in (("v_proj", value.flatten(), seen), ("o_proj", added, attended / attended.square().sum())):
+    for name, left, right in (
+        ("v_proj", value.flatten(), seen),
+        ("o_proj", added, attended / attended.square().sum()),
+    ):
         at = f"base_model.model.model.layers.0.self_attn.{name}"
         tensors[f"{at}.lora_A.weight"][-1] = right
         tensors[f"{at}.lora_B.weight"][:, -1] = left / make_checkpoint.SCALE
@@ -111,14 +114,24 @@ def arguments(name: str, args: argparse.Namespace, work: Path, out: Path) -> lis
     """Return the command line of a command."""
     if name == "generate":
         size = [args.sequences or DEFAULTS[name][0], args.length or DEFAULTS[name][1]]
-        return [sys.executable, "-c", GENERATE, *map(str, (work / "base", work / "adapter", out, *size, args.threads))]
-    inputs = [work / "base", *([work / "adapter", "--task", work / "task.npy"] if name != "map" else [])]
+        return [
+            sys.executable,
+            "-c",
+            GENERATE,
+            *map(str, (work / "base", work / "adapter", out, *size, args.threads)),
+        ]
+    inputs = [
+        work / "base",
+        *([work / "adapter", "--task", work / "task.npy"] if name != "map" else []),
+    ]
     given = {
         "--sequences": args.sequences,
         "--length": args.length,
         "--threads": args.threads,
     }
-    more = [word for option, value in given.items() if value is not None for word in (option, value)]
+    more = [
+        word for option, value in given.items() if value is not None for word in (option, value)
+    ]
     line = [name, *inputs, "--general", work / "general.npy", "-o", out, *more, *args.options]
     return [sys.executable, "-m", "streamer", *map(str, line)]
 
@@ -134,7 +147,10 @@ def rows_of(name: str, out: Path, sweeps: int, sequences: int, length: int) -> i
         placed = variants > 2 + len(EvaluateOptions.lambdas)
         return length * (variants + placed) * sum(map(len, tree["tokens"].values()))
     facts = load_coefficients(out.with_name(f"{out.name}.fit.safetensors")).facts
-    fitted, held = (sum(text[part]["sequences"] for text in facts["texts"].values()) for part in ("fitted", "held"))
+    fitted, held = (
+        sum(text[part]["sequences"] for text in facts["texts"].values())
+        for part in ("fitted", "held")
+    )
     candidates = len(facts["weights"])
     return length * ((1 + candidates) * fitted + (candidates + 4 + (sweeps > 1)) * held)
 
@@ -153,30 +169,53 @@ def measure_command(name: str, args: argparse.Namespace, work: Path, layers: int
     except SystemExit:
         sys.stderr.write("".join(events.read_text().splitlines(keepends=True)[-2:]))
         raise
-    sequences, length = (given or own for given, own in zip((args.sequences, args.length), DEFAULTS[name], strict=True))
+    sequences, length = (
+        given or own
+        for given, own in zip((args.sequences, args.length), DEFAULTS[name], strict=True)
+    )
     sweeps = length - 1
     if name != "generate":
-        progress = [event for text in events.read_text().splitlines() if "items" in (event := json.loads(text))]
-        sweeps = max(event["items"] for event in progress if event["stage"] in ("fit", "evaluate", "map")) // (
-            layers + 1
-        )
+        progress = [
+            event
+            for text in events.read_text().splitlines()
+            if "items" in (event := json.loads(text))
+        ]
+        sweeps = max(
+            event["items"] for event in progress if event["stage"] in ("fit", "evaluate", "map")
+        ) // (layers + 1)
     return {
-        "command": name, "layers": layers, "rows": rows_of(name, out, sweeps, sequences, length), "sweeps": sweeps, "start": start,
-        "cpu": run.cpu, "wall": run.seconds, "anonymous": run.anonymous, "forecast": forecast["peak_memory_bytes"],
-        "forecast_wall": forecast["seconds"], "base": size_of(work / "base"), "cached": cached, "read": run.read, "rchar": run.rchar,
-    }  # fmt: skip
+        "command": name,
+        "layers": layers,
+        "rows": rows_of(name, out, sweeps, sequences, length),
+        "sweeps": sweeps,
+        "start": start,
+        "cpu": run.cpu,
+        "wall": run.seconds,
+        "anonymous": run.anonymous,
+        "forecast": forecast["peak_memory_bytes"],
+        "forecast_wall": forecast["seconds"],
+        "base": size_of(work / "base"),
+        "cached": cached,
+        "read": run.read,
+        "rchar": run.rchar,
+    }
 
 
-def measure_model(args: argparse.Namespace, layers: int, work: Path) -> tuple[Known, list[dict[str, Any]]]:
+def measure_model(
+    args: argparse.Namespace, layers: int, work: Path
+) -> tuple[Known, list[dict[str, Any]]]:
     """Generate a model and run all commands."""
-    made, model = make_checkpoint.make_as_asked(work, argparse.Namespace(**{**vars(args), "layers": layers}))
+    made, model = make_checkpoint.make_as_asked(
+        work, argparse.Namespace(**{**vars(args), "layers": layers})
+    )
     tokens = max(4, model.hidden // 16)
     torch.manual_seed(args.seed)
     teach(made.base, made.adapter, model, tokens)
     generator = np.random.default_rng(args.seed)
     for name in ("general", "task"):
         sequences, length = (
-            given or most for given, most in zip((args.sequences, args.length), (32, 128), strict=True)
+            given or most
+            for given, most in zip((args.sequences, args.length), (32, 128), strict=True)
         )
         np.save(work / f"{name}.npy", generator.integers(tokens, size=(sequences, length)))
     return model, [measure_command(name, args, work, layers) for name in args.commands]
@@ -185,16 +224,27 @@ def measure_model(args: argparse.Namespace, layers: int, work: Path) -> tuple[Kn
 def projected(runs: list[dict[str, Any]], model: Known, like: str | None) -> dict[str, Any]:
     """Derive the seconds of the start, a layer and the head from runs with a rising number of layers, and project whole models."""
     few, many = runs[0], runs[-1]
-    less, more = few["cpu"] - few["start"], (many["cpu"] - many["start"]) * few["rows"] / many["rows"]
+    less, more = (
+        few["cpu"] - few["start"],
+        (many["cpu"] - many["start"]) * few["rows"] / many["rows"],
+    )
     layer = (more - less) / (many["layers"] - few["layers"])
     head = less - few["layers"] * layer
     models = {}
     for name in PROJECTED if not isinstance(model, Mixture) else filter(None, [like]):
         whole = KNOWN[name]
-        weights, own = (sum(m * n for m, n in one.matrices.values()) / one.layers for one in (whole, model))
+        weights, own = (
+            sum(m * n for m, n in one.matrices.values()) / one.layers for one in (whole, model)
+        )
         wider = whole.vocab * whole.hidden / (model.vocab * model.hidden)
         models[name] = few["start"] + whole.layers * layer * weights / own + head * wider
-    return {"rows": few["rows"], "start": few["start"], "layer": layer, "head": head, "models": models}
+    return {
+        "rows": few["rows"],
+        "start": few["start"],
+        "layer": layer,
+        "head": head,
+        "models": models,
+    }
 
 
 def measure(args: argparse.Namespace, home: Path) -> dict[str, Any]:
@@ -206,9 +256,14 @@ def measure(args: argparse.Namespace, home: Path) -> dict[str, Any]:
         runs += own
     by_command = {name: [run for run in runs if run["command"] == name] for name in args.commands}
     return {
-        "schema": "streamer.bench-sweep/1", "machine": machine(), "threads": args.threads, "runs": runs,
-        "projected": {name: projected(own, model, args.like) for name, own in by_command.items()} if len(args.layers) > 1 else {},
-    }  # fmt: skip
+        "schema": "streamer.bench-sweep/1",
+        "machine": machine(),
+        "threads": args.threads,
+        "runs": runs,
+        "projected": {name: projected(own, model, args.like) for name, own in by_command.items()}
+        if len(args.layers) > 1
+        else {},
+    }
 
 
 def table(tree: dict[str, Any]) -> str:
@@ -235,12 +290,16 @@ def table(tree: dict[str, Any]) -> str:
     for run in tree["runs"]:
         counts = "".join(f"{run[key]:>10}" for key in ("layers", "rows", "sweeps"))
         seconds = "".join(f"{run[key] or 0:>10.1f}" for key in ("cpu", "wall", "forecast_wall"))
-        sizes = "".join(f"{run[key] / 1e6:>10.0f}" for key in ("anonymous", "forecast", "base", "read", "rchar"))
+        sizes = "".join(
+            f"{run[key] / 1e6:>10.0f}" for key in ("anonymous", "forecast", "base", "read", "rchar")
+        )
         lines.append(f"{run['command']:<10}{counts}{seconds}{sizes}")
     lines.append("")
     for name, one in tree["projected"].items():
         parts = ", ".join(f"{part} {one[part]:.2f}" for part in ("start", "layer", "head"))
-        models = "; ".join(f"{model} {seconds / 3600:.2f} CPU h" for model, seconds in one["models"].items())
+        models = "; ".join(
+            f"{model} {seconds / 3600:.2f} CPU h" for model, seconds in one["models"].items()
+        )
         lines.append(f"{name}, {one['rows']} rows, CPU s: {parts}; projected: {models}")
     return "\n".join(lines)
 
@@ -248,29 +307,52 @@ def table(tree: dict[str, Any]) -> str:
 def main() -> None:
     """Parse, measure, and print."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, conflict_handler="resolve"
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        conflict_handler="resolve",
     )
     make_checkpoint.add_file_options(parser)
     make_checkpoint.add_model_options(parser)
-    parser.add_argument("--layers", default="1,2", metavar="N,N", help="numbers of layers, rising (default: 1,2)")
     parser.add_argument(
-        "--commands", default=",".join(COMMANDS), metavar="C,C", help=f"(default: {','.join(COMMANDS)})"
+        "--layers", default="1,2", metavar="N,N", help="numbers of layers, rising (default: 1,2)"
     )
     parser.add_argument(
-        "--options", type=shlex.split, default=[], help="more options of the commands, quoted (default: none)"
+        "--commands",
+        default=",".join(COMMANDS),
+        metavar="C,C",
+        help=f"(default: {','.join(COMMANDS)})",
     )
-    parser.add_argument("--sequences", type=int, metavar="N", help="of each text (default: the command's)")
-    parser.add_argument("--length", type=int, metavar="N", help="tokens of a sequence (default: the command's)")
-    parser.add_argument("--threads", type=int, default=2, metavar="N", help="of torch (default: %(default)s)")
     parser.add_argument(
-        "--work", type=Path, metavar="DIR", help="where models are generated, which are removed afterwards"
+        "--options",
+        type=shlex.split,
+        default=[],
+        help="more options of the commands, quoted (default: none)",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object; seconds and bytes")
+    parser.add_argument(
+        "--sequences", type=int, metavar="N", help="of each text (default: the command's)"
+    )
+    parser.add_argument(
+        "--length", type=int, metavar="N", help="tokens of a sequence (default: the command's)"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=2, metavar="N", help="of torch (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        metavar="DIR",
+        help="where models are generated, which are removed afterwards",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object; seconds and bytes"
+    )
     args = parser.parse_args()
     args.commands, layers = args.commands.split(","), args.layers.split(",")
     if not {*args.commands} <= {*COMMANDS}:
         parser.error(f"--commands: expected some of {', '.join(COMMANDS)}")
-    if not all(one.isdigit() for one in layers) or not all(0 < a < b for a, b in pairwise([0.5, *map(int, layers)])):
+    if not all(one.isdigit() for one in layers) or not all(
+        0 < a < b for a, b in pairwise([0.5, *map(int, layers)])
+    ):
         parser.error("--layers: expected rising numbers from 1 on, such as 1,2")
     args.layers = [*map(int, layers)]
     if min(args.sequences or 4, args.length or 4, 4 * args.threads) < 4:

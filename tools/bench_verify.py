@@ -31,20 +31,36 @@ def rounds(output: Path, runs: int, prepare: Callable[[Path], object]) -> dict[s
         mine.append(done.seconds)
         memory = max(memory, done.anonymous)
     both = {"verify": spread(mine), "sha256sum": spread(theirs)}
-    return {**both, "ratio": both["verify"]["median"] / both["sha256sum"]["median"], "anonymous_bytes": memory}
+    return {
+        **both,
+        "ratio": both["verify"]["median"] / both["sha256sum"]["median"],
+        "anonymous_bytes": memory,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("output", type=Path, help="a merged model's directory")
     parser.add_argument("base", type=Path, nargs="?", help="its base")
     parser.add_argument("adapter", type=Path, nargs="?", help="its adapter")
     parser.add_argument("--runs", type=int, default=5, help="runs of each (default: 5)")
     args = parser.parse_args()
     figures: dict[str, Any] = {"machine": machine(), "bytes": size_of(args.output)}
-    figures |= {"cold": rounds(args.output, args.runs, cold), "warm": rounds(args.output, args.runs, warm)}
+    figures |= {
+        "cold": rounds(args.output, args.runs, cold),
+        "warm": rounds(args.output, args.runs, warm),
+    }
     if args.base is not None and args.adapter is not None:
-        line = [sys.executable, "-m", "streamer", "verify", *map(str, (args.output, args.base, args.adapter)), "-q"]
+        line = [
+            sys.executable,
+            "-m",
+            "streamer",
+            "verify",
+            *map(str, (args.output, args.base, args.adapter)),
+            "-q",
+        ]
         figures["recomputed"] = watched(line)._asdict()
     print(json.dumps(figures, indent=1))
 

@@ -45,7 +45,9 @@ def dask(count: int) -> Iterator[Executor]:
     from distributed import Client, LocalCluster
 
     with (
-        LocalCluster(n_workers=count, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
+        LocalCluster(
+            n_workers=count, threads_per_worker=1, processes=True, dashboard_address=None
+        ) as cluster,
         Client(cluster) as client,
     ):
         yield client.get_executor(pure=False)
@@ -57,7 +59,9 @@ def ray(count: int) -> Iterator[Executor]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray as library
 
-    library.init(num_cpus=count, include_dashboard=False, log_to_driver=False, logging_level="error")
+    library.init(
+        num_cpus=count, include_dashboard=False, log_to_driver=False, logging_level="error"
+    )
     try:
         yield RayExecutor(library, 1)
     finally:
@@ -81,7 +85,9 @@ def start(executor: Executor, count: int, task: Task[None]) -> float:
     """Seconds until some rounds of tasks, several for each worker, are done: all have started by then."""
     began = time.perf_counter()
     for _ in range(3):  # those of the first may all go to the worker that starts first
-        for future in [executor.submit(perform, replace(task, name=str(i))) for i in range(4 * count)]:
+        for future in [
+            executor.submit(perform, replace(task, name=str(i))) for i in range(4 * count)
+        ]:
             if (error := future.result().error) is not None:
                 raise error
     return time.perf_counter() - began
@@ -97,7 +103,9 @@ def round_trip(executor: Executor, task: Task[None]) -> float:
     return statistics.median(seconds)
 
 
-def measure(base: Path, adapter: Path, engines: list[str], counts: list[int]) -> list[dict[str, Any]]:
+def measure(
+    base: Path, adapter: Path, engines: list[str], counts: list[int]
+) -> list[dict[str, Any]]:
     """One row for one process, and one for each engine and number of workers."""
     task, rows = empty_task(base, adapter), []
     with tempfile.TemporaryDirectory() as directory:
@@ -109,22 +117,35 @@ def measure(base: Path, adapter: Path, engines: list[str], counts: list[int]) ->
             for count in counts:
                 out = Path(directory) / f"{engine}-{count}.safetensors"
                 with ENGINES[engine](count) as executor:
-                    row = {"engine": engine, "workers": count, "start_seconds": start(executor, count, task)}
+                    row = {
+                        "engine": engine,
+                        "workers": count,
+                        "start_seconds": start(executor, count, task),
+                    }
                     began = time.perf_counter()
                     streamer.detect_intruder_dimensions(base, adapter, out, executor=executor)
-                    row |= {"seconds": time.perf_counter() - began, "task_seconds": round_trip(executor, task)}
+                    row |= {
+                        "seconds": time.perf_counter() - began,
+                        "task_seconds": round_trip(executor, task),
+                    }
                 rows.append(row | {"equal": out.read_bytes() == alone.read_bytes()})
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("base", nargs="?", type=Path, help="base model (default: one is generated)")
     parser.add_argument("adapter", nargs="?", type=Path, help="adapter")
-    parser.add_argument("--layers", type=int, default=1, help="layers of the generated model (default: 1)")
+    parser.add_argument(
+        "--layers", type=int, default=1, help="layers of the generated model (default: 1)"
+    )
     parser.add_argument("--hidden", type=int, help="its width (default: that of Llama 3 70B)")
-    parser.add_argument("--engines", default=",".join(ENGINES), help="of processes, dask, ray (default: all)")
+    parser.add_argument(
+        "--engines", default=",".join(ENGINES), help="of processes, dask, ray (default: all)"
+    )
     parser.add_argument("--workers", default="1,2", help="numbers of workers (default: 1,2)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
@@ -134,20 +155,34 @@ def main() -> None:
         if base is None:
             size = ["--hidden", str(args.hidden)] if args.hidden else []
             subprocess.run(
-                [sys.executable, Path(__file__).with_name("make_checkpoint.py"), directory, "--like", "llama-3-70b",
-                 "--layers", str(args.layers), *size, "--json"],
-                check=True, stdout=subprocess.DEVNULL,
-            )  # fmt: skip
+                [
+                    sys.executable,
+                    Path(__file__).with_name("make_checkpoint.py"),
+                    directory,
+                    "--like",
+                    "llama-3-70b",
+                    "--layers",
+                    str(args.layers),
+                    *size,
+                    "--json",
+                ],
+                check=True,
+                stdout=subprocess.DEVNULL,
+            )
             base, adapter = Path(directory) / "base", Path(directory) / "adapter"
-        rows = measure(base, adapter, args.engines.split(","), [int(n) for n in args.workers.split(",")])
+        rows = measure(
+            base, adapter, args.engines.split(","), [int(n) for n in args.workers.split(",")]
+        )
     if args.json:
         print(json.dumps({"machine": machine(), "rows": rows}, indent=1))
         return
     print("engine       workers  start s  seconds  task ms  equal")
     for row in rows:
         started, trip = row.get("start_seconds"), row.get("task_seconds")
-        print(f"{row['engine']:<12} {row['workers']:>7}  {'' if started is None else f'{started:.1f}':>7}  {row['seconds']:>7.1f}  "
-              f"{'' if trip is None else f'{trip * 1000:.1f}':>7}  {row.get('equal', '')!s:>5}")  # fmt: skip
+        print(
+            f"{row['engine']:<12} {row['workers']:>7}  {'' if started is None else f'{started:.1f}':>7}  {row['seconds']:>7.1f}  "
+            f"{'' if trip is None else f'{trip * 1000:.1f}':>7}  {row.get('equal', '')!s:>5}"
+        )
 
 
 if __name__ == "__main__":

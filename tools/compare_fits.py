@@ -60,8 +60,25 @@ from the base; and of the tokens after which the base expects the same."""
 
 BASE_POINT = {"kept": 0.0, "left": 0.0, "other": 0.0, "kl": 0.0, "same": 1.0}
 
-SHAPE = {"hidden": 128, "layers": 4, "heads": 4, "vocab": 1024, "steps": 400, "rate": 4e-3, "dtype": "fp32", "seed": 0}
-LARGE = {**SHAPE, "hidden": 448, "layers": 8, "heads": 7, "vocab": 4096, "steps": 360, "rate": 1.5e-3}
+SHAPE = {
+    "hidden": 128,
+    "layers": 4,
+    "heads": 4,
+    "vocab": 1024,
+    "steps": 400,
+    "rate": 4e-3,
+    "dtype": "fp32",
+    "seed": 0,
+}
+LARGE = {
+    **SHAPE,
+    "hidden": 448,
+    "layers": 8,
+    "heads": 7,
+    "vocab": 4096,
+    "steps": 360,
+    "rate": 1.5e-3,
+}
 TINY = {**SHAPE, "hidden": 64, "layers": 2, "vocab": 512, "steps": 160}
 ADAPTER_STEPS = 100
 LAMBDAS = {
@@ -98,11 +115,17 @@ def trained(home: Path, args: argparse.Namespace) -> None:
             train_small.make_base(out, argparse.Namespace(**shape, kind=kind))
         if not (out / "other.txt").exists():
             root = Path(numpy.__file__).parent
-            files = sorted(p for p in root.rglob("*.py") if "tests" not in p.parts and 4000 < p.stat().st_size < 60_000)
+            files = sorted(
+                p
+                for p in root.rglob("*.py")
+                if "tests" not in p.parts and 4000 < p.stat().st_size < 60_000
+            )
             text = "\n\n".join(p.read_text(encoding="utf-8", errors="replace") for p in files[::7])
             (out / "other.txt").write_text(text[:OTHER_CHARACTERS], encoding="utf-8")
         missing = [
-            one for own, *one in jobs(args) if own == kind and not (out / named(*one) / "adapter_config.json").exists()
+            one
+            for own, *one in jobs(args)
+            if own == kind and not (out / named(*one) / "adapter_config.json").exists()
         ]
         if missing:
             ids = train_small.streams(AutoTokenizer.from_pretrained(out / "base"))["task"][0]
@@ -113,8 +136,12 @@ def trained(home: Path, args: argparse.Namespace) -> None:
 
 def jobs(args: argparse.Namespace) -> list[tuple[str, str, int]]:
     """List the adapters by kind of base, name and seed."""
-    return [(kind, name, seed) for kind in args.kinds for name in args.adapters
-            for seed in range(1 if kind == "neox" else args.seeds)]  # fmt: skip
+    return [
+        (kind, name, seed)
+        for kind in args.kinds
+        for name in args.adapters
+        for seed in range(1 if kind == "neox" else args.seeds)
+    ]
 
 
 def named(name: str, seed: int) -> str:
@@ -127,8 +154,14 @@ def beside(adapter: Path, name: str) -> Path:
     return adapter.parent / "measured" / f"{adapter.name}-{name}"
 
 
-def fitted(adapter: Path, seed: int, keep: Sequence[float], name: str, args: argparse.Namespace,
-           **options: Any) -> list[Coefficients] | None:  # fmt: skip
+def fitted(
+    adapter: Path,
+    seed: int,
+    keep: Sequence[float],
+    name: str,
+    args: argparse.Namespace,
+    **options: Any,
+) -> list[Coefficients] | None:
     """Fit to an adapter for each share, or read what was fitted before; None if the adapter has learned too little to show on the text."""
     home = adapter.parent
     texts = {text: home / f"{text}.txt" for text in ("general", "task")}
@@ -136,7 +169,9 @@ def fitted(adapter: Path, seed: int, keep: Sequence[float], name: str, args: arg
     made = []
     for share in keep:
         out = beside(adapter, f"{name}-{share}")
-        repair = partial(streamer.repair_adapter, home / "base", adapter, out, **texts, **options, keep=share)
+        repair = partial(
+            streamer.repair_adapter, home / "base", adapter, out, **texts, **options, keep=share
+        )
         try:
             clocked(factors_of(out), repair)
         except MismatchError as e:
@@ -173,14 +208,22 @@ def evaluated(
     home = adapter.parent
     texts = {text: home / f"{text}-test.txt" for text in ("general", "task")}
     options = {"sequences": args.sequences, "length": args.length, "other": [home / "other.txt"]}
-    options["keep"] = 1.0  # no shrink is placed, and hardly an evaluation stops early because its suggestion is clear
+    options["keep"] = (
+        1.0  # no shrink is placed, and hardly an evaluation stops early because its suggestion is clear
+    )
     path = beside(adapter, f"{name}.evaluation.json")
-    return streamer.evaluate_variants(home / "base", of or adapter, path, **texts, **options, **variants)
+    return streamer.evaluate_variants(
+        home / "base", of or adapter, path, **texts, **options, **variants
+    )
 
 
-def measured(adapter: Path, name: str, args: argparse.Namespace, fits: Sequence[Coefficients]) -> Evaluation:
+def measured(
+    adapter: Path, name: str, args: argparse.Namespace, fits: Sequence[Coefficients]
+) -> Evaluation:
     """Measure fits, adding each to the evaluation of those before it."""
-    return [evaluated(adapter, name, args, methods=("regmean",), coefficients=fit) for fit in fits][-1]
+    return [evaluated(adapter, name, args, methods=("regmean",), coefficients=fit) for fit in fits][
+        -1
+    ]
 
 
 def points(made: Evaluation) -> list[Point]:
@@ -202,14 +245,28 @@ def curve(adapter: Path, method: str, findings: Any, args: argparse.Namespace) -
     """Measure a method at its λ, from the mildest on."""
     given = {"map": mapped(adapter.parent, args)} if method == "nullspace" else {}
     return points(
-        evaluated(adapter, method, args, methods=(method,), lambdas=LAMBDAS[method], findings=findings, **given)
+        evaluated(
+            adapter,
+            method,
+            args,
+            methods=(method,),
+            lambdas=LAMBDAS[method],
+            findings=findings,
+            **given,
+        )
     )
 
 
 def mapped(home: Path, args: argparse.Namespace) -> Any:
     """Map the inputs of a base, or read the map that was made before."""
-    options, path = {"sequences": args.sequences, "length": args.length}, home / "base.map.safetensors"
-    return clocked(path, lambda: streamer.map_inputs(home / "base", path, general=home / "general.txt", **options))
+    options, path = (
+        {"sequences": args.sequences, "length": args.length},
+        home / "base.map.safetensors",
+    )
+    return clocked(
+        path,
+        lambda: streamer.map_inputs(home / "base", path, general=home / "general.txt", **options),
+    )
 
 
 def interpolated(
@@ -238,10 +295,14 @@ def compared(adapter: Path, name: str, seed: int, args: argparse.Namespace) -> d
         found["inputs"] = points(measured(adapter, "inputs", args, fit))
         if not args.no_peers:
             found |= peers(adapter, seed, fit[0].facts, args)
-    whole = evaluated(adapter, "shrink", args, methods=("shrink",), lambdas=LAMBDAS["shrink"], findings=findings)
+    whole = evaluated(
+        adapter, "shrink", args, methods=("shrink",), lambdas=LAMBDAS["shrink"], findings=findings
+    )
     as_is = {**dict.fromkeys(MEASURES, 1.0), "same": whole.general.mean("agree", 1).value}
-    forgotten = {text: sums.mean("loss", 1, 0).value for text, sums in
-                 (("general", whole.general), *whole.others.items())}  # fmt: skip
+    forgotten = {
+        text: sums.mean("loss", 1, 0).value
+        for text, sums in (("general", whole.general), *whole.others.items())
+    }
     seconds = {
         "inputs": noted(factors_of(beside(adapter, f"inputs-{args.keep[0]}"))),
         "nullspace": noted(home / "base.map.safetensors"),
@@ -262,8 +323,12 @@ def peers(adapter: Path, seed: int, facts: Any, args: argparse.Namespace) -> dic
     from transformers import AutoTokenizer
 
     home, out = adapter.parent, {}
-    ids = train_small.stream(AutoTokenizer.from_pretrained(home / "base"), [(home / "task.txt").read_text()])
-    rows = ids[: len(ids) // args.length * args.length].view(-1, args.length)[: peer_repairs.CALIBRATION]
+    ids = train_small.stream(
+        AutoTokenizer.from_pretrained(home / "base"), [(home / "task.txt").read_text()]
+    )
+    rows = ids[: len(ids) // args.length * args.length].view(-1, args.length)[
+        : peer_repairs.CALIBRATION
+    ]
     for name, fits in peer_repairs.by_factors(home / "base", adapter, facts, rows, seed).items():
         out[name] = points(measured(adapter, name, args, fits))
     if home.name == "mixture":  # a LoRA of experts' stacks has no rank that would hold these
@@ -276,7 +341,13 @@ def peers(adapter: Path, seed: int, facts: Any, args: argparse.Namespace) -> dic
             peer_repairs.by_entries(adapter, name, share, one, seed)
             # What is wanted is the adapter as it is; of a method that needs a map no more is measured than what is asked for.
             made = evaluated(
-                adapter, f"{name}-{share}", args, one, methods=("nullspace",), lambdas=(0.5,), map=mapped(home, args)
+                adapter,
+                f"{name}-{share}",
+                args,
+                one,
+                methods=("nullspace",),
+                lambdas=(0.5,),
+                map=mapped(home, args),
             )
             out[name] += points(joined(whole, made))
     return out
@@ -287,7 +358,9 @@ def joined(whole: Evaluation, made: Evaluation) -> Evaluation:
 
     def on(text: str) -> SequenceSums:
         one, two = whole.sums[text].take([0, 1]), made.sums[text].take([1])
-        count = min(len(one.tokens), len(two.tokens))  # an evaluation that stopped early has the first sequences
+        count = min(
+            len(one.tokens), len(two.tokens)
+        )  # an evaluation that stopped early has the first sequences
         return first(one, count).joined(first(two, count))
 
     sums = {text: on(text) for text in whole.sums}
@@ -299,7 +372,9 @@ def first(sums: SequenceSums, count: int) -> SequenceSums:
     return SequenceSums(sums.tokens[:count], *(getattr(sums, name)[:, :count] for name in SUMS))
 
 
-def cells(found: Sequence[dict[str, Any]], keep: float, what: str = "left") -> dict[str, list[float]]:
+def cells(
+    found: Sequence[dict[str, Any]], keep: float, what: str = "left"
+) -> dict[str, list[float]]:
     """Collect a measure of each method at a share, over seeds, in percent; none if a seed lacks it."""
     out = {}
     for method in COLUMNS:
@@ -329,11 +404,19 @@ def by_adapter(results: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 def table(results: Sequence[dict[str, Any]], keep: Sequence[float]) -> str:
     """Format the forgetting left as Markdown: a row for each base, adapter and share."""
-    lines = ["| base | adapter | kept | " + " | ".join(COLUMNS.values()) + " |", "|---" * (3 + len(COLUMNS)) + "|"]
+    lines = [
+        "| base | adapter | kept | " + " | ".join(COLUMNS.values()) + " |",
+        "|---" * (3 + len(COLUMNS)) + "|",
+    ]
     for found in by_adapter(results):
         for share in keep:
             row = cells(found, share)
-            words = [found[0]["kind"], found[0]["adapter"], f"{share:.0%}", *(cell(row[m]) for m in COLUMNS)]
+            words = [
+                found[0]["kind"],
+                found[0]["adapter"],
+                f"{share:.0%}",
+                *(cell(row[m]) for m in COLUMNS),
+            ]
             lines.append(f"| {' | '.join(words)} |")
     return "\n".join(lines)
 
@@ -341,12 +424,20 @@ def table(results: Sequence[dict[str, Any]], keep: Sequence[float]) -> str:
 def means(results: Sequence[dict[str, Any]], keep: Sequence[float]) -> str:
     """Format means over the adapters as Markdown: a row for each method; the last column is what is left as a part of the shrink's."""
     middle = keep[len(keep) // 2]
-    wanted: list[tuple[str, float, str]] = [("left", share, f"left at {share:.0%}") for share in keep]
-    wanted += [
-        (what, middle, f"{words}, at {middle:.0%}") for what, words in MEASURES.items() if what not in ("kept", "left")
+    wanted: list[tuple[str, float, str]] = [
+        ("left", share, f"left at {share:.0%}") for share in keep
     ]
-    columns = [[cells(found, share, what) for found in by_adapter(results)] for what, share, _ in wanted]
-    lines = ["| | " + " | ".join(head for *_, head in wanted) + f" | ratio to shrink, {middle:.0%} |"]
+    wanted += [
+        (what, middle, f"{words}, at {middle:.0%}")
+        for what, words in MEASURES.items()
+        if what not in ("kept", "left")
+    ]
+    columns = [
+        [cells(found, share, what) for found in by_adapter(results)] for what, share, _ in wanted
+    ]
+    lines = [
+        "| | " + " | ".join(head for *_, head in wanted) + f" | ratio to shrink, {middle:.0%} |"
+    ]
     lines.append("|---" * (len(wanted) + 2) + "|")
 
     def mean(
@@ -362,9 +453,18 @@ def means(results: Sequence[dict[str, Any]], keep: Sequence[float]) -> str:
         return words if len(values) == len(rows) else f"{words} ({len(values)})"
 
     for method, words in COLUMNS.items():
-        row = [mean(rows, method, lambda row, m=method: statistics.mean(row[m])) for rows in columns]
+        row = [
+            mean(rows, method, lambda row, m=method: statistics.mean(row[m])) for rows in columns
+        ]
         at = columns[keep.index(middle)]
-        row.append(mean(at, method, lambda row, m=method: statistics.mean(row[m]) / statistics.mean(row["shrink"]), 2))
+        row.append(
+            mean(
+                at,
+                method,
+                lambda row, m=method: statistics.mean(row[m]) / statistics.mean(row["shrink"]),
+                2,
+            )
+        )
         lines.append(f"| {words} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 
@@ -373,7 +473,9 @@ def kept_on_test(results: Sequence[dict[str, Any]], keep: Sequence[float]) -> st
     """Say what the fitted sets kept on the test texts, where a share was asked for."""
     lines = []
     for i, share in enumerate(keep):
-        kept = [100 * one["points"]["inputs"][i]["kept"] for one in results if one["points"]["inputs"]]
+        kept = [
+            100 * one["points"]["inputs"][i]["kept"] for one in results if one["points"]["inputs"]
+        ]
         if kept:
             lines.append(
                 f"asked to keep {share:.0%}, on the test text {COLUMNS['inputs']} keeps, in percent: {statistics.mean(kept):.1f} "
@@ -386,9 +488,13 @@ def costs(results: Sequence[dict[str, Any]]) -> str:
     """Say what fits and maps cost."""
     words = []
     for method in ("inputs", "nullspace"):
-        seconds = [own for one in results if (own := one.get("seconds", {}).get(method)) is not None]
+        seconds = [
+            own for one in results if (own := one.get("seconds", {}).get(method)) is not None
+        ]
         if seconds:
-            words.append(f"{COLUMNS[method]} {statistics.mean(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f})")
+            words.append(
+                f"{COLUMNS[method]} {statistics.mean(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f})"
+            )
     return f"CPU seconds: {', '.join(words) or 'not noted'}"
 
 
@@ -409,20 +515,41 @@ def worth_of_text(adapter: Path, args: argparse.Namespace) -> dict[str, list[tup
 
 def main() -> int:
     """Train, fit, measure, and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("directory", type=Path, help="of the models, new or from an earlier run")
     parser.add_argument(
-        "--kinds", type=train_small.chosen(train_small.KINDS), default=list(train_small.KINDS), help="(default: all)"
+        "--kinds",
+        type=train_small.chosen(train_small.KINDS),
+        default=list(train_small.KINDS),
+        help="(default: all)",
     )
-    parser.add_argument("--adapters", type=train_small.chosen(train_small.ADAPTERS), default=["high", "usual", "wide"],
-                        help="(default: high,usual,wide)")  # fmt: skip
-    parser.add_argument("--seeds", type=int, default=3, help="adapters of each kind (default: %(default)s)")
-    parser.add_argument("--sequences", type=int, default=32, help="of each text (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence (default: %(default)s)")
-    parser.add_argument("--figure", type=Path, help="draw the worth of text, with seed 0 of each adapter, as an SVG")
+    parser.add_argument(
+        "--adapters",
+        type=train_small.chosen(train_small.ADAPTERS),
+        default=["high", "usual", "wide"],
+        help="(default: high,usual,wide)",
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="adapters of each kind (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--sequences", type=int, default=32, help="of each text (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--length", type=int, default=256, help="tokens of a sequence (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--figure", type=Path, help="draw the worth of text, with seed 0 of each adapter, as an SVG"
+    )
     parser.add_argument("--no-peers", action="store_true", help="leave out the repairs of others")
     parser.add_argument(
-        "--add", type=Path, nargs="*", default=[], help="put what earlier runs wrote by --json into the tables"
+        "--add",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="put what earlier runs wrote by --json into the tables",
     )
     parser.add_argument("--tiny", action="store_true", help="models of a hundred thousand weights")
     parser.add_argument("--json", type=Path, help="write all points as JSON")
@@ -451,7 +578,11 @@ def main() -> int:
             print("no fit keeps what a measured shrink keeps: there is no figure", file=sys.stderr)
             return 1
         args.figure.write_text(
-            line_figure(lines, "tokens of either text", "forgetting left, the shrink's at equal learning kept = 1")
+            line_figure(
+                lines,
+                "tokens of either text",
+                "forgetting left, the shrink's at equal learning kept = 1",
+            )
         )
     return 0
 

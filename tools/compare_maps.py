@@ -77,9 +77,13 @@ class Module(NamedTuple):
     def directions(self, kind: str, ridge: float) -> tuple[torch.Tensor, ...]:
         """X, γ, Y with A C_t (C_t + μ C_g)^-1 = X diag(1 / (1 + μ γ)) Y, and the parts of E‖Δ x‖² by γ."""
         core, solve = torch.linalg.qr(self.L)[1], torch.linalg.solve_triangular
-        Q = torch.linalg.qr(torch.cat([self.V, self.A.T], 1))[0]  # elsewhere A is 0, and both are multiples of I
+        Q = torch.linalg.qr(torch.cat([self.V, self.A.T], 1))[
+            0
+        ]  # elsewhere A is 0, and both are multiples of I
         _, S, W = torch.linalg.svd(core @ self.A @ Q, full_matrices=False)
-        weights = {"none": 0 * S, "delta": S**2, "root": S, "rows": (1e-6 * S[0] < S).double()}[kind]
+        weights = {"none": 0 * S, "delta": S**2, "root": S, "rows": (1e-6 * S[0] < S).double()}[
+            kind
+        ]
         weights = weights * len(Q) / weights.sum().clamp_min(1e-300)
         one, VQ = torch.eye(Q.shape[1], dtype=Q.dtype), Q.T @ self.V
         root = torch.linalg.cholesky((W.T * weights) @ W + ridge * one)
@@ -98,23 +102,50 @@ class Measured:
         from transformers import AutoTokenizer
 
         tokenizer, entries = AutoTokenizer.from_pretrained(args.base), load_map(args.map)
-        self.model, self.modules = PeftModel.from_pretrained(load(args.base), args.adapter, "adapter").eval(), {}
+        self.model, self.modules = (
+            PeftModel.from_pretrained(load(args.base), args.adapter, "adapter").eval(),
+            {},
+        )
         self.texts = {text: sequences(getattr(args, text), tokenizer) for text in TEXTS}
         for path, layer in self.model.named_modules():
             if isinstance(layer, LoraLayer):
-                name, W0 = f"{path.removeprefix('base_model.model.')}.weight", layer.weight.detach().double()
-                A, B = (factors["adapter"].weight.detach().double() for factors in (layer.lora_A, layer.lora_B))
+                name, W0 = (
+                    f"{path.removeprefix('base_model.model.')}.weight",
+                    layer.weight.detach().double(),
+                )
+                A, B = (
+                    factors["adapter"].weight.detach().double()
+                    for factors in (layer.lora_A, layer.lora_B)
+                )
                 L, n = layer.scaling["adapter"] * B, A.shape[1]
                 if (entry := entries.find(name, n)) is None:
-                    raise SystemExit(f"{args.map}: lacks the inputs of {name}; make it of more text")
-                values, rest, V = (getattr(entry.spectrum, key) for key in ("values", "rest", "vectors"))
+                    raise SystemExit(
+                        f"{args.map}: lacks the inputs of {name}; make it of more text"
+                    )
+                values, rest, V = (
+                    getattr(entry.spectrum, key) for key in ("values", "rest", "vectors")
+                )
                 D, scale = torch.linalg.qr(L)[1] @ A, n / entry.trace
-                own, base = (float(((M @ V) ** 2 @ (values - rest)).sum() + rest * (M**2).sum()) for M in (D, W0))
-                size, base_size = float(torch.linalg.matrix_norm(D, 2)), float(torch.svd_lowrank(W0, 4, 8)[1][0])
-                forecasts = {"E‖Δx‖² / ‖Δ‖² E‖x‖²": own / float((D**2).sum()) / entry.trace, "E‖Δx‖² / E‖W0 x‖²": own / base,
-                             "E‖Δx‖²": own, "‖Δ‖": float(D.norm()), "σ₁(Δ)": size, "σ₁(Δ) / σ₁(W0)": size / base_size}  # fmt: skip
+                own, base = (
+                    float(((M @ V) ** 2 @ (values - rest)).sum() + rest * (M**2).sum())
+                    for M in (D, W0)
+                )
+                size, base_size = (
+                    float(torch.linalg.matrix_norm(D, 2)),
+                    float(torch.svd_lowrank(W0, 4, 8)[1][0]),
+                )
+                forecasts = {
+                    "E‖Δx‖² / ‖Δ‖² E‖x‖²": own / float((D**2).sum()) / entry.trace,
+                    "E‖Δx‖² / E‖W0 x‖²": own / base,
+                    "E‖Δx‖²": own,
+                    "‖Δ‖": float(D.norm()),
+                    "σ₁(Δ)": size,
+                    "σ₁(Δ) / σ₁(W0)": size / base_size,
+                }
                 weight = layer.lora_A["adapter"].weight.data
-                self.modules[name] = Module(weight, L, A, V, values * scale, rest * scale, forecasts)
+                self.modules[name] = Module(
+                    weight, L, A, V, values * scale, rest * scale, forecasts
+                )
         self.scale(lambda _: 0.0)
         self.base: Any = None
         self.base = self.run(TEXTS)
@@ -124,17 +155,28 @@ class Measured:
         for module in self.modules.values():
             module.weight.copy_(module.A * factor(module))
 
-    def run(self, texts: Any, most: int | None = None, length: int | None = None) -> dict[str, list[Any]]:
+    def run(
+        self, texts: Any, most: int | None = None, length: int | None = None
+    ) -> dict[str, list[Any]]:
         """Sum over each sequence: the gain in the task's loss, the KL divergence from the base; of the base log-probabilities."""
         out: dict[str, list[Any]] = {text: [] for text in texts}
         for text in texts:
             for i, one in enumerate(self.texts[text][:most]):
                 with torch.no_grad():
-                    found = self.model(input_ids=one.ids[:, :length]).logits[0, one.begin - 1 : -1].log_softmax(-1)
+                    found = (
+                        self.model(input_ids=one.ids[:, :length])
+                        .logits[0, one.begin - 1 : -1]
+                        .log_softmax(-1)
+                    )
                 found = found.gather(1, one.ids[0, one.begin :, None]) if text == "task" else found
                 if self.base is not None:
                     base = self.base[text][i][: len(found)]
-                    found = (found - base if text == "task" else base.exp() * (base - found)).double().sum().item()
+                    found = (
+                        (found - base if text == "task" else base.exp() * (base - found))
+                        .double()
+                        .sum()
+                        .item()
+                    )
                 out[text].append(found)
         return out
 
@@ -149,7 +191,9 @@ class Measured:
             for module, X, gamma, Y, energies in parts:
                 low, high = (-60.0, 60.0) if own else (t, t)
                 for _ in range(50 if own else 0):
-                    left = float((energies * (1 + math.exp((low + high) / 2) * gamma) ** (-2 * power)).sum())
+                    left = float(
+                        (energies * (1 + math.exp((low + high) / 2) * gamma) ** (-2 * power)).sum()
+                    )
                     halves = ((low + high) / 2, high), (low, (low + high) / 2)
                     low, high = halves[left < float(energies.sum()) / (1 + math.exp(t))]
                 module.weight.copy_((X * (1 + math.exp(low) * gamma) ** -power) @ Y)
@@ -166,7 +210,11 @@ class Measured:
                 if ts and min(abs(kept - keep)) <= CLOSE:
                     break
                 t = -0.5 if not ts else ts[0] - len(ts) if kept[0] < keep else ts[-1] + len(ts)
-                at(t := float(np.interp(-keep, -kept, ts)) if ts and kept[0] > keep > kept[-1] else t)
+                at(
+                    t := float(np.interp(-keep, -kept, ts))
+                    if ts and kept[0] > keep > kept[-1]
+                    else t
+                )
                 points[t] = self.run(["task"])
             best = min(points, key=lambda t, keep=keep: abs(sum(points[t]["task"]) / gain - keep))
             at(best)
@@ -183,8 +231,19 @@ def compared(args: argparse.Namespace, path: Path) -> None:
     found["adapter"] = measured.run(TEXTS)
     for method in (one for one in args.methods if one not in found["points"]):
         points = found["points"][method] = measured.searched(method, sum(found["adapter"]["task"]))
-        shares = (f"{100 * sum(p[text]) / sum(found['adapter'][text]):.1f}" for p in points for text in TEXTS)
-        print(path.stem, method, *shares, f"{time.process_time():.0f} CPU s", file=sys.stderr, flush=True)
+        shares = (
+            f"{100 * sum(p[text]) / sum(found['adapter'][text]):.1f}"
+            for p in points
+            for text in TEXTS
+        )
+        print(
+            path.stem,
+            method,
+            *shares,
+            f"{time.process_time():.0f} CPU s",
+            file=sys.stderr,
+            flush=True,
+        )
         path.write_text(json.dumps(found))
     for name in measured.modules if args.alone[0] and not found["alone"] else ():
         measured.scale(lambda module, only=name: float(module is measured.modules[only]))
@@ -198,61 +257,118 @@ def left(found: dict[str, Any], method: str, keep: float, text: str, counts: Any
     counts = counts or {key: np.ones(len(sums)) for key, sums in adapter.items()}
     if all(abs(sum(p["task"]) / sum(adapter["task"]) - keep) > 2 * CLOSE for p in points):
         return math.nan
-    whole, *sums = [[np.dot(p[key], counts[key]) for key in ("task", text)] for p in (adapter, *points)]
+    whole, *sums = [
+        [np.dot(p[key], counts[key]) for key in ("task", text)] for p in (adapter, *points)
+    ]
     (one, high), (two, low) = np.divide(sums if len(sums) > 1 else [whole, *sums], whole)
     return math.log(high) + math.log(low / high) * (keep - one) / (two - one)
 
 
-def ratio(found: dict[str, Any], method: str, other: str, keep: float, text: str) -> tuple[float, float]:
+def ratio(
+    found: dict[str, Any], method: str, other: str, keep: float, text: str
+) -> tuple[float, float]:
     """The logarithm of what a method leaves as a part of what another leaves where they keep as much, and its error."""
-    sizes, draws = {key: len(found["adapter"][key]) for key in ("task", text)}, np.random.default_rng(0)
-    samples = [{key: draws.multinomial(n, np.full(n, 1 / n)) for key, n in sizes.items()} for _ in range(200)]
-    pairs = np.array([[left(found, m, keep, text, counts) for m in (method, other)] for counts in (None, *samples)])
+    sizes, draws = (
+        {key: len(found["adapter"][key]) for key in ("task", text)},
+        np.random.default_rng(0),
+    )
+    samples = [
+        {key: draws.multinomial(n, np.full(n, 1 / n)) for key, n in sizes.items()}
+        for _ in range(200)
+    ]
+    pairs = np.array(
+        [
+            [left(found, m, keep, text, counts) for m in (method, other)]
+            for counts in (None, *samples)
+        ]
+    )
     value, *others = pairs[:, 0] - pairs[:, 1]
     return float(value), float(np.std(others))
 
 
 def table(results: dict[str, dict[str, Any]], keep: float, text: str, other: str) -> str:
     """Format what each method leaves as a part of what another leaves, and geometric means, as Markdown."""
-    lines = [f"| {keep:.0%} kept, {text} text | {' | '.join(results)} | mean |", "|---" * (len(results) + 2) + "|"]
+    lines = [
+        f"| {keep:.0%} kept, {text} text | {' | '.join(results)} | mean |",
+        "|---" * (len(results) + 2) + "|",
+    ]
     whole = (f"{100 * math.exp(left(found, other, keep, text)):.1f}" for found in results.values())
     lines.append(f"| KL left by {other}, % of the adapter's | {' | '.join(whole)} | |")
     for method in METHODS:
         pairs = [ratio(found, method, other, keep, text) for found in results.values()]
         known = np.array([value for value, _ in pairs if not math.isnan(value)])
-        cells = ["–" if math.isnan(x) else f"{math.exp(x):.2f} ± {math.exp(x) * error:.2f}" for x, error in pairs]
+        cells = [
+            "–" if math.isnan(x) else f"{math.exp(x):.2f} ± {math.exp(x) * error:.2f}"
+            for x, error in pairs
+        ]
         mean = math.exp(known.mean()) if len(known) else math.nan
         error = known.std(ddof=1) / len(known) ** 0.5 if len(known) > 1 else math.nan
-        lines.append(f"| {method} | {' | '.join(cells)} | {mean:.2f} ± {mean * error:.2f} ({len(known)}) |")
+        lines.append(
+            f"| {method} | {' | '.join(cells)} | {mean:.2f} ± {mean * error:.2f} ({len(known)}) |"
+        )
     return "\n".join(lines)
 
 
 def ranks(results: dict[str, dict[str, Any]]) -> str:
     """Format the rank correlations of forecasts with what each delta alone diverges as Markdown."""
     results = {name: found for name, found in results.items() if found["alone"]}
-    lines = [f"| forecast, Spearman's ρ | {' | '.join(results)} | mean |", "|---" * (len(results) + 2) + "|"]
-    for key in {key: None for found in results.values() for one in found["forecasts"].values() for key in one}:
-        pairs = ([[f["forecasts"][name][key], own] for name, own in f["alone"].items()] for f in results.values())
+    lines = [
+        f"| forecast, Spearman's ρ | {' | '.join(results)} | mean |",
+        "|---" * (len(results) + 2) + "|",
+    ]
+    for key in {
+        key: None
+        for found in results.values()
+        for one in found["forecasts"].values()
+        for key in one
+    }:
+        pairs = (
+            [[f["forecasts"][name][key], own] for name, own in f["alone"].items()]
+            for f in results.values()
+        )
         values = [float(spearmanr(rows)[0]) for rows in pairs]
-        lines.append(f"| {key} | {' | '.join(f'{value:.2f}' for value in values)} | {np.mean(values):.2f} |")
+        lines.append(
+            f"| {key} | {' | '.join(f'{value:.2f}' for value in values)} | {np.mean(values):.2f} |"
+        )
     return "\n".join(lines)
 
 
 def main() -> int:
     """Measure an adapter, if one is given, and print the tables of all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path, help="directory of what is measured")
     parser.add_argument("base", type=Path, nargs="?")
     parser.add_argument("adapter", type=Path, nargs="?", help="a LoRA of linear layers")
     parser.add_argument("--name", help="in the tables (default: the adapter's)")
     for name in ("map", *TEXTS):
         parser.add_argument(f"--{name}", type=Path)
-    parser.add_argument("--methods", type=lambda text: text.split(";"), default=METHODS, help="with ; (default: all)")
-    parser.add_argument("--sequences", type=int, default=12, help="of each text (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=128, help="tokens of a sequence (default: %(default)s)")
-    parser.add_argument("--alone", type=int, nargs=2, default=[4, 64], help="sequences and tokens for each delta alone")
+    parser.add_argument(
+        "--methods",
+        type=lambda text: text.split(";"),
+        default=METHODS,
+        help="with ; (default: all)",
+    )
+    parser.add_argument(
+        "--sequences", type=int, default=12, help="of each text (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--length", type=int, default=128, help="tokens of a sequence (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--alone",
+        type=int,
+        nargs=2,
+        default=[4, 64],
+        help="sequences and tokens for each delta alone",
+    )
     args = parser.parse_args()
-    measure_forgetting.SEQUENCES, measure_forgetting.LENGTH, measure_forgetting.MORE = args.sequences, args.length, 1
+    measure_forgetting.SEQUENCES, measure_forgetting.LENGTH, measure_forgetting.MORE = (
+        args.sequences,
+        args.length,
+        1,
+    )
     args.out.mkdir(parents=True, exist_ok=True)
     if args.base:
         compared(args, args.out / f"{args.name or args.adapter.name}.json")

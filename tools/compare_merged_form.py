@@ -53,7 +53,9 @@ def steps(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[int, float]:
 
 def main() -> int:
     """Make the inputs if there are none, merge both ways, and compare."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("directory", type=Path)
     parser.add_argument("--size-gb", default="3")
     parser.add_argument("--dtype", choices=DTYPES, default="fp16")
@@ -62,7 +64,13 @@ def main() -> int:
     home: Path = args.directory
     base, adapter = home / "base", home / "adapter"
     if not base.exists():
-        make = [sys.executable, Path(__file__).with_name("make_checkpoint.py"), home, "--size-gb", args.size_gb]
+        make = [
+            sys.executable,
+            Path(__file__).with_name("make_checkpoint.py"),
+            home,
+            "--size-gb",
+            args.size_gb,
+        ]
         subprocess.run(make, check=True)
     peaks, form = {}, ["--dtype", args.dtype, "--max-shard-size", args.max_shard_size]
     for name, options in (("plain", []), ("ours", form)):
@@ -88,7 +96,11 @@ def main() -> int:
     merged.save_pretrained(home / "theirs", max_shard_size=args.max_shard_size)
     del model, merged
     ours, theirs = located(home / "ours"), located(home / "theirs")
-    changed = {name for name in ours if any(f".{name.split('.')[-2]}.lora_A" in key for key in located(adapter))}
+    changed = {
+        name
+        for name in ours
+        if any(f".{name.split('.')[-2]}.lora_A" in key for key in located(adapter))
+    }
     other, values, most = 0, 0, 0.0
     for name in ours.keys() & theirs.keys():
         count, largest = steps(read(name, ours[name]), read(name, theirs[name]))
@@ -97,13 +109,17 @@ def main() -> int:
         values, most = values + count, max(most, largest)
     index = json.loads((home / "ours" / "model.safetensors.index.json").read_text())
     AutoModelForCausalLM.from_pretrained(home / "ours", dtype="auto")
-    print(f"{len(ours)} tensors, same names: {ours.keys() == theirs.keys()}; index right: "
-          f"{index['weight_map'] == {name: file.name for name, file in ours.items()}}; transformers opens it")  # fmt: skip
+    print(
+        f"{len(ours)} tensors, same names: {ours.keys() == theirs.keys()}; index right: "
+        f"{index['weight_map'] == {name: file.name for name, file in ours.items()}}; transformers opens it"
+    )
     print(f"files: {len({*ours.values()})} against {len({*theirs.values()})}")
     print(
         f"tensors with other bytes: {other}, all of the {len(changed)} that the adapter changes; values {values}, at most {most:.1f} ulp"
     )
-    print(f"anonymous memory: plain {peaks['plain'] / 1e6:.0f} MB, with {' '.join(form)} {peaks['ours'] / 1e6:.0f} MB")
+    print(
+        f"anonymous memory: plain {peaks['plain'] / 1e6:.0f} MB, with {' '.join(form)} {peaks['ours'] / 1e6:.0f} MB"
+    )
     return 0
 
 

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+LAYOUT = {
+    tokenize.COMMENT,
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENDMARKER,
+}
 EXCEPTIONS = "# fmt: skip", "# fmt: off"
 """Comments that keep the formatter out."""
 
@@ -36,7 +43,9 @@ def documentation(source: str) -> set[int]:
     return {
         line
         for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        if isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
         for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
     }
 
@@ -79,7 +88,9 @@ def row(size: Size, name: str) -> str:
 def main() -> None:
     """Print a table a folder."""
     print("   tokens tokens a line exceptions")
-    for folder in map(Path, sys.argv[1:] or (ROOT / name for name in ("streamer", "tests", "tools"))):
+    for folder in map(
+        Path, sys.argv[1:] or (ROOT / name for name in ("streamer", "tests", "tools"))
+    ):
         if folder.is_file():
             print(row(size_of(folder.read_text(encoding="utf-8")), str(folder)))
             continue

@@ -48,7 +48,9 @@ TIMES = re.compile(r"\b(in|about) [\d.]+ (ms|s|min|h)\b")
 FORECAST = re.compile(r"^(forecast +memory .*\n(?:.+\n)*|forecast: .*\n)", re.M)
 """The rows of the table of forecasts, or the line of one command's."""
 
-MITIGATIONS = [(method, value) for method in ("paper", "project", "shrink") for value in ("0.5", "0")]
+MITIGATIONS = [
+    (method, value) for method in ("paper", "project", "shrink") for value in ("0.5", "0")
+]
 
 ITERATE = """
 import hashlib, json, sys, torch, streamer
@@ -79,7 +81,10 @@ def tensors(experts: bool = False) -> dict[str, Any]:
 
     def matrix(m: int, n: int) -> torch.Tensor:
         p = min(m, n)
-        U, V = (torch.linalg.qr(torch.randn(size, p, generator=generator, dtype=torch.float64)).Q for size in (m, n))
+        U, V = (
+            torch.linalg.qr(torch.randn(size, p, generator=generator, dtype=torch.float64)).Q
+            for size in (m, n)
+        )
         return (U * torch.arange(1, p + 1, dtype=torch.float64).pow(-0.7) @ V.T).float()
 
     found = {"model.embed_tokens.weight": matrix(64, 48)}
@@ -87,7 +92,9 @@ def tensors(experts: bool = False) -> dict[str, Any]:
         home = f"model.layers.{layer}"
         found[f"{home}.self_attn.q_proj.weight"] = matrix(48, 48)
         if experts:
-            found[f"{home}.mlp.experts.gate_up_proj"] = torch.stack([matrix(48, 64) for _ in range(3)])
+            found[f"{home}.mlp.experts.gate_up_proj"] = torch.stack(
+                [matrix(48, 64) for _ in range(3)]
+            )
             found[f"{home}.mlp.experts.down_proj"] = torch.stack([matrix(32, 48) for _ in range(3)])
         else:
             found[f"{home}.mlp.up_proj.weight"] = matrix(96, 48)
@@ -107,13 +114,18 @@ def module_tree(weights: dict[str, Any]) -> Any:
         for i, step in enumerate(path):
             if not hasattr(home, step):
                 linear = i == len(path) - 1 and step.endswith(("_proj", "lm_head"))
-                home.add_module(step, torch.nn.Linear(*t.shape[::-1], bias=False) if linear else torch.nn.Module())
+                home.add_module(
+                    step,
+                    torch.nn.Linear(*t.shape[::-1], bias=False) if linear else torch.nn.Module(),
+                )
             home = getattr(home, step)
         setattr(home, kind, torch.nn.Parameter(t.clone()))
     return root
 
 
-def write_base(directory: Path, weights: dict[str, Any], model_type: str, shards: int = 1, **config: Any) -> None:
+def write_base(
+    directory: Path, weights: dict[str, Any], model_type: str, shards: int = 1, **config: Any
+) -> None:
     """A model's directory, with a tokenizer's file and one in a folder beside the weights."""
     from safetensors.torch import save_file
 
@@ -130,12 +142,19 @@ def write_base(directory: Path, weights: dict[str, Any], model_type: str, shards
     names = list(weights)
     weight_map: dict[str, str] = {}
     for i in range(shards):
-        file = "model.safetensors" if shards == 1 else f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        file = (
+            "model.safetensors" if shards == 1 else f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        )
         own = names[i * len(names) // shards : (i + 1) * len(names) // shards]
-        save_file({n: weights[n].contiguous() for n in own}, directory / file, metadata={"format": "pt"})
+        save_file(
+            {n: weights[n].contiguous() for n in own}, directory / file, metadata={"format": "pt"}
+        )
         weight_map |= dict.fromkeys(own, file)
     if shards > 1:
-        index = {"metadata": {"total_size": sum(t.nbytes for t in weights.values())}, "weight_map": weight_map}
+        index = {
+            "metadata": {"total_size": sum(t.nbytes for t in weights.values())},
+            "weight_map": weight_map,
+        }
         (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
@@ -182,14 +201,20 @@ def write_inputs(home: Path) -> None:
     quantization = {"quant_method": "compressed-tensors", "format": "float-quantized"}
     write_base(home / "fp8", in_fp8(plain), "llama", shards=2, quantization_config=quantization)
     write_base(home / "stacked", {n: t.bfloat16() for n, t in experts.items()}, "mixtral", shards=2)
-    write_base(home / "other", {n: t[:, :40] if t.dim() == 2 else t for n, t in halves.items()}, "llama")
+    write_base(
+        home / "other", {n: t[:, :40] if t.dim() == 2 else t for n, t in halves.items()}, "llama"
+    )
     where = r".*\.(q_proj|up_proj|down_proj)"
     write_adapter(home / "several" / "lora", plain, 1, target_modules=where)
     write_adapter(home / "several" / "dora", plain, 2, target_modules=where, use_dora=True)
-    write_adapter(home / "several" / "saved", plain, 3, target_modules=where, modules_to_save=["lm_head"])
+    write_adapter(
+        home / "several" / "saved", plain, 3, target_modules=where, modules_to_save=["lm_head"]
+    )
     parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     write_adapter(home / "on-experts", experts, 4, target_modules=[], target_parameters=parameters)
-    tuned = {n: t + 0.3 * t.flip(0) if n.endswith("q_proj.weight") else t for n, t in halves.items()}
+    tuned = {
+        n: t + 0.3 * t.flip(0) if n.endswith("q_proj.weight") else t for n, t in halves.items()
+    }
     write_base(home / "tuned", tuned, "llama")
 
 
@@ -212,14 +237,19 @@ def first_runs() -> Iterator[Run]:
     yield Run("demo", ("demo", "-o", "demo/out", "--json"))
     yield Run("version", ("--version",))
     for name, inputs in FIXTURES.items():
-        yield Run(f"{name}/detect", ("detect", *inputs, "-o", f"{name}/detect/out.safetensors", "--json"))
+        yield Run(
+            f"{name}/detect", ("detect", *inputs, "-o", f"{name}/detect/out.safetensors", "--json")
+        )
         yield Run(f"{name}/inspect", ("inspect", *inputs))
     yield Run("lora/inspect-json", ("inspect", *FIXTURES["lora"], "--json"))
     for name in ("lora", "dora", "experts", "fp8"):
         case = f"{name}/certified"
         options = ("--solver", "certified", "--top-k", "4", "--all")
         yield Run(case, ("detect", *FIXTURES[name], "-o", f"{case}/out.safetensors", *options))
-    yield Run("several/detect", ("detect", "input/plain", "input/several", "-o", "several/detect/out", "--json"))
+    yield Run(
+        "several/detect",
+        ("detect", "input/plain", "input/several", "-o", "several/detect/out", "--json"),
+    )
 
 
 PAPER = "--method", "paper"
@@ -241,25 +271,61 @@ def later_runs() -> Iterator[Run]:
         yield Run(f"{name}/report", ("report", findings, "--all"))
     lora = FIXTURES["lora"]
     yield Run("lora/report-json", ("report", "lora/detect/out.safetensors", "--json"))
-    yield Run("lora/mitigate-alone", ("mitigate", *lora, "-o", "lora/mitigate-alone/out", *PAPER, "--scale", "first"))
     yield Run(
-        "sharded/merge-alone", ("merge", *FIXTURES["sharded"], "-o", "sharded/merge-alone/out", *PAPER, "--io", "pread")
+        "lora/mitigate-alone",
+        ("mitigate", *lora, "-o", "lora/mitigate-alone/out", *PAPER, "--scale", "first"),
     )
     yield Run(
-        "sharded/dry-run", ("merge", *FIXTURES["sharded"], "-o", "sharded/dry-run/out", *PAPER, "--dry-run", "--json")
+        "sharded/merge-alone",
+        ("merge", *FIXTURES["sharded"], "-o", "sharded/merge-alone/out", *PAPER, "--io", "pread"),
+    )
+    yield Run(
+        "sharded/dry-run",
+        ("merge", *FIXTURES["sharded"], "-o", "sharded/dry-run/out", *PAPER, "--dry-run", "--json"),
     )
     for name in ("lora", "dora", "tuned"):
         case = f"{name}/to-lora"
         yield Run(
             case,
-            ("mitigate", *FIXTURES[name], "-o", f"{case}/out", *PAPER, "--to-lora", "6", "--lambda", "0.5", "--json"),
+            (
+                "mitigate",
+                *FIXTURES[name],
+                "-o",
+                f"{case}/out",
+                *PAPER,
+                "--to-lora",
+                "6",
+                "--lambda",
+                "0.5",
+                "--json",
+            ),
         )
-    together = ("merge", "input/plain", "input/several", "-o", "several/merge/out", *PAPER, "--lambda", "0.5", "--json")
+    together = (
+        "merge",
+        "input/plain",
+        "input/several",
+        "-o",
+        "several/merge/out",
+        *PAPER,
+        "--lambda",
+        "0.5",
+        "--json",
+    )
     yield Run("several/merge", (*together, "--findings", "several/detect/out"))
-    yield Run("refused/lambda", ("merge", *lora, "-o", "refused/lambda/out", "--lambda", "1.5", "--json"))
-    yield Run("refused/lambda-text", ("merge", *lora, "-o", "refused/lambda/out", "--lambda", "half"))
-    yield Run("refused/shape", ("detect", "input/other", lora[1], "-o", "refused/shape/out.safetensors", "--json"))
-    yield Run("refused/adapter", ("detect", "input/plain", "input/no-adapter", "-o", "refused/adapter/out.safetensors"))
+    yield Run(
+        "refused/lambda", ("merge", *lora, "-o", "refused/lambda/out", "--lambda", "1.5", "--json")
+    )
+    yield Run(
+        "refused/lambda-text", ("merge", *lora, "-o", "refused/lambda/out", "--lambda", "half")
+    )
+    yield Run(
+        "refused/shape",
+        ("detect", "input/other", lora[1], "-o", "refused/shape/out.safetensors", "--json"),
+    )
+    yield Run(
+        "refused/adapter",
+        ("detect", "input/plain", "input/no-adapter", "-o", "refused/adapter/out.safetensors"),
+    )
     other = (*PAPER, "--findings", "dora/detect/out.safetensors")
     yield Run("refused/findings", ("merge", *lora, "-o", "refused/findings/out", *other))
 
@@ -267,8 +333,16 @@ def later_runs() -> Iterator[Run]:
 def last_runs() -> Iterator[Run]:
     """One output again and again, in this order: made, there already, another refused, overwritten."""
     findings = (*PAPER, "--findings", "lora/detect/out.safetensors", "--json")
-    for case, *options in (("made", "0.5"), ("same", "0.5"), ("other", "0"), ("overwritten", "0", "--overwrite")):
-        yield Run(f"again/{case}", ("merge", *FIXTURES["lora"], "-o", "again/out", *findings, "--lambda", *options))
+    for case, *options in (
+        ("made", "0.5"),
+        ("same", "0.5"),
+        ("other", "0"),
+        ("overwritten", "0", "--overwrite"),
+    ):
+        yield Run(
+            f"again/{case}",
+            ("merge", *FIXTURES["lora"], "-o", "again/out", *findings, "--lambda", *options),
+        )
 
 
 # Digests
@@ -294,17 +368,27 @@ def execute(run: Run, home: Path) -> None:
     threads = ("--threads", "2") if run.line[0] in ("detect", "mitigate", "merge") else ()
     line = ["streamer", *run.line, *threads]
     done = subprocess.run(line, cwd=home, env=ENV, capture_output=True, text=True, check=False)
-    printed = {"exit": str(done.returncode), "stdout": normalised(done.stdout), "stderr": normalised(done.stderr)}
+    printed = {
+        "exit": str(done.returncode),
+        "stdout": normalised(done.stdout),
+        "stderr": normalised(done.stderr),
+    }
     for name, text in printed.items():
         (home / run.name / name).write_text(text)
 
 
 def iterate(home: Path) -> None:
     """Write down all that `streamer.iter_merged` yields: names, dtypes, shapes and digests of bytes, in order."""
-    jobs = json.dumps([(*inputs, f"{name}/detect/out.safetensors") for name, inputs in FIXTURES.items()])
+    jobs = json.dumps(
+        [(*inputs, f"{name}/detect/out.safetensors") for name, inputs in FIXTURES.items()]
+    )
     with open(home / "iter_merged.json", "w") as file:
         subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", ITERATE, jobs], cwd=home, env=ENV, stdout=file, check=True
+            [sys.executable, "-W", "ignore", "-c", ITERATE, jobs],
+            cwd=home,
+            env=ENV,
+            stdout=file,
+            check=True,
         )
 
 
@@ -315,13 +399,18 @@ def digests(home: Path, jobs: int) -> dict[str, str]:
         with ThreadPoolExecutor(workers) as pool:
             list(pool.map(lambda run: execute(run, home), runs))
     iterate(home)
-    files = sorted((p for p in home.rglob("*") if p.is_file()), key=lambda p: (p.parent.name != "version", p))
+    files = sorted(
+        (p for p in home.rglob("*") if p.is_file()), key=lambda p: (p.parent.name != "version", p)
+    )
     return {str(p.relative_to(home)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 def compare(before: Path, now: dict[str, str]) -> int:
     """Print what differs from a list; 1 where anything does."""
-    old = {name: digest for digest, name in (line.split("  ", 1) for line in before.read_text().splitlines())}
+    old = {
+        name: digest
+        for digest, name in (line.split("  ", 1) for line in before.read_text().splitlines())
+    }
     different = [name for name in {**old, **now} if old.get(name) != now.get(name)]
     for name in different:
         print("new    " if name not in old else "missing" if name not in now else "differs", name)
@@ -330,12 +419,21 @@ def compare(before: Path, now: dict[str, str]) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--compare", type=Path, metavar="LIST", help="print what differs from this list, not the digests"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="work in this new directory, and keep it")
-    parser.add_argument("--jobs", type=int, default=2, help="commands at a time (default: %(default)s)")
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        metavar="LIST",
+        help="print what differs from this list, not the digests",
+    )
+    parser.add_argument(
+        "--keep", type=Path, metavar="DIR", help="work in this new directory, and keep it"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="commands at a time (default: %(default)s)"
+    )
     args = parser.parse_args()
     if args.compare and not args.compare.is_file():
         parser.error(f"--compare {args.compare}: no such file")

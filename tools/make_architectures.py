@@ -42,7 +42,9 @@ VALUES: dict[str, dict[str, Any]] = {
     "AutoformerConfig": {"prediction_length": 4},
     "BambaConfig": {"attn_layer_indices": [1]},
     "ChameleonConfig": {"vocabulary_map": {"<image>": 4}},
-    "CohereCompassTextConfig": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "CohereCompassTextConfig": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    },
     "DbrxConfig": {"attn_config": {"rope_theta": 1e4}},
     "DeepseekOcr2TextConfig": {"num_hidden_layers": 2, "mlp_layer_types": ["dense", "sparse"]},
     "DiffusionGemmaTextConfig": {"num_experts": 4, "moe_intermediate_size": 64, "top_k_experts": 2},
@@ -51,7 +53,10 @@ VALUES: dict[str, dict[str, Any]] = {
     "Emu3Config": {"vocabulary_map": {"<image>": 4}},
     "EsmConfig": {"vocab_size": 64, "pad_token_id": 1},
     "Granite4VisionConfig": {"deepstack_layer_map": [[0, 0]], "downsample_rate": "4/8"},
-    "GraniteMoeHybridConfig": {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2},
+    "GraniteMoeHybridConfig": {
+        "num_hidden_layers": 4,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+    },
     "HunYuanDenseV1Config": {"head_dim": 128},
     "HunYuanMoEV1Config": {"head_dim": 128},
     "InformerConfig": {"prediction_length": 4},
@@ -102,7 +107,10 @@ RANK = "q_lora_rank"  # queries of low rank where it is set, and of full rank wh
 AUTO = {
     "MODEL": ("MODEL_MAPPING_NAMES",),
     # BLIP-2's language model is of either kind, by its type.
-    "LANGUAGE": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"),
+    "LANGUAGE": (
+        "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+        "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    ),
     "TEXT_ENCODING": ("MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES",),
     "BACKBONE": ("MODEL_FOR_BACKBONE_MAPPING_NAMES",),
 }
@@ -125,7 +133,11 @@ def model_classes() -> tuple[dict[str, type[PreTrainedModel]], dict[str, str]]:
             continue
         for name in getattr(modeling, "__all__", ()):
             cls = getattr(modeling, name)
-            is_model = inspect.isclass(cls) and issubclass(cls, PreTrainedModel) and cls.config_class is not None
+            is_model = (
+                inspect.isclass(cls)
+                and issubclass(cls, PreTrainedModel)
+                and cls.config_class is not None
+            )
             if is_model and not name.endswith("PreTrainedModel") and not name.startswith("Timm"):
                 found[name] = cls
     return dict(sorted(found.items())), missing
@@ -139,7 +151,11 @@ def small_config(cls: type[PreTrainedConfig], change: Change = lambda _: {}) -> 
 
 def further_values(config: PreTrainedConfig) -> dict[str, Any]:
     """The values of `FURTHER` that differ from those of a config, which those within it do not count for."""
-    values = {key: value for found in FURTHER.keys() & vars(config) for key, value in FURTHER[found].items()}
+    values = {
+        key: value
+        for found in FURTHER.keys() & vars(config)
+        for key, value in FURTHER[found].items()
+    }
     if RANK in vars(config):
         values[RANK] = None if getattr(config, RANK) else 64
     return {key: value for key, value in values.items() if getattr(config, key, None) != value}
@@ -156,7 +172,11 @@ def _fewer(config: PreTrainedConfig, change: Change) -> dict[str, Any]:
     changed: dict[str, Any] = {}
     for key, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
-            if inner := {**_fewer(value, change), **VALUES.get(type(value).__name__, {}), **change(value)}:
+            if inner := {
+                **_fewer(value, change),
+                **VALUES.get(type(value).__name__, {}),
+                **change(value),
+            }:
                 changed[key] = {"model_type": value.model_type, **inner}
         elif LAYERS.search(key) and isinstance(value, int) and value > FEW:
             changed[key] = FEW
@@ -175,13 +195,18 @@ def _open_timm() -> None:
 def class_facts(cls: type[PreTrainedModel]) -> Facts:
     """The facts of a class, with those of its decoder with cross attention, which has modules of its own."""
     facts = None
-    for make in (small_config, default_config):  # a config may not have fewer layers, or a vocabulary of any size
+    for make in (
+        small_config,
+        default_config,
+    ):  # a config may not have fewer layers, or a vocabulary of any size
         for change in (with_marked_sizes, lambda config: config):
             with contextlib.suppress(Exception):
                 facts = facts or facts_of(cls, change(make(cls.config_class)))
     if facts is None:
         with contextlib.suppress(Exception):
-            facts = facts_of(cls, with_marked_sizes(default_config(cls.config_class, is_decoder=False)))
+            facts = facts_of(
+                cls, with_marked_sizes(default_config(cls.config_class, is_decoder=False))
+            )
     if facts is None:
         facts = facts_of(cls, default_config(cls.config_class))  # says why
     with contextlib.suppress(Exception):  # values of several kinds may not go together
@@ -200,7 +225,9 @@ def class_facts(cls: type[PreTrainedModel]) -> Facts:
 def _pair(pair: type[PreTrainedConfig], encoder: str, decoder: str) -> PreTrainedConfig:
     parts = [getattr(transformers, name)() for name in (encoder, decoder)]
     parts[1].is_decoder = parts[1].add_cross_attention = True
-    return pair(**{key: part.to_dict() for key, part in zip(("encoder", "decoder"), parts, strict=True)})
+    return pair(
+        **{key: part.to_dict() for key, part in zip(("encoder", "decoder"), parts, strict=True)}
+    )
 
 
 PAIRS = {
@@ -217,13 +244,18 @@ def tie_rules(classes: dict[str, type[PreTrainedModel]]) -> dict[str, list[str]]
     for model_type in CONFIG_MAPPING:
         with contextlib.suppress(Exception):  # configs that have no default are of no such type
             cls = CONFIG_MAPPING[model_type]
-            default, tied, untied = (default_config(cls, **values) for values in ({}, {TIE: True}, {TIE: False}))
+            default, tied, untied = (
+                default_config(cls, **values) for values in ({}, {TIE: True}, {TIE: False})
+            )
             text = getattr(default, "text_config", None)
             if getattr(default, TIE, False):
                 rules["default"].add(model_type)
             if isinstance(text, PreTrainedConfig) and hasattr(text, TIE):
                 nested = [{"model_type": text.model_type, TIE: stated} for stated in (False, True)]
-                said = [getattr(cls(**{TIE: False}, text_config=values), TIE, False) for values in nested]
+                said = [
+                    getattr(cls(**{TIE: False}, text_config=values), TIE, False)
+                    for values in nested
+                ]
             else:
                 said = [getattr(untied, TIE, False)]
             if all(said):
@@ -238,14 +270,18 @@ def tie_rules(classes: dict[str, type[PreTrainedModel]]) -> dict[str, list[str]]
     return {rule: sorted(rules[rule]) for rule in ("always", "not_alone", "of_text", "default")}
 
 
-def build(classes: dict[str, type[PreTrainedModel]]) -> tuple[dict[str, Facts], dict[str, list[str]]]:
+def build(
+    classes: dict[str, type[PreTrainedModel]],
+) -> tuple[dict[str, Facts], dict[str, list[str]]]:
     """The facts of every class, and for each reason why one cannot be built the classes."""
     built: dict[str, Facts] = {}
     unbuilt: defaultdict[str, list[str]] = defaultdict(list)
     for name, cls in classes.items():
         try:
             built[name] = class_facts(cls)
-        except Exception as error:  # what a constructor says of a config that does not suit it is of every kind
+        except (
+            Exception
+        ) as error:  # what a constructor says of a config that does not suit it is of every kind
             unbuilt[" ".join(f"{type(error).__name__}: {error}".split())[:120]].append(name)
     return built, dict(unbuilt)
 
@@ -254,14 +290,20 @@ def auto_classes() -> dict[str, dict[str, str]]:
     """Auto class → model type → the class it builds."""
     found: dict[str, dict[str, str]] = {}
     for kind, tables in AUTO.items():
-        names = dict(item for table in reversed(tables) for item in getattr(modeling_auto, table).items())
+        names = dict(
+            item for table in reversed(tables) for item in getattr(modeling_auto, table).items()
+        )
         found[kind] = {t: c if isinstance(c, str) else c[0] for t, c in sorted(names.items())}
     return found
 
 
 def _all_auto() -> set[tuple[str, str]]:
     """Every model type and class that an auto class of transformers puts together."""
-    tables = [vars(modeling_auto)[n] for n in dir(modeling_auto) if n.startswith("MODEL_") and n.endswith("_NAMES")]
+    tables = [
+        vars(modeling_auto)[n]
+        for n in dir(modeling_auto)
+        if n.startswith("MODEL_") and n.endswith("_NAMES")
+    ]
     pairs = [
         (t, c)
         for table in tables
@@ -283,13 +325,17 @@ def make_table() -> str:
     )
 
 
-def as_text(built: dict[str, Facts], unbuilt: dict[str, list[str]], shared: dict[str, dict[str, Any]]) -> str:
+def as_text(
+    built: dict[str, Facts], unbuilt: dict[str, list[str]], shared: dict[str, dict[str, Any]]
+) -> str:
     """The table as JSON lines; `shared` are facts of no single class."""
     lines: dict[str, int] = {}
     at: dict[str, int] = {}
     types: defaultdict[str, list[str]] = defaultdict(list)
     for name, facts in built.items():
-        text = json.dumps(record(name, facts, built, shared["auto"]), sort_keys=True, separators=(",", ":"))
+        text = json.dumps(
+            record(name, facts, built, shared["auto"]), sort_keys=True, separators=(",", ":")
+        )
         at[name] = lines.setdefault(text, len(lines))
         types[facts.model_type].append(name)
     for model_type, name in _all_auto():
@@ -298,7 +344,9 @@ def as_text(built: dict[str, Facts], unbuilt: dict[str, list[str]], shared: dict
     head = {
         "source": f"transformers {transformers.__version__} (Apache-2.0), model classes",
         "classes": at,
-        "types": {model_type: sorted(names) for model_type, names in sorted(types.items()) if names},
+        "types": {
+            model_type: sorted(names) for model_type, names in sorted(types.items()) if names
+        },
         **shared,
         "unbuilt": dict(sorted(unbuilt.items())),
     }

@@ -46,11 +46,17 @@ def make_table() -> dict[str, Any]:
         for model_type, cls in sorted(found.items()):
             name = names.get(model_type)
             regular = name is not None and cls.startswith(name)
-            by_form.setdefault(f"*{cls.removeprefix(name or '')}" if regular else cls, []).append(model_type)
+            by_form.setdefault(f"*{cls.removeprefix(name or '')}" if regular else cls, []).append(
+                model_type
+            )
         tasks[task] = dict(sorted(by_form.items()))
     ties = {task: _ties(heads[task], bare) for task in ("CAUSAL_LM", "SEQ_2_SEQ_LM")}
-    return {"source": f"transformers {transformers.__version__} (Apache-2.0), modeling_auto", "names": names,
-            "tasks": tasks, "ties": ties}  # fmt: skip
+    return {
+        "source": f"transformers {transformers.__version__} (Apache-2.0), modeling_auto",
+        "names": names,
+        "tasks": tasks,
+        "ties": ties,
+    }
 
 
 def _ties(classes: Mapping[str, str], bare: Mapping[str, str]) -> dict[str, list[str]]:
@@ -88,11 +94,22 @@ def _parameters(name: str, config: Any) -> set[str]:
 def as_text(table: dict[str, Any]) -> str:
     """One line a name or form, so that a new version shows as a readable difference."""
     names = ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in table["names"].items())
-    lines = ["{", f'"source": {json.dumps(table["source"])},', f'"names": {{\n{names}\n}},', '"tasks": {']
+    lines = [
+        "{",
+        f'"source": {json.dumps(table["source"])},',
+        f'"names": {{\n{names}\n}},',
+        '"tasks": {',
+    ]
     for n, (task, forms) in enumerate(table["tasks"].items()):
-        body = ",\n".join(f"  {json.dumps(form)}: {json.dumps(types)}" for form, types in forms.items())
-        lines.append(f" {json.dumps(task)}: {{\n{body}\n }}" + ("," if n + 1 < len(table["tasks"]) else ""))
-    ties = ",\n".join(f" {json.dumps(task)}: {json.dumps(types)}" for task, types in table["ties"].items())
+        body = ",\n".join(
+            f"  {json.dumps(form)}: {json.dumps(types)}" for form, types in forms.items()
+        )
+        lines.append(
+            f" {json.dumps(task)}: {{\n{body}\n }}" + ("," if n + 1 < len(table["tasks"]) else "")
+        )
+    ties = ",\n".join(
+        f" {json.dumps(task)}: {json.dumps(types)}" for task, types in table["ties"].items()
+    )
     return "\n".join([*lines, "},", f'"ties": {{\n{ties}\n}}', "}", ""])
 
 

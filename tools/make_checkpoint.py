@@ -78,7 +78,10 @@ def planted_factors(
     In a trained adapter, the rest follows directions of the base; here it is small and random.
     """
     m, n = shape
-    A, B = torch.randn(rank, n, generator=generator) / n**0.5, 0.05 * torch.randn(m, rank, generator=generator) / m**0.5
+    A, B = (
+        torch.randn(rank, n, generator=generator) / n**0.5,
+        0.05 * torch.randn(m, rank, generator=generator) / m**0.5,
+    )
     for j in range(planted):
         u = torch.randn(m, generator=generator)
         B[:, j] = u / u.norm() * SIGMA[j] / scaling / A[j].norm()
@@ -86,7 +89,11 @@ def planted_factors(
 
 
 def write_base(
-    directory: Path, model: Llama, dtype: str, shards: Sequence[Sequence[str]], rows: Callable[[str], Iterable[Tensor]]
+    directory: Path,
+    model: Llama,
+    dtype: str,
+    shards: Sequence[Sequence[str]],
+    rows: Callable[[str], Iterable[Tensor]],
 ) -> None:
     """Write a base model: one file, or shards with their index, and the config, with one piece in memory at a time.
 
@@ -110,7 +117,9 @@ def write_base(
         write_shard(directory, plan, ((info, source(info)) for info in plan.header.tensors))
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        write_atomic(directory / INDEX_NAME, index_bytes({"weight_map": weight_map}, model.nbytes(dtype)))
+        write_atomic(
+            directory / INDEX_NAME, index_bytes({"weight_map": weight_map}, model.nbytes(dtype))
+        )
     write_atomic(directory / "config.json", json.dumps(model.config(dtype), indent=2).encode())
 
 
@@ -134,15 +143,30 @@ def write_adapter(
         Returns a module's A and B.
     """
     directory.mkdir(parents=True)
-    sizes = {(module, which): size for module, pair in shapes.items() for which, size in zip("AB", pair, strict=True)}
+    sizes = {
+        (module, which): size
+        for module, pair in shapes.items()
+        for which, size in zip("AB", pair, strict=True)
+    }
     names = {key: f"base_model.model.{key[0]}.lora_{key[1]}.weight" for key in sizes}
     tensors = (
-        (names[module, which], tensor) for module in shapes for which, tensor in zip("AB", factors(module), strict=True)
+        (names[module, which], tensor)
+        for module in shapes
+        for which, tensor in zip("AB", factors(module), strict=True)
     )
     entries = [(names[key], "F32", size) for key, size in sizes.items()]
     write_safetensors(directory / WEIGHTS_NAME, entries, tensors, metadata={"format": "pt"})
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "bias": "none", "fan_in_fan_out": False, **targets,
-              "task_type": "CAUSAL_LM", "base_model_name_or_path": "generated", "peft_version": "0.21.2"}  # fmt: skip
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        **targets,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "generated",
+        "peft_version": "0.21.2",
+    }
     write_atomic(directory / ADAPTER_CONFIG, json.dumps(config, indent=2).encode())
 
 
@@ -171,11 +195,17 @@ def split(model: Known, dtype: str, shards: int | None, shard_bytes: int | None)
     if shard_bytes is None:
         shards = shards or 1
         if not 1 <= shards <= len(sizes):
-            raise SystemExit(f"--shards: expected 1 to {len(sizes)}, the number of tensors, found {shards}")
+            raise SystemExit(
+                f"--shards: expected 1 to {len(sizes)}, the number of tensors, found {shards}"
+            )
         done, total = 0, sum(sizes.values())
         for left, (name, size) in zip(range(len(sizes), 0, -1), sizes.items(), strict=True):
             missing = shards - len(groups)
-            if groups[-1] and missing and (done + size / 2 > total * len(groups) / shards or left <= missing):
+            if (
+                groups[-1]
+                and missing
+                and (done + size / 2 > total * len(groups) / shards or left <= missing)
+            ):
                 groups.append([])
             groups[-1].append(name)
             done += size
@@ -194,7 +224,11 @@ def planted_in(model: Known, module: str, expert: int | None = None) -> int:
     """The number of intruders in a module of the adapter; of experts every other one has some, on its way back."""
     if expert is None:
         return PLANTED.get(".".join(module.split(".")[3:]), 0)
-    return PLANTED["mlp.down_proj"] if model.stacks[module][0].endswith("down_proj") and expert % 2 == 0 else 0
+    return (
+        PLANTED["mlp.down_proj"]
+        if model.stacks[module][0].endswith("down_proj") and expert % 2 == 0
+        else 0
+    )
 
 
 def all_planted(model: Known) -> dict[str, int]:
@@ -215,7 +249,9 @@ class Values:
         for module, (_, experts, (m, n)) in model.stacks.items():
             self.lora[module] = (experts * rank, n), (m, rank * experts)
         self.seeds = {name: i for i, name in enumerate((*self.shapes, *self.lora))}
-        self.noise = Noise(max(BLOCK, *(m * n for m, n in self.matrices.values())), seed_of(seed, -1))
+        self.noise = Noise(
+            max(BLOCK, *(m * n for m, n in self.matrices.values())), seed_of(seed, -1)
+        )
 
     def rows(self, name: str) -> Iterator[Tensor]:
         """A tensor of the base, a few rows at a time."""
@@ -226,22 +262,37 @@ class Values:
         m, n = shape
         g = seed_of(self.seed, self.seeds[name])
         offset = int(torch.randint(1 << 16, (), generator=g))
-        top = power_law((m, n), g, top=TOP) if name.removesuffix(".weight") in self.matrices else None
+        top = (
+            power_law((m, n), g, top=TOP) if name.removesuffix(".weight") in self.matrices else None
+        )
         # The bulk's largest singular value is about (√m + √n)·std: half of the last of the top part. Small matrices have no bulk.
-        std = 0.02 if top is None else 0.5 * TOP**-0.7 / (m**0.5 + n**0.5) if min(m, n) > TOP else 0.0
+        std = (
+            0.02 if top is None else 0.5 * TOP**-0.7 / (m**0.5 + n**0.5) if min(m, n) > TOP else 0.0
+        )
         for start in range(0, m, max(1, BLOCK // n)):
             stop = min(m, start + max(1, BLOCK // n))
             piece = self.noise.rows(offset, (m, n), start, stop)
-            yield piece * std if top is None else torch.addmm(piece, top.L[start:stop], top.R.T, beta=std)
+            yield (
+                piece * std
+                if top is None
+                else torch.addmm(piece, top.L[start:stop], top.R.T, beta=std)
+            )
 
     def factors(self, module: str) -> tuple[Tensor, Tensor]:
         """A and B of a module of the adapter; those of a stack stand expert by expert, A's in rows, B's in columns of each rank."""
         g = seed_of(self.seed, self.seeds[module])
         if module not in self.model.stacks:
-            return planted_factors(self.model.modules[module], self.rank, SCALE, planted_in(self.model, module), g)
+            return planted_factors(
+                self.model.modules[module], self.rank, SCALE, planted_in(self.model, module), g
+            )
         _, experts, shape = self.model.stacks[module]
-        pairs = [planted_factors(shape, self.rank, SCALE, planted_in(self.model, module, e), g) for e in range(experts)]
-        return torch.cat([A for A, _ in pairs]), torch.stack([B for _, B in pairs], dim=2).flatten(1)
+        pairs = [
+            planted_factors(shape, self.rank, SCALE, planted_in(self.model, module, e), g)
+            for e in range(experts)
+        ]
+        return torch.cat([A for A, _ in pairs]), torch.stack([B for _, B in pairs], dim=2).flatten(
+            1
+        )
 
 
 def make_checkpoint(
@@ -260,7 +311,9 @@ def make_checkpoint(
     files = [
         sorted(names) for names in split(model, dtype, shards, shard_bytes)
     ]  # within a file as `save_file` has them
-    with threads():  # many small matrices: a barrier at the end of each costs more than a second thread saves
+    with (
+        threads()
+    ):  # many small matrices: a barrier at the end of each costs more than a second thread saves
         write_base(base, model, dtype, files, values.rows)
         write_adapter(adapter, model.targets, values.lora, rank, SCALE * rank, values.factors)
     return GeneratedModel(base, adapter, all_planted(model))
@@ -269,49 +322,103 @@ def make_checkpoint(
 def add_file_options(parser: argparse.ArgumentParser) -> None:
     """The options that say how the base is cut into files."""
     files = parser.add_mutually_exclusive_group()
-    files.add_argument("--shards", type=int, metavar="K",
-                       help="files; 1 is one model.safetensors without index (default: 1, or with --like as the hub has it)")  # fmt: skip
-    files.add_argument("--shard-bytes", type=float, metavar="SIZE", help="instead: the most bytes of tensors in a file")
+    files.add_argument(
+        "--shards",
+        type=int,
+        metavar="K",
+        help="files; 1 is one model.safetensors without index (default: 1, or with --like as the hub has it)",
+    )
+    files.add_argument(
+        "--shard-bytes",
+        type=float,
+        metavar="SIZE",
+        help="instead: the most bytes of tensors in a file",
+    )
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """The options that say what is generated, for whoever generates."""
     g = parser.add_argument_group("the generated model")
-    g.add_argument("--like", choices=KNOWN, help="shapes, names and config of this model of the hub, in shards of at most 5 GB; "
-                   "the options below change what they name")  # fmt: skip
+    g.add_argument(
+        "--like",
+        choices=KNOWN,
+        help="shapes, names and config of this model of the hub, in shards of at most 5 GB; "
+        "the options below change what they name",
+    )
     g.add_argument("--hidden", type=int, metavar="N", help="width (default: 4096)")
     g.add_argument(
-        "--intermediate", type=int, metavar="N", help="width inside the MLP or an expert (default: 3.5 times hidden)"
+        "--intermediate",
+        type=int,
+        metavar="N",
+        help="width inside the MLP or an expert (default: 3.5 times hidden)",
     )
-    g.add_argument("--layers", type=int, metavar="N", help="blocks (default: 2, or all, or what --size-gb asks for)")
     g.add_argument(
-        "--vocab", type=int, metavar="N", help="rows of the embedding (default: 32000; 256 below hidden 512)"
+        "--layers",
+        type=int,
+        metavar="N",
+        help="blocks (default: 2, or all, or what --size-gb asks for)",
     )
-    g.add_argument("--heads", type=int, metavar="N", help="attention heads (default: hidden / 128, at least 4)")
-    g.add_argument("--kv-heads", type=int, metavar="N", help="heads of k_proj and v_proj (default: a quarter of heads)")
-    g.add_argument("--experts", type=int, metavar="N", help="experts of a layer, with --like a mixture")
-    g.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the base; the adapter is fp32 (default: bf16)")
-    g.add_argument("--rank", type=int, default=16, metavar="R", help="of the adapter, at least 2 (default: 16)")
-    g.add_argument("--size-gb", type=float, metavar="X",
-                   help="choose the number of layers so that the base has about X·10^9 bytes")  # fmt: skip
-    g.add_argument("--seed", type=int, default=0, metavar="S", help="another seed, other values (default: 0)")
+    g.add_argument(
+        "--vocab",
+        type=int,
+        metavar="N",
+        help="rows of the embedding (default: 32000; 256 below hidden 512)",
+    )
+    g.add_argument(
+        "--heads", type=int, metavar="N", help="attention heads (default: hidden / 128, at least 4)"
+    )
+    g.add_argument(
+        "--kv-heads",
+        type=int,
+        metavar="N",
+        help="heads of k_proj and v_proj (default: a quarter of heads)",
+    )
+    g.add_argument(
+        "--experts", type=int, metavar="N", help="experts of a layer, with --like a mixture"
+    )
+    g.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="bf16",
+        help="of the base; the adapter is fp32 (default: bf16)",
+    )
+    g.add_argument(
+        "--rank", type=int, default=16, metavar="R", help="of the adapter, at least 2 (default: 16)"
+    )
+    g.add_argument(
+        "--size-gb",
+        type=float,
+        metavar="X",
+        help="choose the number of layers so that the base has about X·10^9 bytes",
+    )
+    g.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="another seed, other values (default: 0)"
+    )
 
 
 def model_of(args: argparse.Namespace) -> Known:
     """The model that the options describe."""
     if args.size_gb is not None and args.layers is not None:
-        raise SystemExit("--size-gb chooses the number of layers: give one of --size-gb and --layers")
+        raise SystemExit(
+            "--size-gb chooses the number of layers: give one of --size-gb and --layers"
+        )
     if args.rank < max(PLANTED.values()):
-        raise SystemExit(f"--rank: expected at least {max(PLANTED.values())}, for the planted intruders")
+        raise SystemExit(
+            f"--rank: expected at least {max(PLANTED.values())}, for the planted intruders"
+        )
     like = KNOWN[args.like] if args.like else None
     if args.experts and not isinstance(like, Mixture):
         raise SystemExit("--experts: only a mixture has them; give --like mixtral or qwen3-moe")
     if like is None or args.hidden:
         hidden = args.hidden or 4096
         heads = args.heads or max(4, hidden // 128)
-        sizes = {"hidden": hidden, "intermediate": args.intermediate or hidden * 7 // 2, "heads": heads,
-                 "kv_heads": args.kv_heads or max(1, heads // 4),
-                 "vocab": args.vocab or (32000 if hidden >= 512 else 256)}  # fmt: skip
+        sizes = {
+            "hidden": hidden,
+            "intermediate": args.intermediate or hidden * 7 // 2,
+            "heads": heads,
+            "kv_heads": args.kv_heads or max(1, heads // 4),
+            "vocab": args.vocab or (32000 if hidden >= 512 else 256),
+        }
     else:
         sizes = {key: value for key in SIZES if (value := getattr(args, key))}
     if isinstance(like, Mixture):
@@ -340,37 +447,65 @@ def shard_bytes_of(args: argparse.Namespace) -> int | None:
     return HUB_SHARD_BYTES if args.like and args.shards is None else None
 
 
-def make_as_asked(directory: Path, args: argparse.Namespace, times: int = 1) -> tuple[GeneratedModel, Known]:
+def make_as_asked(
+    directory: Path, args: argparse.Namespace, times: int = 1
+) -> tuple[GeneratedModel, Known]:
     """Write the model that the options describe, with so many times the layers; see `make_checkpoint`."""
     model = model_of(args)
     model = replace(model, layers=times * model.layers)
-    made = make_checkpoint(directory, model, DTYPES[args.dtype], shards=args.shards, shard_bytes=shard_bytes_of(args),
-                           rank=args.rank, seed=args.seed)  # fmt: skip
+    made = make_checkpoint(
+        directory,
+        model,
+        DTYPES[args.dtype],
+        shards=args.shards,
+        shard_bytes=shard_bytes_of(args),
+        rank=args.rank,
+        seed=args.seed,
+    )
     return made, model
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", metavar="DIR", type=Path, help="gets base/ and adapter/, which must not exist")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--json", action="store_true", help="print one JSON object: paths, sizes, planted intruders by tensor"
+        "directory", metavar="DIR", type=Path, help="gets base/ and adapter/, which must not exist"
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object: paths, sizes, planted intruders by tensor",
     )
     add_file_options(parser)
     add_model_options(parser)
     args = parser.parse_args()
     for name in ("base", "adapter"):
         if (args.directory / name).exists():
-            raise SystemExit(f"{args.directory / name}: exists; name another directory, or remove it")
+            raise SystemExit(
+                f"{args.directory / name}: exists; name another directory, or remove it"
+            )
     made, model = make_as_asked(args.directory, args)
     files_made = sorted(p.name for p in made.base.glob("*.safetensors"))
     matrices = len(model.modules) + sum(experts for _, experts, _ in model.stacks.values())
-    tree = {"base": str(made.base), "adapter": str(made.adapter), "bytes": model.nbytes(DTYPES[args.dtype]), "layers": model.layers,
-            "files": files_made, "matrices": matrices, "planted": made.planted}  # fmt: skip
+    tree = {
+        "base": str(made.base),
+        "adapter": str(made.adapter),
+        "bytes": model.nbytes(DTYPES[args.dtype]),
+        "layers": model.layers,
+        "files": files_made,
+        "matrices": matrices,
+        "planted": made.planted,
+    }
     if args.json:
         print(json.dumps(tree, indent=1))
     else:
-        print(f"{made.base}: {model.layers} layers, {tree['bytes'] / 1e9:.2f} GB in {len(files_made)} file(s)")
-        print(f"{made.adapter}: {tree['matrices']} matrices, {sum(made.planted.values())} intruders planted")
+        print(
+            f"{made.base}: {model.layers} layers, {tree['bytes'] / 1e9:.2f} GB in {len(files_made)} file(s)"
+        )
+        print(
+            f"{made.adapter}: {tree['matrices']} matrices, {sum(made.planted.values())} intruders planted"
+        )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,15 @@ import train_small
 from safetensors.torch import load_file, save_file
 
 DATA = Path(__file__).resolve().parents[1] / "streamer" / "demo"
-SHAPE = {"hidden": 128, "layers": 4, "heads": 4, "vocab": 1024, "steps": 1500, "rate": 4e-3, "seed": 0}
+SHAPE = {
+    "hidden": 128,
+    "layers": 4,
+    "heads": 4,
+    "vocab": 1024,
+    "steps": 1500,
+    "rate": 4e-3,
+    "seed": 0,
+}
 """Options of `train_small.py` that make the base."""
 
 ADAPTER, ADAPTER_STEPS = "high", 100
@@ -43,20 +51,33 @@ Copyright (c) 2001-2023 Python Software Foundation; All Rights Reserved. `LICENS
 def write_texts(out: Path, tokenizer: Any) -> None:
     """Write the texts that are held out as tokens."""
     for name, documents in train_small.texts().items():
-        for file, part in zip((name, f"{name}-test"), train_small.divided(documents)[1:], strict=True):
+        for file, part in zip(
+            (name, f"{name}-test"), train_small.divided(documents)[1:], strict=True
+        ):
             ids = train_small.stream(tokenizer, [d for d in part if "copyright" not in d.lower()])
             np.save(out / f"{file}.npy", ids[:TOKENS].numpy().astype(np.uint16))
 
 
 def tidy(out: Path) -> None:
     """Round the adapter to bfloat16, make its path to the base relative, and say what the files are."""
-    weights, config = (out / "adapter" / name for name in ("adapter_model.safetensors", "adapter_config.json"))
-    save_file({name: factor.bfloat16() for name, factor in load_file(weights).items()}, weights, {"format": "pt"})
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "base"}, indent=2) + "\n")
+    weights, config = (
+        out / "adapter" / name for name in ("adapter_model.safetensors", "adapter_config.json")
+    )
+    save_file(
+        {name: factor.bfloat16() for name, factor in load_file(weights).items()},
+        weights,
+        {"format": "pt"},
+    )
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "base"}, indent=2)
+        + "\n"
+    )
     for path in (out / "adapter" / "README.md", *out.glob("*.txt")):
         path.unlink()
     count = sum(tensor.numel() for tensor in load_file(out / "base" / "model.safetensors").values())
-    (out / "README.md").write_text(ABOUT.format(parameters=count / 1e6, version=platform.python_version()))
+    (out / "README.md").write_text(
+        ABOUT.format(parameters=count / 1e6, version=platform.python_version())
+    )
     shutil.copy(Path(sysconfig.get_path("stdlib"), "LICENSE.txt"), out / "LICENSE-PYTHON.txt")
 
 
@@ -68,17 +89,23 @@ def make_demo(out: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(out / "base")
     write_texts(out, tokenizer)
     ids = train_small.streams(tokenizer)["task"][0]
-    train_small.make_adapter(out / "base", out / "adapter", ADAPTER, ids, ADAPTER_STEPS, SHAPE["seed"])
+    train_small.make_adapter(
+        out / "base", out / "adapter", ADAPTER, ids, ADAPTER_STEPS, SHAPE["seed"]
+    )
     tidy(out)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         make_demo(Path(directory, "demo"))
         shutil.rmtree(DATA, ignore_errors=True)
-        shutil.copytree(Path(directory, "demo"), DATA, copy_function=shutil.copyfile)  # with usual modes
+        shutil.copytree(
+            Path(directory, "demo"), DATA, copy_function=shutil.copyfile
+        )  # with usual modes
     print(f"{DATA}: {sum(p.stat().st_size for p in DATA.rglob('*') if p.is_file()):,} bytes")
     return 0
 

@@ -20,15 +20,25 @@ SIZES: dict[str, Any] = {
     "head_dim": 4, "vocab_size": 16, "num_experts_per_tok": 1, "moe_intermediate_size": HIDDEN, "num_experts": 3, "num_local_experts": 3,
     "pad_token_id": 0,
 }  # fmt: skip
-MODELS = {"qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM"), "gpt_oss": ("GptOssConfig", "GptOssForCausalLM")}
-CASES = {"both": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], "square": ["mlp.experts.down_proj"]}
+MODELS = {
+    "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM"),
+    "gpt_oss": ("GptOssConfig", "GptOssForCausalLM"),
+}
+CASES = {
+    "both": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    "square": ["mlp.experts.down_proj"],
+}
 
 
 def experts(directory: Path) -> dict[str, Any]:
     """The experts' tensors of a saved model."""
     from safetensors.torch import load_file
 
-    return {k: v for k, v in load_file(directory / "model.safetensors").items() if ".experts." in k and "bias" not in k}
+    return {
+        k: v
+        for k, v in load_file(directory / "model.safetensors").items()
+        if ".experts." in k and "bias" not in k
+    }
 
 
 def make(name: str, out: Path) -> None:
@@ -53,7 +63,9 @@ def make(name: str, out: Path) -> None:
             save_file(kept, base / "model.safetensors")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            lora = peft.LoraConfig(r=2, target_modules=[], target_parameters=targets, init_lora_weights=False)
+            lora = peft.LoraConfig(
+                r=2, target_modules=[], target_parameters=targets, init_lora_weights=False
+            )
             adapted = peft.get_peft_model(plain, lora)
         place = out / f"{name}-{case}-peft{peft.__version__}-{loader}"
         adapted.save_pretrained(place / "adapter")
@@ -67,9 +79,13 @@ def make(name: str, out: Path) -> None:
 
 def main() -> int:
     """Make all cases."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path, help="directory to write to")
-    parser.add_argument("--models", default=",".join(MODELS), help="which models (default: %(default)s)")
+    parser.add_argument(
+        "--models", default=",".join(MODELS), help="which models (default: %(default)s)"
+    )
     args = parser.parse_args()
     for name in args.models.split(","):
         make(name, args.out)

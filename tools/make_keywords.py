@@ -41,7 +41,11 @@ def functions() -> dict[str, tuple[type, Callable[..., Any]]]:
 
 def keywords() -> str:
     """Write the classes."""
-    imports = re.search(r"^if TYPE_CHECKING:\n((?:    .*\n|\n)*?)\nSeveral", inspect.getsource(options), re.MULTILINE)
+    imports = re.search(
+        r"^if TYPE_CHECKING:\n((?:    .*\n|\n)*?)\nSeveral",
+        inspect.getsource(options),
+        re.MULTILINE,
+    )
     assert imports is not None
     lines = [
         HEAD,
@@ -64,9 +68,13 @@ def keywords() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the types of the library's keywords.")
-    parser.add_argument("--check", action="store_true", help="compare the file instead of writing it")
+    parser.add_argument(
+        "--check", action="store_true", help="compare the file instead of writing it"
+    )
     if parser.parse_args().check:
-        sys.exit(0 if FILE.read_text() == keywords() else f"{FILE}: differs; run tools/make_keywords.py")
+        sys.exit(
+            0 if FILE.read_text() == keywords() else f"{FILE}: differs; run tools/make_keywords.py"
+        )
     FILE.write_text(keywords())
 
 

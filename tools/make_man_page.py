@@ -18,11 +18,22 @@ def man_page() -> str:
     from argparse_manpage.manpage import Manpage
 
     page = Manpage(build_parser())
-    page.source, page.section, page.manual, page.date = f"streamer {__version__}", "1", "User Commands", ""
+    page.source, page.section, page.manual, page.date = (
+        f"streamer {__version__}",
+        "1",
+        "User Commands",
+        "",
+    )
     page.description = "find LoRA intruder dimensions and scale them down"
-    body = re.sub(r", \d+ here", "", str(page)).partition(".SH COMMENTS\n")[0]  # the library would fill the lines
-    parts = {"A FIRST RUN, AND EXIT CODES": EPILOG} | {f"EXAMPLES OF {c.upper()}": text for c, text in EXAMPLES.items()}
-    return body + "".join(f".SH {title}\n.nf\n{_escaped(text)}.fi\n" for title, text in parts.items())
+    body = re.sub(r", \d+ here", "", str(page)).partition(".SH COMMENTS\n")[
+        0
+    ]  # the library would fill the lines
+    parts = {"A FIRST RUN, AND EXIT CODES": EPILOG} | {
+        f"EXAMPLES OF {c.upper()}": text for c, text in EXAMPLES.items()
+    }
+    return body + "".join(
+        f".SH {title}\n.nf\n{_escaped(text)}.fi\n" for title, text in parts.items()
+    )
 
 
 def _escaped(text: str) -> str:

@@ -48,47 +48,69 @@ def similarities(W: np.ndarray, base: np.ndarray) -> np.ndarray:
 
 def panel(x: int, title: str, below: str, values: np.ndarray, intruders: set[int]) -> list[str]:
     """One table of cells."""
-    lines = [f'<text x="{x + SHOWN * CELL / 2}" y="{TOP - 30}" text-anchor="middle" font-weight="bold">{title}</text>',
-             f'<text x="{x + SHOWN * CELL / 2}" y="{TOP - 12}" text-anchor="middle" fill="#555">{below}</text>']  # fmt: skip
+    lines = [
+        f'<text x="{x + SHOWN * CELL / 2}" y="{TOP - 30}" text-anchor="middle" font-weight="bold">{title}</text>',
+        f'<text x="{x + SHOWN * CELL / 2}" y="{TOP - 12}" text-anchor="middle" fill="#555">{below}</text>',
+    ]
     for j, row in enumerate(values):
         for i, value in enumerate(row):
             shade = round(255 * (1 - min(1.0, value)))
-            lines.append(f'<rect x="{x + i * CELL}" y="{TOP + j * CELL}" width="{CELL}" height="{CELL}" '
-                         f'fill="rgb({shade},{shade},{min(255, shade + 20)})" stroke="#ddd" stroke-width="0.5"/>')  # fmt: skip
+            lines.append(
+                f'<rect x="{x + i * CELL}" y="{TOP + j * CELL}" width="{CELL}" height="{CELL}" '
+                f'fill="rgb({shade},{shade},{min(255, shade + 20)})" stroke="#ddd" stroke-width="0.5"/>'
+            )
     for j in sorted(intruders):
         lines.append(
             f'<rect x="{x}" y="{TOP + j * CELL}" width="{SHOWN * CELL}" height="{CELL}" fill="none" stroke="#c00" stroke-width="2"/>'
         )
-    lines.append(f'<text x="{x + SHOWN * CELL / 2}" y="{TOP + SHOWN * CELL + 18}" text-anchor="middle" fill="#555">'
-                 "directions of the base</text>")  # fmt: skip
+    lines.append(
+        f'<text x="{x + SHOWN * CELL / 2}" y="{TOP + SHOWN * CELL + 18}" text-anchor="middle" fill="#555">'
+        "directions of the base</text>"
+    )
     return lines
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("output", type=Path, help="SVG file to write")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        model = make_checkpoint(Path(directory), Known(192, 384, layers=1, vocab=512, heads=4, kv_heads=4), rank=4)
+        model = make_checkpoint(
+            Path(directory), Known(192, 384, layers=1, vocab=512, heads=4, kv_heads=4), rank=4
+        )
         findings = streamer.detect_intruder_dimensions(model.base, model.adapter)
         mitigated = Path(directory) / "picture"
-        streamer.reduce_intruder_dimension(model.base, model.adapter, mitigated, findings=findings, mitigation_lambda=0)
+        streamer.reduce_intruder_dimension(
+            model.base, model.adapter, mitigated, findings=findings, mitigation_lambda=0
+        )
         found = next(m for m in findings if m.module == MATRIX)
         W0 = tensor(model.base, f"{MATRIX}.weight")
         before = similarities(W0 + delta(model.adapter, found.scale), W0)
         after = similarities(W0 + delta(mitigated, found.scale), W0)
     second = LEFT + SHOWN * CELL + GAP
     width, height = second + SHOWN * CELL + 24, TOP + SHOWN * CELL + 34
-    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-             'font-family="sans-serif" font-size="12">', '<rect width="100%" height="100%" fill="white"/>']  # fmt: skip
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        'font-family="sans-serif" font-size="12">',
+        '<rect width="100%" height="100%" fill="white"/>',
+    ]
     lines += [
         f'<text x="{LEFT - 8}" y="{TOP + j * CELL + 13}" text-anchor="end" fill="#555">{j + 1}</text>'
         for j in range(SHOWN)
     ]
-    lines += [f'<text transform="translate(16,{TOP + SHOWN * CELL / 2}) rotate(-90)" text-anchor="middle" fill="#555">'
-              "directions after fine-tuning</text>"]  # fmt: skip
-    lines += panel(LEFT, "fine-tuned", f"intruders: {', '.join(str(j + 1) for j in found.detection.intruders)}", before,
-                   set(found.detection.intruders))  # fmt: skip
+    lines += [
+        f'<text transform="translate(16,{TOP + SHOWN * CELL / 2}) rotate(-90)" text-anchor="middle" fill="#555">'
+        "directions after fine-tuning</text>"
+    ]
+    lines += panel(
+        LEFT,
+        "fine-tuned",
+        f"intruders: {', '.join(str(j + 1) for j in found.detection.intruders)}",
+        before,
+        set(found.detection.intruders),
+    )
     lines += panel(second, "mitigated, λ = 0", "each direction is the base's own", after, set())
     arguments.output.write_text("\n".join([*lines, "</svg>\n"]))
 

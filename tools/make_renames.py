@@ -36,19 +36,31 @@ def step(transform: Any) -> dict[str, Any]:
     if kind in RENUMBERS:
         return {"convert": [RENUMBERS[kind] or sources(transform)[0]], "to": [], "by": ["renumber"]}
     if kind == "GroupWeightRename":
-        order = sorted(range(len(transform.source_patterns)), key=lambda i: -len(transform.source_patterns[i]))
+        order = sorted(
+            range(len(transform.source_patterns)), key=lambda i: -len(transform.source_patterns[i])
+        )
         by_index = dict(zip(order, sources(transform), strict=True))
         pairs = [[by_index[i], transform.target_patterns[i]] for i in range(len(order))]
         return {"group": pairs}
     operations = [
         type(op).__name__
-        + "".join(f" {k if v is True else v}" for k, v in vars(op).items() if v is not False and isinstance(v, int))
+        + "".join(
+            f" {k if v is True else v}"
+            for k, v in vars(op).items()
+            if v is not False and isinstance(v, int)
+        )
         for op in getattr(transform, "operations", [])
     ]
     if operations:
-        order = sorted(range(len(transform.source_patterns)), key=lambda i: -len(transform.source_patterns[i]))
+        order = sorted(
+            range(len(transform.source_patterns)), key=lambda i: -len(transform.source_patterns[i])
+        )
         by_index = dict(zip(order, sources(transform), strict=True))
-        return {"convert": [by_index[i] for i in range(len(order))], "to": transform.target_patterns, "by": operations}
+        return {
+            "convert": [by_index[i] for i in range(len(order))],
+            "to": transform.target_patterns,
+            "by": operations,
+        }
     return {"rename": "|".join(sources(transform)), "to": transform.target_patterns[0]}
 
 
@@ -70,9 +82,15 @@ def make_table() -> dict[str, Any]:
             first[text] = key
             rules[key] = steps
     known = rules.keys() | same.keys()
-    classes = {t: c for t, c in sorted(MODEL_MAPPING_NAMES.items()) if isinstance(c, str) and c in known}
-    return {"source": f"transformers {transformers.__version__} (Apache-2.0), conversion_mapping", "rules": rules,
-            "same": same, "classes": classes}  # fmt: skip
+    classes = {
+        t: c for t, c in sorted(MODEL_MAPPING_NAMES.items()) if isinstance(c, str) and c in known
+    }
+    return {
+        "source": f"transformers {transformers.__version__} (Apache-2.0), conversion_mapping",
+        "rules": rules,
+        "same": same,
+        "classes": classes,
+    }
 
 
 def as_text(table: dict[str, Any]) -> str:
@@ -80,7 +98,9 @@ def as_text(table: dict[str, Any]) -> str:
     lines = ["{", f'"source": {json.dumps(table["source"])},', '"rules": {']
     for n, (key, steps) in enumerate(table["rules"].items()):
         body = ",\n".join(f"  {json.dumps(s)}" for s in steps)
-        lines.append(f" {json.dumps(key)}: [\n{body}\n ]" + ("," if n + 1 < len(table["rules"]) else ""))
+        lines.append(
+            f" {json.dumps(key)}: [\n{body}\n ]" + ("," if n + 1 < len(table["rules"]) else "")
+        )
     lines.append("},")
     for name in ("same", "classes"):
         pairs = ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in table[name].items())

@@ -78,7 +78,9 @@ def schema_name(record: type) -> str:
 
 
 def urn(record: type) -> str:
-    return "urn:intruder-streamer:" + schema_name(record).removeprefix("streamer.").replace("/", ":")
+    return "urn:intruder-streamer:" + schema_name(record).removeprefix("streamer.").replace(
+        "/", ":"
+    )
 
 
 def keys_of(record: type) -> dict[str, Any]:
@@ -86,7 +88,11 @@ def keys_of(record: type) -> dict[str, Any]:
     hints = get_type_hints(record, include_extras=True)
     if not is_dataclass(record):
         return hints
-    keys = ((keys_of(hint) if is_dataclass(hint) else {key: hint}) for key, hint in hints.items() if hint is not Tensor)
+    keys = (
+        (keys_of(hint) if is_dataclass(hint) else {key: hint})
+        for key, hint in hints.items()
+        if hint is not Tensor
+    )
     return dict(chain.from_iterable(own.items() for own in keys))
 
 
@@ -94,10 +100,16 @@ def with_errors(hints: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield keys and types, each `Mean` or `Difference` followed by its standard error."""
     for key, hint in hints.items():
         yield key, hint
-        inner, optional = (get_args(hint)[0], True) if get_origin(hint) is NotRequired else (hint, False)
+        inner, optional = (
+            (get_args(hint)[0], True) if get_origin(hint) is NotRequired else (hint, False)
+        )
         one, *metadata = get_args(inner) if get_origin(inner) is Annotated else (inner,)
         null = type(None) in get_args(one)
-        metadata += [more for part in get_args(one) for more in getattr(part, "__metadata__", ())] if null else []
+        metadata += (
+            [more for part in get_args(one) for more in getattr(part, "__metadata__", ())]
+            if null
+            else []
+        )
         for error in (more.error for more in metadata if isinstance(more, Estimated)):
             described = Annotated[Amount, error] | None if null else Annotated[Amount, error]
             yield f"{key}_se", NotRequired[described] if optional else described
@@ -115,7 +127,11 @@ class Maker:
     def schema(self) -> Schema:
         """Make the whole schema."""
         title, more = RECORDS[self.root]
-        head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": urn(self.root), "title": title}
+        head = {
+            "$schema": "https://json-schema.org/draft/2020-12/schema",
+            "$id": urn(self.root),
+            "title": title,
+        }
         tree = self.fields(self.root)
         tree["properties"]["schema"]["description"] = NAMED
         return head | tree | more | ({"$defs": self.defs} if self.defs else {})
@@ -126,11 +142,21 @@ class Maker:
         always = getattr(record, "__required_keys__", hints)
         hints = dict(with_errors(hints))
         always = {*always, *(key for key in hints if key.removesuffix("_se") in always)}
-        required = [key for key, hint in hints.items() if key in always and get_origin(hint) is not NotRequired]
-        keys = sorted(hints, key=lambda key: key != "schema")  # which is the first, whatever a record inherits
+        required = [
+            key
+            for key, hint in hints.items()
+            if key in always and get_origin(hint) is not NotRequired
+        ]
+        keys = sorted(
+            hints, key=lambda key: key != "schema"
+        )  # which is the first, whatever a record inherits
         text = " ".join((record.__doc__ or "").split("\n\n")[0].split())
-        return {"type": "object", **({"description": text} if text else {}), "properties": {key: self.value(hints[key]) for key in keys},
-                "required": sorted(required, key=keys.index)}  # fmt: skip
+        return {
+            "type": "object",
+            **({"description": text} if text else {}),
+            "properties": {key: self.value(hints[key]) for key in keys},
+            "required": sorted(required, key=keys.index),
+        }
 
     def value(self, hint: Any, made_from: type | None = None) -> Schema:
         """Describe the values of a type."""
@@ -140,14 +166,23 @@ class Maker:
         if get_origin(hint) is Annotated:
             hint, *metadata = get_args(hint)
             text = " ".join(one for one in metadata if isinstance(one, str))
-            more = {key: value for one in metadata if isinstance(one, Keywords) for key, value in one.keywords.items()}
+            more = {
+                key: value
+                for one in metadata
+                if isinstance(one, Keywords)
+                for key, value in one.keywords.items()
+            }
             made_from = next((one for one in metadata if isinstance(one, type)), made_from)
         tree = self.plain(hint, made_from)
         if "enum" in more:
             kinds = tree.pop("type")
             more["enum"] = [*more["enum"], *([None] if "null" in kinds else [])]
         told = {"type": tree.pop("type")} if "type" in tree else {}
-        return told | tree | more if not text else told | {"description": text} | (tree | more | {"description": text})
+        return (
+            told | tree | more
+            if not text
+            else told | {"description": text} | (tree | more | {"description": text})
+        )
 
     def plain(self, hint: Any, made_from: type | None) -> Schema:
         """Describe the values of a type without annotations."""
@@ -170,7 +205,9 @@ class Maker:
         if last != {"type": "null"} or len(some) > 1 or "$ref" in some[0]:
             return {"anyOf": parts}
         (one,) = some
-        return one | ({"enum": [*one["enum"], None]} if "enum" in one else {"type": [one["type"], "null"]})
+        return one | (
+            {"enum": [*one["enum"], None]} if "enum" in one else {"type": [one["type"], "null"]}
+        )
 
     def object(self, record: type) -> Schema:
         """Describe an object, or name the schema that does."""
@@ -197,23 +234,35 @@ def printed(tree: Any, indent: int = 0, broken: bool = False) -> str:
             lines[-1] += f", {item}"
         else:
             lines.append(item)
-    return "{\n" + ",\n".join(" " * (indent + 1) + line for line in lines) + "\n" + " " * indent + "}"
+    return (
+        "{\n" + ",\n".join(" " * (indent + 1) + line for line in lines) + "\n" + " " * indent + "}"
+    )
 
 
 def has_keys(tree: Schema) -> bool:
     """Test whether an object's keys are described in a schema, however deep."""
-    return "properties" in tree or any(isinstance(one, dict) and has_keys(one) for one in tree.values())
+    return "properties" in tree or any(
+        isinstance(one, dict) and has_keys(one) for one in tree.values()
+    )
 
 
 def made() -> dict[Path, str]:
     """Make all schemas."""
-    names = {record: schema_name(record).removeprefix("streamer.").replace("/", "-") for record in RECORDS}
-    return {SCHEMAS / f"{name}.json": printed(Maker(record).schema()) + "\n" for record, name in names.items()}
+    names = {
+        record: schema_name(record).removeprefix("streamer.").replace("/", "-")
+        for record in RECORDS
+    }
+    return {
+        SCHEMAS / f"{name}.json": printed(Maker(record).schema()) + "\n"
+        for record, name in names.items()
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing, and name the files that differ")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing, and name the files that differ"
+    )
     check, differ = parser.parse_args(argv).check, 0
     for path, text in made().items():
         if not path.exists() or path.read_text() != text:

@@ -72,7 +72,10 @@ def watched(command: list[str], stderr: IO[str] | None = None) -> Watched:
     status, io = f"/proc/{process.pid}/status", f"/proc/{process.pid}/io"
     anonymous = hwm = read = rchar = 0
     while process.poll() is None:
-        anonymous, hwm = max(anonymous, kilobytes(status, "RssAnon:")), max(hwm, kilobytes(status, "VmHWM:"))
+        anonymous, hwm = (
+            max(anonymous, kilobytes(status, "RssAnon:")),
+            max(hwm, kilobytes(status, "VmHWM:")),
+        )
         read, rchar = max(read, figure(io, "read_bytes:")), max(rchar, figure(io, "rchar:"))
         time.sleep(POLL_SECONDS)
     seconds = time.perf_counter() - began
@@ -123,7 +126,9 @@ def resident(paths: Iterable[Path]) -> float:
     for path in (p for p in paths if p.stat().st_size):
         with (
             path.open("rb") as f,
-            mmap.mmap(f.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE) as window,
+            mmap.mmap(
+                f.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE
+            ) as window,
         ):
             count = -(-len(window) // mmap.PAGESIZE)
             flags = (ctypes.c_ubyte * count)()
@@ -141,9 +146,16 @@ def machine() -> dict[str, Any]:
 
     cpu = "?"
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as f:
-        cpu = next((line.partition(":")[2].strip() for line in f if line.startswith("model name")), cpu)
-    return {"cpu": cpu, "cores": os.cpu_count(), "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-            "python": platform.python_version(), "torch": torch.__version__}  # fmt: skip
+        cpu = next(
+            (line.partition(":")[2].strip() for line in f if line.startswith("model name")), cpu
+        )
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
 
 
 def spread(values: list[float]) -> dict[str, float]:

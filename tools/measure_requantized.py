@@ -36,7 +36,10 @@ def nf4(weight: torch.Tensor) -> Parts:
     from bitsandbytes.functional import quantize_4bit
 
     codes, state = quantize_4bit(weight, blocksize=64, quant_type="nf4")
-    return {"weight": codes, **{f"weight.{name}": part for name, part in state.as_dict(packed=True).items()}}
+    return {
+        "weight": codes,
+        **{f"weight.{name}": part for name, part in state.as_dict(packed=True).items()},
+    }
 
 
 def compressed(encoding: str, **options: Any) -> tuple[Codes, dict[str, Any]]:
@@ -56,14 +59,21 @@ def compressed(encoding: str, **options: Any) -> tuple[Codes, dict[str, Any]]:
         compressor = BaseCompressor.get_value_from_registry(encoding)
         return compressor.compress({"weight": weight, "weight_scale": scale}, scheme)
 
-    return code, {"quant_method": "compressed-tensors", "format": encoding, "config_groups": {"group_0": stated}}
+    return code, {
+        "quant_method": "compressed-tensors",
+        "format": encoding,
+        "config_groups": {"group_0": stated},
+    }
 
 
 def formats() -> dict[str, tuple[Codes, dict[str, Any]]]:
     """Quantizers, and what a config says of them."""
     integers = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
     return {
-        "NF4": (nf4, {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
+        "NF4": (
+            nf4,
+            {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        ),
         "int4": compressed("pack-quantized", **integers),
         "MXFP4": compressed("mxfp4-pack-quantized"),
     }
@@ -71,7 +81,11 @@ def formats() -> dict[str, tuple[Codes, dict[str, Any]]]:
 
 def quantize(plain: Path, out: Path, code: Codes, stated: dict[str, Any]) -> None:
     """Write a model with the decoder's linear layers quantized."""
-    others = (p for p in plain.iterdir() if p.suffix != ".safetensors" and not p.name.startswith("streamer"))
+    others = (
+        p
+        for p in plain.iterdir()
+        if p.suffix != ".safetensors" and not p.name.startswith("streamer")
+    )
     out.mkdir()
     for path in others:
         out.joinpath(path.name).write_bytes(path.read_bytes())
@@ -81,7 +95,9 @@ def quantize(plain: Path, out: Path, code: Codes, stated: dict[str, Any]) -> Non
     for name, weight in load_file(plain / "model.safetensors").items():
         linear = name.endswith("_proj.weight")
         parts = code(weight.float()) if linear else {"weight": weight}
-        tensors |= {f"{name.removesuffix('weight')}{part}": t.contiguous() for part, t in parts.items()}
+        tensors |= {
+            f"{name.removesuffix('weight')}{part}": t.contiguous() for part, t in parts.items()
+        }
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
 
 
@@ -89,12 +105,20 @@ def decode(base: Path, adapter: Path, out: Path) -> Path:
     """Write the values that a base's codes represent."""
     if not out.exists():
         streamer.merge_with_reduced_intruder_dimensions(
-            base, adapter, out, method="shrink", mitigation_lambda=0.0, dequantize=True, dtype="fp32"
+            base,
+            adapter,
+            out,
+            method="shrink",
+            mitigation_lambda=0.0,
+            dequantize=True,
+            dtype="fp32",
         )
     return out
 
 
-def measured(base: Path, adapter: Path | None, texts: list[list[Any]]) -> list[tuple[np.ndarray, list[torch.Tensor]]]:
+def measured(
+    base: Path, adapter: Path | None, texts: list[list[Any]]
+) -> list[tuple[np.ndarray, list[torch.Tensor]]]:
     """Sum losses and tokens of each sequence of each text, and keep the log-probabilities."""
     from measure_qlora import scored
 
@@ -103,10 +127,15 @@ def measured(base: Path, adapter: Path | None, texts: list[list[Any]]) -> list[t
 
 def main() -> int:
     """Quantize, map, merge, measure, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("directory", type=Path)
     parser.add_argument(
-        "--adapters", type=train_small.chosen(forgetting.ADAPTERS), default=["qa"], help="(default: qa)"
+        "--adapters",
+        type=train_small.chosen(forgetting.ADAPTERS),
+        default=["qa"],
+        help="(default: qa)",
     )
     parser.add_argument("--formats", default="NF4,int4,MXFP4", help="(default: all)")
     args = parser.parse_args()
@@ -123,31 +152,51 @@ def main() -> int:
     for name in args.adapters:
         adapter = home / "made" / f"{name}-0" / "adapter"
         (task,) = (home / "texts").glob(f"{name}-test.*")
-        texts = [forgetting.sequences(path, tokenizer) for path in (task, home / "texts" / "general-test.txt")]
+        texts = [
+            forgetting.sequences(path, tokenizer)
+            for path in (task, home / "texts" / "general-test.txt")
+        ]
         merged = work / f"{name}-merged"
         if not merged.exists():
-            streamer.merge_with_reduced_intruder_dimensions(home / "base", adapter, merged, mitigation_lambda=1.0)
+            streamer.merge_with_reduced_intruder_dimensions(
+                home / "base", adapter, merged, mitigation_lambda=1.0
+            )
         for kind in args.formats.split(","):
             code, stated = formats()[kind]
-            places = {"alone": work / kind, "the original, merged, then quantized": work / f"{name}-{kind}-original"}
+            places = {
+                "alone": work / kind,
+                "the original, merged, then quantized": work / f"{name}-{kind}-original",
+            }
             for plain, out in zip((home / "base", merged), places.values(), strict=True):
                 if not out.exists():
                     quantize(plain, out, code, stated)
             base, mapped = work / kind, work / f"{kind}.map.safetensors"
             if not mapped.exists():
                 streamer.map_inputs(
-                    base, output=mapped, general=home / "texts" / "general.txt", vectors=128, sequences=64
+                    base,
+                    output=mapped,
+                    general=home / "texts" / "general.txt",
+                    vectors=128,
+                    sequences=64,
                 )
             ours, nearest = work / f"{name}-{kind}-requantized", work / f"{name}-{kind}-nearest"
             record = streamer.merge_with_reduced_intruder_dimensions(
                 base, adapter, ours, mitigation_lambda=1.0, requantize=mapped, overwrite=True
             )
-            shutil.rmtree(ours.with_name(f"{ours.name}-decoded"), ignore_errors=True)  # of an earlier version
+            shutil.rmtree(
+                ours.with_name(f"{ours.name}-decoded"), ignore_errors=True
+            )  # of an earlier version
             plain = decode(base, adapter, work / f"{kind}-decoded")
             if not nearest.exists():
                 sums = work / f"{name}-{kind}-sum"
                 streamer.merge_with_reduced_intruder_dimensions(
-                    base, adapter, sums, mitigation_lambda=1.0, dequantize=True, dtype="fp32", overwrite=True
+                    base,
+                    adapter,
+                    sums,
+                    mitigation_lambda=1.0,
+                    dequantize=True,
+                    dtype="fp32",
+                    overwrite=True,
                 )
                 quantize(sums, nearest, code, stated)
             places |= {"merged, then quantized again": nearest, "merged, --requantize": ours}
@@ -159,15 +208,24 @@ def main() -> int:
             ]
             shares = [f"{100 * float(np.mean(half)):.0f} %" for half in np.array_split(rows, 2)]
             for label, place in {"+ adapter": None, **places}.items():
-                at = None if place is None else decode(place, adapter, place.with_name(f"{place.name}-decoded"))
+                at = (
+                    None
+                    if place is None
+                    else decode(place, adapter, place.with_name(f"{place.name}-decoded"))
+                )
                 found = trained if at is None else measured(at, None, texts)
-                cells = ["{:.3f} ± {:.3f}".format(*forgetting.ratio(sums[0], sums[2])) for sums, _ in found]
+                cells = [
+                    "{:.3f} ± {:.3f}".format(*forgetting.ratio(sums[0], sums[2]))
+                    for sums, _ in found
+                ]
                 for (_, here), (sums, there) in zip(found, trained, strict=True):
                     each = [
                         (t.float().exp() * (t.float() - h.float())).double().sum().item()
                         for h, t in zip(here, there, strict=True)
                     ]
-                    cells.append("{:.3f} ± {:.3f}".format(*forgetting.ratio(np.array(each), sums[2])))
+                    cells.append(
+                        "{:.3f} ± {:.3f}".format(*forgetting.ratio(np.array(each), sums[2]))
+                    )
                 cells += shares if label.endswith("--requantize") else ["", ""]
                 print(f"| {name} | {kind} | {label} | {' | '.join(cells)} |", flush=True)
     return 0

@@ -27,7 +27,14 @@ TIE = "tie_word_embeddings"
 VOCABULARY, LABELS = 1_000_003, 1_009
 
 # Modules whose parameters of two and more dimensions are stored as their class says.
-_KNOWN = (nn.Linear, nn.Embedding, nn.MultiheadAttention, nn.RNNBase, Conv1D, nn.modules.conv._ConvNd)
+_KNOWN = (
+    nn.Linear,
+    nn.Embedding,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    Conv1D,
+    nn.modules.conv._ConvNd,
+)
 
 
 class Model(NamedTuple):
@@ -112,7 +119,9 @@ def collapse(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
-def nested(config: PreTrainedConfig, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], PreTrainedConfig]]:
+def nested(
+    config: PreTrainedConfig, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], PreTrainedConfig]]:
     """Every config within a config, itself first, and where it stands."""
     yield path, config
     for key, value in vars(config).items():
@@ -136,8 +145,11 @@ def _stated_sizes(config: PreTrainedConfig) -> dict[int, tuple[str, ...]]:
     """
 
     def sizes(of: PreTrainedConfig) -> dict[tuple[str, ...], int]:
-        return {(*path, c.attribute_map.get("vocab_size", "vocab_size")): c.vocab_size for path, c in nested(of)
-                if getattr(c, "vocab_size", None) in range(VOCABULARY, VOCABULARY + 100)}  # fmt: skip
+        return {
+            (*path, c.attribute_map.get("vocab_size", "vocab_size")): c.vocab_size
+            for path, c in nested(of)
+            if getattr(c, "vocab_size", None) in range(VOCABULARY, VOCABULARY + 100)
+        }
 
     marked = sizes(config)
     keys = {size: key for key, size in marked.items()}
@@ -170,7 +182,11 @@ def facts_of(cls: type[PreTrainedModel], config: PreTrainedConfig) -> Facts:
     stacks = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner = modules[name.rpartition(".")[0]]
-        if not isinstance(owner, _KNOWN) and parameter.ndim == 3 and _holds_experts(owner, parameter.shape[0]):
+        if (
+            not isinstance(owner, _KNOWN)
+            and parameter.ndim == 3
+            and _holds_experts(owner, parameter.shape[0])
+        ):
             stacks[name] = parameter
         elif not isinstance(owner, _KNOWN) and parameter.ndim == 2:
             facts.matrices.add(collapse(name))
@@ -183,7 +199,9 @@ def facts_of(cls: type[PreTrainedModel], config: PreTrainedConfig) -> Facts:
         facts.vocabulary |= {collapse(name): sizes[size] for size in tensor.shape if size in sizes}
     facts.input = _embedding(model.get_input_embeddings, modules)
     facts.output = _embedding(model.get_output_embeddings, modules)
-    facts.stacks = _orientations(stacks, modules, getattr(modules.get(facts.input), "embedding_dim", 0))
+    facts.stacks = _orientations(
+        stacks, modules, getattr(modules.get(facts.input), "embedding_dim", 0)
+    )
     facts.may_miss = set(model._keys_to_ignore_on_load_missing or ())
     facts.unsaved = {collapse(n) for n in model._keys_to_ignore_on_save or ()}
     inner = {n: m for n, m in modules.items() if n and isinstance(m, PreTrainedModel)}
@@ -192,16 +210,26 @@ def facts_of(cls: type[PreTrainedModel], config: PreTrainedConfig) -> Facts:
         facts.models[name] = Model(type(m).__name__, place, _is_auto(model.config, place))
     _ties(facts, model, {"": model, **inner}, defaults)
     wanted = {f"{m}.weight" for m in (*facts.embeddings, *facts.transposed, facts.output)}
-    wanted |= {*facts.stacks, *facts.matrices, *facts.buffers, *(n for pair in facts.ties for n in pair)}
+    wanted |= {
+        *facts.stacks,
+        *facts.matrices,
+        *facts.buffers,
+        *(n for pair in facts.ties for n in pair),
+    }
     facts.disk = _on_disk(model, wanted)
     return facts
 
 
 def _holds_experts(module: nn.Module, count: int) -> bool:
-    return any("expert" in key and value is not True and value == count for key, value in vars(module).items())
+    return any(
+        "expert" in key and value is not True and value == count
+        for key, value in vars(module).items()
+    )
 
 
-def _orientations(stacks: dict[str, nn.Parameter], modules: dict[str, nn.Module], width: int) -> dict[str, str]:
+def _orientations(
+    stacks: dict[str, nn.Parameter], modules: dict[str, nn.Module], width: int
+) -> dict[str, str]:
     """``out,in`` or ``in,out`` of each stack: as its module says; else as the first takes the model's width and the last gives it.
 
     A class of modules has one orientation: where one's matrices are square, another's tell.
@@ -212,7 +240,11 @@ def _orientations(stacks: dict[str, nn.Parameter], modules: dict[str, nn.Module]
         kind, turned = said[type(modules[owner])], getattr(modules[owner], "is_transposed", None)
         group = [p for n, p in stacks.items() if owners[n] == owner]
         if len(group) == 1:  # a module a stack: with those beside it
-            group = [p for n, p in stacks.items() if owners[n].rpartition(".")[0] == owner.rpartition(".")[0]]
+            group = [
+                p
+                for n, p in stacks.items()
+                if owners[n].rpartition(".")[0] == owner.rpartition(".")[0]
+            ]
         if turned is not None:
             kind.add(turned)
         elif (group[0].shape[2] == width) != (group[0].shape[1] == width):
@@ -237,11 +269,15 @@ def _embedding(get: Any, modules: dict[str, nn.Module]) -> str:
 def _place(config: PreTrainedConfig, root: PreTrainedConfig) -> tuple[str, ...]:
     """Where a model's config stands in the root's: itself; of a copy, the first one of its class; of one made anew, the root."""
     places = list(nested(root))
-    same = [path for path, c in places if c is config] + [path for path, c in places if type(c) is type(config)]
+    same = [path for path, c in places if c is config] + [
+        path for path, c in places if type(c) is type(config)
+    ]
     return same[0] if same else ()
 
 
-def _ties(facts: Facts, model: PreTrainedModel, models: dict[str, PreTrainedModel], defaults: Defaults) -> None:
+def _ties(
+    facts: Facts, model: PreTrainedModel, models: dict[str, PreTrainedModel], defaults: Defaults
+) -> None:
     """The ties that hold whatever the config says, then those that the flag of each model's config makes."""
     first: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -282,7 +318,9 @@ def _on_disk(model: PreTrainedModel, wanted: set[str]) -> dict[str, list[str]]:
         pattern = collapse(name)
         if pattern in wanted and pattern not in found:
             try:
-                found[pattern] = sorted({collapse(n) for n in revert_weight_conversion(model, {name: tensor})})
+                found[pattern] = sorted(
+                    {collapse(n) for n in revert_weight_conversion(model, {name: tensor})}
+                )
             except (RuntimeError, ValueError, KeyError, IndexError, AttributeError):
                 found[pattern] = []
     return {pattern: names for pattern, names in found.items() if names != [pattern]}

@@ -68,17 +68,24 @@ def directions(base: Path, adapter: Path) -> list[Directions]:
         assert isinstance(delta, LowRank)
         Q, T = torch.linalg.qr(delta.L.double())
         U, S, V = torch.linalg.svd(T @ delta.R.double().T, full_matrices=False)
-        assert float((Q @ U * S @ V - delta.L.double() @ delta.R.double().T).norm()) <= 1e-9 * float(S.norm())
+        assert float(
+            (Q @ U * S @ V - delta.L.double() @ delta.R.double().T).norm()
+        ) <= 1e-9 * float(S.norm())
         found.append(Directions(target, delta, torch.linalg.pinv(T) @ U, S, V.T))
     return found
 
 
 def lines(found: Sequence[Directions], alpha: float) -> list[Tensor]:
     """Scale each layer by its depth."""
-    numbers = [int(match[1]) for one in found if (match := re.search(r"\.(\d+)\.", one.target.tensor))]
+    numbers = [
+        int(match[1]) for one in found if (match := re.search(r"\.(\d+)\.", one.target.tensor))
+    ]
     assert len(numbers) == len(found)
     last = max(numbers)
-    return [torch.full_like(one.S, alpha + (1 - alpha) * n / last) for one, n in zip(found, numbers, strict=True)]
+    return [
+        torch.full_like(one.S, alpha + (1 - alpha) * n / last)
+        for one, n in zip(found, numbers, strict=True)
+    ]
 
 
 def dropped(found: Sequence[Directions], share: float, seed: int) -> list[Tensor]:
@@ -91,12 +98,16 @@ def dropped(found: Sequence[Directions], share: float, seed: int) -> list[Tensor
     return list(kept.split([len(one.S) for one in found]))
 
 
-def sensitivities(base: Path, adapter: Path, found: Sequence[Directions], rows: Tensor) -> list[Tensor]:
+def sensitivities(
+    base: Path, adapter: Path, found: Sequence[Directions], rows: Tensor
+) -> list[Tensor]:
     """Take the derivatives of the loss on rows of token ids by each singular value, from PEFT's by lora_A: ``dL/dA = Lᵀ dL/dW``."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter
+    )
     parameters = {name.replace(".default.", "."): p for name, p in model.named_parameters()}
     wanted = {one.target.module.factors.a for one in found}  # type: ignore[union-attr]
     for p in parameters.values():
@@ -126,7 +137,10 @@ def by_factors(
 ) -> dict[str, list[Coefficients]]:
     """Make the repairs that weigh directions, of the facts of a fit to the same adapter; what each keeps is a number, not a share."""
     found = directions(base, adapter)
-    weights = [operated(g, one.S) for g, one in zip(sensitivities(base, adapter, found, rows), found, strict=True)]
+    weights = [
+        operated(g, one.S)
+        for g, one in zip(sensitivities(base, adapter, found, rows), found, strict=True)
+    ]
     make: dict[str, Callable[[float], list[Tensor]]] = {
         "lines": lambda alpha: lines(found, alpha),
         "surgery": lambda by: [c * by for c in weights],
@@ -135,7 +149,10 @@ def by_factors(
     out: dict[str, list[Coefficients]] = {name: [] for name in BY_FACTORS}
     for name in BY_FACTORS:
         for number, share in enumerate(SHARES[name]):
-            made = {one.target.tensor: one.weighed(c).float() for one, c in zip(found, make[name](share), strict=True)}
+            made = {
+                one.target.tensor: one.weighed(c).float()
+                for one, c in zip(found, make[name](share), strict=True)
+            }
             out[name].append(Coefficients(1 - number / 100, made, facts))
     return out
 
@@ -148,14 +165,23 @@ def by_entries(adapter: Path, name: str, share: float, out: Path, seed: int) -> 
     scaling = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
     given, made = load_file(adapter / "adapter_model.safetensors"), {}
     names = [one.removesuffix("lora_A.weight") for one in given if one.endswith("lora_A.weight")]
-    rank = max(min(len(given[one + "lora_B.weight"]), given[one + "lora_A.weight"].shape[1]) for one in names)
+    rank = max(
+        min(len(given[one + "lora_B.weight"]), given[one + "lora_A.weight"].shape[1])
+        for one in names
+    )
     torch.manual_seed(seed)
     for one in names:
         delta = scaling * given[one + "lora_B.weight"] @ given[one + "lora_A.weight"]
-        left = prune(delta, share, method="magnitude" if name == "ties" else "random", rescale=name == "dare")
+        left = prune(
+            delta, share, method="magnitude" if name == "ties" else "random", rescale=name == "dare"
+        )
         m, n = left.shape
         identity = torch.eye(min(m, n), rank)
-        B, A = (identity, torch.zeros(rank, n)) if m <= n else (torch.zeros(m, rank), identity.T.clone())
+        B, A = (
+            (identity, torch.zeros(rank, n))
+            if m <= n
+            else (torch.zeros(m, rank), identity.T.clone())
+        )
         (A[:m] if m <= n else B[:, :n]).copy_(left)
         made |= {one + "lora_A.weight": A.contiguous(), one + "lora_B.weight": B.contiguous()}
     shutil.rmtree(out, ignore_errors=True)

@@ -69,7 +69,9 @@ class Clocks(threading.local):
         return inner
 
 
-def profile(base: str, adapter: str, out: str, findings: str, mitigation_lambda: str) -> dict[str, Any]:
+def profile(
+    base: str, adapter: str, out: str, findings: str, mitigation_lambda: str
+) -> dict[str, Any]:
     """Merge in this process with clocks in place; wall and CPU seconds by stage, and those of the threads beside."""
     began = time.perf_counter()
     clocks = Clocks()
@@ -94,9 +96,13 @@ def profile(base: str, adapter: str, out: str, findings: str, mitigation_lambda:
 
         summed = False
 
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             op = func.overloadpacket.__name__
-            name = ("round" if self.summed else "read and upcast") if op == "copy_" else stages.get(op)
+            name = (
+                ("round" if self.summed else "read and upcast") if op == "copy_" else stages.get(op)
+            )
             if name is None:
                 return func(*args, **(kwargs or {}))
             self.summed = op == "addmm_"
@@ -136,7 +142,9 @@ def profile(base: str, adapter: str, out: str, findings: str, mitigation_lambda:
     with clock.stage("plan and identity"):
         found = load_findings(findings)
         mitigation, run = Paper(float(mitigation_lambda)), Run(choose_device("cpu"))
-        (job,) = open_jobs(Path(base), AdapterPaths.of_one(Path(adapter)), [found], mitigation, found.options, run)
+        (job,) = open_jobs(
+            Path(base), AdapterPaths.of_one(Path(adapter)), [found], mitigation, found.options, run
+        )
         writers = [ModelWriter(job, Path(out))]
     with Blocks():
         outputs.run_jobs(writers, run)
@@ -149,7 +157,9 @@ def profile(base: str, adapter: str, out: str, findings: str, mitigation_lambda:
                 both = beside.setdefault(name, {"wall": 0.0, "cpu": 0.0})
                 both["wall"] += other.seconds[name]
                 both["cpu"] += other.cpu[name]
-    stages = {name: {"wall": seconds, "cpu": clock.cpu[name]} for name, seconds in clock.seconds.items()}
+    stages = {
+        name: {"wall": seconds, "cpu": clock.cpu[name]} for name, seconds in clock.seconds.items()
+    }
     return {"seconds": total, "stages": stages, "beside": beside}
 
 

@@ -41,7 +41,9 @@ def stopped(whole: Evaluation, rng: np.random.Generator) -> tuple[Evaluation, fl
     found, end = whole, 0
     while end < max(counts):
         end += BLOCK
-        general, task = (part(s, o[:end]) for s, o in zip((whole.general, whole.task), orders, strict=True))
+        general, task = (
+            part(s, o[:end]) for s, o in zip((whole.general, whole.task), orders, strict=True)
+        )
         found = replace(whole, general=general, task=task)
         if clear(found):
             break
@@ -50,12 +52,19 @@ def stopped(whole: Evaluation, rng: np.random.Generator) -> tuple[Evaluation, fl
 
 def main() -> int:
     """Read evaluations, resample, and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("files", type=Path, nargs="*", help="evaluations of `streamer evaluate -o`")
     parser.add_argument(
-        "--run", nargs=argparse.REMAINDER, default=[], help="a command of `streamer` to run to the end of its texts"
+        "--run",
+        nargs=argparse.REMAINDER,
+        default=[],
+        help="a command of `streamer` to run to the end of its texts",
     )
-    parser.add_argument("--times", type=int, default=20, help="orders of each (default: %(default)s)")
+    parser.add_argument(
+        "--times", type=int, default=20, help="orders of each (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.run:
@@ -71,14 +80,18 @@ def main() -> int:
         suggested = [run.best().variant for run, _ in runs]
         adapter = whole.general.kl[ADAPTER_ROW].sum()
         others = Counter(variant for variant in suggested if variant != wanted)
-        print(f"{path}: {'nothing' if wanted is None else wanted.name}: {args.times - others.total()} of {args.times}, "
-              f"{100 * np.mean([read for _, read in runs]):.0f} % of {len(whole.task.tokens)} sequences read")  # fmt: skip
+        print(
+            f"{path}: {'nothing' if wanted is None else wanted.name}: {args.times - others.total()} of {args.times}, "
+            f"{100 * np.mean([read for _, read in runs]):.0f} % of {len(whole.task.tokens)} sequences read"
+        )
         for variant, count in others.items():
             if variant is None or wanted is None:
                 print(f"    {'nothing' if variant is None else variant.name}: {count}")
                 continue
             rows = [whole.general.kl[names.index(one.name)].sum() for one in (variant, wanted)]
-            print(f"    {variant.name}: {count}, leaves {100 * (rows[0] - rows[1]) / adapter:+.1f} points")
+            print(
+                f"    {variant.name}: {count}, leaves {100 * (rows[0] - rows[1]) / adapter:+.1f} points"
+            )
     return 0
 
 

@@ -38,14 +38,23 @@ class Llama:
         """List the linear layers of one block: name to (out, in)."""
         h, inner, kv = self.hidden, self.intermediate, self.hidden // self.heads * self.kv_heads
         return {
-            "self_attn.q_proj": (h, h), "self_attn.k_proj": (kv, h), "self_attn.v_proj": (kv, h), "self_attn.o_proj": (h, h),
-            "mlp.gate_proj": (inner, h), "mlp.up_proj": (inner, h), "mlp.down_proj": (h, inner),
-        }  # fmt: skip
+            "self_attn.q_proj": (h, h),
+            "self_attn.k_proj": (kv, h),
+            "self_attn.v_proj": (kv, h),
+            "self_attn.o_proj": (h, h),
+            "mlp.gate_proj": (inner, h),
+            "mlp.up_proj": (inner, h),
+            "mlp.down_proj": (h, inner),
+        }
 
     @property
     def modules(self) -> dict[str, tuple[int, int]]:
         """List the linear layers of all blocks: path in the model to (out, in)."""
-        return {f"model.layers.{i}.{name}": shape for i in range(self.layers) for name, shape in self.linears.items()}
+        return {
+            f"model.layers.{i}.{name}": shape
+            for i in range(self.layers)
+            for name, shape in self.linears.items()
+        }
 
     @property
     def targets(self) -> dict[str, list[str]]:
@@ -57,8 +66,13 @@ class Llama:
         """List the tensors in file order: name to shape."""
         out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab, self.hidden)}
         for i in range(self.layers):
-            out |= {f"model.layers.{i}.{name}.weight": shape for name, shape in self.linears.items()}
-            out |= {f"model.layers.{i}.{at}_layernorm.weight": (self.hidden,) for at in ("input", "post_attention")}
+            out |= {
+                f"model.layers.{i}.{name}.weight": shape for name, shape in self.linears.items()
+            }
+            out |= {
+                f"model.layers.{i}.{at}_layernorm.weight": (self.hidden,)
+                for at in ("input", "post_attention")
+            }
         out["model.norm.weight"] = (self.hidden,)
         return out if self.tied else out | {"lm_head.weight": (self.vocab, self.hidden)}
 
@@ -68,10 +82,18 @@ class Llama:
 
     def config(self, dtype: str) -> dict[str, Any]:
         """Make the model's ``config.json``."""
-        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": self.hidden,
-                "intermediate_size": self.intermediate, "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
-                "num_key_value_heads": self.kv_heads, "vocab_size": self.vocab, "tie_word_embeddings": self.tied,
-                "torch_dtype": str(FLOATS[dtype]).removeprefix("torch.")}  # fmt: skip
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "vocab_size": self.vocab,
+            "tie_word_embeddings": self.tied,
+            "torch_dtype": str(FLOATS[dtype]).removeprefix("torch."),
+        }
 
 
 def lora_shapes(model: Llama, rank: int) -> dict[str, tuple[tuple[int, int], tuple[int, int]]]:
@@ -137,14 +159,19 @@ class Mixture(Known):
         """The linear layers of one block, which all belong to attention."""
         h, q, kv = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
-            "self_attn.q_proj": (q, h), "self_attn.k_proj": (kv, h), "self_attn.v_proj": (kv, h), "self_attn.o_proj": (h, q),
-        }  # fmt: skip
+            "self_attn.q_proj": (q, h),
+            "self_attn.k_proj": (kv, h),
+            "self_attn.v_proj": (kv, h),
+            "self_attn.o_proj": (h, q),
+        }
 
     @property
     def expert(self) -> dict[str, tuple[int, int]]:
         """The layers of one expert, as on disk."""
         h, inner = self.hidden, self.intermediate
-        return {name: (h, inner) if name == self.down else (inner, h) for name in self.layers_of_one}
+        return {
+            name: (h, inner) if name == self.down else (inner, h) for name in self.layers_of_one
+        }
 
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:
@@ -188,29 +215,71 @@ class Mixture(Known):
     @property
     def targets(self) -> dict[str, list[str]]:
         """What an adapter's config says that it wraps."""
-        return super().targets | {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+        return super().targets | {
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        }
 
     def config(self, dtype: str) -> dict[str, Any]:
         """What stands in ``config.json``; the counts of experts under the names of both families."""
         return super().config(dtype) | {
-            "head_dim": self.head_dim, "num_experts_per_tok": self.per_token, "moe_intermediate_size": self.intermediate,
-            "num_experts": self.experts, "num_local_experts": self.experts,
-        }  # fmt: skip
+            "head_dim": self.head_dim,
+            "num_experts_per_tok": self.per_token,
+            "moe_intermediate_size": self.intermediate,
+            "num_experts": self.experts,
+            "num_local_experts": self.experts,
+        }
 
 
-LLAMA_3 = {"max_position_embeddings": 8192, "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "bos_token_id": 128000,
-           "eos_token_id": 128001}  # fmt: skip
+LLAMA_3 = {
+    "max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+}
 
 KNOWN: dict[str, Known] = {
     "llama-3-8b": Known(4096, 14336, 32, 128256, heads=32, kv_heads=8, more=LLAMA_3),
     "llama-3-70b": Known(8192, 28672, 80, 128256, heads=64, kv_heads=8, more=LLAMA_3),
     "mixtral": Mixture(
-        4096, 14336, 32, 32000, heads=32, kv_heads=8, block="block_sparse_moe", layers_of_one=("w1", "w2", "w3"), down="w2",
-        more={"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "max_position_embeddings": 32768,
-              "rope_theta": 1e6, "rms_norm_eps": 1e-5, "sliding_window": None}),
+        4096,
+        14336,
+        32,
+        32000,
+        heads=32,
+        kv_heads=8,
+        block="block_sparse_moe",
+        layers_of_one=("w1", "w2", "w3"),
+        down="w2",
+        more={
+            "architectures": ["MixtralForCausalLM"],
+            "model_type": "mixtral",
+            "max_position_embeddings": 32768,
+            "rope_theta": 1e6,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": None,
+        },
+    ),
     "qwen3-moe": Mixture(
-        2048, 768, 48, 151936, heads=32, kv_heads=4, experts=128, per_token=8, head_norms=True,
-        more={"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "max_position_embeddings": 40960,
-              "rope_theta": 1e6, "rms_norm_eps": 1e-6, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}),
-}  # fmt: skip
+        2048,
+        768,
+        48,
+        151936,
+        heads=32,
+        kv_heads=4,
+        experts=128,
+        per_token=8,
+        head_norms=True,
+        more={
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "max_position_embeddings": 40960,
+            "rope_theta": 1e6,
+            "rms_norm_eps": 1e-6,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        },
+    ),
+}
 """Meta-Llama-3-8B and -70B, Mixtral-8x7B, Qwen3-30B-A3B."""

@@ -20,33 +20,71 @@ class Support(NamedTuple):
 
 
 LORA = (
-    Support("LoRA on linear layers; rsLoRA, `rank_pattern`, `alpha_pattern`, Conv1D, with any `fan_in_fan_out`", "yes", "yes", "yes"),
-    Support("LoRA on embeddings, and on 1-d to 3-d convolutions without groups", "yes", "yes", "yes"),
-    Support("LoRA on experts and other stacked parameters (`target_parameters`), stored as a stack or as one tensor per expert",
-            "yes, expert by expert", "yes", "yes"),
-    Support("LoRA of a diffusers pipeline, in diffusers' or kohya's form ([below](#diffusers-pipelines))", "yes", "yes, in its own form",
-            "yes"),
-    Support("DoRA on layers, embeddings and convolutions", "on the effective weight", "with `--to-lora RANK`; else refused", "yes"),
-    Support("`modules_to_save`, `bias`, `lora_bias`, saved or resized embeddings, `trainable_token_indices`", "not judged",
-            "copied, bit for bit", "applied; new tensors are added, `vocab_size` is set"),
-    Support("LoRA on a tied head or embedding, of any name; refused for models like T5, which no config can untie", "yes", "yes",
-            "unties them in the config if they differ"),
-)  # fmt: skip
+    Support(
+        "LoRA on linear layers; rsLoRA, `rank_pattern`, `alpha_pattern`, Conv1D, with any `fan_in_fan_out`",
+        "yes",
+        "yes",
+        "yes",
+    ),
+    Support(
+        "LoRA on embeddings, and on 1-d to 3-d convolutions without groups", "yes", "yes", "yes"
+    ),
+    Support(
+        "LoRA on experts and other stacked parameters (`target_parameters`), stored as a stack or as one tensor per expert",
+        "yes, expert by expert",
+        "yes",
+        "yes",
+    ),
+    Support(
+        "LoRA of a diffusers pipeline, in diffusers' or kohya's form ([below](#diffusers-pipelines))",
+        "yes",
+        "yes, in its own form",
+        "yes",
+    ),
+    Support(
+        "DoRA on layers, embeddings and convolutions",
+        "on the effective weight",
+        "with `--to-lora RANK`; else refused",
+        "yes",
+    ),
+    Support(
+        "`modules_to_save`, `bias`, `lora_bias`, saved or resized embeddings, `trainable_token_indices`",
+        "not judged",
+        "copied, bit for bit",
+        "applied; new tensors are added, `vocab_size` is set",
+    ),
+    Support(
+        "LoRA on a tied head or embedding, of any name; refused for models like T5, which no config can untie",
+        "yes",
+        "yes",
+        "unties them in the config if they differ",
+    ),
+)
 
-EXPERTS = Support("a fully fine-tuned mixture with stacks of experts, of a class that transformers has", "expert by expert",
-                  "with `--to-lora RANK` if no expert changed; else refused", "yes")  # fmt: skip
+EXPERTS = Support(
+    "a fully fine-tuned mixture with stacks of experts, of a class that transformers has",
+    "expert by expert",
+    "with `--to-lora RANK` if no expert changed; else refused",
+    "yes",
+)
 
 
 def support_table() -> str:
     """The table in Markdown."""
-    refused = ", ".join(dict.fromkeys(rule.kind for rule in RULES if rule.kind != RESIDUAL and rule.method == "LORA"))
+    refused = ", ".join(
+        dict.fromkeys(
+            rule.kind for rule in RULES if rule.kind != RESIDUAL and rule.method == "LORA"
+        )
+    )
     methods = ", ".join(method.title for method in PEFT_METHODS.values())
     flag = "with `--base-is-residual`"
     rows = [
         Support("kind of adapter", "`detect`", "`mitigate`", "`merge`"),
         Support(*["---"] * 4),
         *LORA,
-        Support("residual-base initialisations: PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ", flag, flag, flag),
+        Support(
+            "residual-base initialisations: PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ", flag, flag, flag
+        ),
         Support(methods, "on the effective weight", "with `--to-lora RANK`; else refused", "yes"),
         EXPERTS,
         Support(
@@ -62,7 +100,9 @@ def support_table() -> str:
 
 def _merged(one: QuantizationFormat) -> str:
     codes = issubclass(getattr(one.make, "__self__", object), Recodable)
-    return ("encoded again, or " if one.requantizes else "`--requantize MAP`, or " if codes else "") + "`--dequantize`"
+    return (
+        "encoded again, or " if one.requantizes else "`--requantize MAP`, or " if codes else ""
+    ) + "`--dequantize`"
 
 
 def encodings_table() -> str:

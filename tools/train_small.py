@@ -78,8 +78,18 @@ def texts() -> dict[str, list[str]]:
     from pydoc_data.topics import topics
 
     library = Path(sysconfig.get_path("stdlib"))
-    left_out = {"site-packages", "dist-packages", "test", "tests", "lib2to3", "pydoc_data", "encodings"}
-    files = sorted(p for p in library.rglob("*.py") if not left_out & set(p.relative_to(library).parts))
+    left_out = {
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+        "lib2to3",
+        "pydoc_data",
+        "encodings",
+    }
+    files = sorted(
+        p for p in library.rglob("*.py") if not left_out & set(p.relative_to(library).parts)
+    )
     sources = [p.read_text(encoding="utf-8", errors="replace") for p in files]
     return {
         "general": [s for s in sources if 2000 < len(s) < 60_000],
@@ -103,11 +113,16 @@ def make_tokenizer(documents: list[str], vocab: int) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    raw.pre_tokenizer, raw.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     raw.train_from_iterator(
         documents,
-        trainers.BpeTrainer(vocab_size=vocab, special_tokens=[END], initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=vocab, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+        ),
     )
     special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END)
     return PreTrainedTokenizerFast(tokenizer_object=raw, model_max_length=4 * LENGTH, **special)
@@ -115,10 +130,14 @@ def make_tokenizer(documents: list[str], vocab: int) -> Any:
 
 def stream(tokenizer: Any, documents: list[str]) -> torch.Tensor:
     """Tokenize documents into one row of ids, with the end token before each."""
-    return torch.tensor([i for ids in tokenizer(documents)["input_ids"] for i in (tokenizer.eos_token_id, *ids)])
+    return torch.tensor(
+        [i for ids in tokenizer(documents)["input_ids"] for i in (tokenizer.eos_token_id, *ids)]
+    )
 
 
-def train(model: torch.nn.Module, ids: torch.Tensor, steps: int, rate: float, seed: int, what: str) -> None:
+def train(
+    model: torch.nn.Module, ids: torch.Tensor, steps: int, rate: float, seed: int, what: str
+) -> None:
     """Train by AdamW on random sequences of a stream; the rate rises over 5 % of the steps and falls along a cosine."""
     generator = torch.Generator().manual_seed(seed)
     weights = [p for p in model.parameters() if p.requires_grad]
@@ -138,8 +157,10 @@ def train(model: torch.nn.Module, ids: torch.Tensor, steps: int, rate: float, se
         optimizer.step()
         schedule.step()
         if step in (10, steps) or step % 50 == 0:
-            print(f"{what}: step {step}/{steps}, loss {loss.item():.3f}, {time.perf_counter() - began:.0f} s",
-                  file=sys.stderr)  # fmt: skip
+            print(
+                f"{what}: step {step}/{steps}, loss {loss.item():.3f}, {time.perf_counter() - began:.0f} s",
+                file=sys.stderr,
+            )
     model.eval()
 
 
@@ -154,10 +175,19 @@ def new_model(kind: str, args: argparse.Namespace, vocab: int) -> Any:
     """Make a model of random weights: of Llama's shape, of Qwen3's with tied embeddings, Qwen3's mixture of four experts, or GPT-NeoX's."""
     import transformers
 
-    shape = {"hidden_size": args.hidden, "intermediate_size": 8 * args.hidden // 3, "num_hidden_layers": args.layers,
-             "num_attention_heads": args.heads, "num_key_value_heads": args.heads, "vocab_size": vocab,
-             "max_position_embeddings": 4 * LENGTH, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0,
-             "pad_token_id": 0}  # fmt: skip
+    shape = {
+        "hidden_size": args.hidden,
+        "intermediate_size": 8 * args.hidden // 3,
+        "num_hidden_layers": args.layers,
+        "num_attention_heads": args.heads,
+        "num_key_value_heads": args.heads,
+        "vocab_size": vocab,
+        "max_position_embeddings": 4 * LENGTH,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
     if kind == "llama":
         return transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
     if kind == "neox":
@@ -188,7 +218,10 @@ def lora_config(name: str, kind: str) -> Any:
 
 def streams(tokenizer: Any) -> dict[str, list[torch.Tensor]]:
     """Tokenize each text's three parts: trained on, held out, held out again."""
-    return {name: [stream(tokenizer, part) for part in divided(documents)] for name, documents in texts().items()}
+    return {
+        name: [stream(tokenizer, part) for part in divided(documents)]
+        for name, documents in texts().items()
+    }
 
 
 def make_base(out: Path, args: argparse.Namespace) -> None:
@@ -203,7 +236,9 @@ def make_base(out: Path, args: argparse.Namespace) -> None:
     for name, (_, held, test) in parts.items():
         (out / f"{name}.txt").write_text("\n\n".join(held), encoding="utf-8")
         (out / f"{name}-test.txt").write_text("\n\n".join(test), encoding="utf-8")
-    model.to(torch.bfloat16 if args.dtype == "bf16" else torch.float32).save_pretrained(out / "base")
+    model.to(torch.bfloat16 if args.dtype == "bf16" else torch.float32).save_pretrained(
+        out / "base"
+    )
 
 
 def make_adapter(base: Path, out: Path, name: str, ids: torch.Tensor, steps: int, seed: int) -> Any:
@@ -233,8 +268,12 @@ def make(out: Path, args: argparse.Namespace) -> dict[str, Any]:
         lora = make_adapter(out / "base", out / name, name, ids["task"][0], steps, args.seed)
         losses[name] = {text: held_out_loss(lora, s[2]) for text, s in ids.items()}
     parameters = sum(p.numel() for p in model.parameters())
-    return {"base": str(out / "base"), "adapters": [str(out / name) for name in args.adapters],
-            "parameters": parameters, "losses": losses}  # fmt: skip
+    return {
+        "base": str(out / "base"),
+        "adapters": [str(out / name) for name in args.adapters],
+        "parameters": parameters,
+        "losses": losses,
+    }
 
 
 def chosen(names: Collection[str]) -> Callable[[str], list[str]]:
@@ -250,21 +289,46 @@ def chosen(names: Collection[str]) -> Callable[[str], list[str]]:
 
 def main() -> int:
     """Train and write all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path, help="directory to write to; one that exists is refused")
-    parser.add_argument("--kind", choices=KINDS, default="llama", help="of the base (default: %(default)s)")
-    parser.add_argument("--adapters", type=chosen(ADAPTERS), default="high,rslora",
-                        help=f"some of {','.join(ADAPTERS)} (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--hidden", type=int, default=288, help="width of the model (default: %(default)s)")
+    parser.add_argument(
+        "--kind", choices=KINDS, default="llama", help="of the base (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--adapters",
+        type=chosen(ADAPTERS),
+        default="high,rslora",
+        help=f"some of {','.join(ADAPTERS)} (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--hidden", type=int, default=288, help="width of the model (default: %(default)s)"
+    )
     parser.add_argument("--layers", type=int, default=6, help="(default: %(default)s)")
-    parser.add_argument("--heads", type=int, default=4, help="attention heads (default: %(default)s)")
+    parser.add_argument(
+        "--heads", type=int, default=4, help="attention heads (default: %(default)s)"
+    )
     parser.add_argument("--vocab", type=int, default=4096, help="tokens (default: %(default)s)")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the base (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=400, help=f"of {BATCH} sequences each (default: %(default)s)")
-    parser.add_argument("--rate", type=float, default=2e-3, help="learning rate of the base (default: %(default)s)")
-    parser.add_argument("--adapter-steps", type=int, help="of each adapter (default: a third of --steps)")
+    parser.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="of the base (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=400, help=f"of {BATCH} sequences each (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rate", type=float, default=2e-3, help="learning rate of the base (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--adapter-steps", type=int, help="of each adapter (default: a third of --steps)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print the paths and the losses as JSON")
+    parser.add_argument(
+        "--json", action="store_true", help="print the paths and the losses as JSON"
+    )
     args = parser.parse_args()
     if args.out.exists():
         print(f"{args.out} exists; name a new directory", file=sys.stderr)
@@ -273,7 +337,9 @@ def main() -> int:
     if args.json:
         print(json.dumps(made, indent=2))
     else:
-        print(f"{made['parameters'] / 1e6:.1f} million parameters; losses on the test texts, in nats per token:")
+        print(
+            f"{made['parameters'] / 1e6:.1f} million parameters; losses on the test texts, in nats per token:"
+        )
         for name, found in made["losses"].items():
             print(f"  {name:<9} general {found['general']:.3f}  task {found['task']:.3f}")
     return 0

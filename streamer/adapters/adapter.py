@@ -30,7 +30,14 @@ from typing import Any, ClassVar, NamedTuple
 
 from streamer.adapters import adapter_config as rules
 from streamer.adapters.adapter_config import AdapterConfig, Stated
-from streamer.adapters.modules import INDICES, PEFT_METHODS, LoraModule, MethodModule, Module, PeftMethod
+from streamer.adapters.modules import (
+    INDICES,
+    PEFT_METHODS,
+    LoraModule,
+    MethodModule,
+    Module,
+    PeftMethod,
+)
 from streamer.errors import FormatError, InputError, MismatchError, UnsupportedError
 from streamer.storage.atomic_file import views
 from streamer.storage.checkpoint import IOMode, TensorFile, read_json_object
@@ -55,7 +62,10 @@ ROLES = (
     (re.compile(r"\.(hada_|lokr_|lora_|ranknum|vera_|oft_|boft_|ia3_)"), "other"),
     # PEFT strips the adapter's name if it is the last part but one; parameters directly in the module are stored without it.
     (re.compile(r"^(?P<module>.+?)\.modules_to_save\.(?:[^.]+\.)?(?P<parameter>.+)$"), "saved"),
-    (re.compile(r"^(?P<module>.+?)(?:\.token_adapter)?\.base_layer\.(?P<parameter>[^.]+)$"), "saved"),
+    (
+        re.compile(r"^(?P<module>.+?)(?:\.token_adapter)?\.base_layer\.(?P<parameter>[^.]+)$"),
+        "saved",
+    ),
     (re.compile(r"^(?P<module>.+)\.(?P<parameter>[^.]+)$"), "saved"),
     (re.compile(r""), "other"),
 )
@@ -67,7 +77,9 @@ Tensors of the role ``other`` belong to another method, or their meaning is unkn
 PREFIX = "base_model.model."
 """Prefix of the names in a PEFT adapter: ``model.layers.0.mlp.up_proj`` → ``base_model.model.model.layers.0.mlp.up_proj.lora_A.weight``."""
 
-_WRAPPERS = re.compile(r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
+_WRAPPERS = re.compile(
+    r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
+)
 
 
 def normalize(name: str) -> str:
@@ -85,7 +97,11 @@ def saved_names(names: Collection[str]) -> dict[str, str]:
     """
     plain = {normalize(name) for name in names}
     stored_as = {_saved_name(normalize(name), plain): name for name in names}
-    return stored_as if len(stored_as) == len(names) else {PREFIX + normalize(name): name for name in names}
+    return (
+        stored_as
+        if len(stored_as) == len(names)
+        else {PREFIX + normalize(name): name for name in names}
+    )
 
 
 def _saved_name(plain: str, names: set[str]) -> str:
@@ -93,8 +109,13 @@ def _saved_name(plain: str, names: set[str]) -> str:
     if role == "saved" and ".modules_to_save." in plain:
         short = f"{match['module']}.{match['parameter']}"
         # PEFT's copies of biases below a saved module keep their names: the module's own tensors are beside them.
-        return PREFIX + (plain if {short, plain.replace(".modules_to_save.", ".")} & names else short)
-    if match.groupdict().get("adapter") in (None, "weight"):  # lora_magnitude_vector.weight, which PEFT reads too
+        return PREFIX + (
+            plain if {short, plain.replace(".modules_to_save.", ".")} & names else short
+        )
+    if match.groupdict().get("adapter") in (
+        None,
+        "weight",
+    ):  # lora_magnitude_vector.weight, which PEFT reads too
         return PREFIX + plain
     return PREFIX + plain[: match.start("adapter") - 1] + plain[match.end("adapter") :]
 
@@ -140,7 +161,9 @@ class TensorRole(NamedTuple):
     match: re.Match[str]
 
 
-def carried_tensor(tensor: TensorRole, modules: Mapping[str, Module], file: Path, config: AdapterConfig) -> Carried:
+def carried_tensor(
+    tensor: TensorRole, modules: Mapping[str, Module], file: Path, config: AdapterConfig
+) -> Carried:
     """Find the module and parameter that a tensor other than a factor changes.
 
     Parameters
@@ -155,7 +178,9 @@ def carried_tensor(tensor: TensorRole, modules: Mapping[str, Module], file: Path
     module = groups.get("module") or source
     if role == "lora_bias":
         if module not in modules:
-            raise FormatError(f"{file}: {source!r} has no lora_A and lora_B beside it; save the adapter again")
+            raise FormatError(
+                f"{file}: {source!r} has no lora_A and lora_B beside it; save the adapter again"
+            )
         if not config.get("lora_bias"):
             raise MismatchError(
                 f"{config.path}: lora_bias is {config.get('lora_bias')!r}, but the file has {source!r}; set lora_bias to true, or use the "
@@ -232,12 +257,20 @@ class DeltaSource(ABC):
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
         """Return every tensor by name."""
-        return {info.name: StoredTensor(file, info) for file in self.files for info in file.header.tensors}
+        return {
+            info.name: StoredTensor(file, info)
+            for file in self.files
+            for info in file.header.tensors
+        }
 
     @property
     def parameters(self) -> list[str]:
         """List the names by which to search a base for the parameters that have deltas of their own."""
-        return [wrapped.matched_as(parameter) for wrapped in self.wrapped for parameter in wrapped.parameters]
+        return [
+            wrapped.matched_as(parameter)
+            for wrapped in self.wrapped
+            for parameter in wrapped.parameters
+        ]
 
     @cached_property
     def config_paths(self) -> tuple[Path, ...]:
@@ -308,10 +341,18 @@ class PeftAdapter(DeltaSource):
 
     def _stated(self) -> StatedIdentity:
         """Return what the user stated about this adapter, if its files cannot be read without it."""
-        stated: StatedIdentity = {"base_is_residual": True} if any(map(rules.is_residual, self.configs)) else {}
-        if self.wrapped and (layout := self.config.stated.lora_b_layout) and rules.stored_layout(self.config) is None:
+        stated: StatedIdentity = (
+            {"base_is_residual": True} if any(map(rules.is_residual, self.configs)) else {}
+        )
+        if (
+            self.wrapped
+            and (layout := self.config.stated.lora_b_layout)
+            and rules.stored_layout(self.config) is None
+        ):
             stated["lora_b_layout"] = layout
-        unknown = dict.fromkeys(key for config in self.configs for key in rules.unknown_keys(config))
+        unknown = dict.fromkeys(
+            key for config in self.configs for key in rules.unknown_keys(config)
+        )
         if ignored := [key for key in unknown if key in self.config.stated.ignore_keys]:
             stated["ignored_keys"] = ignored
         return stated
@@ -334,7 +375,9 @@ def is_below(module: str, entry: str) -> bool:
     return any(path.endswith(entry) for path in accumulate(module.split("."), "{}.{}".format))
 
 
-def open_adapter(path: str | Path, io: IOMode = "mmap", stated: Stated = rules.NOTHING_STATED) -> PeftAdapter:
+def open_adapter(
+    path: str | Path, io: IOMode = "mmap", stated: Stated = rules.NOTHING_STATED
+) -> PeftAdapter:
     """Open an adapter, of a pipeline by its tensor names, else PEFT's directory, and account for every tensor in it.
 
     Parameters
@@ -361,20 +404,26 @@ def open_adapter(path: str | Path, io: IOMode = "mmap", stated: Stated = rules.N
             for whose, (_, recognised) in NAMINGS.items():
                 if any(re.search(recognised, name) for name in names):
                     modules = _modules(opened, whose, stated)
-                    return PipelineAdapter(path, AdapterConfig({}, file, stated), (opened,), modules)
+                    return PipelineAdapter(
+                        path, AdapterConfig({}, file, stated), (opened,), modules
+                    )
             opened.close()
-    if path.exists() and not ((path / rules.CONFIG_NAME).exists() and (path / rules.WEIGHTS_NAME).exists()):
+    if path.exists() and not (
+        (path / rules.CONFIG_NAME).exists() and (path / rules.WEIGHTS_NAME).exists()
+    ):
         rules.refuse_other_formats(path)
     if path.is_file():
-        expected = f"the directory with {rules.CONFIG_NAME}, or a pipeline's LoRA with names such as unet.… or lora_unet_…"  # fmt: skip
+        expected = f"the directory with {rules.CONFIG_NAME}, or a pipeline's LoRA with names such as unet.… or lora_unet_…"
         raise InputError(f"{path}: expected {expected}; found another file")
     if not path.is_dir():
         raise absent(path, "adapter")
     for name in (rules.CONFIG_NAME, rules.WEIGHTS_NAME):
         if not (path / name).exists():
-            advice = "name an adapter in PEFT's form, in the order BASE ADAPTER; save one with a pickle again as safetensors"  # fmt: skip
+            advice = "name an adapter in PEFT's form, in the order BASE ADAPTER; save one with a pickle again as safetensors"
             raise lacks(path, name, advice)
-    config = AdapterConfig(read_json_object(path / rules.CONFIG_NAME), path / rules.CONFIG_NAME, stated)
+    config = AdapterConfig(
+        read_json_object(path / rules.CONFIG_NAME), path / rules.CONFIG_NAME, stated
+    )
     rules.refuse_kinds(config)
     return adapter_from_tensors(path, config, TensorFile(path / rules.WEIGHTS_NAME, io))
 
@@ -396,10 +445,14 @@ def adapter_from_tensors(path: Path, config: AdapterConfig, file: TensorFile) ->
     wrapped, wrong = ([], []) if method else rules.find_wrapped(factors_of, config, is_matrix)
     if wrong:
         problems = listed(wrong, separator="; ")
-        raise FormatError(f"{file.path}: {problems}; config and weights belong to different adapters")
+        raise FormatError(
+            f"{file.path}: {problems}; config and weights belong to different adapters"
+        )
     inner = {name for w in wrapped for name in w.layers}
     modules: dict[str, Module] = {}
-    for name, tensors in ((name, tensors) for name, tensors in factors_of.items() if name not in inner):
+    for name, tensors in (
+        (name, tensors) for name, tensors in factors_of.items() if name not in inner
+    ):
         infos = {role: file.header.by_name[tensor] for role, tensor in tensors.items()}
         for role, info in infos.items():
             if not (role.endswith("indices") and info.dtype in INDICES):
@@ -413,7 +466,9 @@ def adapter_from_tensors(path: Path, config: AdapterConfig, file: TensorFile) ->
     if not modules and not wrapped:
         rules.refuse_other_formats(file.path)
         expected = "lora_A and lora_B" if method is None else method.title
-        raise InputError(f"{file.path}: expected {expected} tensors, found none; is this the adapter?")
+        raise InputError(
+            f"{file.path}: expected {expected} tensors, found none; is this the adapter?"
+        )
     stored = {info.name: StoredTensor(file, info) for info in file.header.tensors}
     effects: dict[tuple[str, str], Carried] = {}
     for tensor in others:
@@ -423,20 +478,29 @@ def adapter_from_tensors(path: Path, config: AdapterConfig, file: TensorFile) ->
         # ``score.bias``, not ``score.modules_to_save.bias``.
         if other is not effect and not equal(stored[other.source], stored[effect.source]):
             sources = f"tensors {other.source!r} and {effect.source!r}"
-            raise FormatError(f"{file.path}: {sources} both change {effect.name!r}; save one adapter at a time")
-        effects[effect.role, effect.name] = min(other, effect, key=lambda carried: len(carried.source))
+            raise FormatError(
+                f"{file.path}: {sources} both change {effect.name!r}; save one adapter at a time"
+            )
+        effects[effect.role, effect.name] = min(
+            other, effect, key=lambda carried: len(carried.source)
+        )
     # PEFT saves the trained tokens of a tied head, too, but states the rows of one of the two.
     stating = [effect for effect in effects.values() if effect.role == "tokens" and effect.indices]
     for key, effect in effects.items():
         if effect.role == "tokens" and not effect.indices:
-            twin = next((other for other in stating if equal(stored[other.source], stored[effect.source])), None)
+            twin = next(
+                (other for other in stating if equal(stored[other.source], stored[effect.source])),
+                None,
+            )
             if twin is None:
                 raise no_indices(config, effect.module, None)
             effects[key] = replace(effect, indices=twin.indices)
     return PeftAdapter(path, config, (file,), modules, tuple(effects.values()), tuple(wrapped))
 
 
-def _sort(file: TensorFile, method: PeftMethod | None) -> tuple[dict[str, dict[str, str]], list[TensorRole]]:
+def _sort(
+    file: TensorFile, method: PeftMethod | None
+) -> tuple[dict[str, dict[str, str]], list[TensorRole]]:
     """Sort every tensor by role: module → factor → tensor, and the tensors other than factors."""
     factors_of: dict[str, dict[str, str]] = {}
     shared: dict[str, str] = {}
@@ -476,7 +540,9 @@ def _sort(file: TensorFile, method: PeftMethod | None) -> tuple[dict[str, dict[s
 def _factor_of(name: str, method: PeftMethod | None) -> tuple[str, str] | None:
     """Find the module and the factor that a normalised name means, of LoRA or of another method; None for another tensor."""
     if method is not None:
-        match = re.match(rf"^(?P<module>.+)\.(?P<factor>{method.roles})(?:\.[^.]+)?(?:\.weight)?$", name)
+        match = re.match(
+            rf"^(?P<module>.+)\.(?P<factor>{method.roles})(?:\.[^.]+)?(?:\.weight)?$", name
+        )
         return (match["module"], match["factor"]) if match else None
     role, found = classify(name)
     factor = "magnitude" if role == "magnitude" else found.groupdict().get("factor")
@@ -490,19 +556,29 @@ def _check_pairs(file: TensorFile, factors_of: Mapping[str, Mapping[str, str]]) 
             raise FormatError(f"{file.path}: module {name!r} has {have}; save the adapter again")
 
 
-def lora_module(name: str, factors: Mapping[str, TensorInfo], where: Path, config: AdapterConfig) -> LoraModule:
+def lora_module(
+    name: str, factors: Mapping[str, TensorInfo], where: Path, config: AdapterConfig
+) -> LoraModule:
     """Make a module from the tensors of its factors, by role; `where` is the weights file, for messages."""
     a, b, magnitude = factors["A"], factors["B"], factors.get("magnitude")
     roles, dimensions = {classify(normalize(info.name))[0] for info in (a, b)}, len(a.shape)
-    layer_kind = "embedding" if roles == {"embedding"} else "convolution" if dimensions > 2 else "linear"
+    layer_kind = (
+        "embedding" if roles == {"embedding"} else "convolution" if dimensions > 2 else "linear"
+    )
     most = 2 if layer_kind == "embedding" else 5
     is_product = len(roles) == 1 and len(b.shape) == dimensions and 2 <= dimensions <= most
-    is_product &= b.shape[1:2] == a.shape[:1] and math.prod(b.shape[2:]) == 1 and 0 not in (*a.shape, *b.shape)
+    is_product &= (
+        b.shape[1:2] == a.shape[:1]
+        and math.prod(b.shape[2:]) == 1
+        and 0 not in (*a.shape, *b.shape)
+    )
     if not is_product or (magnitude is not None and math.prod(magnitude.shape) != b.shape[0]):
         shapes = f"lora_B {list(b.shape)} and lora_A {list(a.shape)}"
         shapes += f" with magnitudes {list(magnitude.shape)}" if magnitude else ""
         what = "do not multiply to the delta of a layer (of one group, if it is a convolution)"
-        raise FormatError(f"{where}: module {name!r}: {shapes} {what}; save the adapter again, or use it unmerged")
+        raise FormatError(
+            f"{where}: module {name!r}: {shapes} {what}; save the adapter again, or use it unmerged"
+        )
     rank = a.shape[0]
     # PEFT looks up a parameter's rank and alpha by the parameter's name.
     named = rules.targeted_parameters(config, name)
@@ -515,25 +591,37 @@ def lora_module(name: str, factors: Mapping[str, TensorInfo], where: Path, confi
             f"saved with these weights, or, if the config is wrong, set use_dora to {str(magnitude is not None).lower()}"
         )
     lengths = magnitude.name if magnitude else ""
-    return LoraModule(name, a.name, b.name, rank, scaling, shape, layer_kind, a.shape[2:], magnitude=lengths)
+    return LoraModule(
+        name, a.name, b.name, rank, scaling, shape, layer_kind, a.shape[2:], magnitude=lengths
+    )
 
 
 METADATA_KEY = "lora_adapter_metadata"
 TRAINERS_KEY = "lora_config"
 """Metadata in which finetrainers states a LoRA config; diffusers does not read it."""
 
-FACTOR = {"lora_A": "A", "lora_down": "A", "lora_B": "B", "lora_up": "B", "lora_magnitude_vector": "magnitude"}
+FACTOR = {
+    "lora_A": "A",
+    "lora_down": "A",
+    "lora_B": "B",
+    "lora_up": "B",
+    "lora_magnitude_vector": "magnitude",
+}
 
 
 _TEXT_DORA = re.compile(r"^text_encoder.*\.lora_magnitude_vector\b")
 _COMPONENT = r"(?:unet|transformer|text_encoder|text_encoder_2)"
 
 NAMINGS = {
-    "diffusers'": (rf"^(?P<module>{_COMPONENT}\..+)\.(?:(?P<factor>lora_[AB](?=\.)|lora_magnitude_vector)(?:\.weight)?|alpha)$",
-                   rf"^{_COMPONENT}\..*\.lora_[AB]\.weight$"),
-    "kohya's": (r"^(?P<module>lora_(?:unet|te|te1|te2)_\w+)\.(?:(?P<factor>lora_down|lora_up)\.weight|alpha)$",
-                r"^lora_[a-z0-9]+_\w+\.(?:lora_down|lora_up|lora_mid)\.weight$"),
-}  # fmt: skip
+    "diffusers'": (
+        rf"^(?P<module>{_COMPONENT}\..+)\.(?:(?P<factor>lora_[AB](?=\.)|lora_magnitude_vector)(?:\.weight)?|alpha)$",
+        rf"^{_COMPONENT}\..*\.lora_[AB]\.weight$",
+    ),
+    "kohya's": (
+        r"^(?P<module>lora_(?:unet|te|te1|te2)_\w+)\.(?:(?P<factor>lora_down|lora_up)\.weight|alpha)$",
+        r"^lora_[a-z0-9]+_\w+\.(?:lora_down|lora_up|lora_mid)\.weight$",
+    ),
+}
 """Whose names a pipeline's adapter has → patterns of the tensors that it may hold, and of those by which it is recognised."""
 
 
@@ -542,7 +630,10 @@ class PipelineAdapter(PeftAdapter):
 
     def identity(self) -> AdapterIdentity:
         """Digest the whole file."""
-        identity: AdapterIdentity = {"weights_sha256": self.weights_sha256(), "modules": len(self.modules)}
+        identity: AdapterIdentity = {
+            "weights_sha256": self.weights_sha256(),
+            "modules": len(self.modules),
+        }
         return {**self._stated(), **identity}
 
     @property
@@ -555,7 +646,11 @@ def _weights_file(path: Path) -> Path | None:
     """Find the only file that may hold a pipeline's adapter: diffusers' name, or the only safetensors file, unless PEFT's files exist."""
     if path.is_file():
         return path if path.suffix == ".safetensors" else None
-    if not path.is_dir() or (path / rules.CONFIG_NAME).exists() or (path / rules.WEIGHTS_NAME).exists():
+    if (
+        not path.is_dir()
+        or (path / rules.CONFIG_NAME).exists()
+        or (path / rules.WEIGHTS_NAME).exists()
+    ):
         return None
     if (path / rules.LORA_NAME).exists():
         return path / rules.LORA_NAME
@@ -570,7 +665,9 @@ def _modules(file: TensorFile, whose: str, stated: Stated) -> dict[str, Module]:
     for info in file.header.tensors:
         match = re.match(NAMINGS[whose][0], info.name)
         if match and not _TEXT_DORA.match(info.name):
-            tensors_of.setdefault(match["module"], {})[FACTOR.get(match["factor"], "alpha")] = info.name
+            tensors_of.setdefault(match["module"], {})[FACTOR.get(match["factor"], "alpha")] = (
+                info.name
+            )
         else:
             refused.append(info.name)
     if refused:
@@ -582,7 +679,9 @@ def _modules(file: TensorFile, whose: str, stated: Stated) -> dict[str, Module]:
     configs = _configs(file, whose, tensors_of, stated)
     modules: dict[str, Module] = {}
     for name, tensors in tensors_of.items():
-        factors = {role: file.header.by_name[tensor] for role, tensor in tensors.items() if role != "alpha"}
+        factors = {
+            role: file.header.by_name[tensor] for role, tensor in tensors.items() if role != "alpha"
+        }
         for info in factors.values():
             float_dtype(info, str(file.path))
         unscaled = {"lora_alpha": factors["A"].shape[0] if factors["A"].shape else 1}
@@ -594,8 +693,9 @@ def _modules(file: TensorFile, whose: str, stated: Stated) -> dict[str, Module]:
     return modules
 
 
-def _configs(file: TensorFile, whose: str, tensors_of: Mapping[str, Mapping[str, str]],
-             stated: Stated) -> dict[str, AdapterConfig | None]:  # fmt: skip
+def _configs(
+    file: TensorFile, whose: str, tensors_of: Mapping[str, Mapping[str, str]], stated: Stated
+) -> dict[str, AdapterConfig | None]:
     """Find the config of each module; None where nothing states a scaling, which is then 1.
 
     Raises
@@ -611,10 +711,14 @@ def _configs(file: TensorFile, whose: str, tensors_of: Mapping[str, Mapping[str,
                 f"{file.path}: has both alphas and a LoRA config in its metadata, so its scaling is ambiguous; save it again"
             )
         if lacking := [name for name in tensors_of if name.partition(".")[0] not in in_metadata]:
-            raise FormatError(f"{file.path}: the metadata has no LoRA config of {lacking[0]!r}; save the adapter again")
+            raise FormatError(
+                f"{file.path}: the metadata has no LoRA config of {lacking[0]!r}; save the adapter again"
+            )
         return {name: in_metadata[name.partition(".")[0]] for name in tensors_of}
     peft_config = file.path.with_name(rules.CONFIG_NAME)
-    is_its_own = file.path.name == rules.WEIGHTS_NAME or not file.path.with_name(rules.WEIGHTS_NAME).exists()
+    is_its_own = (
+        file.path.name == rules.WEIGHTS_NAME or not file.path.with_name(rules.WEIGHTS_NAME).exists()
+    )
     if not alphas and is_its_own and peft_config.is_file():
         values = read_json_object(peft_config)
         patterns = any(map(values.get, ("alpha_pattern", "rank_pattern", "use_rslora")))
@@ -633,7 +737,9 @@ def _configs(file: TensorFile, whose: str, tensors_of: Mapping[str, Mapping[str,
         alpha = StoredTensor(file, file.header.by_name[tensor])
         dtype, shape = alpha.info.dtype, alpha.info.shape
         if shape not in ((), (1,)) or not (dtype in FLOATS or dtype.startswith("I")):
-            raise FormatError(f"{file.path}: {tensor!r}: expected one number, found {dtype} of shape {list(shape)}")
+            raise FormatError(
+                f"{file.path}: {tensor!r}: expected one number, found {dtype} of shape {list(shape)}"
+            )
         configs[name] = AdapterConfig({"lora_alpha": float(alpha.whole().item())}, file.path)
     return configs
 
@@ -651,7 +757,9 @@ def _metadata(file: TensorFile, stated: Stated) -> dict[str, AdapterConfig] | No
     except (ValueError, AttributeError) as e:
         problem = f"{METADATA_KEY} of its metadata: expected a JSON object: {e}"
         raise FormatError(f"{file.path}: {problem}; save it again") from None
-    configs = {component: AdapterConfig(config, file.path, stated) for component, config in values.items()}
+    configs = {
+        component: AdapterConfig(config, file.path, stated) for component, config in values.items()
+    }
     for config in configs.values():
         rules.refuse_kinds(config)
     return configs

@@ -83,7 +83,9 @@ class AdapterConfig:
         """Return the model that the adapter was trained on: a hub id or a path."""
         return self.values.get("base_model_name_or_path")
 
-    def number(self, pattern_key: str, key: str, module: str, default: float | None = None) -> float:
+    def number(
+        self, pattern_key: str, key: str, module: str, default: float | None = None
+    ) -> float:
         """Return a module's number: from the first matching pattern, else from the config, else the default.
 
         Raises
@@ -93,7 +95,9 @@ class AdapterConfig:
         """
         patterns = self.values.get(pattern_key) or {}
         if not isinstance(patterns, dict):
-            raise FormatError(f"{self.path}: {pattern_key}: expected an object, found {type(patterns).__name__}")
+            raise FormatError(
+                f"{self.path}: {pattern_key}: expected an object, found {type(patterns).__name__}"
+            )
         try:
             pattern = first_match(patterns, module)
         except ValueError as e:
@@ -115,14 +119,20 @@ class AdapterConfig:
         stated = self.number("rank_pattern", "r", module, default=rank)
         if stated != rank:
             ranks = f"expected rank {stated:g} by the config, found {rank} rows in lora_A"
-            raise MismatchError(f"{self.path}: module {module!r}: {ranks}; config and weights belong to different adapters")  # fmt: skip
+            raise MismatchError(
+                f"{self.path}: module {module!r}: {ranks}; config and weights belong to different adapters"
+            )
         alpha = self.number("alpha_pattern", "lora_alpha", module)
-        return self._finite(alpha / math.sqrt(rank) if self.values.get("use_rslora") else alpha / rank, module)
+        return self._finite(
+            alpha / math.sqrt(rank) if self.values.get("use_rslora") else alpha / rank, module
+        )
 
     def method_scaling(self, module: str) -> tuple[int, float]:
         """Return the rank and the scaling ``alpha/r`` of a module of a method other than LoRA."""
         rank = int(self.number("rank_pattern", "r", module))
-        return rank, self._finite(self.number("alpha_pattern", "alpha", module) / rank if rank else 0.0, module)
+        return rank, self._finite(
+            self.number("alpha_pattern", "alpha", module) / rank if rank else 0.0, module
+        )
 
     def _finite(self, scaling: float, module: str) -> float:
         if not math.isfinite(scaling) or scaling == 0:
@@ -137,7 +147,9 @@ def stated_options(identity: Mapping[str, Any]) -> list[str]:
     words = ["--base-is-residual"] if identity.get("base_is_residual") else []
     if layout := identity.get("lora_b_layout"):
         words += ["--lora-b-layout", layout]
-    return words + [word for key in identity.get("ignored_keys", ()) for word in ("--ignore-key", key)]
+    return words + [
+        word for key in identity.get("ignored_keys", ()) for word in ("--ignore-key", key)
+    ]
 
 
 def first_match(patterns: Iterable[str], module: str) -> str | None:
@@ -150,13 +162,20 @@ def first_match(patterns: Iterable[str], module: str) -> str | None:
         Configs are downloaded and not trusted.
     """
     for pattern in patterns:
-        if re.search(r"[*+?|}].*\)[*+{]", pattern) or sum(map(pattern.count, ("*", "+", ",}"))) > MAX_REPEATS:
-            raise ValueError(f"pattern {quoted(pattern)} may never finish matching; write it without repeated groups")
+        if (
+            re.search(r"[*+?|}].*\)[*+{]", pattern)
+            or sum(map(pattern.count, ("*", "+", ",}"))) > MAX_REPEATS
+        ):
+            raise ValueError(
+                f"pattern {quoted(pattern)} may never finish matching; write it without repeated groups"
+            )
         try:
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return pattern
         except (re.error, OverflowError, RecursionError) as e:
-            raise ValueError(f"pattern {quoted(pattern)} is not a regular expression: {e}") from None
+            raise ValueError(
+                f"pattern {quoted(pattern)} is not a regular expression: {e}"
+            ) from None
     return None
 
 
@@ -193,8 +212,11 @@ class Wrapped:
         return f"{self.module}.{parameter}".removesuffix(".weight")
 
 
-def find_wrapped(pairs: Mapping[str, Mapping[str, str]], config: AdapterConfig,
-                 is_matrix: Callable[[str, str], bool]) -> tuple[list[Wrapped], list[str]]:  # fmt: skip
+def find_wrapped(
+    pairs: Mapping[str, Mapping[str, str]],
+    config: AdapterConfig,
+    is_matrix: Callable[[str, str], bool],
+) -> tuple[list[Wrapped], list[str]]:
     """Find the wrapped modules among those with factors, and everything that is wrong with them, one phrase each.
 
     Parameters
@@ -216,12 +238,20 @@ def find_wrapped(pairs: Mapping[str, Mapping[str, str]], config: AdapterConfig,
         bare = parameters & set(config.strings("target_parameters")) - {"weight"}
         if bare and len(layers) == 1 and is_matrix(name, factors["A"]):
             parameters -= bare
-        if not parameters or (parameters == {"weight"} and is_matrix(f"{name}.weight", factors["A"])):
+        if not parameters or (
+            parameters == {"weight"} and is_matrix(f"{name}.weight", factors["A"])
+        ):
             continue
         if len(parameters) != len(layers):
             named = f"{len(parameters)} of its parameters ({listed(sorted(parameters))})"
-            wrong.append(f"module {name!r}: target_parameters names {named}, but there are factors for {len(layers)}")
-        wrapped.append(Wrapped(name, tuple(sorted(parameters)), tuple((f["A"], f["B"]) for f in reversed(layers))))
+            wrong.append(
+                f"module {name!r}: target_parameters names {named}, but there are factors for {len(layers)}"
+            )
+        wrapped.append(
+            Wrapped(
+                name, tuple(sorted(parameters)), tuple((f["A"], f["B"]) for f in reversed(layers))
+            )
+        )
     layer_names = {name for w in wrapped for name in w.layers}
     strays = [name for name in pairs if name.endswith(INNER) and name not in layer_names]
     wrong += [f"module {name!r}: target_parameters names none of its parameters" for name in strays]
@@ -231,7 +261,11 @@ def find_wrapped(pairs: Mapping[str, Mapping[str, str]], config: AdapterConfig,
 def targeted_parameters(config: AdapterConfig, module: str) -> set[str]:
     """List a module's parameters that a config names, by their own names; PEFT's rule."""
     named = {target: target.rpartition(".")[2] for target in config.strings("target_parameters")}
-    return {parameter for target, parameter in named.items() if f".{module}.{parameter}".endswith(f".{target}")}
+    return {
+        parameter
+        for target, parameter in named.items()
+        if f".{module}.{parameter}".endswith(f".{target}")
+    }
 
 
 def layout_refusals(config: AdapterConfig) -> list[str]:
@@ -241,7 +275,9 @@ def layout_refusals(config: AdapterConfig) -> list[str]:
     if rows - {"grouped_by_expert"}:
         return [f"lora_A_layout is {listed(sorted(rows))}, expected grouped_by_expert"]
     if len(columns) > 1 or columns - ({stated} if stated else {*_LAYOUTS}):
-        expected = f"{stated} (as --lora-b-layout says; leave it out)" if stated else " or ".join(_LAYOUTS)
+        expected = (
+            f"{stated} (as --lora-b-layout says; leave it out)" if stated else " or ".join(_LAYOUTS)
+        )
         return [f"{LAYOUT_KEY} is {listed(sorted(columns))}, expected {expected} for all experts"]
     return []
 
@@ -352,13 +388,30 @@ NEUTRAL = {
 _EVERY_METHOD = NEUTRAL | {
     # Read: the method; the orientation of square experts, by version; the class of a merged model, by task; modules saved whole; ranks and
     # scalings; which biases are saved; whether the base stores (in, out).
-    "peft_type", "peft_version", "task_type", "modules_to_save", "r", "rank_pattern", "alpha_pattern", "bias", "fan_in_fan_out",
+    "peft_type",
+    "peft_version",
+    "task_type",
+    "modules_to_save",
+    "r",
+    "rank_pattern",
+    "alpha_pattern",
+    "bias",
+    "fan_in_fan_out",
     # Where the adapter is attached: the tensor names say the same.
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
-}  # fmt: skip
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+}
 
 # The scaling is read; the tensors show use_effective_conv2d, whose cores are refused; the other keys concern training and initial values.
-_LYCORIS = _EVERY_METHOD | {"alpha", "rank_dropout", "module_dropout", "init_weights", "use_effective_conv2d"}
+_LYCORIS = _EVERY_METHOD | {
+    "alpha",
+    "rank_dropout",
+    "module_dropout",
+    "init_weights",
+    "use_effective_conv2d",
+}
 
 KNOWN_KEYS = {
     # Read: the scaling; initialisations; whether the adapter has magnitudes, or biases beside lora_B; the rows of trained tokens;
@@ -413,7 +466,11 @@ def refusals(config: AdapterConfig) -> list[str]:
     kind = config.peft_type
     if not isinstance(kind, str) or kind not in KNOWN_KEYS:
         return [f"{kind} adapter: {_NOT_KNOWN}; {INSTEAD}"]
-    rules = [r for r in RULES if r.method == kind and not (r.kind == RESIDUAL and config.stated.base_is_residual)]
+    rules = [
+        r
+        for r in RULES
+        if r.method == kind and not (r.kind == RESIDUAL and config.stated.base_is_residual)
+    ]
     reasons = [
         f"{rule.kind}: {rule.reason}"
         for rule in rules
@@ -426,14 +483,20 @@ def refusals(config: AdapterConfig) -> list[str]:
     if unknown := [key for key in unknown_keys(config) if key not in config.stated.ignore_keys]:
         what = listed(f"{quoted(key, 30)} ({quoted(config.values[key], 30)})" for key in unknown)
         keys = "keys" if len(unknown) > 1 else "key"
-        reasons.append(f"unknown {keys} {what}, which may change the delta; pass --ignore-key KEY if KEY does not")
+        reasons.append(
+            f"unknown {keys} {what}, which may change the delta; pass --ignore-key KEY if KEY does not"
+        )
     return reasons
 
 
 def unknown_keys(config: AdapterConfig) -> list[str]:
     """List the nonempty keys of a config that are not known, whether or not the user ignores them."""
     known = KNOWN_KEYS.get(config.peft_type, set())
-    return [k for k, v in config.values.items() if k not in known and v is not False and v not in (None, "", [], {})]
+    return [
+        k
+        for k, v in config.values.items()
+        if k not in known and v is not False and v not in (None, "", [], {})
+    ]
 
 
 def is_residual(config: AdapterConfig) -> bool:
@@ -445,8 +508,15 @@ def version_notes(config: AdapterConfig) -> Iterator[str]:
     """Warn of what PEFT computed otherwise before 0.18, from which on configs state the version that trained them."""
     says = "the config states no peft_version; if PEFT {} trained the adapter, this result differs: {} meant something else"
     patterns = f"{config.get('rank_pattern')} {config.get('alpha_pattern')}"
-    series = config.get("use_cayley_neumann") and config.get("num_cayley_neumann_terms") not in (1, 2)
-    if not config.get("peft_version") and config.peft_type == "LORA" and re.search(r"[|^]", patterns):
+    series = config.get("use_cayley_neumann") and config.get("num_cayley_neumann_terms") not in (
+        1,
+        2,
+    )
+    if (
+        not config.get("peft_version")
+        and config.peft_type == "LORA"
+        and re.search(r"[|^]", patterns)
+    ):
         yield says.format("up to 0.14", "'|' and '^' in rank_pattern and alpha_pattern")
     if not config.get("peft_version") and config.peft_type == "OFT" and series:
         yield says.format("before 0.18", "num_cayley_neumann_terms")
@@ -462,7 +532,9 @@ def mitigated_before(metadata: Mapping[str, str]) -> list[str]:
     if not mitigated:
         return []
     how = f"by `streamer mitigate` with method {method}"
-    return [f"the adapter is mitigated already, {how}: lambda 1 leaves it unchanged, any other is applied in addition"]
+    return [
+        f"the adapter is mitigated already, {how}: lambda 1 leaves it unchanged, any other is applied in addition"
+    ]
 
 
 def refuse_other_formats(path: Path) -> None:

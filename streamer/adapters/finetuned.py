@@ -69,7 +69,13 @@ class FinetunedModel(DeltaSource):
         modules = {name: m for name, m in self.modules.items() if f"{name}.weight" not in copies}
         carried = tuple(c for c in self.carried if c.source not in copies)
         matrices = tuple(name for name in self.carried_matrices if name not in copies)
-        return replace(self, modules=modules, carried=carried, carried_matrices=matrices, copies=frozenset(copies))
+        return replace(
+            self,
+            modules=modules,
+            carried=carried,
+            carried_matrices=matrices,
+            copies=frozenset(copies),
+        )
 
     @property
     def parameters(self) -> list[str]:
@@ -78,13 +84,17 @@ class FinetunedModel(DeltaSource):
 
     def identity(self) -> AdapterIdentity:
         """Digest headers and samples, as for a base."""
-        files = checkpoint.checkpoint_identity({file.path.name: file for file in self.files})["files"]
+        files = checkpoint.checkpoint_identity({file.path.name: file for file in self.files})[
+            "files"
+        ]
         return {"files": files, "modules": len(self.modules)}
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Name the matrices that are carried along without being judged."""
-        line = f"matrices carried along without findings: {listed(map(repr, self.carried_matrices))}"
+        line = (
+            f"matrices carried along without findings: {listed(map(repr, self.carried_matrices))}"
+        )
         return (line,) if self.carried_matrices else ()
 
     def stored_sum(self, module: Module) -> StoredTensor | None:
@@ -100,7 +110,9 @@ def is_model(path: Path) -> bool:
     return holds and not (path / CONFIG_NAME).exists()
 
 
-def open_finetuned(path: Path, base: Checkpoint, role_of: Callable[[TensorInfo], str], io: IOMode) -> FinetunedModel:
+def open_finetuned(
+    path: Path, base: Checkpoint, role_of: Callable[[TensorInfo], str], io: IOMode
+) -> FinetunedModel:
     """Open a fine-tuned model as deltas of a base.
 
     Parameters
@@ -117,7 +129,9 @@ def open_finetuned(path: Path, base: Checkpoint, role_of: Callable[[TensorInfo],
     model_config = read_model_config(path)
     tuned = checkpoint.open_checkpoint(path, io)
     if {f.stamp for f in tuned.files.values()} == {f.stamp for f in base.files.values()}:
-        raise InputError(f"{path}: is the base itself; name the adapter, or the model that was trained from the base")
+        raise InputError(
+            f"{path}: is the base itself; name the adapter, or the model that was trained from the base"
+        )
     config = AdapterConfig({**model_config.values, "peft_type": METHOD}, path / MODEL_CONFIG)
     modules: dict[str, Module] = {}
     carried: list[Carried] = []
@@ -132,7 +146,11 @@ def open_finetuned(path: Path, base: Checkpoint, role_of: Callable[[TensorInfo],
                 kind, stored = "weight" if role == "out,in" else "conv1d", info.shape[1:]
                 m, n = stored if role == "out,in" else stored[::-1]
                 named, shapes = {kind: info.name}, {kind: stored}
-                stacks.append(MethodModule(info.name, PEFT_METHODS[METHOD], config, named, shapes, shape=(m, n)))
+                stacks.append(
+                    MethodModule(
+                        info.name, PEFT_METHODS[METHOD], config, named, shapes, shape=(m, n)
+                    )
+                )
             elif role:
                 modules[module] = MethodModule(
                     module, PEFT_METHODS[METHOD], config, {role: info.name}, {role: info.shape}
@@ -143,7 +161,9 @@ def open_finetuned(path: Path, base: Checkpoint, role_of: Callable[[TensorInfo],
                 if matrix and not resized and not parameter.endswith("bias"):
                     carried_matrices.append(info.name)
     files, matrices = tuple(tuned.files.values()), tuple(carried_matrices)
-    return FinetunedModel(path, config, files, modules, tuple(carried), (), model_config, tuple(stacks), matrices)
+    return FinetunedModel(
+        path, config, files, modules, tuple(carried), (), model_config, tuple(stacks), matrices
+    )
 
 
 FILES = (CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin", LORA_NAME)
@@ -192,13 +212,18 @@ class AdapterPaths:
         refuse_symlink(output)
         if output.exists() and not output.is_dir():
             raise OutputExistsError(
-                f"{output}: for several adapters -o is a directory, found a file; name a directory", output
+                f"{output}: for several adapters -o is a directory, found a file; name a directory",
+                output,
             )
         return [output / name for name in self.by_name]
 
     def findings_files(self, output: Path) -> list[Path]:
         """List the file for each adapter's findings, of several all in one directory; see `directories`."""
-        return [output] if self.single else [p.with_name(f"{p.name}.safetensors") for p in self.directories(output)]
+        return (
+            [output]
+            if self.single
+            else [p.with_name(f"{p.name}.safetensors") for p in self.directories(output)]
+        )
 
     def collected(self, results: Sequence[T]) -> T | ByName[T]:
         """Return the only result, or the results by name."""
@@ -209,7 +234,11 @@ def one_or_several(adapters: str | Path | Sequence[str | Path]) -> AdapterPaths:
     """Decide by the argument: a list, or a directory of adapters, means several."""
     if not isinstance(adapters, str | Path):
         return AdapterPaths(named_adapters(adapters))
-    return AdapterPaths(named_adapters([adapters])) if holds_adapters(adapters) else AdapterPaths.of_one(adapters)
+    return (
+        AdapterPaths(named_adapters([adapters]))
+        if holds_adapters(adapters)
+        else AdapterPaths.of_one(adapters)
+    )
 
 
 def holds_adapters(path: str | Path) -> bool:
@@ -232,8 +261,14 @@ def named_adapters(adapters: Sequence[str | Path]) -> dict[str, Path]:
     for root in map(Path, adapters):
         several = holds_adapters(root)
         # The user may mean a model as a fine-tuned model, or it may be the base.
-        if several and (models := sorted(p.name for p in _directories(root) if is_model(p) and not _is_adapter(p))):
-            raise UsageError(f"{root}: holds a model beside the adapters, {models[0]!r}; list the adapters one by one")
+        if several and (
+            models := sorted(
+                p.name for p in _directories(root) if is_model(p) and not _is_adapter(p)
+            )
+        ):
+            raise UsageError(
+                f"{root}: holds a model beside the adapters, {models[0]!r}; list the adapters one by one"
+            )
         for path in _inside(root) if several else [root]:
             name = Path(os.path.abspath(path)).name.removesuffix(".safetensors")
             if name in by_name and os.path.realpath(path) == os.path.realpath(by_name[name]):

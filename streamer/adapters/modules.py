@@ -91,7 +91,9 @@ def _loha(p: MethodInputs, W0: Tensor) -> Delta:
 
 
 def _lokr_sides(s: Shapes) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    first, second = (s.get(f"lokr_w{i}") or _product(s[f"lokr_w{i}_a"], s[f"lokr_w{i}_b"]) for i in (1, 2))
+    first, second = (
+        s.get(f"lokr_w{i}") or _product(s[f"lokr_w{i}_a"], s[f"lokr_w{i}_b"]) for i in (1, 2)
+    )
     return first, second
 
 
@@ -103,7 +105,10 @@ def _lokr_fits(s: Shapes, shape: tuple[int, int]) -> bool:
 def _lokr(p: MethodInputs, W0: Tensor) -> Delta:
     """Compute ``w1 ⊗ w2``; either may itself be a product."""
     t = p.tensors
-    w1, w2 = (t[f"lokr_w{i}"] if f"lokr_w{i}" in t else t[f"lokr_w{i}_a"] @ t[f"lokr_w{i}_b"] for i in (1, 2))
+    w1, w2 = (
+        t[f"lokr_w{i}"] if f"lokr_w{i}" in t else t[f"lokr_w{i}_a"] @ t[f"lokr_w{i}_b"]
+        for i in (1, 2)
+    )
     if w2.dim() == 4:
         w1 = w1[:, :, None, None]
     return Dense(torch.kron(w1, w2.contiguous()).reshape(p.shape).mul_(p.scaling))
@@ -111,7 +116,11 @@ def _lokr(p: MethodInputs, W0: Tensor) -> Delta:
 
 def _adalora_fits(s: Shapes, shape: tuple[int, int]) -> bool:
     is_number = math.prod(s.get("ranknum", ())) == 1
-    return is_number and _product(s["lora_B"], s["lora_A"]) == shape and math.prod(s["lora_E"]) == s["lora_A"][0]
+    return (
+        is_number
+        and _product(s["lora_B"], s["lora_A"]) == shape
+        and math.prod(s["lora_E"]) == s["lora_A"][0]
+    )
 
 
 def _adalora(p: MethodInputs, W0: Tensor) -> Delta:
@@ -178,7 +187,11 @@ def _oft(p: MethodInputs, W0: Tensor) -> Delta:
         eps = float(p.config.get("eps", 6e-5)) / math.sqrt(len(Q))
         norms = torch.linalg.matrix_norm(Q)[:, None, None]
         Q = torch.where(norms <= eps, Q, eps * Q / norms)
-    terms = int(p.config.get("num_cayley_neumann_terms", 5)) if p.config.get("use_cayley_neumann") else None
+    terms = (
+        int(p.config.get("num_cayley_neumann_terms", 5))
+        if p.config.get("use_cayley_neumann")
+        else None
+    )
     R = _cayley(Q, terms).to(W0.dtype)
     return Dense(_rotated(W0, R, embedding=role == "oft_embedding_R") - W0)
 
@@ -194,7 +207,12 @@ def _rotated(W0: Tensor, R: Tensor, embedding: bool = False) -> Tensor:
 
 def _boft_fits(s: Shapes, shape: tuple[int, int]) -> bool:
     factors, blocks, size, other = s["boft_R"]
-    return factors == 1 and size == other and blocks * size == shape[1] and math.prod(s["boft_s"]) == shape[0]
+    return (
+        factors == 1
+        and size == other
+        and blocks * size == shape[1]
+        and math.prod(s["boft_s"]) == shape[0]
+    )
 
 
 def _boft(p: MethodInputs, W0: Tensor) -> Delta:
@@ -216,7 +234,9 @@ def _miss(p: MethodInputs, W0: Tensor) -> Delta:
     block, (m, n) = p.tensors["miss_block"], p.shape
     if block.dim() == 3:
         size = block.shape[-1]
-        products = torch.einsum("aibj,ajk->aibk", W0.reshape(m // size, size, n // size, size), block)
+        products = torch.einsum(
+            "aibj,ajk->aibk", W0.reshape(m // size, size, n // size, size), block
+        )
         return Dense((products + block[:, :, None, :]).reshape(m, n))
     return Dense(block.T.repeat(1, -(-n // len(block)))[:, :n].contiguous())
 
@@ -230,12 +250,17 @@ def _shira(p: MethodInputs, W0: Tensor) -> Delta:
     """Place values at their rows and columns."""
     rows, columns = p.tensors["shira_indices"].long()
     m, n = p.shape
-    if not (0 <= int(rows.min()) <= int(rows.max()) < m and 0 <= int(columns.min()) <= int(columns.max()) < n):
+    if not (
+        0 <= int(rows.min()) <= int(rows.max()) < m
+        and 0 <= int(columns.min()) <= int(columns.max()) < n
+    ):
         raise NumericError(
             f"shira_indices: expected rows and columns of a matrix of {[m, n]}, found others; save the adapter again"
         )
     delta = torch.zeros(m, n, dtype=W0.dtype, device=W0.device)
-    return Dense(delta.index_put_((rows, columns), p.tensors["shira_weight"].to(W0.dtype), accumulate=True))
+    return Dense(
+        delta.index_put_((rows, columns), p.tensors["shira_weight"].to(W0.dtype), accumulate=True)
+    )
 
 
 def _delora_fits(s: Shapes, shape: tuple[int, int]) -> bool:
@@ -247,7 +272,9 @@ def _delora(p: MethodInputs, W0: Tensor) -> Delta:
     """Compute ``λ/r · B A`` with columns of B and rows of A of length 1, times the lengths of W0's columns at the start."""
     A, B, t = p.tensors["delora_A"], p.tensors["delora_B"], p.tensors
     lengths = (torch.linalg.vector_norm(x, dim=d).clamp(min=1e-4) for x, d in ((A, 1), (B, 0)))
-    return LowRank(B * (t["delora_lambda"] / len(A) / math.prod(lengths)), (A * t["delora_w_norm"]).T)
+    return LowRank(
+        B * (t["delora_lambda"] / len(A) / math.prod(lengths)), (A * t["delora_w_norm"]).T
+    )
 
 
 def _hra_fits(s: Shapes, shape: tuple[int, int]) -> bool:
@@ -331,7 +358,11 @@ Shape = tuple[int, ...]
 
 def values_of(stored: StoredTensor, index: tuple[slice, ...] = ()) -> Tensor:
     """Copy an adapter's tensor, or some of its rows and columns, to its computing dtype."""
-    dtype = torch.float32 if stored.info.dtype in INDICES else float_dtype(stored.info, str(stored.file.path))
+    dtype = (
+        torch.float32
+        if stored.info.dtype in INDICES
+        else float_dtype(stored.info, str(stored.file.path))
+    )
     return stored.whole()[index].to(torch.promote_types(dtype, torch.float32), copy=True)
 
 
@@ -409,7 +440,11 @@ class LoraModule:
     def weight(self) -> Shape:
         """Return the shape of the weight in the model; for a linear layer, as stored (out, in)."""
         m, n = self.shape
-        return (n, m) if self.layer_kind == "embedding" else (m, n // math.prod(self.kernel), *self.kernel)
+        return (
+            (n, m)
+            if self.layer_kind == "embedding"
+            else (m, n // math.prod(self.kernel), *self.kernel)
+        )
 
     @property
     def expected(self) -> str:
@@ -418,9 +453,15 @@ class LoraModule:
 
     def product(self, A: Tensor, B: Tensor) -> LowRank:
         """Return ``scaling · B @ A`` as (out, in) factors, transposed if `delta_transposed`; A (r, n), B (m, r)."""
-        return LowRank(A.T * self.scaling, B) if self.delta_transposed else LowRank(B * self.scaling, A.T)
+        return (
+            LowRank(A.T * self.scaling, B)
+            if self.delta_transposed
+            else LowRank(B * self.scaling, A.T)
+        )
 
-    def delta(self, tensors: Mapping[str, StoredTensor], W0: Tensor | None, *, double: bool = False) -> Delta:
+    def delta(
+        self, tensors: Mapping[str, StoredTensor], W0: Tensor | None, *, double: bool = False
+    ) -> Delta:
         """Compute Δ (m, n), with ``W' = W0 + Δ``: ``scaling · B @ A`` as factors, or DoRA's in W0's dtype.
 
         Parameters
@@ -443,7 +484,11 @@ class LoraModule:
     def peak_bytes(self, itemsize: int) -> int:
         """Return the peak memory of `dora_delta`: W0, the delta, and up to four blocks of rows in float64; 0 for LoRA."""
         m, n = self.shape
-        return 0 if self.low_rank else 2 * itemsize * m * n + 4 * min(8 * m * n, max(BLOCK_BYTES, 8 * n))
+        return (
+            0
+            if self.low_rank
+            else 2 * itemsize * m * n + 4 * min(8 * m * n, max(BLOCK_BYTES, 8 * n))
+        )
 
     def copied_bytes(self, itemsize: int) -> int:
         """Return the memory of the module's tensors in the computing dtype, if they are kept beside Δ; else 0."""
@@ -511,13 +556,20 @@ class MethodModule:
         """Describe the tensor shapes that a weight must fit."""
         return "what fits " + listed(f"{role} {list(shape)}" for role, shape in self.shapes.items())
 
-    def delta(self, tensors: Mapping[str, StoredTensor], W0: Tensor | None, *, double: bool = False) -> Delta:
+    def delta(
+        self, tensors: Mapping[str, StoredTensor], W0: Tensor | None, *, double: bool = False
+    ) -> Delta:
         """Compute ``W' − W0`` by the method's formula."""
-        values = {role: values_of(self.stored(tensors[name])) for role, name in self.tensors.items()}
+        values = {
+            role: values_of(self.stored(tensors[name])) for role, name in self.tensors.items()
+        }
         if double:
             values = {role: t.double() for role, t in values.items()}
         if W0 is not None:
-            values = {role: t.to(W0.device, torch.promote_types(t.dtype, W0.dtype)) for role, t in values.items()}
+            values = {
+                role: t.to(W0.device, torch.promote_types(t.dtype, W0.dtype))
+                for role, t in values.items()
+            }
         inputs = MethodInputs(values, self.scaling, self.config, self.shape)
         return self.method.delta(inputs, torch.empty(0) if W0 is None else W0)
 
@@ -541,7 +593,11 @@ class MethodModule:
         shape = (n, m) if transposed else (m, n)
         try:
             fits = self.method.fits(self.shapes, shape)
-        except (KeyError, IndexError, ValueError):  # a tensor is missing or has the wrong number of dimensions
+        except (
+            KeyError,
+            IndexError,
+            ValueError,
+        ):  # a tensor is missing or has the wrong number of dimensions
             fits = False
         return replace(self, shape=shape) if fits else None
 

@@ -73,8 +73,13 @@ class Bars:
     def __call__(self, event: Event) -> None:
         """Draw an event of a stage that counts."""
         ends = event.total > 0 and event.done >= event.total
-        if self.bar is not None and (event.stage != self._event.stage or event.done < self._event.done):
-            self.bar.total, self.bar.leave = None, False  # a nested stage begins, so the bar must not look failed
+        if self.bar is not None and (
+            event.stage != self._event.stage or event.done < self._event.done
+        ):
+            self.bar.total, self.bar.leave = (
+                None,
+                False,
+            )  # a nested stage begins, so the bar must not look failed
             self.close()
         if self.bar is None:
             if ends:
@@ -127,14 +132,21 @@ def layout(event: Event, columns: int | None) -> dict[str, Any]:
     room = 24 if ncols is None else ncols - len(desc) - BESIDE  # more would wrap in a notebook
     narrow = NARROW if room + BESIDE >= len("|▌▌▌| 00:00<00:00") else NO_BAR
     postfix = _name(event, room) if room >= SHORTEST else ""
-    return {"desc": desc, "bar_format": FULL if room >= 0 else narrow, "postfix": postfix, "ncols": ncols}
+    return {
+        "desc": desc,
+        "bar_format": FULL if room >= 0 else narrow,
+        "postfix": postfix,
+        "ncols": ncols,
+    }
 
 
 def _name(event: Event, columns: int) -> str:
     """Shorten the names of adapter and matrix to fit, keeping the end of the matrix's name."""
     start = f"{event.adapter[:ADAPTER]}: " if event.adapter else ""
     name, room = event.name.removesuffix(".weight"), columns - len(start)
-    return printable(start + (name if len(name) <= room else "…" + name[len(name) - room + 1 :].lstrip(".")))
+    return printable(
+        start + (name if len(name) <= room else "…" + name[len(name) - room + 1 :].lstrip("."))
+    )
 
 
 def columns() -> int | None:
@@ -165,7 +177,9 @@ def watched(options: Watched) -> Iterator[Monitor]:
     """
     monitor, progress = options.monitor, options.progress
     if progress and monitor is not None:
-        raise UsageError("progress: the monitor receives the events; give it an on_event, or omit one of the two")
+        raise UsageError(
+            "progress: the monitor receives the events; give it an on_event, or omit one of the two"
+        )
     if progress is None:
         progress = options.on_event is None and monitor is None and in_notebook()
     listener = options.on_event or warn
@@ -230,7 +244,9 @@ def explained(kind: type) -> Callable[[Function], Function]:
         Class of the options.
     """
     options = {field.name: (field, option) for field, option, _ in declared(kind)}
-    keywords = {flag: f"`{name}`" for name, (_, option) in options.items() for flag in option.names(name)}
+    keywords = {
+        flag: f"`{name}`" for name, (_, option) in options.items() for flag in option.names(name)
+    }
 
     def text(name: str) -> str:
         field, option = options[name]
@@ -244,7 +260,9 @@ def explained(kind: type) -> Callable[[Function], Function]:
         signature = inspect.signature(function)
         parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         keyword_only = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type
+            )
             for name, (field, _) in options.items()
             if name not in signature.parameters
         ]
@@ -253,14 +271,24 @@ def explained(kind: type) -> Callable[[Function], Function]:
         @functools.wraps(function)
         def checked(*args: Any, **keywords_given: Any) -> Any:
             for name in keywords_given.keys() - set(names):
-                meant = "".join(f"; did you mean {near!r}?" for near in difflib.get_close_matches(name, names, 1))
-                raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}{meant}")
+                meant = "".join(
+                    f"; did you mean {near!r}?"
+                    for near in difflib.get_close_matches(name, names, 1)
+                )
+                raise TypeError(
+                    f"{function.__name__}() got an unexpected keyword argument {name!r}{meant}"
+                )
             return function(*args, **keywords_given)
 
         typed = {name: kind for name, kind in function.__annotations__.items() if name != "options"}
-        checked.__annotations__ = {**typed, **{p.name: _evaluated(p.annotation) for p in keyword_only}}
+        checked.__annotations__ = {
+            **typed,
+            **{p.name: _evaluated(p.annotation) for p in keyword_only},
+        }
         if function.__doc__:  # -OO has none
-            head, *tail = re.split(r"\n(?=(?:Returns|Yields)\n)", inspect.cleandoc(function.__doc__))
+            head, *tail = re.split(
+                r"\n(?=(?:Returns|Yields)\n)", inspect.cleandoc(function.__doc__)
+            )
             explained_names = {name for line in head.splitlines() for name in line.split(", ")}
             explanations = [text(name) for name in names if name not in explained_names]
             title = [] if "Raises\n" in function.__doc__ else ["", "Raises", "------"]

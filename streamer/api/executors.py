@@ -47,12 +47,16 @@ def set_threads(count: int | None, monitor: Monitor, elsewhere: bool) -> None:
         return
     cores = available_cores()
     if count is not None and count > cores and not elsewhere:
-        monitor.note(f"--threads {count}: this process may use {counted(cores, 'core')}, so it starts {cores}")
+        monitor.note(
+            f"--threads {count}: this process may use {counted(cores, 'core')}, so it starts {cores}"
+        )
         count = cores
     torch.set_num_threads(count or cores)
 
 
-def open_workers(count: int | None, executor: str | None, threads: int | None, monitor: Monitor) -> Workers | None:
+def open_workers(
+    count: int | None, executor: str | None, threads: int | None, monitor: Monitor
+) -> Workers | None:
     """Make the workers that the options name, and set torch's threads to the number that each worker has; None if they name no workers.
 
     Parameters
@@ -65,11 +69,15 @@ def open_workers(count: int | None, executor: str | None, threads: int | None, m
         Threads of each worker; by default a share of the cores, or one for each task of an engine.
     """
     if executor is not None and count is not None:
-        raise UsageError("--workers: starts processes here, --executor uses an engine's workers; give one of them")
+        raise UsageError(
+            "--workers: starts processes here, --executor uses an engine's workers; give one of them"
+        )
     if executor is not None:
         engine, _, address = executor.partition(":")
         if engine not in ENGINES or not address:
-            raise UsageError(f"--executor: expected dask:ADDRESS or ray:ADDRESS, found {executor!r}")
+            raise UsageError(
+                f"--executor: expected dask:ADDRESS or ray:ADDRESS, found {executor!r}"
+            )
         _give_threads(threads, 1, f"{engine} tasks have", monitor)
         return Workers(partial(ENGINES[engine], address))
     if count is None:
@@ -83,7 +91,9 @@ def _give_threads(count: int | None, default: int, what: str, monitor: Monitor) 
     """Set torch's threads to the number of a task, on which the last bits of findings depend, and emit a note with the number."""
     if count is None and not is_count_chosen():
         torch.set_num_threads(default)
-    monitor.note(f"{what} {counted(torch.get_num_threads(), 'thread')} each; --threads sets another number")
+    monitor.note(
+        f"{what} {counted(torch.get_num_threads(), 'thread')} each; --threads sets another number"
+    )
 
 
 @contextlib.contextmanager
@@ -93,7 +103,9 @@ def processes(count: int) -> Iterator[Executor]:
     worker_end, our_end = context.Pipe(duplex=False)
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     pool = ProcessPoolExecutor(count, context, _begin_worker, (worker_end,))
-    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)  # multiprocessing unblocks SIGINT and SIGTERM
+    signal.pthread_sigmask(
+        signal.SIG_SETMASK, blocked
+    )  # multiprocessing unblocks SIGINT and SIGTERM
     try:
         yield pool
     finally:
@@ -125,7 +137,9 @@ def dask(address: str) -> Iterator[Executor]:
     try:
         client = library.Client(**where, timeout=WAITED, set_as_default=False)
     except (OSError, ValueError) as e:
-        raise WorkerError(f"dask:{address}: no scheduler answers there ({e}); check that it runs") from e
+        raise WorkerError(
+            f"dask:{address}: no scheduler answers there ({e}); check that it runs"
+        ) from e
     with client:
         yield DaskExecutor(client, address)
 
@@ -143,12 +157,16 @@ class DaskExecutor(Cluster):
 
     def lacks(self) -> str:
         """Return a message if the scheduler has no workers, else an empty string; raise if the scheduler, with its tasks, is lost."""
-        gone = f"dask:{self._address}: its scheduler does not answer any more; start one, then run the same command again"  # fmt: skip
+        gone = f"dask:{self._address}: its scheduler does not answer any more; start one, then run the same command again"
         if self._client.status != "running":
             raise WorkerError(gone)
         try:
             cores = self._client.sync(self._client.scheduler.ncores, callback_timeout=WAITED)
-        except (AttributeError, OSError, RuntimeError) as e:  # a disconnected client has no scheduler attribute
+        except (
+            AttributeError,
+            OSError,
+            RuntimeError,
+        ) as e:  # a disconnected client has no scheduler attribute
             raise WorkerError(gone) from e
         return "" if cores else f"dask:{self._address}: has no workers; the run waits for them"
 
@@ -166,7 +184,9 @@ def ray(address: str) -> Iterator[Executor]:
     try:
         library.init(address=address, log_to_driver=False, logging_level="error")
     except (ConnectionError, RuntimeError, ValueError) as e:
-        raise WorkerError(f"ray:{address}: no cluster answers there ({e}); check that it runs") from e
+        raise WorkerError(
+            f"ray:{address}: no cluster answers there ({e}); check that it runs"
+        ) from e
     try:
         executor = RayExecutor(library, torch.get_num_threads(), address)
         if lacks := executor.lacks():
@@ -207,4 +227,7 @@ class RayExecutor(Cluster):
         )
 
 
-ENGINES: dict[str, Callable[[str], contextlib.AbstractContextManager[Executor]]] = {"dask": dask, "ray": ray}
+ENGINES: dict[str, Callable[[str], contextlib.AbstractContextManager[Executor]]] = {
+    "dask": dask,
+    "ray": ray,
+}

@@ -22,7 +22,14 @@ from streamer.errors import UsageError
 from streamer.events import Monitor
 from streamer.methods import UNCHANGED
 from streamer.methods.files import InputMap, load_map
-from streamer.options import Adapters, DetectOptions, IterateOptions, MergeOptions, MitigateOptions, SeveralAdapters
+from streamer.options import (
+    Adapters,
+    DetectOptions,
+    IterateOptions,
+    MergeOptions,
+    MitigateOptions,
+    SeveralAdapters,
+)
 from streamer.output import write
 from streamer.output.adapter_writer import AdapterWriter, LoraWriter
 from streamer.output.job import Job, Writer, load_given, open_jobs
@@ -55,7 +62,9 @@ class DetectRequest(Request, DetectOptions):
         adapters, batch, paths, options, run = self._opened(monitor, workers)
         if not paths:
             return adapters.collected(detect_in_memory(batch, options, run))
-        return adapters.collected(detect_to_files(batch, paths, options, run, resident_bytes(batch)))
+        return adapters.collected(
+            detect_to_files(batch, paths, options, run, resident_bytes(batch))
+        )
 
     def forecast(self, monitor: Monitor, workers: Workers | None = None) -> DryRun | SeveralRecord:
         """Check everything and forecast a run, without writing anything."""
@@ -63,7 +72,9 @@ class DetectRequest(Request, DetectOptions):
         assert self.file is not None
         resident = resident_bytes(batch)
         states = [writer.state for writer in plan_findings(batch, paths, options, run, resident)]
-        pending = tuple(plan for plan, state in zip(batch.plans, states, strict=True) if state != "done")
+        pending = tuple(
+            plan for plan, state in zip(batch.plans, states, strict=True) if state != "done"
+        )
         rates = forecast.measure_rates(batch.base, monitor) if pending else None
         forecasts, runs = [], []
         for plan, path, state in zip(batch.plans, paths, states, strict=True):
@@ -85,20 +96,36 @@ class DetectRequest(Request, DetectOptions):
         monitor.warn(batch.warnings)
         if workers is not None:
             options = shared(workers, batch, options, resident_bytes(batch))
-        return adapters, batch, [] if self.file is None else adapters.findings_files(self.file), options, run
+        return (
+            adapters,
+            batch,
+            [] if self.file is None else adapters.findings_files(self.file),
+            options,
+            run,
+        )
 
 
 @overload
 def detect_intruder_dimensions(
-    base: str | Path, adapter: str | Path, output: str | Path | None = None, **options: Unpack[DetectKeywords]
+    base: str | Path,
+    adapter: str | Path,
+    output: str | Path | None = None,
+    **options: Unpack[DetectKeywords],
 ) -> Findings: ...
 @overload
 def detect_intruder_dimensions(
-    base: str | Path, adapter: SeveralAdapters, output: str | Path | None = None, **options: Unpack[DetectKeywords]
+    base: str | Path,
+    adapter: SeveralAdapters,
+    output: str | Path | None = None,
+    **options: Unpack[DetectKeywords],
 ) -> dict[str, Findings]: ...
 @explained(DetectOptions)
-def detect_intruder_dimensions(base: str | Path, adapter: Adapters, output: str | Path | None = None,
-                               **options: Unpack[DetectKeywords]) -> Findings | dict[str, Findings]:  # fmt: skip
+def detect_intruder_dimensions(
+    base: str | Path,
+    adapter: Adapters,
+    output: str | Path | None = None,
+    **options: Unpack[DetectKeywords],
+) -> Findings | dict[str, Findings]:
     """Find the intruder dimensions of ``W0 + s·B·A`` in every matrix that the adapter changes.
 
     Several adapters share one pass over the base.
@@ -146,12 +173,18 @@ class OutputRequest(Request, MitigateOptions, MergeOptions, IterateOptions):
         super().__post_init__()
         _ = self.chosen, self.shard_bytes
         if self.dequantize and self.requantize is not None:
-            raise UsageError("requantize: writes codes, and dequantize writes none; give one of them")
+            raise UsageError(
+                "requantize: writes codes, and dequantize writes none; give one of them"
+            )
 
     @cached_property
     def input_map(self) -> InputMap | None:
         """Return the map by which 4-bit weights are written."""
-        return self.requantize if isinstance(self.requantize, InputMap | None) else load_map(self.requantize)
+        return (
+            self.requantize
+            if isinstance(self.requantize, InputMap | None)
+            else load_map(self.requantize)
+        )
 
     @property
     def _names_method(self) -> bool:
@@ -162,9 +195,15 @@ class OutputRequest(Request, MitigateOptions, MergeOptions, IterateOptions):
     @property
     def shard_bytes(self) -> int | None:
         """Return the largest size of a merged model's file in bytes; None for the base's files."""
-        size = None if self.max_shard_size is None else read_size("max_shard_size", self.max_shard_size, 1000)
+        size = (
+            None
+            if self.max_shard_size is None
+            else read_size("max_shard_size", self.max_shard_size, 1000)
+        )
         if size is not None and size < 1:
-            raise UsageError(f"max_shard_size: expected a size from 1 byte, found {self.max_shard_size!r}")
+            raise UsageError(
+                f"max_shard_size: expected a size from 1 byte, found {self.max_shard_size!r}"
+            )
         return size
 
     def open(self, monitor: Monitor) -> None:
@@ -186,11 +225,19 @@ class OutputRequest(Request, MitigateOptions, MergeOptions, IterateOptions):
         for writer, state in zip(writers, states, strict=True):
             needs, out, matrices = None, writer.output, len(writer.job.plan.targets)
             if state != "done":
-                needs = forecast.on_workers(forecast.forecast_output(writer, resident, rates), workers, resident)
+                needs = forecast.on_workers(
+                    forecast.forecast_output(writer, resident, rates), workers, resident
+                )
             forecasts.append(needs)
-            runs.append(dry_run(self.command, out.path, state, matrices, len(out.files), out.total_bytes, needs))
+            runs.append(
+                dry_run(
+                    self.command, out.path, state, matrices, len(out.files), out.total_bytes, needs
+                )
+            )
         shared_bytes = forecast.shared_by_merges(pending)
-        return dry_runs(adapters, Path(self.output), runs, forecast.together(forecasts, shared_bytes))
+        return dry_runs(
+            adapters, Path(self.output), runs, forecast.together(forecasts, shared_bytes)
+        )
 
     def jobs(self, base: str | Path, adapters: AdapterPaths, run: Run) -> list[Job]:
         """Open and check the inputs, and make a job of each adapter."""
@@ -204,34 +251,57 @@ class OutputRequest(Request, MitigateOptions, MergeOptions, IterateOptions):
         ):
             jobs = [replace(job, method=UNCHANGED) if job.made_before else job for job in jobs]
             if any(job.made_before for job in jobs):
-                run.monitor.note("merges an adapter that was mitigated already as it is; --method mitigates it again")
-        if not (self.default_method or self._names_method or all(job.method == UNCHANGED for job in jobs)):
-            error = UsageError(f"method: {self.command} needs one; these are the choices, with what each kept and left")
+                run.monitor.note(
+                    "merges an adapter that was mitigated already as it is; --method mitigates it again"
+                )
+        if not (
+            self.default_method
+            or self._names_method
+            or all(job.method == UNCHANGED for job in jobs)
+        ):
+            error = UsageError(
+                f"method: {self.command} needs one; these are the choices, with what each kept and left"
+            )
             for line in METHOD_LINES:
                 error.add_note(line)
             raise error
         return [
             replace(
-                job, dequantize=self.dequantize, dtype=self.dtype, shard_bytes=self.shard_bytes, requantize=self.input_map,
-                for_server=self.for_server, card=self.model_card, measured=self.measured or {},
-            ) for job in jobs
-        ]  # fmt: skip
+                job,
+                dequantize=self.dequantize,
+                dtype=self.dtype,
+                shard_bytes=self.shard_bytes,
+                requantize=self.input_map,
+                for_server=self.for_server,
+                card=self.model_card,
+                measured=self.measured or {},
+            )
+            for job in jobs
+        ]
 
     def _writer(self, job: Job, path: Path) -> Writer:
         """Plan the output of a job."""
         if self.command == "merge":
             return ModelWriter(job, path)
-        return AdapterWriter(job, path) if self.to_lora is None else LoraWriter(job, path, self.to_lora)
+        return (
+            AdapterWriter(job, path)
+            if self.to_lora is None
+            else LoraWriter(job, path, self.to_lora)
+        )
 
-    def _opened(self, monitor: Monitor, workers: Workers | None = None,
-                peek: bool = False) -> tuple[AdapterPaths, list[Writer], Run]:  # fmt: skip
+    def _opened(
+        self, monitor: Monitor, workers: Workers | None = None, peek: bool = False
+    ) -> tuple[AdapterPaths, list[Writer], Run]:
         base, adapters = found_inputs(self.located(monitor, peek), self.base, self.adapter)
         run = self.make_run(monitor, workers)
         jobs, paths = self.jobs(base, adapters, run), adapters.directories(Path(self.output))
         writers = [*map(self._writer, jobs, paths)]
         monitor.warn(write.batch_of(writers).warnings)
         detection = jobs[0].detection
-        if workers is not None and (share := write.shared_memory(writers, workers)) != detection.max_memory:
+        if (
+            workers is not None
+            and (share := write.shared_memory(writers, workers)) != detection.max_memory
+        ):
             jobs = [replace(job, detection=replace(detection, max_memory=share)) for job in jobs]
             writers = [*map(self._writer, jobs, paths)]
         return adapters, writers, run
@@ -243,11 +313,15 @@ def reduce_intruder_dimension(
 ) -> Written: ...
 @overload
 def reduce_intruder_dimension(
-    base: str | Path, adapter: SeveralAdapters, output: str | Path, **options: Unpack[ReduceKeywords]
+    base: str | Path,
+    adapter: SeveralAdapters,
+    output: str | Path,
+    **options: Unpack[ReduceKeywords],
 ) -> dict[str, Written]: ...
 @explained(MitigateOptions)
-def reduce_intruder_dimension(base: str | Path, adapter: Adapters, output: str | Path,
-                              **options: Unpack[ReduceKeywords]) -> Written | dict[str, Written]:  # fmt: skip
+def reduce_intruder_dimension(
+    base: str | Path, adapter: Adapters, output: str | Path, **options: Unpack[ReduceKeywords]
+) -> Written | dict[str, Written]:
     """Write a new LoRA adapter whose delta has its intruders scaled by `mitigation_lambda`.
 
     The mitigated delta is projected onto ``lora_A`` and ``lora_B`` at the adapter's own rank. The record states for each matrix the share
@@ -274,7 +348,9 @@ def reduce_intruder_dimension(base: str | Path, adapter: Adapters, output: str |
         The record, as in ``streamer.json``, with `output` (the path) and `state` (``written``, ``resumed`` or ``present``): a dict that
         prints as a few lines. For several adapters, a dict of records by name.
     """
-    return call(OutputRequest(command="mitigate", base=base, adapter=adapter, output=output, **options))
+    return call(
+        OutputRequest(command="mitigate", base=base, adapter=adapter, output=output, **options)
+    )
 
 
 @overload
@@ -319,12 +395,15 @@ def merge_with_reduced_intruder_dimensions(
         The record, as in ``streamer.json``, with `output` and `state`: a dict that prints as a few lines. For several adapters, a dict of
         records by name.
     """
-    return call(OutputRequest(command="merge", base=base, adapter=adapter, output=output, **options))
+    return call(
+        OutputRequest(command="merge", base=base, adapter=adapter, output=output, **options)
+    )
 
 
 @explained(IterateOptions)
-def iter_merged(base: str | Path, adapter: str | Path,
-                **options: Unpack[IterateKeywords]) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
+def iter_merged(
+    base: str | Path, adapter: str | Path, **options: Unpack[IterateKeywords]
+) -> Iterator[tuple[str, Tensor]]:
     """Yield ``(name, tensor)`` of the merged model in file order, one tensor in memory at a time, without writing files.
 
     The call itself opens and checks the inputs, before the first step.

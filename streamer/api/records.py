@@ -15,7 +15,15 @@ from streamer.detection.options import DetectionOptions
 from streamer.errors import UnsupportedError
 from streamer.events import Monitor
 from streamer.forecast import Forecast, ForecastRecord
-from streamer.json_types import Amount, Count, Keywords, MatrixHead, ModuleName, OutputPath, TensorName
+from streamer.json_types import (
+    Amount,
+    Count,
+    Keywords,
+    MatrixHead,
+    ModuleName,
+    OutputPath,
+    TensorName,
+)
 from streamer.linalg.torch_state import CPU
 from streamer.methods import Paper
 from streamer.options import InspectOptions
@@ -85,8 +93,15 @@ class SeveralRecord(TypedDict):
 # fmt: on
 
 
-def dry_run(command: str, output: Path, state: str, matrices: int, files: int, nbytes: int | None,
-            forecast: Forecast | None) -> DryRun:  # fmt: skip
+def dry_run(
+    command: str,
+    output: Path,
+    state: str,
+    matrices: int,
+    files: int,
+    nbytes: int | None,
+    forecast: Forecast | None,
+) -> DryRun:
     """Describe the result of a dry run.
 
     Parameters
@@ -96,23 +111,38 @@ def dry_run(command: str, output: Path, state: str, matrices: int, files: int, n
     nbytes
         Bytes of the output; None if unknown.
     """
-    return {"schema": "streamer.dry-run/1", "command": command, "output": str(output), "state": state,
-            "matrices": matrices, "files": files, "bytes": nbytes,
-            "free_bytes": free_bytes(output), "forecast": None if forecast is None else asdict(forecast)}  # fmt: skip
+    return {
+        "schema": "streamer.dry-run/1",
+        "command": command,
+        "output": str(output),
+        "state": state,
+        "matrices": matrices,
+        "files": files,
+        "bytes": nbytes,
+        "free_bytes": free_bytes(output),
+        "forecast": None if forecast is None else asdict(forecast),
+    }
 
 
-def dry_runs(adapters: AdapterPaths, output: Path, runs: Sequence[DryRun],
-             forecast: Forecast | None) -> DryRun | SeveralRecord:  # fmt: skip
+def dry_runs(
+    adapters: AdapterPaths, output: Path, runs: Sequence[DryRun], forecast: Forecast | None
+) -> DryRun | SeveralRecord:
     """Join the results of dry runs; for several adapters, by name and with the forecast for all."""
     collected = adapters.collected(runs)
     if not isinstance(collected, ByName):
         return collected
-    return several(collected, free_bytes=free_bytes(output), forecast=None if forecast is None else asdict(forecast))
+    return several(
+        collected,
+        free_bytes=free_bytes(output),
+        forecast=None if forecast is None else asdict(forecast),
+    )
 
 
 def several(by_name: Mapping[str, Mapping[str, Any]], **totals: Any) -> SeveralRecord:
     """Join the records of several adapters, with keys for all of them."""
-    return cast(SeveralRecord, {"schema": "streamer.several/1", "adapters": dict(by_name), **totals})
+    return cast(
+        SeveralRecord, {"schema": "streamer.several/1", "adapters": dict(by_name), **totals}
+    )
 
 
 # fmt: off
@@ -171,7 +201,7 @@ def inspection_record(plan: Plan) -> PlanRecord:
         {"tensor": t.tensor, "module": t.module.name, "shape": t.module.shape, "dtype": plan.weights[t.tensor].label,
          "rank": t.module.rank, "scale": t.module.scaling, "transposed": t.transposed, "matched": t.match.rule}
         for t in plan.targets
-    ]  # fmt: skip
+    ]
     counts, first = Counter(t.match.rule for t in plan.targets), {t.match.rule: t for t in reversed(plan.targets)}
     names: list[NameRule] = [
         {"rule": rule, "modules": counts[rule], "module": t.module.name, "tensor": t.tensor, "why": t.match.why}

@@ -32,7 +32,11 @@ class Report:
                 record = evaluation.to_dict()
             case of_output:
                 record = of_output
-        page = {} if self.written is None else {"output": str(self.output), "state": self.written.state}
+        page = (
+            {}
+            if self.written is None
+            else {"output": str(self.output), "state": self.written.state}
+        )
         return {**record, **page}
 
 
@@ -41,7 +45,11 @@ class ReportRequest(ReportOptions):
 
     def run(self, monitor: Monitor) -> Report:
         """Open the subject, and write the page."""
-        subject = self.findings if isinstance(self.findings, Findings | Evaluation) else open_subject(self.findings)
+        subject = (
+            self.findings
+            if isinstance(self.findings, Findings | Evaluation)
+            else open_subject(self.findings)
+        )
         if isinstance(subject, Findings):
             check_finite(subject, "findings" if subject is self.findings else self.findings)
             monitor.warn(subject.warnings)
@@ -49,7 +57,9 @@ class ReportRequest(ReportOptions):
         return Report(subject, self.output, written)
 
 
-def write_report(findings: Findings | Evaluation | str | Path, output: str | Path, *, overwrite: bool = False) -> None:
+def write_report(
+    findings: Findings | Evaluation | str | Path, output: str | Path, *, overwrite: bool = False
+) -> None:
     """Write findings, an evaluation or the record of an output as an HTML page.
 
     Parameters

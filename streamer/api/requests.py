@@ -89,7 +89,9 @@ def take(kind: type[Made], options: Mapping[str, Any], **changes: Any) -> Made:
     return kind(**{**{name: value for name, value in options.items() if name in names}, **changes})
 
 
-def found_inputs(remote: Remote, base: str | Path, adapter: Adapters) -> tuple[str | Path, AdapterPaths]:
+def found_inputs(
+    remote: Remote, base: str | Path, adapter: Adapters
+) -> tuple[str | Path, AdapterPaths]:
     """Find base and adapters, and determine whether one adapter or several are given."""
     base = remote.path(base)
     if isinstance(adapter, str | Path):
@@ -97,9 +99,12 @@ def found_inputs(remote: Remote, base: str | Path, adapter: Adapters) -> tuple[s
     return base, one_or_several(remote.paths(*adapter))
 
 
-def detection_options(judged: Judged, max_memory: int | None = None,
-                      findings: Findings | None = None) -> DetectionOptions:  # fmt: skip
+def detection_options(
+    judged: Judged, max_memory: int | None = None, findings: Findings | None = None
+) -> DetectionOptions:
     """Make the options of detection; missing ones come from the findings, or are the defaults. The memory always is this run's."""
     default = DetectionOptions() if findings is None else findings.options
     stated = {f.name: getattr(judged, f.name) for f in fields(Judged)}
-    return replace(default, max_memory=max_memory, **{k: v for k, v in stated.items() if v is not None})
+    return replace(
+        default, max_memory=max_memory, **{k: v for k, v in stated.items() if v is not None}
+    )

@@ -17,7 +17,13 @@ from torch import Tensor
 from streamer import __version__
 from streamer.errors import FormatError, MismatchError, UsageError
 from streamer.storage import atomic_file, transaction
-from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, open_checkpoint, shard_names
+from streamer.storage.checkpoint import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    Checkpoint,
+    open_checkpoint,
+    shard_names,
+)
 from streamer.storage.files import locked, make_directory
 from streamer.storage.header import TensorInfo, layout, tensor_nbytes
 from streamer.weights.base import SPELLINGS, as_bytes, as_tensor, in_memory
@@ -67,7 +73,9 @@ def write_safetensors(
     """
     path, pairs, ring = Path(path), map(_pair, tensors), atomic_file.BufferRing(PIECE_BYTES)
     texts: Any = {} if metadata is None else metadata
-    if not isinstance(texts, Mapping) or not all(isinstance(text, str) for item in texts.items() for text in item):
+    if not isinstance(texts, Mapping) or not all(
+        isinstance(text, str) for item in texts.items() for text in item
+    ):
         raise UsageError(f"metadata: expected strings by name, found {texts}")
     if max_shard_bytes < 1:
         raise UsageError(f"max_shard_bytes: expected 1 or more, found {max_shard_bytes}")
@@ -80,7 +88,9 @@ def write_safetensors(
         with locked(transaction.lock_of(path), path):
             transaction.check_replaced(path, overwrite, Path.is_file, "a file")
             atomic_file.remove_partials(path.parent, {path.name})
-            atomic_file.write_shard(path.parent, replace(plan, name=path.name), _shard(plan, pairs, ring, is_last=True))
+            atomic_file.write_shard(
+                path.parent, replace(plan, name=path.name), _shard(plan, pairs, ring, is_last=True)
+            )
         return
     plans = _planned(entries, texts, max_shard_bytes)
     files, other = {plan.name: plan.nbytes for plan in plans}, INDEX_NAME
@@ -91,14 +101,22 @@ def write_safetensors(
     if len(plans) > 1:
         files[INDEX_NAME], other = len(index), SINGLE_NAME
     # One digest for all: no run is ever taken up, as nothing is known of the tensors to come.
-    output = transaction.OutputPlan(path, tuple(files.items()), "tensors", {}, (), (other,), version=__version__)
+    output = transaction.OutputPlan(
+        path, tuple(files.items()), "tensors", {}, (), (other,), version=__version__
+    )
     transaction.inspect_output(output, overwrite, resume=False)
-    with transaction.locked_outputs([output], overwrite, resume=False) as (begun,), contextlib.ExitStack() as undo:
+    with (
+        transaction.locked_outputs([output], overwrite, resume=False) as (begun,),
+        contextlib.ExitStack() as undo,
+    ):
         undo.callback(atomic_file.remove_partials, path, {SINGLE_NAME})
         # All partial files have one name, so that a run with another number of shards also finds and removes them.
         written = [
             atomic_file.write_shard(
-                path, replace(plan, name=SINGLE_NAME), _shard(plan, pairs, ring, plan is plans[-1]), renames=False
+                path,
+                replace(plan, name=SINGLE_NAME),
+                _shard(plan, pairs, ring, plan is plans[-1]),
+                renames=False,
             )
             for plan in plans
         ]
@@ -143,8 +161,9 @@ def _read(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
                 yield info.name, as_tensor(data, *in_memory(info))
 
 
-def _planned(entries: Iterable[tuple[str, object, Sequence[int]]], metadata: Mapping[str, str],
-             limit: float) -> list[atomic_file.ShardPlan]:  # fmt: skip
+def _planned(
+    entries: Iterable[tuple[str, object, Sequence[int]]], metadata: Mapping[str, str], limit: float
+) -> list[atomic_file.ShardPlan]:
     """Plan the files of a directory, which hold up to `limit` bytes of tensors each."""
     checked = [*map(_checked, entries)]
     try:
@@ -166,7 +185,11 @@ def _checked(entry: tuple[str, object, Sequence[int]]) -> tuple[str, str, tuple[
     """Check an entry, and spell its dtype as the format does."""
     try:
         name, dtype, sizes = entry
-        spelled, shape, _ = str(_spelling(dtype)), tuple(map(operator.index, sizes)), str.encode(name)
+        spelled, shape, _ = (
+            str(_spelling(dtype)),
+            tuple(map(operator.index, sizes)),
+            str.encode(name),
+        )
         if name == "__metadata__" or min(shape, default=0) < 0:
             raise ValueError("the name is the metadata's, or a size is negative")
         tensor_nbytes(spelled, shape)
@@ -186,18 +209,26 @@ def _spelling(dtype: object) -> object:
 def _pair(item: Any) -> tuple[str, Any]:
     """Check that an item of the tensors is a pair of a name and a tensor."""
     if not (isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], str)):
-        raise UsageError(f"tensors: expected pairs (name, tensor), as a dict's items(), found {type(item).__name__}")
+        raise UsageError(
+            f"tensors: expected pairs (name, tensor), as a dict's items(), found {type(item).__name__}"
+        )
     return item[0], item[1]
 
 
-def _shard(plan: atomic_file.ShardPlan, pairs: Pairs, ring: atomic_file.BufferRing, is_last: bool) -> atomic_file.Shard:
+def _shard(
+    plan: atomic_file.ShardPlan, pairs: Pairs, ring: atomic_file.BufferRing, is_last: bool
+) -> atomic_file.Shard:
     for info in plan.header.tensors:
         yield info, _pieces(info, pairs, ring)
     if is_last and (surplus := next(pairs, None)) is not None:
-        raise MismatchError(f"tensor {surplus[0]!r}: has no entry; give each tensor an entry, in the same order")
+        raise MismatchError(
+            f"tensor {surplus[0]!r}: has no entry; give each tensor an entry, in the same order"
+        )
 
 
-def _pieces(info: TensorInfo, pairs: Pairs, ring: atomic_file.BufferRing) -> Iterator[atomic_file.Piece]:
+def _pieces(
+    info: TensorInfo, pairs: Pairs, ring: atomic_file.BufferRing
+) -> Iterator[atomic_file.Piece]:
     """Take the next tensor, check it, and copy it piece by piece: its owner may change it while the last pieces are being written."""
     name, tensor = next(pairs, ("no more tensors", None))
     if name != info.name:
@@ -216,17 +247,30 @@ def _data(info: TensorInfo, tensor: Any) -> memoryview:
     """View a tensor as bytes, after a check of its dtype, shape and number of bytes."""
     dtype, shape = in_memory(info)
     wanted = f"{SPELLINGS[dtype]} {[*shape]}"
-    description = f"{_spelling(getattr(tensor, 'dtype', type(tensor)))} {[*getattr(tensor, 'shape', ())]}"
+    description = (
+        f"{_spelling(getattr(tensor, 'dtype', type(tensor)))} {[*getattr(tensor, 'shape', ())]}"
+    )
     if isinstance(tensor, bytes | bytearray | memoryview):
         wanted, description = f"{info.nbytes} bytes", f"{memoryview(tensor).nbytes} bytes"
     if wanted != description:
-        raise MismatchError(f"tensor {info.name!r}: expected {wanted} by its entry, found {description}")
+        raise MismatchError(
+            f"tensor {info.name!r}: expected {wanted} by its entry, found {description}"
+        )
     if isinstance(tensor, np.ma.MaskedArray):
-        raise MismatchError(f"tensor {info.name!r}: expected plain values in memory, found a masked array; fill it")
+        raise MismatchError(
+            f"tensor {info.name!r}: expected plain values in memory, found a masked array; fill it"
+        )
     try:
         if isinstance(tensor, Tensor):
             return as_bytes(tensor.detach().cpu())
-        array = np.ascontiguousarray(tensor) if hasattr(tensor, "dtype") else np.frombuffer(tensor, np.uint8)
+        array = (
+            np.ascontiguousarray(tensor)
+            if hasattr(tensor, "dtype")
+            else np.frombuffer(tensor, np.uint8)
+        )
         return array.reshape(-1).view(np.uint8).data
-    except (BufferError, RuntimeError) as e:  # of torch: sparse, on the meta device, or lazily conjugated
+    except (
+        BufferError,
+        RuntimeError,
+    ) as e:  # of torch: sparse, on the meta device, or lazily conjugated
         raise MismatchError(f"tensor {info.name!r}: expected plain values in memory; {e}") from None

@@ -37,7 +37,15 @@ from streamer.measuring.runs import Prepared
 from streamer.measuring.texts import BUILT_IN, GENERAL, OWN_NAME, TASK
 from streamer.methods import Paper, Shrink, share_name
 from streamer.methods.files import MAP, InputMap
-from streamer.options import ONE_BASE, EvaluateOptions, MappingOptions, RepairOptions, Texts, VariantOptions, argument
+from streamer.options import (
+    ONE_BASE,
+    EvaluateOptions,
+    MappingOptions,
+    RepairOptions,
+    Texts,
+    VariantOptions,
+    argument,
+)
 from streamer.output.record import Written
 from streamer.plan.plan import make_plan
 from streamer.storage.transaction import RECORD_NAME, check_output_path
@@ -64,7 +72,9 @@ class VariantsRequest(Request, VariantOptions):
             methods = (Shrink.name,) if self.findings is None else (Paper.name, Shrink.name)
         files = self.files()
         fit, mapped = files.get("coefficients"), files.get("map")
-        return make_variants(tuple(methods), tuple(self.lambdas), self.select, fit, self.amplify, mapped)
+        return make_variants(
+            tuple(methods), tuple(self.lambdas), self.select, fit, self.amplify, mapped
+        )
 
 
 def _forecast(command: str, prepared: Prepared[Any], output: Path | None) -> DryRun:
@@ -107,7 +117,10 @@ class TextsRequest(Request):
     @property
     def two_texts(self) -> dict[str, Path]:
         """Return the paths of the ``general`` and the ``task`` text."""
-        return {GENERAL: general_text(self.general), TASK: self.own_path if self.task is None else Path(self.task)}
+        return {
+            GENERAL: general_text(self.general),
+            TASK: self.own_path if self.task is None else Path(self.task),
+        }
 
     def own_text(self, monitor: Monitor, peek: bool = False) -> PreparedOwnText | None:
         """Return what writes the task's text; None if the user gives it."""
@@ -133,7 +146,11 @@ class TextsRequest(Request):
             run = _forecast(command, prepared, output)
         both = together([Forecast(**cast(Any, found["forecast"])) for found in (text, run)])
         run["state"] = text["state"]
-        return {**run, "files": run["files"] + text["files"], "forecast": cast(Any, both and asdict(both))}
+        return {
+            **run,
+            "files": run["files"] + text["files"],
+            "forecast": cast(Any, both and asdict(both)),
+        }
 
     @contextmanager
     def _standing_in(self, own: PreparedOwnText, monitor: Monitor) -> Iterator[Prepared[Any]]:
@@ -175,7 +192,9 @@ class EvaluateRequest(TextsRequest, VariantsRequest, EvaluateOptions):
         super().__post_init__()
         _ = self.texts
         if self.task is not None and self.seed != EvaluateOptions.seed:
-            raise UsageError("seed: decides only what the adapter writes, found task too; leave one of them out")
+            raise UsageError(
+                "seed: decides only what the adapter writes, found task too; leave one of them out"
+            )
 
     @cached_property
     def texts(self) -> dict[str, Path]:
@@ -210,7 +229,10 @@ class EvaluateRequest(TextsRequest, VariantsRequest, EvaluateOptions):
 
 @explained(EvaluateOptions)
 def evaluate_variants(
-    base: str | Path, adapter: str | Path, output: str | Path | None = None, **options: Unpack[EvaluateKeywords]
+    base: str | Path,
+    adapter: str | Path,
+    output: str | Path | None = None,
+    **options: Unpack[EvaluateKeywords],
 ) -> Evaluation:
     """Measure the losses of the base, the unchanged adapter, and each method at each λ, on texts, in sweeps over the base's layers.
 
@@ -300,12 +322,19 @@ class MapRequest(Request, MappingOptions):
 
     def _prepared(self, monitor: Monitor, peek: bool = False) -> PreparedMap:
         base = self.located(monitor, peek).path(self.base)
-        return prepare_map(base, general_text(self.general), self, self.memory, self.make_run(monitor))
+        return prepare_map(
+            base, general_text(self.general), self, self.memory, self.make_run(monitor)
+        )
 
 
 @explained(MappingOptions)
-def map_inputs(base: str | Path, output: str | Path | None = None, *, general: str | Path | None = None,
-               **options: Unpack[MapKeywords]) -> InputMap:  # fmt: skip
+def map_inputs(
+    base: str | Path,
+    output: str | Path | None = None,
+    *,
+    general: str | Path | None = None,
+    **options: Unpack[MapKeywords],
+) -> InputMap:
     """Map the inputs of a base's modules on general text, in one sweep: the leading eigenvectors of each input's second moments.
 
     With the map, `reduce_intruder_dimension` and the other functions with the keyword `map` reduce any adapter's response to general inputs
@@ -382,10 +411,14 @@ class RepairRequest(TextsRequest, RepairOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if share_name(self.keep) == "1":
-            raise UsageError(f"keep: {self.keep!r} is the unchanged adapter, which needs no fit; give a smaller share")
+            raise UsageError(
+                f"keep: {self.keep!r} is the unchanged adapter, which needs no fit; give a smaller share"
+            )
         check_dtype(self.dtype)
         if self.for_server and self.merge:
-            raise UsageError("for_server: applies only to an adapter, found merge=True too; leave one of them out")
+            raise UsageError(
+                "for_server: applies only to an adapter, found merge=True too; leave one of them out"
+            )
         if self.dequantize and not self.merge:
             raise UsageError(
                 "dequantize: applies only to a model, which `merge=True` writes, found dequantize alone; pass both, or neither"
@@ -415,11 +448,19 @@ class RepairRequest(TextsRequest, RepairOptions):
         samples = fit.facts["texts"][TASK].get("samples", [])
         figures = {"rows": rows, "reliable": reliable, "keep": self.keep, "samples": samples}
         measured = {"measured": lines, "repair": figures}
-        written = cast(Written, self._output(measured=measured, **choice.options).run(monitor))  # of one adapter
+        written = cast(
+            Written, self._output(measured=measured, **choice.options).run(monitor)
+        )  # of one adapter
         record: RepairRecord = {
-            "schema": "streamer.repair/1", "chosen": choice.what, "why": choice.why, "rows": rows, "reliable": cast(Any, reliable),
-            "fit": str(self.fit_path), "output": str(self.output), "state": written["state"],
-        }  # fmt: skip
+            "schema": "streamer.repair/1",
+            "chosen": choice.what,
+            "why": choice.why,
+            "rows": rows,
+            "reliable": cast(Any, reliable),
+            "fit": str(self.fit_path),
+            "output": str(self.output),
+            "state": written["state"],
+        }
         if self.lora is not None:
             record["lora"] = self.lora
         if own is not None:
@@ -438,8 +479,15 @@ class RepairRequest(TextsRequest, RepairOptions):
     def _conversion_request(self) -> OutputRequest:
         """Return the request that writes the adapter as a LoRA adapter beside the output."""
         path = self.directory.with_name(f"{self.directory.name}.lora")
-        return self._output(**UNCHANGED_OPTIONS, output=path, to_lora=self.to_lora, command="mitigate",
-                            dequantize=False, for_server=False, model_card=True)  # fmt: skip
+        return self._output(
+            **UNCHANGED_OPTIONS,
+            output=path,
+            to_lora=self.to_lora,
+            command="mitigate",
+            dequantize=False,
+            for_server=False,
+            model_card=True,
+        )
 
     @property
     def _repair_of_converted(self) -> RepairRequest:
@@ -451,7 +499,14 @@ class RepairRequest(TextsRequest, RepairOptions):
         """Refuse, before the fit, an adapter that cannot be fitted, and an output that could not be written after it."""
         base, adapter = self.located(monitor, True).paths(self.base, self.adapter)
         plan = make_plan(base, adapter, self.io, self.stated, self.architecture)
-        refuse_dense(plan, [t for t in plan.targets if not (t.module.low_rank if self.merge else t.module.factors)])
+        refuse_dense(
+            plan,
+            [
+                t
+                for t in plan.targets
+                if not (t.module.low_rank if self.merge else t.module.factors)
+            ],
+        )
         self._output(**HALF_OPTIONS).open(monitor)
         self._refuse_foreign_directory()
 

@@ -18,9 +18,24 @@ from streamer.plan.name_matching import natural
 from streamer.storage.transaction import RECORD_NAME, record_at
 
 __all__ = [
-    "ByName", "Evaluation", "Findings", "Names", "commands", "figures", "input_options", "is_mitigated", "is_repeated",
-    "map_record", "natural", "reasons", "record_lines", "repair_columns", "several", "takes_findings", "verdict",
-]  # fmt: skip
+    "ByName",
+    "Evaluation",
+    "Findings",
+    "Names",
+    "commands",
+    "figures",
+    "input_options",
+    "is_mitigated",
+    "is_repeated",
+    "map_record",
+    "natural",
+    "reasons",
+    "record_lines",
+    "repair_columns",
+    "several",
+    "takes_findings",
+    "verdict",
+]
 
 
 def is_mitigated(adapter: str | Path) -> bool:

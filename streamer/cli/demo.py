@@ -21,7 +21,11 @@ DATA = Path(__file__).parents[1] / "demo"
 FIRST = ("inspect base adapter", "detect base adapter -o findings.safetensors")
 REPAIR = "repair base adapter --general general.npy --task task.npy -o repaired"
 SHRINK = "mitigate base adapter --method shrink --lambda 0.75 -o shrunk"
-LAST = ("merge base {0} --lambda 1 -o merged", "verify merged base {0} --sample all", "report {0} -o report.html")
+LAST = (
+    "merge base {0} --lambda 1 -o merged",
+    "verify merged base {0} --sample all",
+    "report {0} -o report.html",
+)
 """The commands; the last ones use what the repair, or the shrink, has written."""
 
 
@@ -60,12 +64,16 @@ def run_demo(output: str | None, run: Callable[[list[str]], Result]) -> DemoReco
         steps.append({"command": f"streamer {line}", "record": record})
 
     # The output gets its name at the end: a run that is interrupted leaves nothing.
-    with tempfile.TemporaryDirectory(prefix=".streamer-demo-", dir=target and target.parent) as temporary:
+    with tempfile.TemporaryDirectory(
+        prefix=".streamer-demo-", dir=target and target.parent
+    ) as temporary:
         directory = Path(temporary, "demo")
         try:
             shutil.copytree(DATA, directory, copy_function=shutil.copyfile)  # writable
         except shutil.Error as e:
-            raise StorageError(f"{output or temporary}: cannot copy the demo's files: {e.args[0][0][2]}") from e
+            raise StorageError(
+                f"{output or temporary}: cannot copy the demo's files: {e.args[0][0][2]}"
+            ) from e
         with contextlib.chdir(directory):
             for line in FIRST:
                 step(line)
@@ -117,11 +125,21 @@ def demo_text(result: DemoRecord, screen: Screen) -> str:
         record = step["record"]
         tour += [f"$ {step['command']}", f"  {_outcome(record)}"]
         if record["schema"] == "streamer.repair/1":
-            figures = table([column for column in repair_columns(record) if {*column.cells} != {"-"}], screen)
+            figures = table(
+                [column for column in repair_columns(record) if {*column.cells} != {"-"}], screen
+            )
     missing, directory = result["missing"], result["directory"]
-    left_out = [f"repair, which forgets less for what it keeps, was left out: {missing}"] if missing else []
+    left_out = (
+        [f"repair, which forgets less for what it keeps, was left out: {missing}"]
+        if missing
+        else []
+    )
     kept = ["with -o DIR, the demo keeps the files, and a page with these figures"]
     if directory is not None:
         kept = [f"a page with these figures: {Path(directory, 'report.html').absolute().as_uri()}"]
-        kept += [f"on text that nothing was trained or fitted on, in {directory}: {EVALUATE}"] if figures else []
+        kept += (
+            [f"on text that nothing was trained or fitted on, in {directory}: {EVALUATE}"]
+            if figures
+            else []
+        )
     return screen.join(tour, left_out, figures, [*kept, NEXT])

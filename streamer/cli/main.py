@@ -21,8 +21,25 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from streamer.api import shown
 from streamer.cli.parser import BadUsage, build_parser, named_as_option
-from streamer.cli.terminal import Progress, Result, presence, say, screen, silence, verification_text, write_line
-from streamer.errors import StorageError, StreamerError, UsageError, VerificationError, advice, one_line, printable
+from streamer.cli.terminal import (
+    Progress,
+    Result,
+    presence,
+    say,
+    screen,
+    silence,
+    verification_text,
+    write_line,
+)
+from streamer.errors import (
+    StorageError,
+    StreamerError,
+    UsageError,
+    VerificationError,
+    advice,
+    one_line,
+    printable,
+)
 from streamer.events import Event, Monitor
 from streamer.options import Threads, WorkerOptions
 
@@ -51,7 +68,9 @@ def run_command(args: argparse.Namespace, monitor: Monitor) -> Result:
     if args.command == "demo":
         from streamer.cli.demo import demo_text, run_demo
 
-        outcome = run_demo(args.output, lambda line: run_command(build_parser(line[0]).parse_args(line), monitor))
+        outcome = run_demo(
+            args.output, lambda line: run_command(build_parser(line[0]).parse_args(line), monitor)
+        )
         return {**outcome}, demo_text(outcome, screen(args.all, args.legend))
     module, kind = REQUESTS[args.command].split(".")
     request = requested(getattr(import_module(f"streamer.api.{module}"), kind), args)
@@ -76,13 +95,17 @@ def requested(kind: Any, args: argparse.Namespace) -> Any:
         option = field.metadata.get("option")
         if field.name in args and not (option and option.where == "keyword"):
             value = getattr(args, field.name)
-            alone = field.name in ("base", "adapter") and isinstance(value, list) and len(value) == 1
+            alone = (
+                field.name in ("base", "adapter") and isinstance(value, list) and len(value) == 1
+            )
             values[field.name] = value[0] if alone else value
     return kind(**values)
 
 
 @contextlib.contextmanager
-def stop_on_signals(monitor: Monitor, tell: Callable[[str], None], close: Callable[[], None]) -> Iterator[None]:
+def stop_on_signals(
+    monitor: Monitor, tell: Callable[[str], None], close: Callable[[], None]
+) -> Iterator[None]:
     """Turn the first SIGINT or SIGTERM into an announced stop at the next safe point, and the second into an immediate exit.
 
     A thread waits for the signals: Python runs handlers only in the main thread, which may be inside LAPACK for a minute.
@@ -100,7 +123,9 @@ def stop_on_signals(monitor: Monitor, tell: Callable[[str], None], close: Callab
     def watch() -> None:
         first = signal.sigwait(watched)
         monitor.request_stop(first)
-        tell(f"streamer: signal {int(first)}: stopping at the next safe point; once more to stop at once")
+        tell(
+            f"streamer: signal {int(first)}: stopping at the next safe point; once more to stop at once"
+        )
         second = signal.sigwait(watched)
         closing = threading.Thread(target=close, daemon=True, name="streamer close")
         closing.start()
@@ -117,8 +142,9 @@ def stop_on_signals(monitor: Monitor, tell: Callable[[str], None], close: Callab
 ERROR_SCHEMA: Final = "streamer.error/1"
 
 
-def error_entry(kind: str, exit_code: int, message: str, path: str | None = None,
-                paths: Collection[str] = ()) -> ErrorEntry:  # fmt: skip
+def error_entry(
+    kind: str, exit_code: int, message: str, path: str | None = None, paths: Collection[str] = ()
+) -> ErrorEntry:
     """Describe one error.
 
     Parameters
@@ -153,7 +179,9 @@ class JsonEvents:
     def __init__(self) -> None:
         self._began = time.monotonic()
         self._show = warnings.showwarning
-        warnings.showwarning = lambda message, *_args, **_more: self.say("warning", message=str(message))
+        warnings.showwarning = lambda message, *_args, **_more: self.say(
+            "warning", message=str(message)
+        )
 
     def __call__(self, event: Event) -> None:
         """Write an event."""
@@ -188,14 +216,18 @@ def run(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
     _open_missing_streams()
     out = sys.stdout
-    if isinstance(out, io.TextIOWrapper) and (out.errors == "strict" or "utf" not in out.encoding.lower()):
+    if isinstance(out, io.TextIOWrapper) and (
+        out.errors == "strict" or "utf" not in out.encoding.lower()
+    ):
         out.reconfigure(errors="backslashreplace")  # as stderr's
     if not any(name in os.environ for name in SPINNING):  # before torch is imported
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     arguments = sys.argv[1:] if argv is None else argv
     try:
         if any(arg == "" or re.fullmatch("--?[a-z-]+=", arg) for arg in arguments):
-            raise BadUsage("an argument is empty; is a variable of the shell unset? Pass '.' for the current directory")
+            raise BadUsage(
+                "an argument is empty; is a variable of the shell unset? Pass '.' for the current directory"
+            )
         args = build_parser(*arguments[:1]).parse_args(arguments)
     except BadUsage as e:  # report in the format that the readable arguments ask for
         progress = JsonEvents() if "--json-events" in arguments else Progress("none")
@@ -204,12 +236,19 @@ def run(argv: list[str] | None = None) -> int:
         progress.close()
         raise
     dry = " --dry-run" if getattr(args, "dry_run", False) else ""
-    progress = JsonEvents() if args.json_events else Progress(args.progress, args.quiet, f"{args.command}{dry}")
+    progress = (
+        JsonEvents()
+        if args.json_events
+        else Progress(args.progress, args.quiet, f"{args.command}{dry}")
+    )
     try:
         _run(args, progress)
     except VerificationError as e:
         differences = e.verification["differences"] or [{"message": str(e), "file": args.output}]
-        errors = [error_entry("VerificationError", e.exit_code, one_line(d["message"]), d["file"]) for d in differences]
+        errors = [
+            error_entry("VerificationError", e.exit_code, one_line(d["message"]), d["file"])
+            for d in differences
+        ]
         _tell(errors, e.verification, args.json, progress)
         return e.exit_code
     except Exception as e:  # with --json, an error of any kind is printed as JSON too
@@ -237,21 +276,29 @@ def _run(args: argparse.Namespace, progress: Progress | JsonEvents) -> None:
         raise StorageError(f"the current directory: {e.strerror}; change to one that exists") from e
     prints = args.json or not args.quiet
     if prints and sys.stdout is None:
-        raise StorageError("stdout: is closed, and the result goes there; redirect it to a file or /dev/null, or pass --quiet")  # fmt: skip
+        raise StorageError(
+            "stdout: is closed, and the result goes there; redirect it to a file or /dev/null, or pass --quiet"
+        )
     with stop_on_signals(monitor, progress.tell, progress.close):
         try:
             _ = requested(Threads, args), requested(WorkerOptions, args)  # checks them
             if args.command != "verify":
                 from streamer.api.executors import set_threads
 
-                set_threads(getattr(args, "threads", None), monitor, getattr(args, "executor", None) is not None)
+                set_threads(
+                    getattr(args, "threads", None),
+                    monitor,
+                    getattr(args, "executor", None) is not None,
+                )
             else:  # hashing needs no torch, and numpy's idle threads spin: one thread is faster if other processes run
                 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
             tree, text = run_command(args, monitor)
         finally:
             progress.close()
     if prints:
-        _print(json.dumps(tree, indent=1) if args.json else "\n".join(map(printable, text.split("\n"))))
+        _print(
+            json.dumps(tree, indent=1) if args.json else "\n".join(map(printable, text.split("\n")))
+        )
     progress.finish(presence(tree))
 
 
@@ -259,7 +306,9 @@ def _paths(args: argparse.Namespace) -> list[str]:
     """Collect the paths given to the command, including addresses as they are printed."""
     names = ("base", "adapter", "output", "findings", "general", "task")
     values = [getattr(args, name, None) for name in names]
-    paths = [path for value in values for path in (value if isinstance(value, list) else [value]) if path]
+    paths = [
+        path for value in values for path in (value if isinstance(value, list) else [value]) if path
+    ]
     with contextlib.suppress(UsageError):  # keep an invalid address as given
         paths += [shown(path) for path in paths]
     return paths
@@ -270,21 +319,29 @@ def _described(e: Exception, paths: Sequence[str]) -> ErrorEntry | None:
     kind = type(e).__name__
     if isinstance(e, StreamerError):
         message = str(e)
-        if isinstance(e, UsageError) and message.partition(": ")[0] not in paths:  # a path may be named like an option
+        if (
+            isinstance(e, UsageError) and message.partition(": ")[0] not in paths
+        ):  # a path may be named like an option
             message = named_as_option(message)
         return error_entry(kind, e.exit_code, message, getattr(e, "filename", None), paths)
     if isinstance(e, OSError):
         code = UsageError.exit_code if e.errno == errno.ENAMETOOLONG else StorageError.exit_code
         where = None if e.filename is None else os.fsdecode(e.filename)
-        return error_entry(kind, code, one_line(f"{where or 'I/O'}: {e.strerror or e}; {advice(e)}"), where)
+        return error_entry(
+            kind, code, one_line(f"{where or 'I/O'}: {e.strerror or e}; {advice(e)}"), where
+        )
     if isinstance(e, MemoryError):
         text = "out of memory; use fewer threads or a machine with more, then run the same command again"
         return error_entry(kind, 1, text)
     return None
 
 
-def _tell(errors: Sequence[ErrorEntry], tree: Mapping[str, Any], as_json: bool,
-          progress: Progress | JsonEvents) -> None:  # fmt: skip
+def _tell(
+    errors: Sequence[ErrorEntry],
+    tree: Mapping[str, Any],
+    as_json: bool,
+    progress: Progress | JsonEvents,
+) -> None:
     """Report errors, each in one line on stderr, and with `--json` print an object on stdout."""
     if as_json and sys.stdout is not None:
         with contextlib.suppress(StorageError):  # stdout is what failed
@@ -317,7 +374,7 @@ def _print(text: str = "") -> None:
     except OSError as e:
         silence(sys.stdout)
         if not isinstance(e, BrokenPipeError):
-            message = f"stdout: {e.strerror or e}; the result could not be printed, the files that were written are complete"  # fmt: skip
+            message = f"stdout: {e.strerror or e}; the result could not be printed, the files that were written are complete"
             raise StorageError(message) from e
 
 

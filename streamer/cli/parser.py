@@ -33,9 +33,7 @@ class BadUsage(SystemExit):
         self.message = message
 
 
-THREADS_INSTEAD = (
-    ", which only detect and merge have; other commands use --threads, and several adapters are several runs"
-)
+THREADS_INSTEAD = ", which only detect and merge have; other commands use --threads, and several adapters are several runs"
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,23 +41,37 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(**{"allow_abbrev": False, "add_help": False, "formatter_class": raw, **options})
+        super().__init__(
+            **{"allow_abbrev": False, "add_help": False, "formatter_class": raw, **options}
+        )
         self.add_argument("-h", "--help", action=_Help, help="show what most people need")
         self.add_argument("--help-all", action=_Help, help="show all options, and the exit codes")
 
     def error(self, message: str) -> NoReturn:
         """Raise `BadUsage`."""
         message = message.removeprefix("argument ")
-        raise BadUsage(message if "did you mean" in message else f"{message}; see `{self.prog} --help-all`")
+        raise BadUsage(
+            message if "did you mean" in message else f"{message}; see `{self.prog} --help-all`"
+        )
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse, but first refuse unknown options: argparse would report a missing argument for a misspelt option."""
-        words = args or () if self._subparsers is None else takewhile(lambda arg: arg.startswith("-"), args or ())
+        words = (
+            args or ()
+            if self._subparsers is None
+            else takewhile(lambda arg: arg.startswith("-"), args or ())
+        )
         for arg in takewhile(lambda arg: arg != "--", words):
             name = arg.partition("=")[0]
-            if name.startswith("--") and " " not in name and name not in self._option_string_actions:
+            if (
+                name.startswith("--")
+                and " " not in name
+                and name not in self._option_string_actions
+            ):
                 instead = THREADS_INSTEAD if name in ("--workers", "--executor") else ""
-                self.error(f"unknown option {quoted(name)}{instead or _closest(name, self._option_string_actions)}")
+                self.error(
+                    f"unknown option {quoted(name)}{instead or _closest(name, self._option_string_actions)}"
+                )
         arguments, others = super().parse_known_args(args, namespace)
         if others and self._subparsers is None:
             kind = "unknown option" if others[0].startswith("-") else "unexpected argument"
@@ -70,13 +82,21 @@ class Parser(argparse.ArgumentParser):
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]
             near = _closest(str(value), choices)
-            raise argparse.ArgumentError(action, f"expected one of {', '.join(choices)}, found {quoted(value)}{near}")
+            raise argparse.ArgumentError(
+                action, f"expected one of {', '.join(choices)}, found {quoted(value)}{near}"
+            )
 
 
 class _Help(argparse._HelpAction):
     """Print the help and exit: all of it with `--help-all`, else what most people need."""
 
-    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: Any,
+        values: Any,
+        option_string: Any = None,
+    ) -> None:
         text = parser.format_help() if option_string == "--help-all" else _short_help(parser)
         parser._print_message(text, sys.stdout)
         parser.exit()
@@ -84,13 +104,19 @@ class _Help(argparse._HelpAction):
 
 def _short_help(parser: argparse.ArgumentParser) -> str:
     """Format the arguments, and in one list the options that most people need, each with the first sentence of its help."""
-    actions = [copy.copy(action) for group in parser._action_groups for action in group._group_actions]
+    actions = [
+        copy.copy(action) for group in parser._action_groups for action in group._group_actions
+    ]
     for action in actions:
         action.help = re.sub(r"(?<=[\w)`])\. .*?(?= \(default|$)", "", action.help or "")
     arguments = [action for action in actions if not action.option_strings]
-    common = [action for action in actions if action.option_strings and not getattr(action, "rare", False)]
+    common = [
+        action for action in actions if action.option_strings and not getattr(action, "rare", False)
+    ]
     usage, text = parser._get_formatter(), parser._get_formatter()
-    usage.add_usage(None, [action for action in actions if not action.option_strings or action.required], [])
+    usage.add_usage(
+        None, [action for action in actions if not action.option_strings or action.required], []
+    )
     text.add_usage(f"{usage.format_help().removeprefix('usage: ').rstrip()} [...]", [], [])
     text.add_text(parser.description)
     for title, shown in (("positional arguments", arguments), ("options", common)):
@@ -108,15 +134,18 @@ def _closest(word: str, names: Iterable[str]) -> str:
     return f"; did you mean {by_letters[close[0]]}?" if close else ""
 
 
-def reader(read: Callable[[str], Any], expected: str,
-           meant: Callable[[str], str] = lambda text: "") -> Callable[[str], Any]:  # fmt: skip
+def reader(
+    read: Callable[[str], Any], expected: str, meant: Callable[[str], str] = lambda text: ""
+) -> Callable[[str], Any]:
     """Make the reader of an option's value; `meant` returns a suggestion for a text that cannot be read."""
 
     def read_or_refuse(text: str) -> Any:
         try:
             return read(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"expected {expected}, found {quoted(text)}{meant(text)}") from None
+            raise argparse.ArgumentTypeError(
+                f"expected {expected}, found {quoted(text)}{meant(text)}"
+            ) from None
 
     return read_or_refuse
 
@@ -139,7 +168,9 @@ READERS = {
     "Sequence[MethodName]": lambda text: text.split(","),
     "int | str": reader(parse_size, "a size like 600M or 4G"),
     "str | int": reader(functools.partial(parse_size, unit=1000), "a size like 5GB or 500M"),
-    "int | Literal['all']": reader(lambda text: text if text == "all" else int(text), "a count from 1 or 'all'"),
+    "int | Literal['all']": reader(
+        lambda text: text if text == "all" else int(text), "a count from 1 or 'all'"
+    ),
 }
 """How the text of an option becomes a value of its field's type; others stay texts."""
 
@@ -221,14 +252,24 @@ EXAMPLES = {
 class _PrintCompletion(argparse.Action):
     """Print the completion script of a shell (``bash``, ``zsh`` or ``tcsh``) and exit."""
 
-    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: Any,
+        values: Any,
+        option_string: Any = None,
+    ) -> None:
         try:
             import shtab
         except ImportError:
-            parser.error(f"{option_string}: needs shtab, which is not installed: pip install 'intruder-streamer[completion]'")  # fmt: skip
+            parser.error(
+                f"{option_string}: needs shtab, which is not installed: pip install 'intruder-streamer[completion]'"
+            )
         completes = dict.fromkeys(("BASE", "FILE", "FINDINGS", "EVALUATION", "PAGE"), shtab.FILE)
         completes |= dict.fromkeys(("ADAPTER", "DIR"), shtab.DIRECTORY)
-        (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+        (commands,) = (
+            action for action in parser._actions if isinstance(action, argparse._SubParsersAction)
+        )
         for action in (action for sub in commands.choices.values() for action in sub._actions):
             if action.metavar in completes:
                 action.complete = completes[action.metavar]
@@ -264,7 +305,15 @@ COMMANDS: dict[str, tuple[str, tuple[type, ...]]] = {
 }  # fmt: skip
 """What each command does, and the classes of its options; `Printing` is every command's."""
 
-GROUPS = ("output", "mitigation", "detection", "computing", "workers (docs/workers.md)", "input", "printing")
+GROUPS = (
+    "output",
+    "mitigation",
+    "detection",
+    "computing",
+    "workers (docs/workers.md)",
+    "input",
+    "printing",
+)
 """Order of the groups in help, below the arguments and the options of no group."""
 
 
@@ -273,16 +322,26 @@ def build_parser(first: str = "") -> Parser:
     parser = Parser(prog="streamer", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"streamer {__version__}")
     completion: Any = parser.add_argument(
-        "--print-completion", action=_PrintCompletion, choices=["bash", "zsh", "tcsh"], metavar="SHELL",
-        help="print a completion script for bash, zsh or tcsh and exit; needs the extra [completion]")  # fmt: skip
+        "--print-completion",
+        action=_PrintCompletion,
+        choices=["bash", "zsh", "tcsh"],
+        metavar="SHELL",
+        help="print a completion script for bash, zsh or tcsh and exit; needs the extra [completion]",
+    )
     completion.rare = True
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (about, kinds) in COMMANDS.items():
-        sub = commands.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.",
-                                  epilog=f"examples:\n{EXAMPLES[name]}\n{EXIT_CODES}")  # fmt: skip
+        sub = commands.add_parser(
+            name,
+            help=about,
+            description=f"{about[0].upper()}{about[1:]}.",
+            epilog=f"examples:\n{EXAMPLES[name]}\n{EXIT_CODES}",
+        )
         sub.set_defaults(default_method=False)
         groups = {"": sub, **{title: sub.add_argument_group(title) for title in GROUPS}}
-        for kind in (*kinds, options.Printing) if first in (name, "") or first not in COMMANDS else ():
+        for kind in (
+            (*kinds, options.Printing) if first in (name, "") or first not in COMMANDS else ()
+        ):
             for field, option, group in declared(kind):
                 if option.where != "keyword":
                     _add(groups[group if option.where == "option" else ""], field, option)
@@ -291,7 +350,11 @@ def build_parser(first: str = "") -> Parser:
 
 def _add(group: Any, field: Any, option: Option) -> None:
     """Add an option or an argument in the form that its declaration and its type say."""
-    form: dict[str, Any] = {"help": option.help(field.default), "metavar": option.metavar, "default": field.default}
+    form: dict[str, Any] = {
+        "help": option.help(field.default),
+        "metavar": option.metavar,
+        "default": field.default,
+    }
     kind = str(field.type).removesuffix(" | None")
     if option.where == "argument":
         form |= {"metavar": option.metavar or field.name.upper(), "nargs": option.nargs}
@@ -304,7 +367,9 @@ def _add(group: Any, field: Any, option: Option) -> None:
     else:
         form |= {"choices": option.choices, "type": READERS.get(kind)}
     if option.expects:
-        form["type"] = reader(lambda text: float(text) if "." in text else int(text), option.expects)
+        form["type"] = reader(
+            lambda text: float(text) if "." in text else int(text), option.expects
+        )
     if option.nargs == "append":
         form["default"] = [*field.default]
     if kind == "bool" or option.nargs == "count":

@@ -27,13 +27,25 @@ if TYPE_CHECKING:
 
 def forecast_text(command: str, forecast: Mapping[str, Any], free: int) -> str:
     """Format one command's forecast in one line."""
-    usual, escalated, on_device = (forecast[f"{what}_memory_bytes"] for what in ("peak", "escalated", "device"))
+    usual, escalated, on_device = (
+        forecast[f"{what}_memory_bytes"] for what in ("peak", "escalated", "device")
+    )
     seconds, far = forecast["seconds"], forecast["network_bytes"]
-    memory = f", {format_size(escalated)} if the dense solver, or float64, must decide" if escalated > usual else ""
+    memory = (
+        f", {format_size(escalated)} if the dense solver, or float64, must decide"
+        if escalated > usual
+        else ""
+    )
     memory = memory or (f", of it {format_size(on_device)} on the GPU" if on_device else "")
-    beside = f" and at most {format_size(held)} temporarily" if (held := forecast["temporary_bytes"]) else ""
+    beside = (
+        f" and at most {format_size(held)} temporarily"
+        if (held := forecast["temporary_bytes"])
+        else ""
+    )
     pace = f", on {counted(forecast['threads'], 'thread')}, within a factor of 3 if load and disk stay as they are"
-    read = format_size(forecast["read_bytes"]) + (f" ({format_size(far)} over the network)" if far else "")
+    read = format_size(forecast["read_bytes"]) + (
+        f" ({format_size(far)} over the network)" if far else ""
+    )
     took = "not estimated" if seconds is None else f"about {format_duration(seconds)}"
     return (
         f"forecast: memory {format_size(usual)}{memory}; reads {read}, writes {'at most ' if command == 'detect' else ''}"
@@ -49,11 +61,17 @@ def dry_run_text(record: Mapping[str, Any], command: str, screen: Screen) -> str
     if adapters is None:
         return fit(f"{_line(record)}\n{forecast}".rstrip(), screen.width)
     parts = [f"{name}\n{_line(run)}" for name, run in adapters.items()]
-    return "\n\n".join([*parts, f"all together\n{fit(forecast, screen.width)}"] if forecast else parts)
+    return "\n\n".join(
+        [*parts, f"all together\n{fit(forecast, screen.width)}"] if forecast else parts
+    )
 
 
 def _line(run: Mapping[str, Any]) -> str:
-    says = {"new": "would write", "resume": "would resume", "done": "nothing to do: it exists already"}[run["state"]]
+    says = {
+        "new": "would write",
+        "resume": "would resume",
+        "done": "nothing to do: it exists already",
+    }[run["state"]]
     written = "" if run["bytes"] is None else f", {format_size(run['bytes'])}"
     files, matrices = counted(run["files"], "file"), counted(run["matrices"], "matrix")
     return f"dry run: {says} {run['output']}: {files}{written}; {matrices}"
@@ -63,11 +81,17 @@ MANY, SHOWN = 20, 10
 """A table with more than `MANY` rows shows the `SHOWN` most important ones, unless `--all` is given."""
 
 
-def findings_table(findings: Findings, screen: Screen = NO_LIMIT, written: Path | None = None,
-                   state: str = "written") -> str:  # fmt: skip
+def findings_table(
+    findings: Findings,
+    screen: Screen = NO_LIMIT,
+    written: Path | None = None,
+    state: str = "written",
+) -> str:
     """Format findings: one line for each matrix, or the ten with the most intruder energy; totals; and the file written."""
     matrices = sorted(findings, key=lambda m: views.natural(m.tensor))
-    chosen, cut = _most(matrices, lambda m: (m.detection.intruder_energy, len(m.detection.intruders)), screen)
+    chosen, cut = _most(
+        matrices, lambda m: (m.detection.intruder_energy, len(m.detection.intruders)), screen
+    )
     o, undecided = findings.options, [m for m in matrices if not m.detection.certified]
     summary = (
         f"{findings.intruders} intruders in {sum(bool(m.detection.intruders) for m in findings)} of {len(findings)} matrices "
@@ -79,15 +103,22 @@ def findings_table(findings: Findings, screen: Screen = NO_LIMIT, written: Path 
         names = [m.tensor for m in undecided]
         names[:3] = shorten(names[:3], (screen.width or 10**6) - 4)
         summary += f"\nnot certified: {listed(names)}"
-        summary += "; an open direction does not count as an intruder; another --epsilon may settle it"
+        summary += (
+            "; an open direction does not count as an intruder; another --epsilon may settle it"
+        )
         tried = [(m.detection, m.shape) for m in undecided]
         if short := sum(
-            d.solver == "certified" or (d.precision == "float32" and views.is_repeated(shape)) for d, shape in tried
+            d.solver == "certified" or (d.precision == "float32" and views.is_repeated(shape))
+            for d, shape in tried
         ):
             summary += f"\n{short} of these for lack of memory: with a larger --max-memory, a full SVD or float64 may settle them"
     if written is not None:
         summary += f"\n{state_line(written, state)}: {format_size(written.stat().st_size)}"
-    return screen.join(table(findings.columns(chosen), screen), [_cut(cut, len(findings), "most energy")], [summary])
+    return screen.join(
+        table(findings.columns(chosen), screen),
+        [_cut(cut, len(findings), "most energy")],
+        [summary],
+    )
 
 
 def state_line(where: object, state: str) -> str:
@@ -95,12 +126,25 @@ def state_line(where: object, state: str) -> str:
     return {"read": f"{where}", "present": f"{where} exists already"}.get(state, f"wrote {where}")
 
 
-def next_step(findings: Findings, screen: Screen, base: str = "BASE", adapter: str = "ADAPTER") -> str:
+def next_step(
+    findings: Findings, screen: Screen, base: str = "BASE", adapter: str = "ADAPTER"
+) -> str:
     """Give the command that makes the adapter forget less: a repair, or of a pipeline, which no repair runs, a shrink."""
     options = views.input_options({"base": findings.base, "adapter": findings.adapter})
     words = ["repair", base, adapter, "-o", "OUTPUT", *options]
     if any("/" in file["file"] for file in findings.base.get("files", ())):
-        words = ["mitigate", base, adapter, "--method", "shrink", "--lambda", "0.75", "-o", "OUTPUT", *options]
+        words = [
+            "mitigate",
+            base,
+            adapter,
+            "--method",
+            "shrink",
+            "--lambda",
+            "0.75",
+            "-o",
+            "OUTPUT",
+            *options,
+        ]
     return fit(f"next: streamer {shlex.join(words)}", screen.width)
 
 
@@ -108,38 +152,66 @@ def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMI
     """Format a record: totals and matrices, or the ten matrices that changed most if there are many."""
     matrices = sorted(record["matrices"], key=lambda m: views.natural(m["tensor"]))
     chosen, cut = _most(
-        matrices, lambda m: (abs(m["delta_norm"] ** 2 - m["delta_norm_after"] ** 2), m["delta_norm"]), screen
+        matrices,
+        lambda m: (abs(m["delta_norm"] ** 2 - m["delta_norm_after"] ** 2), m["delta_norm"]),
+        screen,
     )
-    columns = [Column("matrix", [m["tensor"] for m in chosen], left=True, names=True), *_norms(chosen, priority=1)]
+    columns = [
+        Column("matrix", [m["tensor"] for m in chosen], left=True, names=True),
+        *_norms(chosen, priority=1),
+    ]
     if views.takes_findings(record["method"]):
         scaled = [str(len(m["intruders"])) for m in chosen]
         columns.insert(1, Column("scaled", scaled, "intruders that were scaled", priority=2))
     if record["command"] == "mitigate":
-        about = "lost in projection: share of the mitigated delta that the adapter's rank cannot hold"
-        columns.append(Column("lost", [f"{100 * m['dropped']:.2f}%" for m in chosen], about, priority=4))
-    lines = [*views.record_lines(record, state_line(where, record["state"])), *record.get("measured", ())]
-    return screen.join(table(columns, screen) if chosen else "", [_cut(cut, len(matrices), "largest change")], lines)
+        about = (
+            "lost in projection: share of the mitigated delta that the adapter's rank cannot hold"
+        )
+        columns.append(
+            Column("lost", [f"{100 * m['dropped']:.2f}%" for m in chosen], about, priority=4)
+        )
+    lines = [
+        *views.record_lines(record, state_line(where, record["state"])),
+        *record.get("measured", ()),
+    ]
+    return screen.join(
+        table(columns, screen) if chosen else "",
+        [_cut(cut, len(matrices), "largest change")],
+        lines,
+    )
 
 
 def adapters_table(trees: Mapping[str, Mapping[str, Any]], screen: Screen = NO_LIMIT) -> str:
     """Format results for several adapters, one line for each, from the objects that `--json` prints."""
     totals = [tree["totals"] for tree in trees.values()]
-    columns = [Column("adapter", list(trees), left=True, names=True, foot="all together"),
-               _summed("matrices", [x["matrices"] for x in totals], "", 1)]  # fmt: skip
+    columns = [
+        Column("adapter", list(trees), left=True, names=True, foot="all together"),
+        _summed("matrices", [x["matrices"] for x in totals], "", 1),
+    ]
     if all("method" in tree for tree in trees.values()):
         changed = [x["changed"] for x in totals]
-        columns.append(_summed("mitigated", changed, "matrices whose delta differs from the adapter's", 3))
+        columns.append(
+            _summed("mitigated", changed, "matrices whose delta differs from the adapter's", 3)
+        )
         if any(views.takes_findings(tree["method"]) for tree in trees.values()):
-            columns.append(_summed("scaled", [x["intruders"] for x in totals], "intruders that were scaled", 5))
+            columns.append(
+                _summed("scaled", [x["intruders"] for x in totals], "intruders that were scaled", 5)
+            )
         sizes = [x["bytes"] for x in totals]
         columns += _norms(totals, priority=2)
-        columns.append(Column("size", [*map(format_size, sizes)], "", 6, foot=format_size(sum(sizes))))
+        columns.append(
+            Column("size", [*map(format_size, sizes)], "", 6, foot=format_size(sum(sizes)))
+        )
     else:
-        with_intruders = [sum(bool(m["intruders"]) for m in tree["matrices"]) for tree in trees.values()]
+        with_intruders = [
+            sum(bool(m["intruders"]) for m in tree["matrices"]) for tree in trees.values()
+        ]
         intruders, certified = ([x[key] for x in totals] for key in ("intruders", "certified"))
         columns += [
             _summed("with any", with_intruders, "matrices with intruders", 3),
-            _summed("intruders", intruders, "leading directions that resemble none of the base's", 5),
+            _summed(
+                "intruders", intruders, "leading directions that resemble none of the base's", 5
+            ),
             _summed("certified", certified, "matrices in which every decision is proven", 4),
         ]
     return screen.join(table(columns, screen), ["--all shows each adapter's matrices"])
@@ -151,17 +223,30 @@ def _summed(head: str, numbers: Sequence[int], about: str, priority: int) -> Col
 
 def _norms(rows: Sequence[Mapping[str, Any]], priority: int) -> list[Column]:
     """Make the columns of a delta's norm before and after mitigation."""
-    before, after = ([f"{row[key]:#.4g}" for row in rows] for key in ("delta_norm", "delta_norm_after"))
-    return [Column("|delta|", before, "Frobenius norm of the delta", priority),
-            Column("after", after, "Frobenius norm of the written delta", priority + 2)]  # fmt: skip
+    before, after = (
+        [f"{row[key]:#.4g}" for row in rows] for key in ("delta_norm", "delta_norm_after")
+    )
+    return [
+        Column("|delta|", before, "Frobenius norm of the delta", priority),
+        Column("after", after, "Frobenius norm of the written delta", priority + 2),
+    ]
 
 
 def _of_4_bits(tree: Mapping[str, Any]) -> list[str]:
     """Say what it means that an adapter's config names a base in 4 bits, if the base given here is in 16 or 32."""
-    name, dtypes = tree["adapter"].get("base_model_name_or_path") or "", {m["dtype"] for m in tree["matrices"]}
-    if not re.search(r"4-?bit|nf4|int4|awq|gptq", name, re.IGNORECASE) or dtypes - {"BF16", "F16", "F32"}:
+    name, dtypes = (
+        tree["adapter"].get("base_model_name_or_path") or "",
+        {m["dtype"] for m in tree["matrices"]},
+    )
+    if not re.search(r"4-?bit|nf4|int4|awq|gptq", name, re.IGNORECASE) or dtypes - {
+        "BF16",
+        "F16",
+        "F32",
+    }:
         return []
-    return [f"trained on weights in 4 bits ({name}); on plain weights its loss is much the same (docs/shell.md)"]
+    return [
+        f"trained on weights in 4 bits ({name}); on plain weights its loss is much the same (docs/shell.md)"
+    ]
 
 
 def inspect_table(tree: Mapping[str, Any], screen: Screen = NO_LIMIT) -> str:
@@ -172,39 +257,84 @@ def inspect_table(tree: Mapping[str, Any], screen: Screen = NO_LIMIT) -> str:
     grouped = len(matrices) > MANY and not screen.every
     for m in matrices:
         attributes = m["shape"], m["transposed"], m["dtype"], m["rank"], m["scale"], m["matched"]
-        key = (re.sub(r"(?<=[.\[])\d+(?=[.\]])", "*", m["tensor"]) if grouped else m["tensor"], *map(str, attributes))
+        key = (
+            re.sub(r"(?<=[.\[])\d+(?=[.\]])", "*", m["tensor"]) if grouped else m["tensor"],
+            *map(str, attributes),
+        )
         groups.setdefault(key, []).append(m)
     rows = list(groups.items())
     visible, hidden_rows = (rows[: 4 * SHOWN], rows[4 * SHOWN :]) if grouped else (rows, [])
     first = [same[0] for _, same in visible]
     transposed = any(m["transposed"] for m in first)
     columns = [
-        Column("base tensor", [key[0] for key, _ in visible], "* stands for any number" if grouped else "", left=True, names=True),
-    ]  # fmt: skip
+        Column(
+            "base tensor",
+            [key[0] for key, _ in visible],
+            "* stands for any number" if grouped else "",
+            left=True,
+            names=True,
+        ),
+    ]
     if grouped:
         columns.append(Column("matrices", [str(len(same)) for _, same in visible], priority=9))
     else:
         modules = [m["module"] for m in first]
-        columns.append(Column("module", modules, "its name in the adapter", priority=1, left=True, names=True))
+        columns.append(
+            Column("module", modules, "its name in the adapter", priority=1, left=True, names=True)
+        )
     columns += [
         Column("out x in", ["x".join(map(str, m["shape"])) for m in first], priority=6),
         Column("dtype", [m["dtype"] for m in first], priority=5),
-        Column("r", [str(m["rank"] or "-") for m in first], "rank of the adapter's factors", priority=7),
-        Column("scale", [f"{m['scale']:.4g}" for m in first], "factor of B A, from the adapter's alpha and rank", priority=3),
-        Column("matched", [m["matched"] for m in first], "the rule that found its module in the base; see below", priority=4),
-    ]  # fmt: skip
+        Column(
+            "r", [str(m["rank"] or "-") for m in first], "rank of the adapter's factors", priority=7
+        ),
+        Column(
+            "scale",
+            [f"{m['scale']:.4g}" for m in first],
+            "factor of B A, from the adapter's alpha and rank",
+            priority=3,
+        ),
+        Column(
+            "matched",
+            [m["matched"] for m in first],
+            "the rule that found its module in the base; see below",
+            priority=4,
+        ),
+    ]
     if transposed:
-        columns.append(Column("stored", ["in x out" if m["transposed"] else "out x in" for m in first],
-                              "the order of its sides in the base's file", priority=2))  # fmt: skip
+        columns.append(
+            Column(
+                "stored",
+                ["in x out" if m["transposed"] else "out x in" for m in first],
+                "the order of its sides in the base's file",
+                priority=2,
+            )
+        )
     carried, count = "", len(tree["carried"])
     if count:
         tensors = sorted(tree["carried"], key=lambda c: views.natural(c["tensor"]))
         tensors = tensors if screen.every or count <= MANY else tensors[:SHOWN]
-        carried = table([
-            Column("carried along", [c["tensor"] for c in tensors], "tensors that are not factors", left=True, names=True),
-            Column("change", [c["change"] for c in tensors], priority=2, left=True),
-            Column("by", [c["by"] for c in tensors], "the adapter's tensor", priority=1, left=True, names=True),
-        ], screen)  # fmt: skip
+        carried = table(
+            [
+                Column(
+                    "carried along",
+                    [c["tensor"] for c in tensors],
+                    "tensors that are not factors",
+                    left=True,
+                    names=True,
+                ),
+                Column("change", [c["change"] for c in tensors], priority=2, left=True),
+                Column(
+                    "by",
+                    [c["by"] for c in tensors],
+                    "the adapter's tensor",
+                    priority=1,
+                    left=True,
+                    names=True,
+                ),
+            ],
+            screen,
+        )
         carried = screen.join(carried, [_cut(count - len(tensors), count)])
     lines = [
         f"{totals['matrices']} matrices of {totals['tensors']} tensors; base {format_size(totals['base_bytes'])}, "
@@ -233,7 +363,9 @@ def _cut(count: int, total: int, by: str = "") -> str:
     return f"the {total - count} {which}; --all shows every one" if count else ""
 
 
-def evaluation_table(evaluation: Evaluation, names: views.Names, screen: Screen = NO_LIMIT, written: str = "") -> str:
+def evaluation_table(
+    evaluation: Evaluation, names: views.Names, screen: Screen = NO_LIMIT, written: str = ""
+) -> str:
     """Format the verdict, every variant's figures, the reasons, and the commands to run next.
 
     Parameters
@@ -242,9 +374,18 @@ def evaluation_table(evaluation: Evaluation, names: views.Names, screen: Screen 
         Line that says where the evaluation was written, or "".
     """
     suggestion = evaluation.best()
-    lines = [*views.reasons(evaluation, suggestion), written, *views.commands(evaluation, suggestion, names)]
-    figures, samples = table(views.figures(evaluation), screen), evaluation.facts["texts"]["task"].get("samples", ())
-    return screen.join([views.verdict(evaluation, suggestion)], figures, sample_lines(samples), lines)
+    lines = [
+        *views.reasons(evaluation, suggestion),
+        written,
+        *views.commands(evaluation, suggestion, names),
+    ]
+    figures, samples = (
+        table(views.figures(evaluation), screen),
+        evaluation.facts["texts"]["task"].get("samples", ()),
+    )
+    return screen.join(
+        [views.verdict(evaluation, suggestion)], figures, sample_lines(samples), lines
+    )
 
 
 SAMPLE = 200
@@ -264,7 +405,9 @@ def map_text(record: Mapping[str, Any], base: str, screen: Screen) -> str:
     base
         The base as given.
     """
-    texts = listed(f"{text['name']} ({counted(text['tokens'], 'token')})" for text in record["texts"])
+    texts = listed(
+        f"{text['name']} ({counted(text['tokens'], 'token')})" for text in record["texts"]
+    )
     inputs, matrices = counted(record["inputs"], "input"), counted(record["matrices"], "matrix")
     file = shlex.quote(record["output"])
     lines = [
@@ -275,7 +418,9 @@ def map_text(record: Mapping[str, Any], base: str, screen: Screen) -> str:
     return screen.join(lines)
 
 
-def repair_table(record: RepairRecord, written: Mapping[str, Any], inputs: tuple[str, str], screen: Screen) -> str:
+def repair_table(
+    record: RepairRecord, written: Mapping[str, Any], inputs: tuple[str, str], screen: Screen
+) -> str:
     """Format the measured models, the choice, and the command that measures the output, unless it is the unchanged adapter.
 
     Parameters
@@ -286,24 +431,46 @@ def repair_table(record: RepairRecord, written: Mapping[str, Any], inputs: tuple
     from streamer.api.views import repair_columns
 
     adapter, output, reliable = record.get("lora", inputs[1]), record["output"], record["reliable"]
-    shown_shares = {"kept": reliable["kept"], "top-1 kept": reliable["top1_kept"], "loss left": reliable["forgetting"]}
+    shown_shares = {
+        "kept": reliable["kept"],
+        "top-1 kept": reliable["top1_kept"],
+        "loss left": reliable["forgetting"],
+    }
     why = "the adapter's change is too small to measure on this text; more text may help"
     if samples := record.get("samples"):
-        shown_shares = {"loss left": reliable["forgetting"]}  # the others have no meaning on what it wrote
+        shown_shares = {
+            "loss left": reliable["forgetting"]
+        }  # the others have no meaning on what it wrote
     lines = [
         f"writes {record['why']}",
         *sample_lines(samples or ()),
-        *(f"{share} is not shown: {why}" for share, is_shown in shown_shares.items() if not is_shown),
+        *(
+            f"{share} is not shown: {why}"
+            for share, is_shown in shown_shares.items()
+            if not is_shown
+        ),
         *views.record_lines(written, state_line(output, record["state"])),
     ]
     if "lora" in record:
-        lines.append(f"converted first: {adapter} is {inputs[1]} as a LoRA adapter, and was repaired in its place")
-    lines.append(f"a page with these figures: streamer report {shlex.join([output, '-o', output + '.html'])}")
+        lines.append(
+            f"converted first: {adapter} is {inputs[1]} as a LoRA adapter, and was repaired in its place"
+        )
+    lines.append(
+        f"a page with these figures: streamer report {shlex.join([output, '-o', output + '.html'])}"
+    )
     if record["chosen"] != "adapter":
-        texts = "--general", "TEXT", *(() if "own_text" in record else ("--task", "TEXT")), "-o", "FILE"
+        texts = (
+            "--general",
+            "TEXT",
+            *(() if "own_text" in record else ("--task", "TEXT")),
+            "-o",
+            "FILE",
+        )
         shrink = "--method", "shrink", "--lambda", str(written["lambda"])
         variant = ("--coefficients", record["fit"]) if record["chosen"] == "repair" else shrink
-        evaluate = shlex.join(["evaluate", inputs[0], adapter, *texts, *variant, *views.input_options(written)])
+        evaluate = shlex.join(
+            ["evaluate", inputs[0], adapter, *texts, *variant, *views.input_options(written)]
+        )
         lines.append(f"next, on text that nothing was trained or fitted on: streamer {evaluate}")
     return screen.join(table(repair_columns(record), screen), lines)
 
@@ -312,7 +479,10 @@ def report_text(report: Report, where: str, screen: Screen) -> str:
     """Format a report's subject, and state what was written or what to do next."""
     subject, page, next_lines = report.subject, "", ""
     if (written := report.written) is not None:
-        page = fit(f"{state_line(report.output, written.state)}: {format_size(written.nbytes)}", screen.width)
+        page = fit(
+            f"{state_line(report.output, written.state)}: {format_size(written.nbytes)}",
+            screen.width,
+        )
     if isinstance(subject, views.Findings):
         text, next_lines = findings_table(subject, screen), next_step(subject, screen)
     elif isinstance(subject, views.Evaluation):
@@ -324,7 +494,9 @@ def report_text(report: Report, where: str, screen: Screen) -> str:
 
 def result(outcome: Any, args: argparse.Namespace, monitor: Monitor) -> Result:
     """Return what the command's request returned."""
-    page = args.command == "report" and args.output is not None  # explains its figures: the table needs no legend
+    page = (
+        args.command == "report" and args.output is not None
+    )  # explains its figures: the table needs no legend
     on = screen(args.all, args.legend and not page)
     if getattr(args, "dry_run", False):
         return outcome, dry_run_text(outcome, args.command, on)
@@ -336,12 +508,19 @@ def result(outcome: Any, args: argparse.Namespace, monitor: Monitor) -> Result:
         case "detect":
             return _detected(outcome, args, on, monitor)
         case "mitigate" | "merge":
-            return _each(outcome, lambda tree, on: ({**tree}, record_table(tree, tree["output"], on)), output, on)
+            return _each(
+                outcome,
+                lambda tree, on: ({**tree}, record_table(tree, tree["output"], on)),
+                output,
+                on,
+            )
         case "report":
             return outcome.record(), report_text(outcome, args.findings, on)
         case "evaluate":
             tree = {**outcome.to_dict(), "output": output, "state": state}
-            return tree, evaluation_table(outcome, _names(args), on, state_line(output, state) if output else "")
+            return tree, evaluation_table(
+                outcome, _names(args), on, state_line(output, state) if output else ""
+            )
         case "map":
             tree = {**views.map_record(outcome, output, state)}
             return tree, map_text(tree, shown(args.base[0]), on)
@@ -354,11 +533,15 @@ def _detected(outcome: Any, args: argparse.Namespace, on: Screen, monitor: Monit
     def result(findings: Any, on: Screen) -> Result:
         path = Path(findings.name)
         state = monitor.outputs[path]
-        return {**findings.record(), "output": str(path), "state": state}, findings_table(findings, on, path, state)
+        return {**findings.record(), "output": str(path), "state": state}, findings_table(
+            findings, on, path, state
+        )
 
     tree, text = _each(outcome, result, args.output, on)
     several = isinstance(outcome, views.ByName)
-    last, adapter = ([*outcome.values()][-1], "ADAPTER") if several else (outcome, shown(args.adapter[0]))
+    last, adapter = (
+        ([*outcome.values()][-1], "ADAPTER") if several else (outcome, shown(args.adapter[0]))
+    )
     return tree, f"{text}\n\n{next_step(last, on, shown(args.base), adapter)}"
 
 
@@ -367,10 +550,14 @@ def _names(args: argparse.Namespace) -> views.Names:
     files = (args.general, args.task, args.output, args.findings, args.coefficients, args.map)
     quoted_files = (shlex.quote(file) if file else "" for file in files)
     limits = [f for f in fields(EvaluateOptions) if f.name in ("sequences", "length")]
-    reading = "".join(f" --{f.name} {getattr(args, f.name)}" for f in limits if getattr(args, f.name) != f.default)
+    reading = "".join(
+        f" --{f.name} {getattr(args, f.name)}" for f in limits if getattr(args, f.name) != f.default
+    )
     others = "".join(f" --other {shlex.quote(file)}" for file in args.other)
     names = views.Names(shlex.join(map(shown, (args.base, args.adapter))), *quoted_files)
-    return replace(names, reading=reading, others=others, mitigated=views.is_mitigated(args.adapter))
+    return replace(
+        names, reading=reading, others=others, mitigated=views.is_mitigated(args.adapter)
+    )
 
 
 def _each(outcome: Any, result: Callable[[Any, Screen], Result], output: str, on: Screen) -> Result:
@@ -378,7 +565,9 @@ def _each(outcome: Any, result: Callable[[Any, Screen], Result], output: str, on
     if not isinstance(outcome, views.ByName):
         return result(outcome, on)
     later = replace(on, legend=False)  # one legend is enough
-    parts = {name: result(part, later if i else on) for i, (name, part) in enumerate(outcome.items())}
+    parts = {
+        name: result(part, later if i else on) for i, (name, part) in enumerate(outcome.items())
+    }
     trees = {name: tree for name, (tree, _) in parts.items()}
     if on.every:
         text = "\n\n".join(f"{name}\n{text}" for name, (_, text) in parts.items())

@@ -100,7 +100,9 @@ class Progress:
         Seconds between lines of plain progress.
     """
 
-    def __init__(self, mode: Mode = "auto", quiet: int = 0, command: str = "", logged: float = LOGGED) -> None:
+    def __init__(
+        self, mode: Mode = "auto", quiet: int = 0, command: str = "", logged: float = LOGGED
+    ) -> None:
         if mode == "auto":
             mode = "bar" if columns() is not None and os.environ.get("TERM") != "dumb" else "plain"
         self._mode = "none" if quiet else mode
@@ -147,7 +149,9 @@ class Progress:
         """Print the last line: how long the command took, and whether its output existed before."""
         if not self._quiet:
             what = f"{summary}, in" if summary else "done in"
-            say(f"streamer: {self._command}: {what} {format_duration(time.monotonic() - self._began)}")
+            say(
+                f"streamer: {self._command}: {what} {format_duration(time.monotonic() - self._began)}"
+            )
 
     def _begin(self) -> Bars:
         """Import tqdm, and start the thread that redraws between events, since a matrix may take minutes."""
@@ -176,7 +180,9 @@ class Progress:
         """Lay out a line for a log."""
         stage = "" if event.stage == self._command else f"{event.stage} "
         desc = counts(event, " of ").lstrip() if event.of else event.name
-        bar_format = "{desc}, {percentage:.0f}%{postfix}, {remaining} left" if event.of else "{desc}"
+        bar_format = (
+            "{desc}, {percentage:.0f}%{postfix}, {remaining} left" if event.of else "{desc}"
+        )
         return {"desc": f"{stage}{desc}", "bar_format": bar_format, "postfix": event.adapter}
 
 
@@ -188,23 +194,38 @@ def _fitted(text: str) -> str:
 def verification_text(verification: Mapping[str, Any]) -> str:
     """State what was compared and recomputed, and what was not and why."""
     output, totals = verification["output"], verification["totals"]
-    lines = [f"{output}: {counted(totals['files'], 'file')}, {format_size(totals['bytes'])}, as recorded"]
+    lines = [
+        f"{output}: {counted(totals['files'], 'file')}, {format_size(totals['bytes'])}, as recorded"
+    ]
     if "inputs" not in verification:
-        return "\n".join([*lines, "compared only with its own record; give BASE ADAPTER to compare it with them"])
-    lines.append(f"{totals['recomputed']} of {totals['matrices']} matrices recomputed, each within its rounding")
+        return "\n".join(
+            [*lines, "compared only with its own record; give BASE ADAPTER to compare it with them"]
+        )
+    lines.append(
+        f"{totals['recomputed']} of {totals['matrices']} matrices recomputed, each within its rounding"
+    )
     if totals["tensors"]:
-        lines.append(f"{totals['compared']} of {totals['tensors']} other tensors compared with the inputs'")
+        lines.append(
+            f"{totals['compared']} of {totals['tensors']} other tensors compared with the inputs'"
+        )
     for what in ("not_recomputed", "not_compared"):
         reasons = Counter(skipped["reason"] for skipped in verification[what])
-        lines += [f"{what.replace('_', ' ')}: {count}: {reason}" for reason, count in reasons.items()]
+        lines += [
+            f"{what.replace('_', ' ')}: {count}: {reason}" for reason, count in reasons.items()
+        ]
     return "\n".join([*lines, left_out(verification)])
 
 
 def left_out(verification: Mapping[str, Any]) -> str:
     """Count the matrices and tensors that were not compared with the inputs."""
     totals = verification["totals"]
-    matrices, tensors = totals["matrices"] - totals["recomputed"], totals["tensors"] - totals["compared"]
-    counts = [counted(n, what) for n, what in ((matrices, "matrix"), (tensors, "other tensor")) if n]
+    matrices, tensors = (
+        totals["matrices"] - totals["recomputed"],
+        totals["tensors"] - totals["compared"],
+    )
+    counts = [
+        counted(n, what) for n, what in ((matrices, "matrix"), (tensors, "other tensor")) if n
+    ]
     tried = totals["not_recomputed"] + len(verification["not_compared"]) >= totals["not_compared"]
     return f"not compared: {' and '.join(counts) or 'nothing'}{'' if tried else '; --sample all compares everything'}"
 

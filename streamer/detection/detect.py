@@ -23,7 +23,14 @@ import torch
 
 from streamer import __version__
 from streamer.detection import findings as findings_module
-from streamer.detection.findings import FILE_NAME, Findings, MatrixFinding, entries, fingerprint, load_findings
+from streamer.detection.findings import (
+    FILE_NAME,
+    Findings,
+    MatrixFinding,
+    entries,
+    fingerprint,
+    load_findings,
+)
 from streamer.detection.intruders import Decision, Detection, decide
 from streamer.detection.options import DetectionOptions, Run
 from streamer.detection.solvers import Way, working_bytes
@@ -32,7 +39,15 @@ from streamer.events import Event, Monitor, Progress
 from streamer.json_types import check
 from streamer.linalg.operators import Dense, Matrix, RowBlocks, all_finite
 from streamer.linalg.torch_state import CPU, thread_count, threads
-from streamer.plan.plan import AdapterBatch, MemoryEstimate, Plan, check_budget, factor_bytes, fits, resident_bytes
+from streamer.plan.plan import (
+    AdapterBatch,
+    MemoryEstimate,
+    Plan,
+    check_budget,
+    factor_bytes,
+    fits,
+    resident_bytes,
+)
 from streamer.plan.targets import Target
 from streamer.storage import transaction
 from streamer.storage.atomic_file import Buffer, partials_of, write_sealed
@@ -54,7 +69,9 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with contextlib.suppress(RuntimeError):
         device = torch.device(name)
-        if device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()):
+        if device.type == "cpu" or (
+            device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()
+        ):
             return device
         if device.type == "cuda":
             raise UsageError(f"device: {name} is not available; use cpu")
@@ -68,8 +85,13 @@ REPEATED_CUBE = 4096**3
 """Largest m·n·min(m, n) for which full SVDs are repeated in float64; docs/benchmarks.md has the time."""
 
 
-def detection_bytes(plan: Plan, target: Target, options: DetectionOptions, resident: int,
-                    itemsize: int | None = None) -> dict[Way, int]:  # fmt: skip
+def detection_bytes(
+    plan: Plan,
+    target: Target,
+    options: DetectionOptions,
+    resident: int,
+    itemsize: int | None = None,
+) -> dict[Way, int]:
     """Estimate the peak memory of detection in one matrix, for each way that the options allow; see `working_bytes`.
 
     Parameters
@@ -89,7 +111,10 @@ def detection_bytes(plan: Plan, target: Target, options: DetectionOptions, resid
     fixed, making = resident + factor_bytes(plan, target, itemsize), module.peak_bytes(itemsize)
     read = 2 * weight.load_bytes  # the stored bytes of a tensor and the next one
     mapped = {Way.BLOCKS} if not (weight.quantized or weight.remote) else set[Way]()
-    return {way: fixed + max(size, making) + (0 if way in mapped else read) for way, size in ways.items()}
+    return {
+        way: fixed + max(size, making) + (0 if way in mapped else read)
+        for way, size in ways.items()
+    }
 
 
 def kept_bytes(plan: Plan, target: Target, options: DetectionOptions) -> int:
@@ -98,7 +123,9 @@ def kept_bytes(plan: Plan, target: Target, options: DetectionOptions) -> int:
     An additional eighth covers gaps that the allocator keeps between them from earlier steps (5 % were measured).
     """
     m, n = target.module.shape
-    return options.directions((m, n)) * (m + n) * plan.weights[target.tensor].compute.itemsize * 9 // 8
+    return (
+        options.directions((m, n)) * (m + n) * plan.weights[target.tensor].compute.itemsize * 9 // 8
+    )
 
 
 def best_way(plan: Plan, target: Target, options: DetectionOptions, resident: int) -> Way:
@@ -122,7 +149,9 @@ def float64_way(
     if is_double or (solver == "dense" and not is_repeated(target.module.shape)):
         return None
     ways = detection_bytes(plan, target, options, resident, torch.float64.itemsize)
-    of_solver = ((way, size) for way, size in ways.items() if (way is Way.DENSE) == (solver == "dense"))
+    of_solver = (
+        (way, size) for way, size in ways.items() if (way is Way.DENSE) == (solver == "dense")
+    )
     return next(((way, size) for way, size in of_solver if fits(size, options.max_memory)), None)
 
 
@@ -132,7 +161,9 @@ def is_repeated(shape: tuple[int, int]) -> bool:
     return m * n * min(m, n) <= REPEATED_CUBE
 
 
-def detection_estimates(plans: Iterable[Plan], options: DetectionOptions, resident: int) -> Iterator[MemoryEstimate]:
+def detection_estimates(
+    plans: Iterable[Plan], options: DetectionOptions, resident: int
+) -> Iterator[MemoryEstimate]:
     """Estimate the least memory that detection needs for each matrix."""
     for plan in plans:
         for t in plan.targets:
@@ -144,23 +175,37 @@ T = TypeVar("T")
 V = TypeVar("V")
 
 
-def read_ahead(items: Sequence[T], load: Callable[[T], V], depth: int = 1) -> Generator[tuple[T, V], None, None]:
+def read_ahead(
+    items: Sequence[T], load: Callable[[T], V], depth: int = 1
+) -> Generator[tuple[T, V], None, None]:
     """Yield each item with its result of `load`; a thread loads the next `depth` items while the current one is in use."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="streamer prefetch")
     try:
-        context = copy_context()  # carries the monitor that `heed` set, which waits for servers obey
+        context = (
+            copy_context()
+        )  # carries the monitor that `heed` set, which waits for servers obey
         coming = deque(pool.submit(context.run, load, item) for item in items[:depth])
         for i, item in enumerate(items):
             value = coming.popleft().result()
-            coming.extend(pool.submit(context.run, load, following) for following in items[i + depth : i + depth + 1])
+            coming.extend(
+                pool.submit(context.run, load, following)
+                for following in items[i + depth : i + depth + 1]
+            )
             yield item, value
             del value  # before the next one arrives: keep at most `depth` beside the current one
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device: torch.device, resident: int,
-                  prefetched: Weight | None = None, monitor: Monitor | None = None) -> MatrixFinding:  # fmt: skip
+def detect_matrix(
+    plan: Plan,
+    target: Target,
+    options: DetectionOptions,
+    device: torch.device,
+    resident: int,
+    prefetched: Weight | None = None,
+    monitor: Monitor | None = None,
+) -> MatrixFinding:
     """Detect in one matrix; if the device lacks memory for it, compute on the CPU and warn through the monitor.
 
     Parameters
@@ -177,14 +222,20 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
     """
     began, module, tensors = time.perf_counter(), target.module, plan.adapter.tensors
     stored = prefetched or plan.weights[target.tensor]
-    if not plan.adapter.describes_model:  # a fine-tuned model's matrix has no fingerprint and is too large to keep
+    if (
+        not plan.adapter.describes_model
+    ):  # a fine-tuned model's matrix has no fingerprint and is too large to keep
         tensors = {name: tensors[name].load() for name in module.tensor_names}
 
-    def decided(device: torch.device, weight: Weight, way: Way, options: DetectionOptions) -> Decision:
+    def decided(
+        device: torch.device, weight: Weight, way: Way, options: DetectionOptions
+    ) -> Decision:
         """Decide in the weight's computing dtype; the base is whole, or decoded a few rows at a time in each product."""
         W0 = None if way is Way.BLOCKS else weight.whole(device).reshape(weight.matrix)
         like = torch.empty(0, dtype=weight.compute, device=device)
-        base: Matrix = RowBlocks(weight.matrix, weight.at_hand().rows, like) if W0 is None else Dense(W0)
+        base: Matrix = (
+            RowBlocks(weight.matrix, weight.at_hand().rows, like) if W0 is None else Dense(W0)
+        )
         delta = plan.delta(target, W0, double=weight.compute == torch.float64, tensors=tensors)
         oriented = base.T if target.transposed else base
         try:
@@ -192,34 +243,61 @@ def detect_matrix(plan: Plan, target: Target, options: DetectionOptions, device:
         except NumericError as e:
             # Only one of several adapters is at fault, unless the base is.
             where = plan.adapter.file.path if all(map(all_finite, base.pieces())) else weight.where
-            raise NumericError(f"{where}: tensor {target.tensor!r} with module {module.name!r}: {e}") from e
+            raise NumericError(
+                f"{where}: tensor {target.tensor!r} with module {module.name!r}: {e}"
+            ) from e
 
     def detected(device: torch.device) -> Detection:
         """Detect on a device, and again in float64 if only rounding leaves a direction open and memory allows it."""
-        detection, may_settle = decided(device, stored, best_way(plan, target, options, resident), options)
-        repeat = float64_way(plan, target, options, resident, detection.solver) if may_settle else None
+        detection, may_settle = decided(
+            device, stored, best_way(plan, target, options, resident), options
+        )
+        repeat = (
+            float64_way(plan, target, options, resident, detection.solver) if may_settle else None
+        )
         if repeat is None:
             return detection
         double = replace(stored, compute=torch.float64)
-        precise = decided(device, double, repeat[0], replace(options, solver=detection.solver)).detection
+        precise = decided(
+            device, double, repeat[0], replace(options, solver=detection.solver)
+        ).detection
         vectors = {key: getattr(precise, key).to(stored.compute) for key in ("U", "S", "Vh")}
-        return replace(precise, **vectors, escalated=detection.escalated, steps=detection.steps + precise.steps,
-                       products=detection.products + precise.products)  # fmt: skip
+        return replace(
+            precise,
+            **vectors,
+            escalated=detection.escalated,
+            steps=detection.steps + precise.steps,
+            products=detection.products + precise.products,
+        )
 
     found: Detection | None = None
     try:
         found = detected(device)
     except RuntimeError as e:  # cuBLAS and cuSOLVER have no class of their own for this
-        if device.type == "cpu" or not (isinstance(e, torch.cuda.OutOfMemoryError) or "ALLOC_FAILED" in str(e)):
+        if device.type == "cpu" or not (
+            isinstance(e, torch.cuda.OutOfMemoryError) or "ALLOC_FAILED" in str(e)
+        ):
             raise
     if found is None:  # outside the handler, which keeps the device's memory in use
         if monitor is not None:
-            text = f"{target.tensor}: {device} has not enough memory for it; it is computed on the CPU"
+            text = (
+                f"{target.tensor}: {device} has not enough memory for it; it is computed on the CPU"
+            )
             monitor.emit(Event("warning", text))
         found = detected(CPU)
     printed = fingerprint(plan, target, tensors, stored)
-    return MatrixFinding(target.tensor, module.name, module.shape, stored.label, module.rank, module.scaling,
-                         target.transposed, printed, found, time.perf_counter() - began)  # fmt: skip
+    return MatrixFinding(
+        target.tensor,
+        module.name,
+        module.shape,
+        stored.label,
+        module.rank,
+        module.scaling,
+        target.transposed,
+        printed,
+        found,
+        time.perf_counter() - began,
+    )
 
 
 Group = Sequence[tuple[int, Target]]
@@ -232,8 +310,16 @@ Begin = Callable[[int, Target], None]
 """Called before each matrix, or each task, with the number of the plan."""
 
 
-def detect_in_turn(batch: AdapterBatch, groups: Sequence[Group], options: DetectionOptions, device: torch.device,
-                   resident: int, counts: Sequence[int], monitor: Monitor, begin: Begin) -> FindingStream:  # fmt: skip
+def detect_in_turn(
+    batch: AdapterBatch,
+    groups: Sequence[Group],
+    options: DetectionOptions,
+    device: torch.device,
+    resident: int,
+    counts: Sequence[int],
+    monitor: Monitor,
+    begin: Begin,
+) -> FindingStream:
     """Detect in one matrix at a time, in this process.
 
     Parameters
@@ -250,17 +336,23 @@ def detect_in_turn(batch: AdapterBatch, groups: Sequence[Group], options: Detect
     def load(group: Group) -> Weight | None:
         i, target = group[0]
         weight = plans[i].weights[target.tensor]
-        in_memory = weight.remote or any(best_way(plans[i], t, options, resident) is not Way.BLOCKS for i, t in group)
+        in_memory = weight.remote or any(
+            best_way(plans[i], t, options, resident) is not Way.BLOCKS for i, t in group
+        )
         return weight.load() if in_memory else None
 
     # A large matrix after a small one is not read in time. Mapped weights may be read two ahead; other memory must not grow.
-    mapped = device.type == "cpu" and not any(plans[i].weights[t.tensor].load_bytes for g in groups for i, t in g)
+    mapped = device.type == "cpu" and not any(
+        plans[i].weights[t.tensor].load_bytes for g in groups for i, t in g
+    )
     with contextlib.closing(read_ahead(groups, load, 2 if mapped else 1)) as stream:
         for group, prefetched in stream:
             for i, target in group:
                 begin(i, target)
                 with threads(counts[i]):
-                    finding = detect_matrix(plans[i], target, options, device, resident, prefetched, monitor)
+                    finding = detect_matrix(
+                        plans[i], target, options, device, resident, prefetched, monitor
+                    )
                 yield i, finding
 
 
@@ -276,18 +368,34 @@ TASK_MATRICES = 8
 """Most matrices of a task: a killed run loses the matrices of its unfinished tasks."""
 
 
-def detect_groups(batch: AdapterBatch, monitor: Monitor, groups: Sequence[Sequence[tuple[int, str]]],
-                  options: DetectionOptions, device: str, resident: int, count: int) -> list[tuple[int, MatrixFinding]]:  # fmt: skip
+def detect_groups(
+    batch: AdapterBatch,
+    monitor: Monitor,
+    groups: Sequence[Sequence[tuple[int, str]]],
+    options: DetectionOptions,
+    device: str,
+    resident: int,
+    count: int,
+) -> list[tuple[int, MatrixFinding]]:
     """Detect in the matrices of a task, each given by its plan's number and its tensor's name."""
     targets = [{target.tensor: target for target in plan.targets} for plan in batch.plans]
-    todo, counts = [[(i, targets[i][name]) for i, name in group] for group in groups], [count] * len(batch.plans)
-    results = [*detect_in_turn(batch, todo, options, choose_device(device), resident, counts, monitor, lambda *_: None)]
+    todo, counts = (
+        [[(i, targets[i][name]) for i, name in group] for group in groups],
+        [count] * len(batch.plans),
+    )
+    results = [
+        *detect_in_turn(
+            batch, todo, options, choose_device(device), resident, counts, monitor, lambda *_: None
+        )
+    ]
     for i in sorted({i for i, _ in results}):
         batch.plans[i].check_unchanged()
     return results
 
 
-def _divided(groups: Iterable[Group], options: DetectionOptions, enough: int) -> Iterator[list[Group]]:
+def _divided(
+    groups: Iterable[Group], options: DetectionOptions, enough: int
+) -> Iterator[list[Group]]:
     """Divide groups among tasks: each but the last costs enough, or is full."""
     task, done = list[Group](), 0
     for group in groups:
@@ -300,27 +408,44 @@ def _divided(groups: Iterable[Group], options: DetectionOptions, enough: int) ->
         yield task
 
 
-def detect_on_workers(batch: AdapterBatch, groups: Sequence[Group], options: DetectionOptions, run: Run, resident: int,
-                      counts: Sequence[int], begin: Begin) -> FindingStream:  # fmt: skip
+def detect_on_workers(
+    batch: AdapterBatch,
+    groups: Sequence[Group],
+    options: DetectionOptions,
+    run: Run,
+    resident: int,
+    counts: Sequence[int],
+    begin: Begin,
+) -> FindingStream:
     """Detect as `detect_in_turn` does, but on workers: a task is matrices in the base's file order with one number of threads."""
     assert run.workers is not None
     inputs = Inputs.of(batch, run)
     step = partial(detect_groups, options=options, device=str(run.device), resident=resident)
     tasks, firsts = dict[int, Task[list[tuple[int, MatrixFinding]]]](), list[tuple[int, Target]]()
-    enough = min(TASK_COST, sum(total_cost(group, options) for group in groups) // (4 * run.workers.at_once))
+    enough = min(
+        TASK_COST, sum(total_cost(group, options) for group in groups) // (4 * run.workers.at_once)
+    )
     for count in sorted(set(counts)):
-        with_count = ([(i, target) for i, target in group if counts[i] == count] for group in groups)
+        with_count = (
+            [(i, target) for i, target in group if counts[i] == count] for group in groups
+        )
         for task_groups in _divided(filter(None, with_count), options, enough):
             names = [[(i, target.tensor) for i, target in group] for group in task_groups]
             plan_number, first = task_groups[0][0]
-            tasks[len(tasks)] = Task(inputs, count, first.tensor, partial(step, groups=names, count=count))
+            tasks[len(tasks)] = Task(
+                inputs, count, first.tensor, partial(step, groups=names, count=count)
+            )
             firsts.append((plan_number, first))
-    with contextlib.closing(run.workers.run(tasks, run.monitor, lambda number: begin(*firsts[number]))) as results:
+    with contextlib.closing(
+        run.workers.run(tasks, run.monitor, lambda number: begin(*firsts[number]))
+    ) as results:
         for _, findings in results:
             yield from findings
 
 
-def shared(workers: Workers, batch: AdapterBatch, options: DetectionOptions, resident: int) -> DetectionOptions:
+def shared(
+    workers: Workers, batch: AdapterBatch, options: DetectionOptions, resident: int
+) -> DetectionOptions:
     """Divide the allowed memory among this process and its workers; see `Workers.budget`."""
     results = [kept_bytes(plan, target, options) for plan in batch.plans for target in plan.targets]
     nbytes = resident_bytes(batch) + workers.at_once * TASK_MATRICES * max(results, default=0)
@@ -377,9 +502,13 @@ class FindingsWriter:
         with contextlib.suppress(KeyError, TypeError, ValueError, RecursionError):
             figures: dict[str, Any] = json.loads(header.metadata["matrix"])
             check(figures, findings_module.FIGURES)
-            if header.by_name.keys() == {f"{figures['tensor']}/{key}" for key in findings_module.ARRAYS}:
+            if header.by_name.keys() == {
+                f"{figures['tensor']}/{key}" for key in findings_module.ARRAYS
+            }:
                 return header, figures
-        raise OutputError(f"{self._journal.path}: its record {i} is of another version; --no-resume starts over")
+        raise OutputError(
+            f"{self._journal.path}: its record {i} is of another version; --no-resume starts over"
+        )
 
     def __contains__(self, tensor: str) -> bool:
         return tensor in self._records
@@ -397,13 +526,20 @@ class FindingsWriter:
 
     def write(self) -> None:
         """Write the file, once all matrices of a plan are recorded; it gets its name only if the inputs have not changed."""
-        records = [(i, *self._read(i)) for i in (self._records[target.tensor] for target in self.plan.targets)]
-        homes = {info.name: (i, header, info) for i, header, _ in records for info in header.tensors}
+        records = [
+            (i, *self._read(i))
+            for i in (self._records[target.tensor] for target in self.plan.targets)
+        ]
+        homes = {
+            info.name: (i, header, info) for i, header, _ in records for info in header.tensors
+        }
         arrays = [(info.name, info.dtype, info.shape) for *_, info in homes.values()]
 
         def source(info: TensorInfo) -> Iterator[Buffer]:
             i, header, entry = homes[info.name]
-            yield self._journal.part(i, header.data_start + entry.start, header.data_start + entry.end)
+            yield self._journal.part(
+                i, header.data_start + entry.start, header.data_start + entry.end
+            )
 
         shard = self.head.file_plan(self.path.name, [figures for *_, figures in records], arrays)
         write_sealed(self.path.parent, shard, source, self.plan.check_unchanged)
@@ -413,7 +549,10 @@ class FindingsWriter:
         if self.finished is not None:
             return self.finished
         findings = load_findings(self.path)
-        return replace(findings, matrices=tuple(replace(m, seconds=self._seconds.get(m.tensor)) for m in findings))
+        return replace(
+            findings,
+            matrices=tuple(replace(m, seconds=self._seconds.get(m.tensor)) for m in findings),
+        )
 
 
 FIGURES_BYTES = 1800
@@ -426,14 +565,25 @@ def findings_bytes(plan: Plan, options: DetectionOptions) -> int:
     nbytes = 4096 + 2 * len(json.dumps([head.base, head.adapter, head.sources, options.as_dict()]))
     for target in plan.targets:
         (m, n), k = target.module.shape, options.directions(target.module.shape)
-        names = (1 + len(findings_module.ARRAYS)) * len(json.dumps(target.tensor)) + len(json.dumps(target.module.name))
-        values = (m + n + 1) * plan.weights[target.tensor].compute.itemsize + 8 * (len(findings_module.ARRAYS) - 3) + 12
+        names = (1 + len(findings_module.ARRAYS)) * len(json.dumps(target.tensor)) + len(
+            json.dumps(target.module.name)
+        )
+        values = (
+            (m + n + 1) * plan.weights[target.tensor].compute.itemsize
+            + 8 * (len(findings_module.ARRAYS) - 3)
+            + 12
+        )
         nbytes += FIGURES_BYTES + 2 * names + k * values
     return nbytes
 
 
-def detect_all(batch: AdapterBatch, options: DetectionOptions, run: Run, resident: int,
-               writers: Sequence[FindingsWriter] = ()) -> FindingStream:  # fmt: skip
+def detect_all(
+    batch: AdapterBatch,
+    options: DetectionOptions,
+    run: Run,
+    resident: int,
+    writers: Sequence[FindingsWriter] = (),
+) -> FindingStream:
     """Detect in every target of a batch, in the base's file order, in this process or on the run's workers.
 
     A matrix that several plans change is read once for all of them.
@@ -448,7 +598,9 @@ def detect_all(batch: AdapterBatch, options: DetectionOptions, run: Run, residen
     plans = batch.plans
     counts = [writer.threads for writer in writers] or [torch.get_num_threads()] * len(plans)
     check_budget(detection_estimates(plans, options, resident), options.max_memory)
-    groups = batch.matrices(lambda member: not writers or member.target.tensor not in writers[member.plan])
+    groups = batch.matrices(
+        lambda member: not writers or member.target.tensor not in writers[member.plan]
+    )
     total = sum(total_cost(enumerate(plan.targets), options) for plan in plans)
     progress = Progress(run.monitor, "detect", total, batch.matrix_count)
     todo = [member for group in groups for member in group]
@@ -461,7 +613,9 @@ def detect_all(batch: AdapterBatch, options: DetectionOptions, run: Run, residen
     if run.workers is not None:
         stream = detect_on_workers(batch, groups, options, run, resident, counts, begin)
     else:
-        stream = detect_in_turn(batch, groups, options, run.device, resident, counts, run.monitor, begin)
+        stream = detect_in_turn(
+            batch, groups, options, run.device, resident, counts, run.monitor, begin
+        )
     with contextlib.closing(stream):
         for i, finding in stream:
             yield i, finding
@@ -472,14 +626,20 @@ def detect_all(batch: AdapterBatch, options: DetectionOptions, run: Run, residen
 def detect_in_memory(batch: AdapterBatch, options: DetectionOptions, run: Run) -> list[Findings]:
     """Detect and keep each plan's findings in memory, which the budget includes."""
     memory = sum(kept_bytes(plan, t, options) for plan in batch.plans for t in plan.targets)
-    by_tensor = {(i, m.tensor): m for i, m in detect_all(batch, options, run, resident_bytes(batch) + memory)}
-    results = [Findings.of(p, options, [by_tensor[i, t.tensor] for t in p.targets]) for i, p in enumerate(batch.plans)]
+    by_tensor = {
+        (i, m.tensor): m for i, m in detect_all(batch, options, run, resident_bytes(batch) + memory)
+    }
+    results = [
+        Findings.of(p, options, [by_tensor[i, t.tensor] for t in p.targets])
+        for i, p in enumerate(batch.plans)
+    ]
     run.monitor.warn(warning for findings in results for warning in findings.warnings)
     return results
 
 
-def detect_to_files(batch: AdapterBatch, paths: Sequence[Path], options: DetectionOptions, run: Run,
-                    resident: int) -> list[Findings]:  # fmt: skip
+def detect_to_files(
+    batch: AdapterBatch, paths: Sequence[Path], options: DetectionOptions, run: Run, resident: int
+) -> list[Findings]:
     """Detect, journal each matrix, and write each plan's findings file; seconds are this run's.
 
     Finished findings of exactly these plans stay unchanged, but their modification times are updated. Missing directories are created.
@@ -498,7 +658,11 @@ def detect_to_files(batch: AdapterBatch, paths: Sequence[Path], options: Detecti
         for writer in todo:
             stack.enter_context(writer.begun())
         if resumed := [writer for writer in todo if writer.resumed]:
-            monitor.resuming(sum(map(len, resumed)), sum(len(writer.plan.targets) for writer in resumed), "matrix")
+            monitor.resuming(
+                sum(map(len, resumed)),
+                sum(len(writer.plan.targets) for writer in resumed),
+                "matrix",
+            )
         if todo:
             now = torch.get_num_threads()
             for count in sorted({writer.threads for writer in todo} - {now}):
@@ -526,8 +690,9 @@ def naming_inputs(plan: Plan, paths: Sequence[Path], overwrite: bool) -> Iterato
         raise
 
 
-def plan_findings(batch: AdapterBatch, paths: Sequence[Path], options: DetectionOptions, run: Run,
-                  resident: int) -> list[FindingsWriter]:  # fmt: skip
+def plan_findings(
+    batch: AdapterBatch, paths: Sequence[Path], options: DetectionOptions, run: Run, resident: int
+) -> list[FindingsWriter]:
     """Check before detection where findings go, which are finished, and whether the others fit on the disk with their journals."""
     check_budget(detection_estimates(batch.plans, options, resident), options.max_memory)
     writers, needed = list[FindingsWriter](), 0
@@ -537,16 +702,24 @@ def plan_findings(batch: AdapterBatch, paths: Sequence[Path], options: Detection
         with naming_inputs(plan, [path], run.overwrite):
             finished = _finished(plan, path, made_from, run.overwrite)
         # The last bits depend on the number of threads; without any matrix, a resumed run chooses it.
-        start = {"plan": made_from, "version": __version__, "stamps": plan.detection_stamps(),
-                 "threads": torch.get_num_threads()}  # fmt: skip
+        start = {
+            "plan": made_from,
+            "version": __version__,
+            "stamps": plan.detection_stamps(),
+            "threads": torch.get_num_threads(),
+        }
         file = transaction.ResumableFile(path, start, run.resume, run.overwrite, records=1)
         writers.append(FindingsWriter(plan, path, head, finished, file))
         if finished is None:
             plan.refuse_overwriting([path])
             # Files of an interrupted run: usable ones are reused, and the others are removed first.
             journal = transaction.journal_of(path)
-            partials = partials_of(path.parent, {path.name, journal.name}) if path.parent.is_dir() else ()
-            needed += 2 * findings_bytes(plan, options) - sum(map(transaction.allocated_bytes, (journal, *partials)))
+            partials = (
+                partials_of(path.parent, {path.name, journal.name}) if path.parent.is_dir() else ()
+            )
+            needed += 2 * findings_bytes(plan, options) - sum(
+                map(transaction.allocated_bytes, (journal, *partials))
+            )
     if todo := [writer.path for writer in writers if writer.finished is None]:
         transaction.check_space(todo[0].parent if len(todo) > 1 else todo[0], needed, at_most=True)
     return writers
@@ -562,10 +735,14 @@ def _finished(plan: Plan, path: Path, made_from: str, overwrite: bool) -> Findin
     """
     transaction.check_file_path(path, FILE_NAME, transaction.journal_of(path).name)
     if path.suffix != ".safetensors":
-        raise UsageError(f"{path}: expected a name that ends in .safetensors, such as {path}.safetensors")
+        raise UsageError(
+            f"{path}: expected a name that ends in .safetensors, such as {path}.safetensors"
+        )
     for source in plan.inputs:
         if source.resolve() in (path.resolve(), *path.resolve().parents):
-            raise OutputError(f"{path}: lies inside the input {source}; choose an output outside it")
+            raise OutputError(
+                f"{path}: lies inside the input {source}; choose an output outside it"
+            )
     if not transaction.is_taken(path):
         return None
     if not findings_module.is_findings_file(path):

@@ -29,7 +29,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NotRequired, TypedDict, cast, get_type_hints, overload
+from typing import (
+    Annotated,
+    Any,
+    Final,
+    Literal,
+    NotRequired,
+    TypedDict,
+    cast,
+    get_type_hints,
+    overload,
+)
 
 import torch
 from scipy.special import betaincinv
@@ -38,24 +48,59 @@ from torch import Tensor
 from streamer import errors, json_types
 from streamer.adapters.modules import LoraModule, values_of
 from streamer.detection.intruders import Detection
-from streamer.detection.options import STAMP, DetectionOptions, OptionsRecord, detection_record, stamp
+from streamer.detection.options import (
+    STAMP,
+    DetectionOptions,
+    OptionsRecord,
+    detection_record,
+    stamp,
+)
 from streamer.errors import printable
-from streamer.json_types import Amount, Count, Encoding, ModuleName, OutputPath, Rank, Scale, Shape, State, TensorName
+from streamer.json_types import (
+    Amount,
+    Count,
+    Encoding,
+    ModuleName,
+    OutputPath,
+    Rank,
+    Scale,
+    Shape,
+    State,
+    TensorName,
+)
 from streamer.linalg.operators import all_finite
 from streamer.plan.plan import Plan
 from streamer.plan.side_files import AdapterSource, BaseSource, NameSource, in_short
 from streamer.plan.targets import Target
 from streamer.storage.atomic_file import ShardPlan, plan_shard, remove_partials, write_sealed
 from streamer.storage.checkpoint import TensorFile
-from streamer.storage.files import AdapterIdentity, BaseIdentity, check_identities, difference, locked
+from streamer.storage.files import (
+    AdapterIdentity,
+    BaseIdentity,
+    check_identities,
+    difference,
+    locked,
+)
 from streamer.storage.header import DIGEST, NO_DIGEST
-from streamer.storage.transaction import check_file_path, check_replaced, check_space, journal_of, lock_of
+from streamer.storage.transaction import (
+    check_file_path,
+    check_replaced,
+    check_space,
+    journal_of,
+    lock_of,
+)
 from streamer.tables import Column, Screen, table
 from streamer.units import counted, format_size, listed
 from streamer.weights.base import TORCH_DTYPES, StoredTensor, Weight, as_bytes, as_tensor
 
 FACTORS = ("U", "S", "Vh")
-NUMBERS = ("singular_values", "similarity", "similarity_low", "similarity_high", "base_singular_values")
+NUMBERS = (
+    "singular_values",
+    "similarity",
+    "similarity_low",
+    "similarity_high",
+    "base_singular_values",
+)
 ARRAYS = (*FACTORS, *NUMBERS, "intruders")
 """The arrays of a matrix, in file order."""
 
@@ -107,16 +152,28 @@ class MatrixFinding:
 
     def record(self) -> dict[str, Any]:
         """Return everything except the vectors, as JSON values: a matrix in `streamer report --json`."""
-        matrix, decisions = ({f.name: getattr(part, f.name) for f in fields(part)} for part in (self, self.detection))
+        matrix, decisions = (
+            {f.name: getattr(part, f.name) for f in fields(part)} for part in (self, self.detection)
+        )
         seconds = matrix.pop("seconds")
         tree = {**matrix, **decisions, "seconds": seconds}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in tree.items() if k not in (*FACTORS, "detection")}
+        return {
+            k: list(v) if isinstance(v, tuple) else v
+            for k, v in tree.items()
+            if k not in (*FACTORS, "detection")
+        }
 
     def arrays(self) -> dict[str, Tensor]:
         """Return the arrays by their names in a file, in its order: ``q.weight/U``, ``q.weight/S`` and so on."""
-        d, dtypes = self.detection, {"intruders": torch.int64} | dict.fromkeys(NUMBERS, torch.float64)
+        d, dtypes = (
+            self.detection,
+            {"intruders": torch.int64} | dict.fromkeys(NUMBERS, torch.float64),
+        )
         values = {key: getattr(d, key) for key in ARRAYS}
-        tensors = {key: torch.tensor(v, dtype=dtypes[key]) if key in dtypes else v for key, v in values.items()}
+        tensors = {
+            key: torch.tensor(v, dtype=dtypes[key]) if key in dtypes else v
+            for key, v in values.items()
+        }
         return {f"{self.tensor}/{key}": t for key, t in tensors.items()}
 
 
@@ -130,9 +187,13 @@ COEFFICIENTS = "streamer.coefficients"
 
 DTYPE_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
 
-_HINTS = get_type_hints(MatrixFinding, include_extras=True) | get_type_hints(Detection, include_extras=True)
+_HINTS = get_type_hints(MatrixFinding, include_extras=True) | get_type_hints(
+    Detection, include_extras=True
+)
 
-FIGURES = {key: hint for key, hint in _HINTS.items() if key not in (*ARRAYS, "detection", "seconds")}
+FIGURES = {
+    key: hint for key, hint in _HINTS.items() if key not in (*ARRAYS, "detection", "seconds")
+}
 """The figures of a matrix in the metadata, with their types."""
 
 Entry = tuple[str, str, tuple[int, ...]]
@@ -183,7 +244,11 @@ def look_random(matrices: Sequence[MatrixFinding], epsilon: float) -> bool | Non
     overlaps = [(m.detection, random_overlap(m.shape)) for m in matrices]
     judged = [(d, overlap) for d, overlap in overlaps if overlap <= NARROW * epsilon]
     # One of several intruders, and not proven closer to the base than a random vector.
-    random = [d for d, most in judged if len(d.intruders) >= 2 and d.intruders[0] == 0 and d.similarity_low[0] <= most]
+    random = [
+        d
+        for d, most in judged
+        if len(d.intruders) >= 2 and d.intruders[0] == 0 and d.similarity_low[0] <= most
+    ]
     return len(random) >= RANDOM_SHARE * len(judged) if len(judged) >= LEAST_MATRICES else None
 
 
@@ -217,7 +282,10 @@ def _ranks(ranks: Sequence[int]) -> str:
     groups = itertools.groupby(enumerate(ranks), lambda pair: pair[1] - pair[0])
     runs = [[j for _, j in group] for _, group in groups]
     ends = ((run[0], run[-1]) for run in runs)
-    parts = [f"{a + 1}" if a == b else f"{a + 1} {b + 1}" if b == a + 1 else f"{a + 1}-{b + 1}" for a, b in ends]
+    parts = [
+        f"{a + 1}" if a == b else f"{a + 1} {b + 1}" if b == a + 1 else f"{a + 1}-{b + 1}"
+        for a, b in ends
+    ]
     return " ".join(parts) or "-"
 
 
@@ -303,7 +371,7 @@ class Findings:
         return {"matrices": len(detections), "intruders": self.intruders, "certified": sum(d.certified for d in detections),
                 "escalated": sum(d.escalated for d in detections), "degenerate": sum(bool(d.degenerate) for d in detections),
                 "looks_like_another_base": look_random(self.matrices, self.options.threshold_epsilon),
-                "seconds": sum(timed) if timed else None}  # fmt: skip
+                "seconds": sum(timed) if timed else None}
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -461,7 +529,7 @@ class Findings:
         """
         base, adapter = ({**self.sources.get(what, {})} for what in ("base", "adapter"))
         return {"schema": SCHEMA, "base": cast(BaseSource, base | self.base), "adapter": cast(AdapterSource, adapter | self.adapter),
-                "options": self.options.as_dict(), "totals": self.totals, "matrices": [m.record() for m in self.matrices]}  # fmt: skip
+                "options": self.options.as_dict(), "totals": self.totals, "matrices": [m.record() for m in self.matrices]}
 
     def columns(self, chosen: Sequence[MatrixFinding]) -> list[Column]:
         """Make the columns of a table of some matrices."""
@@ -479,7 +547,7 @@ class Findings:
             Column("energy", [f"{100 * d.intruder_energy:.1f}%" for d in detections], "the intruders' share of |delta|^2", 8),
             Column("lost", [f"{100 * d.dropped_at_zero:.1f}%" for d in detections],
                    "share lost in projection onto rank r by `mitigate --lambda 0 --method paper`", 5),
-        ]  # fmt: skip
+        ]
         if len({_decided(m) for m in self}) > 1:
             about = "the solver; float64 if float32 left a direction open; open if nothing settled it"
             columns.append(Column("decided", [_decided(m) for m in chosen], about, 7))
@@ -617,7 +685,7 @@ _NOT_OF_DELTA = {"inference_mode"}
 
 
 def fingerprint(plan: Plan, target: Target, tensors: Mapping[str, StoredTensor] | None = None,
-                weight: Weight | None = None) -> str | None:  # fmt: skip
+                weight: Weight | None = None) -> str | None:
     """Hash (SHA-256, hex) the values that determine the findings for a matrix, all as float64.
 
     These are its shape, a sample of W0, and the module's scaling and whole tensors. This is not a checksum of W0: a change outside the

@@ -88,7 +88,9 @@ class Detection:
 
     def summary(self) -> str:
         """Summarise the decision in one line. Ranks count from 0."""
-        ranks = ", ".join(map(str, self.intruders[:10])) + (", …" if len(self.intruders) > 10 else "")
+        ranks = ", ".join(map(str, self.intruders[:10])) + (
+            ", …" if len(self.intruders) > 10 else ""
+        )
         text = f"intruders [{ranks}] (ranks from 0) of" if self.intruders else "no intruder in"
         least = f", least similarity {min(self.similarity):.3f}" if self.similarity else ""
         return f"{text} {len(self.singular_values)} directions{least}, {self.solver}{'' if self.certified else ', not certified'}"
@@ -107,7 +109,9 @@ class Detection:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the factors by value: torch would pass them to other processes in shared memory, which ends with the process."""
         values = [getattr(self, f.name) for f in fields(self)]
-        return _from_values, tuple(v.numpy(force=True) if isinstance(v, Tensor) else v for v in values)
+        return _from_values, tuple(
+            v.numpy(force=True) if isinstance(v, Tensor) else v for v in values
+        )
 
     def factors(self, select: Selection) -> tuple[Tensor, Tensor, Tensor]:
         """Return U (m, q), S (q,), Vh (q, n) of the intruders to scale: all of them, or only the highest-ranked."""
@@ -127,8 +131,14 @@ class Decision(NamedTuple):
     may_settle_in_float64: bool
 
 
-def decide(W0: Matrix, delta: Delta, options: DetectionOptions, rank: int | None = None, name: str = "",
-           allow_dense: bool = True) -> Decision:  # fmt: skip
+def decide(
+    W0: Matrix,
+    delta: Delta,
+    options: DetectionOptions,
+    rank: int | None = None,
+    name: str = "",
+    allow_dense: bool = True,
+) -> Decision:
     """Find the intruder dimensions of ``W0 + Δ``, in the base's precision, and whether more of it may settle what is open.
 
     Parameters
@@ -149,7 +159,9 @@ def decide(W0: Matrix, delta: Delta, options: DetectionOptions, rank: int | None
     NumericError
         If an input holds NaN or Inf, or the solver does not converge. Solvers never get non-finite values.
     """
-    inputs = itertools.chain((("the base matrix", piece) for piece in W0.pieces()), delta.named_tensors())
+    inputs = itertools.chain(
+        (("the base matrix", piece) for piece in W0.pieces()), delta.named_tensors()
+    )
     for what, tensor in inputs:
         if not all_finite(tensor):
             raise NumericError(f"{what} holds NaN or Inf; check the file it came from")
@@ -162,15 +174,21 @@ def decide(W0: Matrix, delta: Delta, options: DetectionOptions, rank: int | None
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     try:
         with full_float32():
-            result = SOLVERS[solver](W0, delta, k, options.threshold_epsilon, generator, allow_dense)
+            result = SOLVERS[solver](
+                W0, delta, k, options.threshold_epsilon, generator, allow_dense
+            )
     except torch.linalg.LinAlgError as e:  # type: ignore[attr-defined]  # torch's stubs do not export it
-        raise NumericError(f"the {solver} solver did not converge ({e}); the matrix may be badly scaled") from e
+        raise NumericError(
+            f"the {solver} solver did not converge ({e}); the matrix may be badly scaled"
+        ) from e
     triplets, bounds = result.triplets, result.bounds
     if not all_finite(triplets.S):
         raise NumericError("base + delta overflows; check the adapter's scale")
     error = triplets.angle_error_estimate
     chosen = torch.nonzero(result.similarity < options.threshold_epsilon).flatten()
-    on_one_side = (bounds.low >= options.threshold_epsilon) | (bounds.high < options.threshold_epsilon)
+    on_one_side = (bounds.low >= options.threshold_epsilon) | (
+        bounds.high < options.threshold_epsilon
+    )
     degenerate = torch.nonzero(error > DEGENERATE).flatten()
     index = chosen.to(triplets.U.device)
     U, S, Vh = triplets.U[:, index].cpu(), triplets.S[index].cpu(), triplets.Vh[index].cpu()
@@ -181,11 +199,25 @@ def decide(W0: Matrix, delta: Delta, options: DetectionOptions, rank: int | None
         dropped = delta.precise().plus_triplets(U, S, Vh, -1).truncated(rank or delta.rank)[1]
     certified = bool(on_one_side.all()) and len(degenerate) == 0
     detection = Detection(
-        singular_values=tuple(triplets.S.double().tolist()), similarity=tuple(result.similarity.tolist()),
-        similarity_low=tuple(bounds.low.tolist()), similarity_high=tuple(bounds.high.tolist()), intruders=tuple(chosen.tolist()),
-        U=U.contiguous(), S=S.contiguous(), Vh=Vh.contiguous(), certified=certified,
-        degenerate=tuple(degenerate.tolist()), solver=result.solver, escalated=result.escalated, steps=bounds.steps,
-        products=bounds.products, cutoff=bounds.cutoff, delta_norm=norm, intruder_energy=min(1.0, share**2), dropped_at_zero=dropped,
-        precision=str(W0.like.dtype).removeprefix("torch."), base_singular_values=tuple(bounds.values.tolist()),
-    )  # fmt: skip
+        singular_values=tuple(triplets.S.double().tolist()),
+        similarity=tuple(result.similarity.tolist()),
+        similarity_low=tuple(bounds.low.tolist()),
+        similarity_high=tuple(bounds.high.tolist()),
+        intruders=tuple(chosen.tolist()),
+        U=U.contiguous(),
+        S=S.contiguous(),
+        Vh=Vh.contiguous(),
+        certified=certified,
+        degenerate=tuple(degenerate.tolist()),
+        solver=result.solver,
+        escalated=result.escalated,
+        steps=bounds.steps,
+        products=bounds.products,
+        cutoff=bounds.cutoff,
+        delta_norm=norm,
+        intruder_energy=min(1.0, share**2),
+        dropped_at_zero=dropped,
+        precision=str(W0.like.dtype).removeprefix("torch."),
+        base_singular_values=tuple(bounds.values.tolist()),
+    )
     return Decision(detection, may_settle_in_float64=not (certified or result.limited))

@@ -65,13 +65,19 @@ class DetectionOptions:
 
     def __post_init__(self) -> None:
         k = self.top_k
-        if isinstance(k, bool) or not ((isinstance(k, int) and k >= 1) or (isinstance(k, float) and 0 < k <= 1)):
-            raise UsageError(f"top_k: expected a count from 1, or a share in (0, 1] with a decimal point, found {k!r}")
+        if isinstance(k, bool) or not (
+            (isinstance(k, int) and k >= 1) or (isinstance(k, float) and 0 < k <= 1)
+        ):
+            raise UsageError(
+                f"top_k: expected a count from 1, or a share in (0, 1] with a decimal point, found {k!r}"
+            )
         epsilon = self.threshold_epsilon
         if isinstance(epsilon, bool) or not isinstance(epsilon, Real) or not 0 < epsilon <= 1:
             raise UsageError(f"threshold_epsilon: expected a number in (0, 1], found {epsilon!r}")
         if self.solver not in ("auto", *SOLVERS):
-            raise UsageError(f"solver: expected one of auto, {', '.join(SOLVERS)}, found {self.solver!r}")
+            raise UsageError(
+                f"solver: expected one of auto, {', '.join(SOLVERS)}, found {self.solver!r}"
+            )
         memory = self.max_memory
         if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int)):
             raise UsageError(f"max_memory: expected a whole number of bytes, found {memory!r}")
@@ -123,13 +129,26 @@ class DetectionRecord(DecidingOptions):
 
 def detection_record(options: DetectionOptions, certified: int, matrices: int) -> DetectionRecord:
     """Record how an output's intruders were found."""
-    decided = DecidingOptions(top_k=options.top_k, threshold_epsilon=options.threshold_epsilon, solver=options.solver)
+    decided = DecidingOptions(
+        top_k=options.top_k, threshold_epsilon=options.threshold_epsilon, solver=options.solver
+    )
     return {**decided, "certified": certified, "matrices": matrices}
 
 
-def stamp(command: str, base: NameSource, adapter: NameSource, detection: DetectionRecord | None = None,
-          mitigation: Mapping[str, Any] | None = None) -> str:  # fmt: skip
+def stamp(
+    command: str,
+    base: NameSource,
+    adapter: NameSource,
+    detection: DetectionRecord | None = None,
+    mitigation: Mapping[str, Any] | None = None,
+) -> str:
     """Make a file's stamp as JSON."""
     inputs = {"base": in_short(base), "adapter": in_short(adapter)}
-    tree = {"version": __version__, "command": command, **inputs, **(mitigation or {}), "detection": detection}
+    tree = {
+        "version": __version__,
+        "command": command,
+        **inputs,
+        **(mitigation or {}),
+        "detection": detection,
+    }
     return json.dumps(tree, ensure_ascii=False)

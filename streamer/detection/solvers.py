@@ -52,11 +52,17 @@ def bounds_columns(shape: tuple[int, int], k: int, allow_dense: bool) -> int:
     """
     m, n = shape
     width = block_width(k, OVERSAMPLING)
-    most = max(1024, 16 * width, m * n // (6 * (m + n))) if allow_dense else max(OPEN_COLUMNS, 8 * width)
+    most = (
+        max(1024, 16 * width, m * n // (6 * (m + n)))
+        if allow_dense
+        else max(OPEN_COLUMNS, 8 * width)
+    )
     return max(min(round(0.45 * min(m, n)), most), min(256, m, n))
 
 
-def working_bytes(shape: tuple[int, int], k: int, rank: int | None, itemsize: int) -> dict[Way, int]:
+def working_bytes(
+    shape: tuple[int, int], k: int, rank: int | None, itemsize: int
+) -> dict[Way, int]:
     """Estimate an upper bound of the peak memory for one matrix, in bytes, without the process itself, for each possible way in order.
 
     Values have `itemsize` bytes. The certified solver's bases may be a limited part of the matrix only, so it does not support every k. A
@@ -65,7 +71,9 @@ def working_bytes(shape: tuple[int, int], k: int, rank: int | None, itemsize: in
     m, n = shape
     p = min(m, n)
     matrix = itemsize * m * n
-    factors = 8 * 6 * (m + n) * (rank + k) if rank is not None else 2 * matrix  # thin QRs in float64
+    factors = (
+        8 * 6 * (m + n) * (rank + k) if rank is not None else 2 * matrix
+    )  # thin QRs in float64
     # The sum, LAPACK's copy, both factors and its workspace, in addition to the matrix.
     dense = 3 * matrix + itemsize * ((m + n) * p + 4 * p * p) + factors
     if k + OVERSAMPLING >= p:
@@ -74,13 +82,19 @@ def working_bytes(shape: tuple[int, int], k: int, rank: int | None, itemsize: in
     proof = 20 * n * n if n < m and n <= PROVABLE else 0
 
     def certified(allow_dense: bool) -> int:
-        columns = min(p, max(bounds_columns(shape, k, allow_dense), triplets_columns(k))) + block_width(k, OVERSAMPLING)
+        columns = min(
+            p, max(bounds_columns(shape, k, allow_dense), triplets_columns(k))
+        ) + block_width(k, OVERSAMPLING)
         bases = (m + n + max(m, n)) * columns * itemsize  # including the copy of a basis that grows
         return bases + BOUNDS_BYTES + 8 * columns**2 * 8 + proof + factors
 
     whole_bytes = matrix + certified(True)
     ways = {Way.DENSE: max(dense, whole_bytes), Way.WHOLE: whole_bytes}
-    return ways if rank is None else ways | {Way.BLOCKS: 3 * min(matrix, BLOCK_BYTES) + certified(False)}
+    return (
+        ways
+        if rank is None
+        else ways | {Way.BLOCKS: 3 * min(matrix, BLOCK_BYTES) + certified(False)}
+    )
 
 
 def cheaper(shape: tuple[int, int], k: int) -> str:
@@ -136,8 +150,14 @@ class SolverResult:
 Solver = Callable[[Matrix, Delta, int, float, torch.Generator, bool], SolverResult]
 
 
-def solve_dense(W0: Matrix, delta: Delta, k: int, epsilon: float, generator: torch.Generator,
-                allow_dense: bool = True) -> SolverResult:  # fmt: skip
+def solve_dense(
+    W0: Matrix,
+    delta: Delta,
+    k: int,
+    epsilon: float,
+    generator: torch.Generator,
+    allow_dense: bool = True,
+) -> SolverResult:
     """Decide by LAPACK's full SVDs of the sum and the base, which are always formed."""
     power, base_power = _powers(W0, delta)
     triplets = dense_triplets(Sum(W0.scaled(power), delta.scaled(power)), k)
@@ -148,8 +168,14 @@ def solve_dense(W0: Matrix, delta: Delta, k: int, epsilon: float, generator: tor
     return SolverResult(_unscaled(triplets, power), similarity, bounds, "dense")
 
 
-def solve_certified(W0: Matrix, delta: Delta, k: int, epsilon: float, generator: torch.Generator,
-                    allow_dense: bool = True) -> SolverResult:  # fmt: skip
+def solve_certified(
+    W0: Matrix,
+    delta: Delta,
+    k: int,
+    epsilon: float,
+    generator: torch.Generator,
+    allow_dense: bool = True,
+) -> SolverResult:
     """Decide by block Krylov triplets, then by bounds on the overlaps until each lies on one side of ε; else by the dense solver.
 
     A matrix with a degenerate direction goes to the dense solver at once: no bound on its overlaps would settle it. If the matrix may not
@@ -177,11 +203,21 @@ def solve_certified(W0: Matrix, delta: Delta, k: int, epsilon: float, generator:
         settled = bool(((low >= epsilon) | (high < epsilon)).all())
         if not allow_dense or settled:
             similarity = torch.where(low >= epsilon, low, high)
-            exact = settled or (krylov.converged and process is not None and process.settles_without_rounding(epsilon))
-            bounds = replace(bounds, steps=steps, products=products, values=bounds.values / (base_power or 1.0))
-            return SolverResult(_unscaled(triplets, power), similarity, bounds, "certified", limited=not exact)
+            exact = settled or (
+                krylov.converged
+                and process is not None
+                and process.settles_without_rounding(epsilon)
+            )
+            bounds = replace(
+                bounds, steps=steps, products=products, values=bounds.values / (base_power or 1.0)
+            )
+            return SolverResult(
+                _unscaled(triplets, power), similarity, bounds, "certified", limited=not exact
+            )
     dense = solve_dense(W0, delta, k, epsilon, generator)
-    return replace(dense, escalated=True, bounds=replace(dense.bounds, steps=steps, products=products))
+    return replace(
+        dense, escalated=True, bounds=replace(dense.bounds, steps=steps, products=products)
+    )
 
 
 def _settle(process: OverlapProcess, epsilon: float, columns: int) -> OverlapBounds:
@@ -218,7 +254,9 @@ def _powers(W0: Matrix, delta: Delta) -> tuple[float, float]:
     base the second is 0.
     """
     # abs() would copy the matrix.
-    largest = max(abs(end) for piece in W0.pieces() for end in torch.stack(torch.aminmax(piece)).tolist())
+    largest = max(
+        abs(end) for piece in W0.pieces() for end in torch.stack(torch.aminmax(piece)).tolist()
+    )
     total = largest + delta.largest_estimate()
     return _power(total, W0.like.dtype) or 1.0, _power(largest, W0.like.dtype)
 
@@ -235,7 +273,11 @@ def _power(largest: float, dtype: torch.dtype) -> float:
 
 
 def _unscaled(t: Triplets, power: float) -> Triplets:
-    return t if power == 1 else replace(t, S=t.S / power, residuals=t.residuals / power, gaps=t.gaps / power)
+    return (
+        t
+        if power == 1
+        else replace(t, S=t.S / power, residuals=t.residuals / power, gaps=t.gaps / power)
+    )
 
 
 SOLVERS: dict[str, Solver] = {"certified": solve_certified, "dense": solve_dense}

@@ -44,7 +44,9 @@ KNOWN = 0.03
 def spread(text: TextSequences) -> TextSequences:
     """Order the sequences of a text so that those of the first blocks are spread over it."""
     steps = max(1, -(-len(text.ids) // BLOCK))
-    bits = (steps - 1).bit_length()  # in the order of their reversed bits, steps are as far from each other as possible
+    bits = (
+        steps - 1
+    ).bit_length()  # in the order of their reversed bits, steps are as far from each other as possible
     order = sorted(range(steps), key=lambda i: int(f"{i:0{bits}b}"[::-1], 2))
     return text.take([i for step in order for i in range(step, len(text.ids), steps)])
 
@@ -122,7 +124,11 @@ class PreparedEvaluation(Prepared[Evaluation]):
         rows_of = {name: range(len(text.ids)) for name, text in self.texts.items()}
         starts = range(0, max(map(len, rows_of.values())), BLOCK)
         return [
-            {name: self.texts[name].take(rows[i : i + BLOCK]) for name, rows in rows_of.items() if i in rows}
+            {
+                name: self.texts[name].take(rows[i : i + BLOCK])
+                for name, rows in rows_of.items()
+                if i in rows
+            }
             for i in starts
         ]
 
@@ -132,7 +138,11 @@ class PreparedEvaluation(Prepared[Evaluation]):
         new = [variant for variant in missing if variant.name != ADAPTER]
         sweeps = [BlockSweep(block, 2 + len(new)) for block in self.blocks()] if missing else []
         again = known is not None and known.keep != keep and _next_lambda(known, keep) is not None
-        placing = keep < 1 and Shrink.name in [v.method for v in self.variants] and (bool(sweeps) or again)
+        placing = (
+            keep < 1
+            and Shrink.name in [v.method for v in self.variants]
+            and (bool(sweeps) or again)
+        )
         return sweeps + [BlockSweep(block, 3) for block in self.blocks() if placing]
 
     def missing(self, known: Evaluation | None) -> list[Variant]:
@@ -146,7 +156,11 @@ class PreparedEvaluation(Prepared[Evaluation]):
     @cached_property
     def facts(self) -> dict[str, Any]:
         """Return the inputs and options as JSON: `EvaluationFacts`."""
-        findings = self.model.job.findings if any(variant.scales_intruders for variant in self.variants) else None
+        findings = (
+            self.model.job.findings
+            if any(variant.scales_intruders for variant in self.variants)
+            else None
+        )
         methods = [variant.mitigation for variant in self.variants]
         tree = {
             **runs.model_facts(self.model, base=self.plan.sources[0], adapter=self.plan.sources[1]),
@@ -155,12 +169,16 @@ class PreparedEvaluation(Prepared[Evaluation]):
             "scale": self.options.select,
             "projected": self.options.projected,
             "texts": {GENERAL: self.texts[GENERAL].facts(), TASK: self.texts[TASK].facts()},
-        }  # fmt: skip
-        if others := [text.facts() for name, text in self.texts.items() if name not in (GENERAL, TASK)]:
+        }
+        if others := [
+            text.facts() for name, text in self.texts.items() if name not in (GENERAL, TASK)
+        ]:
             tree["texts"]["others"] = others
         if findings is not None:
             tree |= {"findings": findings.decisions_digest(), "intruders": findings.intruders}
-        if coefficients := [method.coefficients.record() for method in methods if isinstance(method, RegMean)]:
+        if coefficients := [
+            method.coefficients.record() for method in methods if isinstance(method, RegMean)
+        ]:
             tree["coefficients"] = coefficients
         if maps := [method.map.record() for method in methods if isinstance(method, NullSpace)]:
             tree["map"] = maps[0]
@@ -171,7 +189,11 @@ class PreparedEvaluation(Prepared[Evaluation]):
 
         The journal does not contain what earlier runs measured, so it must belong to this version of their file.
         """
-        earlier = hashlib.sha256(path.read_bytes()).hexdigest() if is_taken(path) and path.is_file() else ""
+        earlier = (
+            hashlib.sha256(path.read_bytes()).hexdigest()
+            if is_taken(path) and path.is_file()
+            else ""
+        )
         variants = [[v.name, v.mitigation and v.mitigation.as_dict()] for v in self.variants]
         facts = runs.with_digest(super().run_facts(path)[0], variants=variants)
         findings = self.model.job.findings
@@ -183,7 +205,9 @@ class PreparedEvaluation(Prepared[Evaluation]):
 
     def known(self, path: Path | None) -> Evaluation | None:
         """Load the evaluation to which this run adds variants; None if the file is new or will be replaced."""
-        return None if path is None or self.run.overwrite or not is_taken(path) else self._load(path)
+        return (
+            None if path is None or self.run.overwrite or not is_taken(path) else self._load(path)
+        )
 
     def _load(self, path: Path) -> Evaluation:
         """Load an evaluation; refuse it if its variants cannot be compared with this run's variants."""
@@ -200,7 +224,10 @@ class PreparedEvaluation(Prepared[Evaluation]):
         """Estimate the bytes of the whole file, and of the journal."""
         variants = len(self.variants) + 1 + (0 if known is None else len(known.variants))
         sequences = sum(len(text.ids) for text in self.texts.values())
-        values = VARIANT_BYTES * (variants + 2) + VALUE_BYTES * (len(MEASURES) * variants + 1) * sequences
+        values = (
+            VARIANT_BYTES * (variants + 2)
+            + VALUE_BYTES * (len(MEASURES) * variants + 1) * sequences
+        )
         nbytes = values + len(json.dumps(self.facts, indent=1))
         return nbytes, nbytes
 
@@ -217,7 +244,10 @@ class PreparedEvaluation(Prepared[Evaluation]):
 
     def keep_finished(self, path: Path) -> Evaluation:
         """Load a complete evaluation; write its suggestion anew if the requested share differs."""
-        monitor, evaluation = self.run.monitor, replace(load_evaluation(path), keep=self.options.keep)
+        monitor, evaluation = (
+            self.run.monitor,
+            replace(load_evaluation(path), keep=self.options.keep),
+        )
         text = evaluation.to_json().encode()
         if text == path.read_bytes():
             return super().keep_finished(path)
@@ -235,12 +265,18 @@ class PreparedEvaluation(Prepared[Evaluation]):
             self.run.monitor.note(f"{output}: adds to the {len(known.variants)} variants in it")
             facts = runs.joined_facts(facts, known.facts)
         progress = Progress(self.run, "evaluate")
-        one_length = runs.needs_one_length(self.model, self.texts, runs.ROWS, self.run.monitor.checkpoint)
+        one_length = runs.needs_one_length(
+            self.model, self.texts, runs.ROWS, self.run.monitor.checkpoint
+        )
         missing, evaluation = self.missing(known), known
         ends = self.variants[: ADAPTER_ROW + 1]
-        measure = partial(self._measure, facts=facts, one_length=one_length, records=records, progress=progress)
+        measure = partial(
+            self._measure, facts=facts, one_length=one_length, records=records, progress=progress
+        )
         if missing:
-            evaluation = measure(known, (*ends, *(variant for variant in missing if variant not in ends)))
+            evaluation = measure(
+                known, (*ends, *(variant for variant in missing if variant not in ends))
+            )
         assert evaluation is not None
         again = bool(missing) or (known is not None and known.keep != keep)
         if again and (lam := _next_lambda(evaluation, keep)) is not None:
@@ -248,8 +284,15 @@ class PreparedEvaluation(Prepared[Evaluation]):
         progress.finish()
         return replace(evaluation, facts=facts, keep=keep)
 
-    def _measure(self, known: Evaluation | None, variants: Sequence[Variant], facts: Mapping[str, Any], one_length: bool,
-                  records: Records, progress: Progress) -> Evaluation:  # fmt: skip
+    def _measure(
+        self,
+        known: Evaluation | None,
+        variants: Sequence[Variant],
+        facts: Mapping[str, Any],
+        one_length: bool,
+        records: Records,
+        progress: Progress,
+    ) -> Evaluation:
         """Let variants, the base and the adapter first, ride through blocks until the answer is clear; join them to those known.
 
         Variants that join earlier ones ride through the same sequences.
@@ -265,33 +308,59 @@ class PreparedEvaluation(Prepared[Evaluation]):
             evaluated, joint = [*map(EvaluatedVariant.of, variants)], sums
             if known is not None:
                 evaluated, added = [*known.variants, *evaluated[2:]], range(2, len(evaluated))
-                joint = {text: known.sums[text].joined(new.take(added)) for text, new in sums.items()}
+                joint = {
+                    text: known.sums[text].joined(new.take(added)) for text, new in sums.items()
+                }
             order = sorted(range(len(evaluated)), key=lambda row: evaluated[row].order)
             ordered = {text: text_sums.take(order) for text, text_sums in joint.items()}
             return Evaluation.of([evaluated[row] for row in order], ordered, facts, keep)
 
         for number, block in enumerate(blocks):
-            if sums and lengths is not None and all(len(s.tokens) >= lengths[name] for name, s in sums.items()):
+            if (
+                sums
+                and lengths is not None
+                and all(len(s.tokens) >= lengths[name] for name, s in sums.items())
+            ):
                 break
             key = f"{number} {names}"
-            recorded = {name: arrays for name in block if (arrays := records.find(f"{key} {name}")) is not None}
+            recorded = {
+                name: arrays
+                for name in block
+                if (arrays := records.find(f"{key} {name}")) is not None
+            }
             measures = {name: SequenceSums(**arrays) for name, arrays in recorded.items()}
             if measures.keys() != block.keys():
                 limits = self.limits_of(BlockSweep(block, len(variants)).work)
                 held_out = runs.riders(block, len(variants), model.size, limits.rows, one_length)
                 rest = [runs.sweep_cost(model.size, sweep.work.riding) for sweep in sweeps[number:]]
                 progress.expect(sum(rest), len(rest) * (len(model.layers) + 1))
-                measures = runs.measure(model, held_out, progress, limits, states=records.states(key))
+                measures = runs.measure(
+                    model, held_out, progress, limits, states=records.states(key)
+                )
                 for name, new in measures.items():
-                    records.add(f"{key} {name}", {kind: getattr(new, kind) for kind in ("tokens", *MEASURES)})
-            sums |= {name: sums[name].followed(new) if name in sums else new for name, new in measures.items()}
+                    records.add(
+                        f"{key} {name}",
+                        {kind: getattr(new, kind) for kind in ("tokens", *MEASURES)},
+                    )
+            sums |= {
+                name: sums[name].followed(new) if name in sums else new
+                for name, new in measures.items()
+            }
             if lengths is None and clear(joined_to(None)):
                 break
         return joined_to(known)
 
 
-def prepare(base_path: str | Path, adapter: Path, texts: Mapping[str, Path], findings: Findings | None, options: EvaluateOptions,
-            variants: tuple[Variant, ...], max_memory: int | None, run: Run) -> PreparedEvaluation:  # fmt: skip
+def prepare(
+    base_path: str | Path,
+    adapter: Path,
+    texts: Mapping[str, Path],
+    findings: Findings | None,
+    options: EvaluateOptions,
+    variants: tuple[Variant, ...],
+    max_memory: int | None,
+    run: Run,
+) -> PreparedEvaluation:
     """Open and check an evaluation's inputs, and pass their warnings to the monitor.
 
     Parameters
@@ -304,20 +373,32 @@ def prepare(base_path: str | Path, adapter: Path, texts: Mapping[str, Path], fin
     plan, read = model.job.plan, read_texts(model, texts, counts, options.length, run.monitor)
     fits = (v.mitigation.coefficients for v in variants if isinstance(v.mitigation, RegMean))
     stated = next((fit.facts.get("texts") for fit in fits), None)
-    facts = [text for text in stated.values() if isinstance(text, dict)] if isinstance(stated, dict) else []
-    sequences, files = {text.get("sha256") for text in facts}, {text.get("sample_sha256") for text in facts}
+    facts = (
+        [text for text in stated.values() if isinstance(text, dict)]
+        if isinstance(stated, dict)
+        else []
+    )
+    sequences, files = (
+        {text.get("sha256") for text in facts},
+        {text.get("sample_sha256") for text in facts},
+    )
     for name, text in read.items() if facts else ():
         if text.digest() in sequences or sample_digest(texts[name]) in files:
-            run.monitor.warn(
-                (f"the {name} text, {text.name}, was used to fit the coefficients: on it, the fitted variants look better than they are; "
-                 "evaluate on other text",)
-            )  # fmt: skip
+            used = f"the {name} text, {text.name}, was used to fit the coefficients"
+            look = "on it, the fitted variants look better than they are; evaluate on other text"
+            run.monitor.warn((f"{used}: {look}",))
     ordered = {name: spread(text) for name, text in read.items()}
     return PreparedEvaluation(plan, run, max_memory, model, options, variants, ordered)
 
 
-def open_model(base_path: str | Path, adapter: Path, findings: Findings | None, options: VariantOptions,
-               variants: tuple[Variant, ...], run: Run) -> SweepModel:  # fmt: skip
+def open_model(
+    base_path: str | Path,
+    adapter: Path,
+    findings: Findings | None,
+    options: VariantOptions,
+    variants: tuple[Variant, ...],
+    run: Run,
+) -> SweepModel:
     """Open and check the model of all variants, and the findings if given; pass warnings to the monitor.
 
     Raises
@@ -327,9 +408,13 @@ def open_model(base_path: str | Path, adapter: Path, findings: Findings | None, 
     """
     require_transformers()
     if findings is None and (scaling := [v.name for v in variants if v.scales_intruders]):
-        raise UsageError(f"findings: {scaling[0]} needs them, found none; run `streamer detect`, and pass its file")
+        raise UsageError(
+            f"findings: {scaling[0]} needs them, found none; run `streamer detect`, and pass its file"
+        )
     detection = DetectionOptions() if findings is None else findings.options
-    (job,) = open_jobs(base_path, AdapterPaths.of_one(adapter), [findings], UNCHANGED, detection, run)
+    (job,) = open_jobs(
+        base_path, AdapterPaths.of_one(adapter), [findings], UNCHANGED, detection, run
+    )
     plan = job.plan
     run.monitor.warn((*plan.warnings, *job.warnings))
     methods = [variant.mitigation for variant in variants]

@@ -28,11 +28,30 @@ import numpy as np
 
 from streamer.detection.options import DetectionOptions, OptionsRecord
 from streamer.errors import FormatError, UnknownNameError, UsageError
-from streamer.json_types import Count, Difference, KeptShare, Keywords, Mean, Selection, Sha256, State, Version, check
+from streamer.json_types import (
+    Count,
+    Difference,
+    KeptShare,
+    Keywords,
+    Mean,
+    Selection,
+    Sha256,
+    State,
+    Version,
+    check,
+)
 from streamer.linalg.torch_state import has_fast_bfloat16
 from streamer.measuring import statistics
 from streamer.measuring.runs import Configs, EvaluatedVariant, Facts, Sums, input_options
-from streamer.measuring.statistics import ADAPTER_ROW, BASE_ROW, MEASURES, Estimate, Floats, SequenceSums, record
+from streamer.measuring.statistics import (
+    ADAPTER_ROW,
+    BASE_ROW,
+    MEASURES,
+    Estimate,
+    Floats,
+    SequenceSums,
+    record,
+)
 from streamer.measuring.texts import GENERAL, TASK
 from streamer.methods import METHODS, MethodName, NullSpace, RegMean, Shrink, takes_findings
 from streamer.methods.files import CoefficientsRecord, MapRecord
@@ -74,7 +93,13 @@ class ShrinkComparison:
     @property
     def verdict(self) -> Literal["better", "worse", "not told apart"]:
         """Judge the variant by its divergence; only a difference beyond the error counts."""
-        return "better" if self.kl.is_negative else "worse" if self.kl.is_positive else "not told apart"
+        return (
+            "better"
+            if self.kl.is_negative
+            else "worse"
+            if self.kl.is_positive
+            else "not told apart"
+        )
 
 
 def against_shrink(evaluation: Evaluation, variant: int) -> ShrinkComparison | None:
@@ -114,9 +139,15 @@ def against_shrink(evaluation: Evaluation, variant: int) -> ShrinkComparison | N
     def estimate(sums: SequenceSums, name: str) -> Estimate:
         difference, interpolated = sums.of(name, unit - shrink), sums.of(name, shrink - fewer).value
         from_share = sums.of(name, slope).value / task_slope * share_error
-        return Estimate(difference.value, math.hypot(difference.error, from_share, interpolated), difference.sequences)
+        return Estimate(
+            difference.value,
+            math.hypot(difference.error, from_share, interpolated),
+            difference.sequences,
+        )
 
-    return ShrinkComparison(lam, between, estimate(general, "loss"), estimate(general, "kl"), estimate(task, "right"))
+    return ShrinkComparison(
+        lam, between, estimate(general, "loss"), estimate(general, "kl"), estimate(task, "right")
+    )
 
 
 def lambda_to_place(evaluation: Evaluation, keep: float) -> float | None:
@@ -140,7 +171,9 @@ def lambda_to_place(evaluation: Evaluation, keep: float) -> float | None:
     if first == 0 or above <= EXCESS:
         return None
     between = nodes[first - 1][0], nodes[first][0]
-    lam = rounded_up(_crossing(_nearest(nodes, first - 1), between, values, keep + min(EXCESS, above) / 2))
+    lam = rounded_up(
+        _crossing(_nearest(nodes, first - 1), between, values, keep + min(EXCESS, above) / 2)
+    )
     return lam if lam < nodes[first][0] else None
 
 
@@ -151,7 +184,9 @@ def rounded_up(lam: float) -> float:
 
 def _by_lambda(variants: Sequence[EvaluatedVariant]) -> list[Node]:
     """List the shrinks in order of λ, including the unchanged adapter; of equal λ, one."""
-    shrinks = ((v.mitigation_lambda, row) for row, v in enumerate(variants) if v.method == Shrink.name)
+    shrinks = (
+        (v.mitigation_lambda, row) for row, v in enumerate(variants) if v.method == Shrink.name
+    )
     rows = {round(lam, DIGITS): row for lam, row in shrinks if lam is not None}
     return sorted({**rows, 1.0: ADAPTER_ROW}.items())
 
@@ -162,14 +197,18 @@ def _nearest(nodes: Sequence[Node], at: int) -> Sequence[Node]:
     return nodes[first : first + NODES]
 
 
-def _crossing(nodes: Sequence[Node], between: tuple[float, float], losses: Floats, target: float) -> float:
+def _crossing(
+    nodes: Sequence[Node], between: tuple[float, float], losses: Floats, target: float
+) -> float:
     """Find the λ between two neighbouring nodes at which the interpolated loss equals the target."""
     from scipy.optimize import brentq
 
     known = {lam: float(losses[row]) for lam, row in nodes}
 
     def above(lam: float) -> float:
-        return (known[lam] if lam in known else float(_weights(nodes, lam, len(losses))[0] @ losses)) - target
+        return (
+            known[lam] if lam in known else float(_weights(nodes, lam, len(losses))[0] @ losses)
+        ) - target
 
     return float(brentq(above, *between))
 
@@ -178,12 +217,21 @@ def _weights(nodes: Sequence[Node], lam: float, count: int) -> tuple[Floats, Flo
     """Return the weights of the variants (count,) that interpolate any of their sums at λ, and the weights' derivatives by λ."""
     from scipy.interpolate import KroghInterpolator
 
-    polynomial = KroghInterpolator([node for node, _ in nodes], np.eye(count)[[row for _, row in nodes]])
+    polynomial = KroghInterpolator(
+        [node for node, _ in nodes], np.eye(count)[[row for _, row in nodes]]
+    )
     weights, slope = polynomial(lam), polynomial.derivative(lam)
     return weights, slope
 
 
-Reason = Literal["not learned", "not forgotten", "none better", "not worth it", "forgets least", "a shrink is better"]
+Reason = Literal[
+    "not learned",
+    "not forgotten",
+    "none better",
+    "not worth it",
+    "forgets least",
+    "a shrink is better",
+]
 
 WORTH = 0.5
 """Nats of divergence on general text that a suggested variant must regain, at least, for each nat of loss that it gives up on the task's.
@@ -202,7 +250,9 @@ class Trade:
     def of(cls, evaluation: Evaluation, variant: int) -> Trade:
         """Estimate the trade of the variant with this row number."""
         general, task = evaluation.general, evaluation.task
-        return cls(general.mean("kl", ADAPTER_ROW, variant), task.mean("loss", variant, ADAPTER_ROW))
+        return cls(
+            general.mean("kl", ADAPTER_ROW, variant), task.mean("loss", variant, ADAPTER_ROW)
+        )
 
     @property
     def worth_it(self) -> bool:
@@ -585,7 +635,7 @@ class Evaluation:
             "reliable": self.reliable(),
             "front": self.front(),
             "suggestion": record(SuggestionRecord, best, self),
-        })  # fmt: skip
+        })
 
     def shown_variants(self) -> list[dict[str, Any]]:
         """Make the JSON of all variants, with null for shares of the two texts that tables leave out."""
@@ -653,7 +703,7 @@ def figures(evaluation: Evaluation) -> list[Column]:
         Column("top-1 kept", _shares(task, "right", evaluation.reliable()["top1_kept"]),
                 "where top-1 lies between the base's (0%) and the adapter's (100%)", 5),
         *(column for name, sums in evaluation.others.items() for column in _other(name, sums)),
-    ]  # fmt: skip
+    ]
 
 
 def _other(name: str, sums: SequenceSums) -> list[Column]:
@@ -664,7 +714,7 @@ def _other(name: str, sums: SequenceSums) -> list[Column]:
         Column(f"{name} {'left' if left else 'kept'}", _shares(sums),
                 "where the loss on this text lies between the base's (0%) and the adapter's (100%)", 4),
         Column(f"{name} KL", _means(sums, "kl"), "divergence from the base on this text, in nats", 1),
-    ]  # fmt: skip
+    ]
 
 
 def _losses(sums: SequenceSums) -> list[str]:

@@ -56,7 +56,9 @@ def choose(fit: Coefficients) -> Choice:
     trades = [measured["trade"] for measured in (fitted, shrink) if measured is not None]
     if not any(trade["worth_it"] for trade in trades):
         trade = trades[0]
-        figures = (f"{trade[key]:.4f} ± {trade[f'{key}_se']:.4f}" for key in ("regained", "given_up"))
+        figures = (
+            f"{trade[key]:.4f} ± {trade[f'{key}_se']:.4f}" for key in ("regained", "given_up")
+        )
         rule = f"a written variant regains over {trade['worth']:g} of what it gives up, by two standard errors"
         return as_it_is(f"{trade['name']} {traded(*figures)}; {rule}")
     if shrink is None:
@@ -108,9 +110,17 @@ def repair_rows(fit: Coefficients) -> list[RepairRow]:
     rows = [{"what": "adapter", "name": "adapter", "written": choice.what == "adapter", **adapter}]
     for shrink in fitted["shrinks"]:
         written = (
-            choice.options.get("method") == Shrink.name and choice.options["mitigation_lambda"] == shrink["lambda"]
+            choice.options.get("method") == Shrink.name
+            and choice.options["mitigation_lambda"] == shrink["lambda"]
         )
-        rows.append({"what": "shrink", "name": f"{Shrink.name} {shrink['lambda']:g}", "written": written, **shrink})
+        rows.append(
+            {
+                "what": "shrink",
+                "name": f"{Shrink.name} {shrink['lambda']:g}",
+                "written": written,
+                **shrink,
+            }
+        )
     name = f"{RegMean.name} {share_name(fitted['keep'])}"
     rows.append({"what": "repair", "name": name, "written": choice.what == "repair", **fitted})
     keys = "what", "name", "written", *adapter
@@ -128,12 +138,31 @@ def repair_columns(record: Mapping[str, Any]) -> list[Column]:
     return [
         Column("model", names, "* was written", 9, left=True),
         Column("kept", percents("kept"), "share of the learning that it keeps", 8),
-        Column("behaviour kept", percents("behaviour_kept"),
-                "1 - KL(adapter ‖ model) / KL(adapter ‖ base) on the task's text, which needs no labels", 6),
-        Column("top-1 kept", percents("top1_kept"), "share of the adapter's gain in top-1 on the task's text that it keeps", 4),
-        Column("KL left", percents("divergence"), "its divergence from the base on general text; 100% is the adapter's", 8),
-        Column("loss left", percents("forgetting"), "the rise of the loss on general text; 100% is the adapter's", 5),
-    ]  # fmt: skip
+        Column(
+            "behaviour kept",
+            percents("behaviour_kept"),
+            "1 - KL(adapter ‖ model) / KL(adapter ‖ base) on the task's text, which needs no labels",
+            6,
+        ),
+        Column(
+            "top-1 kept",
+            percents("top1_kept"),
+            "share of the adapter's gain in top-1 on the task's text that it keeps",
+            4,
+        ),
+        Column(
+            "KL left",
+            percents("divergence"),
+            "its divergence from the base on general text; 100% is the adapter's",
+            8,
+        ),
+        Column(
+            "loss left",
+            percents("forgetting"),
+            "the rise of the loss on general text; 100% is the adapter's",
+            5,
+        ),
+    ]
 
 
 def repair_line(row: Mapping[str, Any], reliable: Mapping[str, bool]) -> str:

@@ -26,13 +26,36 @@ from torch import Tensor
 from streamer.adapters.modules import MethodModule
 from streamer.detection.options import Run
 from streamer.errors import FormatError, MismatchError, NumericError, UnsupportedError
-from streamer.evaluation.evaluation import Evaluation, ShrinkComparison, against_shrink, ask_swapped, lambda_to_place
-from streamer.linalg.moments import GENERAL_RIDGE, RIDGE, Refit, System, TextInputs, basis, refit, refit_one_hot
+from streamer.evaluation.evaluation import (
+    Evaluation,
+    ShrinkComparison,
+    against_shrink,
+    ask_swapped,
+    lambda_to_place,
+)
+from streamer.linalg.moments import (
+    GENERAL_RIDGE,
+    RIDGE,
+    Refit,
+    System,
+    TextInputs,
+    basis,
+    refit,
+    refit_one_hot,
+)
 from streamer.linalg.operators import LowRank
 from streamer.measuring import runs
 from streamer.measuring.runs import EvaluatedVariant, Part, Prepared, Progress, Records, Sums, Work
 from streamer.measuring.statistics import ADAPTER_ROW, BASE_ROW, SequenceSums, critical_value, flat
-from streamer.measuring.texts import BUILT_IN, GENERAL, TASK, Texts, TextSequences, read_texts, sample_digest
+from streamer.measuring.texts import (
+    BUILT_IN,
+    GENERAL,
+    TASK,
+    Texts,
+    TextSequences,
+    read_texts,
+    sample_digest,
+)
 from streamer.methods import UNCHANGED, RegMean, Shrink, share_name
 from streamer.methods.files import FIT, Coefficients, load_coefficients
 from streamer.options import RepairOptions
@@ -172,11 +195,16 @@ def set_facts(evaluation: Evaluation, keep: float, point: Point) -> dict[str, An
 
 def _shrinks(evaluation: Evaluation) -> list[dict[str, Any]]:
     rows = [row for row, variant in enumerate(evaluation.variants) if variant.method == Shrink.name]
-    found = [{"lambda": evaluation.variants[row].mitigation_lambda, **_figures(evaluation, row)} for row in rows]
+    found = [
+        {"lambda": evaluation.variants[row].mitigation_lambda, **_figures(evaluation, row)}
+        for row in rows
+    ]
     return sorted(found, key=lambda shrink: -shrink["lambda"])
 
 
-def _shrink_facts(evaluation: Evaluation, comparison: ShrinkComparison, keep: float, kept: float) -> dict[str, Any]:
+def _shrink_facts(
+    evaluation: Evaluation, comparison: ShrinkComparison, keep: float, kept: float
+) -> dict[str, Any]:
     row = _nearest_shrink(evaluation, keep, kept)
     lam = evaluation.variants[row].mitigation_lambda
     return {
@@ -229,11 +257,15 @@ def misses(facts: Mapping[str, Any]) -> list[str]:
         return lines
     share, shrink = f"{100 * fitted['keep']:g}%", fitted["shrink"]
     if fitted["missed"]:
-        kept = f"{share} was to be kept, and {100 * fitted['kept']:.1f}% is, on the held-out sequences"
+        kept = (
+            f"{share} was to be kept, and {100 * fitted['kept']:.1f}% is, on the held-out sequences"
+        )
         lines.append(f"{kept}; ask for a larger share, or give more text")
     if facts["forgotten"] and shrink and fitted["divergence"] >= NEAR_SHRINK * shrink["divergence"]:
         what = f"{share}: the result is close to the shrink that keeps the same share, and diverges nearly as much from the base"
-        lines.append(f"{what}; the texts may be too similar: give general text of another kind than the task's")
+        lines.append(
+            f"{what}; the texts may be too similar: give general text of another kind than the task's"
+        )
     return lines
 
 
@@ -261,7 +293,9 @@ class Division:
     held_out: TextSequences
 
 
-def divide(texts: Texts, paths: Mapping[str, Path], holdout: float, seed: int) -> dict[str, Division]:
+def divide(
+    texts: Texts, paths: Mapping[str, Path], holdout: float, seed: int
+) -> dict[str, Division]:
     """Divide the sequences of each text by the seed; texts of the same kind with as many sequences are divided in the same way.
 
     In running text, consecutive sequences are held out, wrapping around at the end: neighbours usually come from one document, and a fit on
@@ -291,8 +325,12 @@ def divide(texts: Texts, paths: Mapping[str, Path], holdout: float, seed: int) -
         held_out = min(count - LEAST, max(LEAST, round(holdout * count)))
         rng = np.random.default_rng(seed)
         documents = paths[name].suffix == ".jsonl"
-        order = rows[rng.permutation(count) if documents else np.roll(np.arange(count), rng.integers(count))]
-        out[name] = Division(text, text.take(sorted(order[held_out:])), text.take(sorted(order[:held_out])))
+        order = rows[
+            rng.permutation(count) if documents else np.roll(np.arange(count), rng.integers(count))
+        ]
+        out[name] = Division(
+            text, text.take(sorted(order[held_out:])), text.take(sorted(order[:held_out]))
+        )
     return out
 
 
@@ -352,7 +390,10 @@ class PreparedFit(Prepared[Coefficients]):
             warnings.append("both texts are the same, so the fit is a shrink, Δ / (1 + mu)")
         tokens, name = min((text.fitted.tokens, name) for name, text in self.texts.items())
         if tokens < self.widest:
-            most, enough = self.options.sequences, -(-self.options.sequences * self.widest // tokens)
+            most, enough = (
+                self.options.sequences,
+                -(-self.options.sequences * self.widest // tokens),
+            )
             cut = len(self.texts[name].whole.ids) == most
             warnings.append(
                 f"the {name} text has {tokens} tokens to fit on, fewer than the {self.widest} inputs of the widest matrix: the ridge "
@@ -371,21 +412,26 @@ class PreparedFit(Prepared[Coefficients]):
         """Describe the fit's inputs and options as JSON; equal `plan` digests mean equal fits."""
         o = self.options
         tree = {
-            **runs.model_facts(self.model, base={**self.plan.base_identity}, adapter={**self.plan.adapter_identity}),
+            **runs.model_facts(
+                self.model, base={**self.plan.base_identity}, adapter={**self.plan.adapter_identity}
+            ),
             **runs.writable(self.plan),
             "algorithm": ALGORITHM,
             "keep": o.keep,
             "weights": list(o.weights),
             "holdout": o.holdout,
             "seed": o.seed,
-            "texts": {name: {
-                **text.whole.facts(),
-                "sample_sha256": self.files[name],
-                "fitted": {"sequences": len(text.fitted.ids), "tokens": text.fitted.tokens},
-                "held": {"sequences": len(text.held_out.ids), "tokens": text.held_out.tokens},
-            } for name, text in self.texts.items()},
+            "texts": {
+                name: {
+                    **text.whole.facts(),
+                    "sample_sha256": self.files[name],
+                    "fitted": {"sequences": len(text.fitted.ids), "tokens": text.fitted.tokens},
+                    "held": {"sequences": len(text.held_out.ids), "tokens": text.held_out.tokens},
+                }
+                for name, text in self.texts.items()
+            },
             "unchanged": self.unchanged,
-        }  # fmt: skip
+        }
         return runs.with_digest(tree)
 
     def sweeps(self, known: Coefficients | None = None) -> list[Work]:
@@ -406,7 +452,9 @@ class PreparedFit(Prepared[Coefficients]):
         """Estimate the bytes of the file and of the spool."""
         values = 4 * sum(t.module.factor_rank * t.module.shape[1] for t in self.plan.targets)
         names = sum(2 * (len(target.tensor) + TENSOR_BYTES) for target in self.plan.targets)
-        return values + names + len(json.dumps(self.facts)) + FIGURES_BYTES, len(self.options.weights) * values
+        return values + names + len(json.dumps(self.facts)) + FIGURES_BYTES, len(
+            self.options.weights
+        ) * values
 
     def keep_finished(self, path: Path) -> Coefficients:
         """Keep a complete fit, and repeat its warnings."""
@@ -437,8 +485,14 @@ def refuse_dense(plan: Plan, dense: Sequence[Target]) -> None:
         )
 
 
-def prepare_fit(base_path: str | Path, adapter: Path, texts: Mapping[str, Path], options: RepairOptions, max_memory: int | None,
-                run: Run) -> PreparedFit:  # fmt: skip
+def prepare_fit(
+    base_path: str | Path,
+    adapter: Path,
+    texts: Mapping[str, Path],
+    options: RepairOptions,
+    max_memory: int | None,
+    run: Run,
+) -> PreparedFit:
     """Open and check all inputs of a fit, and pass on their warnings.
 
     Parameters
@@ -451,18 +505,21 @@ def prepare_fit(base_path: str | Path, adapter: Path, texts: Mapping[str, Path],
     run.monitor.warn(plan.warnings)
     refuse_dense(plan, [t for t in plan.targets if not t.module.low_rank])
     variants = Variant(BASE, None), Variant(ADAPTER, UNCHANGED)
-    model = SweepModel(VariantSet(plan, variants, None, False, options.dtype == "bf16", run.model_device))
+    model = SweepModel(
+        VariantSet(plan, variants, None, False, options.dtype == "bf16", run.model_device)
+    )
     # The built-in text has prose, code and chat, of which each needs its share.
-    counts = {name: options.sequences * (2 if path == BUILT_IN else 1) for name, path in texts.items()}
+    counts = {
+        name: options.sequences * (2 if path == BUILT_IN else 1) for name, path in texts.items()
+    }
     read = read_texts(model, texts, counts, options.length, run.monitor, 2 * LEAST)
     files = {name: sample_digest(path) for name, path in texts.items()}
     divided = divide(read, texts, options.holdout, options.seed)
     prepared = PreparedFit(plan, run, max_memory, model, options, divided, files)
     if names := prepared.unchanged:
-        run.monitor.warn((
-            f"{plan.adapter.path.name} also changes {counted(len(names), 'tensor')} by other means than deltas, {listed(names)}; the fit "
-            "keeps these changes",
-        ))  # fmt: skip
+        tensors = f"{counted(len(names), 'tensor')} by other means than deltas, {listed(names)}"
+        changes = f"{plan.adapter.path.name} also changes {tensors}; the fit keeps these changes"
+        run.monitor.warn((changes,))
     return prepared
 
 
@@ -482,7 +539,11 @@ class Stream(NamedTuple):
 
 def streams_of(candidates: int) -> list[Stream]:
     """List the streams of a fit with so many candidates."""
-    return [Stream(text, candidate) for candidate in (None, *range(candidates)) for text in (GENERAL, TASK)]
+    return [
+        Stream(text, candidate)
+        for candidate in (None, *range(candidates))
+        for text in (GENERAL, TASK)
+    ]
 
 
 MARGIN = 0.005
@@ -538,22 +599,30 @@ class Solver:
         if site.size is not None:
             streams = self._by_stream(inputs)
             task, general = (
-                torch.bincount(torch.cat(streams[Stream(text)]), minlength=site.size).double() / self.tokens[text]
+                torch.bincount(torch.cat(streams[Stream(text)]), minlength=site.size).double()
+                / self.tokens[text]
                 for text in (TASK, GENERAL)
             )
             for target, delta in pairs:
-                self._write(target, [refit_one_hot(delta.R, task, general, mu) for mu in self.weights])
+                self._write(
+                    target, [refit_one_hot(delta.R, task, general, mu) for mu in self.weights]
+                )
             return
         systems = self._systems_of(inputs, site.matrices[0].tensor)
         if systems is None:
             return
         # An expert receives other tokens once its router's inputs have changed, or the same in another order: they have no counterparts.
-        expert = not site.order[0] or any(target.module.layer_kind == "expert" for target in site.matrices)
+        expert = not site.order[0] or any(
+            target.module.layer_kind == "expert" for target in site.matrices
+        )
         paired = not expert and all(
             sum(map(len, x)) == self.tokens[stream.text] for stream, x in systems.streams.items()
         )
         for target, delta in pairs:
-            if not delta.is_zero() and (rights := self._refit(target, delta, systems, paired)) is not None:
+            if (
+                not delta.is_zero()
+                and (rights := self._refit(target, delta, systems, paired)) is not None
+            ):
                 self._write(target, rights)
 
     def check(self) -> None:
@@ -567,11 +636,18 @@ class Solver:
     def candidate(self, number: int, rest: Mapping[str, Tensor]) -> Factors:
         """Return a candidate's factors as they are fitted, and `rest` for all other matrices."""
         places = self.places
-        return Factors(rest, lambda name: self.spool.read(places[name][number])[0] if name in places else rest[name])
+        return Factors(
+            rest,
+            lambda name: self.spool.read(places[name][number])[0] if name in places else rest[name],
+        )
 
     def factors(self) -> Mapping[str, Tensor]:
         """Return all factors found so far, by matrix and candidate."""
-        places = {f"{name}/{k:03}": place for name, rights in self.places.items() for k, place in enumerate(rights)}
+        places = {
+            f"{name}/{k:03}": place
+            for name, rights in self.places.items()
+            for k, place in enumerate(rights)
+        }
         return OnDemand(places, lambda key: self.spool.read(places[key])[0])
 
     def restore(self, factors: Mapping[str, Tensor]) -> None:
@@ -580,7 +656,9 @@ class Solver:
             self.places.setdefault(key.rpartition("/")[0], []).append(self.spool.write([right]))
 
     def _write(self, target: Target, rights: Sequence[Tensor]) -> None:
-        self.places[target.tensor] = [self.spool.write([right.to(torch.float32)]) for right in rights]
+        self.places[target.tensor] = [
+            self.spool.write([right.to(torch.float32)]) for right in rights
+        ]
 
     def _by_stream(self, inputs: Mapping[Group, Tensor]) -> dict[Stream, list[Tensor]]:
         """Collect the inputs of each stream's groups, in their order."""
@@ -600,10 +678,19 @@ class Solver:
             return self._last
         self._last = None  # frees its systems before others are made
         streams = self._by_stream(inputs)
-        if not all(any(bool(x.any()) for x in streams.get(stream, ())) for stream in streams_of(len(self.weights))):
+        if not all(
+            any(bool(x.any()) for x in streams.get(stream, ()))
+            for stream in streams_of(len(self.weights))
+        ):
             return None
-        if not all(math.isfinite(float(torch.linalg.vector_norm(x))) for group in streams.values() for x in group):
-            raise NumericError(f"{self.model.job.plan.base.path}: the inputs of {name!r} are NaN or Inf on the texts")
+        if not all(
+            math.isfinite(float(torch.linalg.vector_norm(x)))
+            for group in streams.values()
+            for x in group
+        ):
+            raise NumericError(
+                f"{self.model.job.plan.base.path}: the inputs of {name!r} are NaN or Inf on the texts"
+            )
         tokens = self.tokens[TASK], self.tokens[GENERAL]
         systems = [
             System(streams[Stream(TASK, k)], streams[Stream(GENERAL, k)], tokens, mu)
@@ -612,7 +699,9 @@ class Solver:
         self._last = SiteSystems(tensors, streams, systems)
         return self._last
 
-    def _refit(self, target: Target, delta: LowRank, site: SiteSystems, paired: bool) -> list[Tensor] | None:
+    def _refit(
+        self, target: Target, delta: LowRank, site: SiteSystems, paired: bool
+    ) -> list[Tensor] | None:
         """Fit each candidate's right factor to the inputs; None if a system has no solution.
 
         Parameters
@@ -667,7 +756,12 @@ class FitRun:
     """
 
     def __init__(self, prepared: PreparedFit, records: Records, directory: Path | None) -> None:
-        self.prepared, self.records, self.monitor, self.model = prepared, records, prepared.run.monitor, prepared.model
+        self.prepared, self.records, self.monitor, self.model = (
+            prepared,
+            records,
+            prepared.run.monitor,
+            prepared.model,
+        )
         self.model.directory = directory
         self.progress = Progress(prepared.run, "fit")
         self.shrinks = [Shrink(lam) for lam in SHRINKS]
@@ -678,7 +772,9 @@ class FitRun:
         """Run to the end and return the result."""
         prepared, plan = self.prepared, self.prepared.plan
         if all(factors_of(plan, target).is_zero() for target in plan.targets):
-            raise UnsupportedError(f"{plan.adapter.path}: all of its deltas are zero, so there is nothing to fit")
+            raise UnsupportedError(
+                f"{plan.adapter.path}: all of its deltas are zero, so there is nothing to fit"
+            )
         prepared.warn()
         if prepared.max_memory is not None:
             limit_freed_memory()
@@ -692,19 +788,30 @@ class FitRun:
             keep, chosen = prepared.options.keep, self._choose(points)
             self.progress.finish()
             facts = {
-                **prepared.facts, "ridge": RIDGE, "general_ridge": GENERAL_RIDGE, "unseen": unseen, **adapter,
+                **prepared.facts,
+                "ridge": RIDGE,
+                "general_ridge": GENERAL_RIDGE,
+                "unseen": unseen,
+                **adapter,
                 "sets": [set_facts(self._evaluation(chosen), keep, chosen)],
-            }  # fmt: skip
+            }
             self.monitor.warn(misses(facts))
-            factors = {target.tensor: chosen.factors[target.tensor].clone() for target in plan.targets}
+            factors = {
+                target.tensor: chosen.factors[target.tensor].clone() for target in plan.targets
+            }
         return Coefficients(keep, factors, facts)
 
     def _parts(self, variants: int) -> list[Part]:
         """Make the groups of held-out sequences; those of the base and the adapter that have run are reused."""
         rows = self.prepared.limits.rows
-        parts = runs.riders(self.prepared.held_out, variants, self.model.size, rows, self.one_length)
+        parts = runs.riders(
+            self.prepared.held_out, variants, self.model.size, rows, self.one_length
+        )
         ran = [self._ran.get((part.name, part.numbers), ()) for part in parts]
-        return [replace(p, groups=(*known, *p.groups[len(known) :])) for p, known in zip(parts, ran, strict=True)]
+        return [
+            replace(p, groups=(*known, *p.groups[len(known) :]))
+            for p, known in zip(parts, ran, strict=True)
+        ]
 
     def _check_learning(self) -> None:
         """Measure the base and the adapter on the task's text alone, to refuse swapped texts before the fit."""
@@ -720,18 +827,31 @@ class FitRun:
         for stream in streams_of(len(weights)):  # each text in groups of one length
             text = runs.of_few_lengths(prepared.texts[stream.text].fitted)
             parts = runs.parts(text, prepared.limits.rows, model.size.short, one_length=True)
-            fitted += [Group(text.take(numbers).padded_ids, stream.variant, stream) for numbers in parts]
-        tokens = {text: sum(group.rows for group in fitted if group.stream == Stream(text)) for text in (GENERAL, TASK)}
+            fitted += [
+                Group(text.take(numbers).padded_ids, stream.variant, stream) for numbers in parts
+            ]
+        tokens = {
+            text: sum(group.rows for group in fitted if group.stream == Stream(text))
+            for text in (GENERAL, TASK)
+        }
         solver = Solver(model, weights, tokens, spool)
         points = [Point(mu, solver.candidate(k, unchanged_factors)) for k, mu in enumerate(weights)]
-        variants = [Variant(BASE, None), Variant(ADAPTER, UNCHANGED), *(point.variant for point in points)]
+        variants = [
+            Variant(BASE, None),
+            Variant(ADAPTER, UNCHANGED),
+            *(point.variant for point in points),
+        ]
         variants += map(Variant.of, self.shrinks)
         held_out = self._parts(len(variants))
         self._measure(variants, held_out, fitted, solver)
         unseen = sorted({target.tensor for target in plan.targets} - solver.places.keys())
         if unseen:
-            self.monitor.warn((f"no tokens from one of the texts, or no solution, for {counted(len(unseen), 'matrix')}, "
-                               f"{listed(map(repr, unseen))}: what the adapter adds there stays",))  # fmt: skip
+            self.monitor.warn(
+                (
+                    f"no tokens from one of the texts, or no solution, for {counted(len(unseen), 'matrix')}, "
+                    f"{listed(map(repr, unseen))}: what the adapter adds there stays",
+                )
+            )
         adapter = Point(0.0, unchanged_factors)
         self._rows[adapter.name] = self._rows[ADAPTER]
         return [adapter, *points], unseen
@@ -747,7 +867,10 @@ class FitRun:
         points
             The adapter and the candidates, by rising weight.
         """
-        keep, kept = self.prepared.options.keep, {point.name: self._share_kept(point.name) for point in points}
+        keep, kept = (
+            self.prepared.options.keep,
+            {point.name: self._share_kept(point.name) for point in points},
+        )
         candidates = [point for point in points[1:] if kept[point.name] >= keep]
         pairs = [(a, b) for a, b in pairwise(points) if kept[a.name] >= keep > kept[b.name]]
         if pairs:
@@ -786,27 +909,48 @@ class FitRun:
     def _divergence(self, point: Point) -> float:
         return float(self._sums(GENERAL, point.name).kl[-1].sum())
 
-    def _measure(self, variants: Sequence[Variant], held_out: Sequence[Part], fitted: Sequence[Group] = (),
-                 solver: Solver | None = None) -> None:  # fmt: skip
+    def _measure(
+        self,
+        variants: Sequence[Variant],
+        held_out: Sequence[Part],
+        fitted: Sequence[Group] = (),
+        solver: Solver | None = None,
+    ) -> None:
         """Run a sweep in which variants, the base and the adapter first, ride, and keep their sums."""
         sums = self._sweep(variants, held_out, fitted, solver)
         for row, variant in enumerate(variants):
-            self._rows.setdefault(variant.name, {text: text_sums.take([row]) for text, text_sums in sums.items()})
+            self._rows.setdefault(
+                variant.name, {text: text_sums.take([row]) for text, text_sums in sums.items()}
+            )
 
-    def _sweep(self, variants: Sequence[Variant], held_out: Sequence[Part], fitted: Sequence[Group] = (),
-               solver: Solver | None = None) -> Sums:  # fmt: skip
+    def _sweep(
+        self,
+        variants: Sequence[Variant],
+        held_out: Sequence[Part],
+        fitted: Sequence[Group] = (),
+        solver: Solver | None = None,
+    ) -> Sums:
         """Run a sweep, and return the sums of its riders; the base's and the adapter's groups are kept for later sweeps."""
         prepared, model = self.prepared, self.model
-        groups = [*fitted, *(group for part in held_out for group in part.groups if not group.results)]
+        groups = [
+            *fitted,
+            *(group for part in held_out for group in part.groups if not group.results),
+        ]
         cost = runs.sweep_cost(model.size, sum(group.rows for group in groups), len(groups))
         self.progress.expect(cost, len(model.layers) + 1)
         model.use(replace(model.job, variants=tuple(variants)))
         # The file stays that of the first sweep, which a run that is killed in the second one needs again.
         names = json.dumps([variant.name for variant in variants])
-        states = None if solver is None else self.records.states(names, solver.factors, solver.restore)
+        states = (
+            None if solver is None else self.records.states(names, solver.factors, solver.restore)
+        )
         check = None if solver is None else solver.check
-        sums = runs.measure(model, held_out, self.progress, prepared.limits, fitted, solver, states, check)
-        self._ran |= {(part.name, part.numbers): part.groups[: ADAPTER_ROW + 1] for part in held_out}
+        sums = runs.measure(
+            model, held_out, self.progress, prepared.limits, fitted, solver, states, check
+        )
+        self._ran |= {
+            (part.name, part.numbers): part.groups[: ADAPTER_ROW + 1] for part in held_out
+        }
         return sums
 
     def _sums(self, text: str, *names: str) -> SequenceSums:
@@ -820,8 +964,13 @@ class FitRun:
         variants = [
             EvaluatedVariant(BASE, None, None),
             EvaluatedVariant(ADAPTER, None, None),
-            *(EvaluatedVariant(shrink.label, shrink.name, shrink.mitigation_lambda) for shrink in self.shrinks),
+            *(
+                EvaluatedVariant(shrink.label, shrink.name, shrink.mitigation_lambda)
+                for shrink in self.shrinks
+            ),
             *(EvaluatedVariant(fitted, RegMean.name, None) for _ in points),
         ]
         names = [*(shrink.label for shrink in self.shrinks), *(point.name for point in points)]
-        return Evaluation(tuple(variants), self._sums(GENERAL, *names), self._sums(TASK, *names), {})
+        return Evaluation(
+            tuple(variants), self._sums(GENERAL, *names), self._sums(TASK, *names), {}
+        )

@@ -28,7 +28,15 @@ from streamer.options import MappingOptions
 from streamer.plan.plan import make_base_plan
 from streamer.storage.files import BaseIdentity, limit_freed_memory
 from streamer.streaming.model import require_transformers
-from streamer.streaming.sweep import LOOKED_UP, BaseMatrix, BaseWatch, Group, Site, SweepModel, same_inputs
+from streamer.streaming.sweep import (
+    LOOKED_UP,
+    BaseMatrix,
+    BaseWatch,
+    Group,
+    Site,
+    SweepModel,
+    same_inputs,
+)
 from streamer.streaming.values import BASE, Variant, VariantSet
 from streamer.units import counted, listed
 
@@ -115,7 +123,10 @@ class PreparedMap(Prepared[InputMap]):
         """Estimate the bytes of the file, as if no matrices shared inputs, and of the temporary one."""
         matrices = [t for t in self.model.parameters if len(t.shape) > 1]
         vectors = self.options.vectors
-        nbytes = sum((t.shape[0] if t.stacked else 1) * (2 * t.shape[-1] * vectors + HEADER_BYTES) for t in matrices)
+        nbytes = sum(
+            (t.shape[0] if t.stacked else 1) * (2 * t.shape[-1] * vectors + HEADER_BYTES)
+            for t in matrices
+        )
         return nbytes, nbytes
 
     def compute(self, records: Records, output: Path | None) -> InputMap:
@@ -125,45 +136,70 @@ class PreparedMap(Prepared[InputMap]):
         if self.max_memory is not None:
             limit_freed_memory()
         watch, collector, progress = BaseWatch(plan), _Collector(self), Progress(self.run, "map")
-        cost, steps = runs.sweep_cost(model.size, self.tokens, len(self.groups)), len(model.layers) + 1
+        cost, steps = (
+            runs.sweep_cost(model.size, self.tokens, len(self.groups)),
+            len(model.layers) + 1,
+        )
         progress.expect(cost, steps)
         model.limit(self.limits.room, self.limits.spools)
-        model.run(self.groups, monitor.checkpoint, collector, watch, lambda name: progress.layer(name, cost // steps))
+        model.run(
+            self.groups,
+            monitor.checkpoint,
+            collector,
+            watch,
+            lambda name: progress.layer(name, cost // steps),
+        )
         monitor.checkpoint()
         plan.check_unchanged()
         progress.finish()
         tokens, vectors = self.tokens, self.options.vectors
-        widest = max((entry.size for entry in collector.matrices_of if entry.vectors is not None), default=0)
+        widest = max(
+            (entry.size for entry in collector.matrices_of if entry.vectors is not None), default=0
+        )
         if tokens < min(vectors, widest):
             what = f"{counted(tokens, 'token')}, fewer than the {vectors} vectors that are kept of each input; give more text"
             monitor.warn((f"{self.text.name}: has {what}",))
         elif tokens < widest:
             what = f"{tokens} tokens, fewer than the {widest} inputs of the widest matrix: of what it does not show, the map keeps the mean"
-            monitor.warn((f"{self.text.name}: has {what}; with more text, adapters may forget less",))
+            monitor.warn(
+                (f"{self.text.name}: has {what}; with more text, adapters may forget less",)
+            )
         entries = collector.named_entries()
         if not entries:
             raise UnsupportedError(
                 f"{plan.base.path}: no matrix multiplies inputs that can be collected, so there is nothing to map"
             )
         every = {name for tensor in model.parameters for name in watch.names(tensor)}
-        lacking = sorted(every - {name.removesuffix(LOOKED_UP) for name in collector.mapped - collector.repeated})
+        lacking = sorted(
+            every - {name.removesuffix(LOOKED_UP) for name in collector.mapped - collector.repeated}
+        )
         if lacking:
-            monitor.warn((
-                f"the map lacks the inputs of {counted(len(lacking), 'matrix')}, {listed(map(repr, lacking))}: no token of the text "
-                "reached them, or their inputs cannot be collected; an adapter's deltas there will stay unchanged",
-            ))  # fmt: skip
+            monitor.warn(
+                (
+                    f"the map lacks the inputs of {counted(len(lacking), 'matrix')}, {listed(map(repr, lacking))}: no token of the text "
+                    "reached them, or their inputs cannot be collected; an adapter's deltas there will stay unchanged",
+                )
+            )
         return InputMap(entries, {**self.facts, "lacking": lacking}, output)
 
 
-def prepare_map(base: str | Path, text: Path, options: MappingOptions, max_memory: int | None, run: Run) -> PreparedMap:
+def prepare_map(
+    base: str | Path, text: Path, options: MappingOptions, max_memory: int | None, run: Run
+) -> PreparedMap:
     """Open and check a base and a general text, and pass on their warnings."""
     require_transformers()
     plan = make_base_plan(base, run.io, run.architecture)
     run.monitor.warn(plan.base.warnings)
     rounds, device = options.dtype == "bf16", run.model_device
     model = SweepModel(VariantSet(plan, (Variant(BASE, None),), None, False, rounds, device))
-    read = read_text(text, tokenizer_directory(plan), sequences=options.sequences, length=options.length,
-                     vocabulary=model.vocabulary, positions=model.positions)  # fmt: skip
+    read = read_text(
+        text,
+        tokenizer_directory(plan),
+        sequences=options.sequences,
+        length=options.length,
+        vocabulary=model.vocabulary,
+        positions=model.positions,
+    )
     return PreparedMap(plan, run, max_memory, model, options, read, sample_digest(text))
 
 
@@ -186,7 +222,10 @@ class _Collector:
 
     def __call__(self, site: Site, inputs: Mapping[Group, Tensor]) -> None:
         """Map a site's inputs; matrices that follow each other and share their inputs, such as q, k and v, share an entry."""
-        tensors, names = [x for x in inputs.values() if len(x)], {matrix.tensor for matrix in site.matrices}
+        tensors, names = (
+            [x for x in inputs.values() if len(x)],
+            {matrix.tensor for matrix in site.matrices},
+        )
         if names & self.mapped:
             self.repeated |= names
             entry = None
@@ -202,36 +241,55 @@ class _Collector:
     def named_entries(self) -> tuple[MappedInput, ...]:
         """Return the entries with the names of their matrices that run once; entries without any are left out."""
         names_of = {
-            entry: dict.fromkeys(name for m in matrices if m.tensor not in self.repeated for name in m.names)
+            entry: dict.fromkeys(
+                name for m in matrices if m.tensor not in self.repeated for name in m.names
+            )
             for entry, matrices in self.matrices_of.items()
         }
-        return tuple(replace(entry, names=tuple(names)) for entry, names in names_of.items() if names)
+        return tuple(
+            replace(entry, names=tuple(names)) for entry, names in names_of.items() if names
+        )
 
     def _entry(self, site: Site, inputs: Sequence[Tensor]) -> MappedInput | None:
         """Keep the leading part of the moments of a site's inputs, without names; None if all inputs are zero."""
         tokens = self.prepared.tokens
         if site.size is not None:
             counts = torch.bincount(torch.cat([*inputs]), minlength=site.size).cpu()
-            return MappedInput((), tokens, site.size, int(counts.sum()) / tokens, counts.double() / tokens, None)
+            return MappedInput(
+                (), tokens, site.size, int(counts.sum()) / tokens, counts.double() / tokens, None
+            )
         squares = sum(float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2 for x in inputs)
         if not math.isfinite(squares):
             name = site.matrices[0].tensor
-            raise NumericError(f"{self.prepared.plan.base.path}: the inputs of {name!r} are NaN or Inf on the text")
+            raise NumericError(
+                f"{self.prepared.plan.base.path}: the inputs of {name!r} are NaN or Inf on the text"
+            )
         if not squares:
             return None
-        values, vectors = (t.cpu() for t in leading_vectors(inputs, tokens, self.prepared.options.vectors))
+        values, vectors = (
+            t.cpu() for t in leading_vectors(inputs, tokens, self.prepared.options.vectors)
+        )
         rounded = vectors.T.to(torch.bfloat16).contiguous()
-        return MappedInput((), tokens, inputs[0].shape[1], squares / tokens, values.contiguous(), rounded)
+        return MappedInput(
+            (), tokens, inputs[0].shape[1], squares / tokens, values.contiguous(), rounded
+        )
 
 
 def map_record(input_map: InputMap, output: str, state: Any) -> MapFacts:
     """Describe a map as JSON."""
     facts, names = input_map.facts, {name for entry in input_map.inputs for name in entry.names}
     record: MapFacts = {
-        "schema": "streamer.map/1", "version": facts["version"], "base": facts["base"], "texts": facts["texts"],
-        "vectors": facts["vectors"], "inputs": len(input_map.inputs), "matrices": len(names),
-        "sha256": input_map.digest, "output": output, "state": state,
-    }  # fmt: skip
+        "schema": "streamer.map/1",
+        "version": facts["version"],
+        "base": facts["base"],
+        "texts": facts["texts"],
+        "vectors": facts["vectors"],
+        "inputs": len(input_map.inputs),
+        "matrices": len(names),
+        "sha256": input_map.digest,
+        "output": output,
+        "state": state,
+    }
     if "lacking" in facts:
         record["lacking"] = facts["lacking"]
     return record

@@ -163,7 +163,9 @@ def leading_vectors(inputs: Sequence[Tensor], tokens: int, count: int) -> tuple[
     if n <= SMALL:
         basis = torch.eye(n, dtype=torch.float64).to(device)
     else:
-        V = torch.randn(n, min(n, count + MORE), generator=torch.Generator().manual_seed(0)).to(device)
+        V = torch.randn(n, min(n, count + MORE), generator=torch.Generator().manual_seed(0)).to(
+            device
+        )
         for _ in range(ROUNDS):
             V = products(torch.linalg.qr(V)[0])
         basis = torch.linalg.qr(V.double())[0]
@@ -210,7 +212,11 @@ class System:
     """
 
     def __init__(
-        self, task: Sequence[Tensor], general: Sequence[Tensor], tokens: tuple[int, int], weight: float
+        self,
+        task: Sequence[Tensor],
+        general: Sequence[Tensor],
+        tokens: tuple[int, int],
+        weight: float,
     ) -> None:
         n, traces = task[0].shape[1], list[float]()
         self.parts: list[tuple[Tensor, float]] = []
@@ -228,7 +234,9 @@ class System:
         if dtype not in self._grams:
             n, ends = self.parts[0][0].shape[1], [*accumulate(len(x) for x, _ in self.parts)]
             size = ends[-1] if self.few else n
-            out = self._grams[dtype] = torch.zeros(size, size, dtype=torch.float64, device=self.parts[0][0].device)
+            out = self._grams[dtype] = torch.zeros(
+                size, size, dtype=torch.float64, device=self.parts[0][0].device
+            )
             for a, (x, scale) in enumerate(self.parts):
                 rows = x.to(dtype)
                 if not self.few:
@@ -261,7 +269,9 @@ class System:
             return torch.cholesky_solve(B, factor)
         right = torch.cat([(x.to(dtype) @ B.to(dtype)).double() * scale for x, scale in self.parts])
         rest, inner = B.clone(), torch.cholesky_solve(right, factor)
-        for (x, scale), part in zip(self.parts, torch.split(inner, [len(x) for x, _ in self.parts]), strict=True):
+        for (x, scale), part in zip(
+            self.parts, torch.split(inner, [len(x) for x, _ in self.parts]), strict=True
+        ):
             rest -= (x.to(dtype).T @ (part * scale).to(dtype)).double()
         return rest / self.shift
 
@@ -319,15 +329,21 @@ class TextInputs:
         """Compute ``E[x' ((x − x')ᵀP + xᵀD)]`` (n, k); 0 if x is x' and D is None."""
         total: Tensor | float = 0.0
         for x, y in zip(self.before, self.now, strict=True):
-            terms = ([] if D is None else [x @ D.float()]) + ([] if x is y else [(x - y) @ P.float()])
+            terms = ([] if D is None else [x @ D.float()]) + (
+                [] if x is y else [(x - y) @ P.float()]
+            )
             if terms:
                 total = total + (y.T @ sum(terms)).double() / self.tokens
         return total
 
 
-def refit(delta: Refit, task: TextInputs, general: TextInputs, weight: float, system: System) -> Tensor | None:
+def refit(
+    delta: Refit, task: TextInputs, general: TextInputs, weight: float, system: System
+) -> Tensor | None:
     """Compute R' (n, r) in float64; None if the system cannot be solved."""
-    solution = system.solve(task.cross(delta.P, delta.D) + system.s * delta.D + weight * general.cross(delta.P))
+    solution = system.solve(
+        task.cross(delta.P, delta.D) + system.s * delta.D + weight * general.cross(delta.P)
+    )
     if solution is None:
         return None
     change: Tensor = (solution - delta.D).to(delta.T.device) @ torch.linalg.pinv(delta.T).T

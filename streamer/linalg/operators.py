@@ -38,7 +38,10 @@ class LowRank:
         """
         root = S[:rank].sqrt()
         pad = (0, rank - len(root))
-        return cls(torch.nn.functional.pad(U[:, :rank] * root, pad), torch.nn.functional.pad(Vh[:rank].T * root, pad))
+        return cls(
+            torch.nn.functional.pad(U[:, :rank] * root, pad),
+            torch.nn.functional.pad(Vh[:rank].T * root, pad),
+        )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -174,7 +177,10 @@ def _has_fast_onednn() -> bool:
 
     They are used only from torch 2.9 on; older versions were not measured.
     """
-    has_setting = hasattr(torch.backends, "fp32_precision") and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    has_setting = (
+        hasattr(torch.backends, "fp32_precision")
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    )
     return has_setting and torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -195,7 +201,12 @@ def skinny_product(M: Tensor, X: Tensor) -> Tensor:
     the CPU a transpose is multiplied from the left, and a long matrix is cut into `PIECES`. docs/benchmarks.md has the measurements.
     """
     c = X.shape[1]
-    if M.device.type == "cpu" and M.dtype == torch.float32 and min(*M.shape, c) > 0 and _has_fast_onednn():
+    if (
+        M.device.type == "cpu"
+        and M.dtype == torch.float32
+        and min(*M.shape, c) > 0
+        and _has_fast_onednn()
+    ):
         # Only contiguous matrices: for part of longer rows oneDNN uses a reference kernel, a thousand times slower.
         X = X if X.T.is_contiguous() else X.contiguous()
         if M.is_contiguous():
@@ -303,7 +314,10 @@ class Dense:
 
     def norm(self) -> float:
         """Compute the Frobenius norm ``‖Δ‖_F``, summing squares in float64."""
-        squares = sum(float(torch.linalg.vector_norm(rows.double())) ** 2 for rows in torch.split(self.matrix, 256))
+        squares = sum(
+            float(torch.linalg.vector_norm(rows.double())) ** 2
+            for rows in torch.split(self.matrix, 256)
+        )
         return float(squares**0.5) * abs(self.power)
 
     def projected_norm(self, U: Tensor) -> float:
@@ -404,7 +418,9 @@ class RowBlocks:
     def _blocks(self) -> Iterator[tuple[int, Tensor]]:
         m, n = self.stored
         rows = min(m, max(1, BLOCK_BYTES // (n * self.like.element_size())))
-        buffer = self.like.new_empty((rows, n))  # reused: the system would zero a fresh one each time
+        buffer = self.like.new_empty(
+            (rows, n)
+        )  # reused: the system would zero a fresh one each time
         for i in range(0, m, rows):
             j = min(i + rows, m)
             yield i, buffer[: j - i].copy_(self.read(i, j))

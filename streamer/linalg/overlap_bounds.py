@@ -71,8 +71,12 @@ def window(ritz: RitzBasis, phi: float) -> float:
 def samples(S: Tensor, residual: Tensor, tau: float, bottom: float, top: float) -> Tensor:
     """Choose the σ at which to evaluate the bound: the Ritz values, 7 between each pair, and some around each at its own scales."""
     edges = torch.cat([S.new_tensor([bottom]), S[bottom < S].sort().values, S.new_tensor([top])])
-    within = edges[:-1, None] + edges.diff()[:, None] * S.new_tensor([0.03, 0.12, 0.3, 0.5, 0.7, 0.88, 0.97])
-    peaks = S[:, None] + residual[:, None] * S.new_tensor([-10, -3, -1, -0.3, -0.1, 0.1, 0.3, 1, 3, 10])
+    within = edges[:-1, None] + edges.diff()[:, None] * S.new_tensor(
+        [0.03, 0.12, 0.3, 0.5, 0.7, 0.88, 0.97]
+    )
+    peaks = S[:, None] + residual[:, None] * S.new_tensor(
+        [-10, -3, -1, -0.3, -0.1, 0.1, 0.3, 1, 3, 10]
+    )
     around = S[:, None] + tau * S.new_tensor([-1.0001, 1.0001])
     sigma = torch.cat([within.flatten(), peaks.flatten(), around.flatten(), edges])
     return sigma[(sigma >= bottom) & (sigma <= top)]
@@ -99,10 +103,15 @@ def christoffel_bound(sigma: Tensor, ritz: RitzBasis, w: Tensor, phi: float) -> 
     g = (ritz.S * ritz.tail).T
     p, b = g.shape
     k = w.shape[1]
-    once = CHRISTOFFEL_BYTES // (8 * (4 * p + 2 * b * b + 2 * k * b + (p * max(b, k) if b > NARROW else 0)))
+    once = CHRISTOFFEL_BYTES // (
+        8 * (4 * p + 2 * b * b + 2 * k * b + (p * max(b, k) if b > NARROW else 0))
+    )
     tau = window(ritz, phi)
     tables = (_products(g, g), _products(w, g)) if 0 < b <= NARROW else None
-    parts = [_christoffel(part, ritz.S, g, w, phi, tau, tables) for part in torch.split(sigma, max(1, once))]
+    parts = [
+        _christoffel(part, ritz.S, g, w, phi, tau, tables)
+        for part in torch.split(sigma, max(1, once))
+    ]
     return torch.cat(parts) if parts else w.new_zeros((0, k))
 
 
@@ -112,7 +121,13 @@ def _products(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _christoffel(
-    sigma: Tensor, S: Tensor, g: Tensor, w: Tensor, phi: float, tau: float, tables: tuple[Tensor, Tensor] | None
+    sigma: Tensor,
+    S: Tensor,
+    g: Tensor,
+    w: Tensor,
+    phi: float,
+    tau: float,
+    tables: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     b, k = g.shape[1], w.shape[1]
     distance = S - sigma[:, None]
@@ -178,7 +193,9 @@ class OverlapBounds:
     reach: float = 0.0
 
 
-def dense_overlaps(W0: Matrix, U: Tensor, generator: torch.Generator) -> tuple[OverlapBounds, Tensor]:
+def dense_overlaps(
+    W0: Matrix, U: Tensor, generator: torch.Generator
+) -> tuple[OverlapBounds, Tensor]:
     """Compute ``sim_j = max_i |⟨u_j, u⁰_i⟩|`` and bounds on it by LAPACK's full SVD of the base.
 
     LAPACK's u⁰_i are singular vectors of a matrix at distance φ, so vectors whose values lie within τ of each other may be mixtures.
@@ -201,14 +218,19 @@ def dense_overlaps(W0: Matrix, U: Tensor, generator: torch.Generator) -> tuple[O
     probe = torch.randn(W0.shape[1], 8, generator=generator, dtype=torch.float32).to(W0.like)
     defect = (W0.matmat(probe) - (U0 * S) @ (V0h @ probe)).double() / math.sqrt(8)
     dtype = W0.like.dtype
-    phi = float(torch.linalg.matrix_norm(defect)) / math.sqrt(min(W0.shape)) + torch.finfo(dtype).eps * float(S[0])
+    phi = float(torch.linalg.matrix_norm(defect)) / math.sqrt(min(W0.shape)) + torch.finfo(
+        dtype
+    ).eps * float(S[0])
     w, values = (U0.T @ U).double().cpu().flip(0), S.double().cpu().flip(0).contiguous()
     tall = W0.shape[0] > W0.shape[1]
     lows, highs = zip(
-        *(_interval(w, values, ratio * phi, 1 / ratio, tall) for ratio in DENSE_WINDOWS[dtype]), strict=True
+        *(_interval(w, values, ratio * phi, 1 / ratio, tall) for ratio in DENSE_WINDOWS[dtype]),
+        strict=True,
     )
     low, high = torch.stack(lows).amax(0).clamp(0, 1), torch.stack(highs).amin(0).clamp_max(1)
-    return OverlapBounds(low, high, 0, 0, 0.0, _largest(values.flip(0), U.shape[1])), w.abs().amax(0).clamp_max(1.0)
+    return OverlapBounds(low, high, 0, 0, 0.0, _largest(values.flip(0), U.shape[1])), w.abs().amax(
+        0
+    ).clamp_max(1.0)
 
 
 def _largest(values: Tensor, k: int) -> Tensor:
@@ -216,10 +238,15 @@ def _largest(values: Tensor, k: int) -> Tensor:
     return torch.nn.functional.pad(values[:k], (0, max(0, k - len(values))))
 
 
-def _interval(w: Tensor, values: Tensor, tau: float, slack: float, tall: bool) -> tuple[Tensor, Tensor]:
+def _interval(
+    w: Tensor, values: Tensor, tau: float, slack: float, tall: bool
+) -> tuple[Tensor, Tensor]:
     """Bound the overlaps from below and above for one τ, with ``slack = φ/τ``; values (p,) rise, and w (p, k) is in the same order."""
     mass = torch.nn.functional.pad(w.square().cumsum(0), (0, 0, 1, 0))
-    first, last = torch.searchsorted(values, values - tau), torch.searchsorted(values, values + tau, right=True)
+    first, last = (
+        torch.searchsorted(values, values - tau),
+        torch.searchsorted(values, values + tau, right=True),
+    )
     inside = (mass[last] - mass[first]).clamp_min(0)
     alone = (last - first) == 1
     if tall:
@@ -253,7 +280,9 @@ class OverlapProcess:
         can be settled.
     """
 
-    def __init__(self, W0: Matrix, U: Tensor, generator: torch.Generator, distance: Tensor | None = None) -> None:
+    def __init__(
+        self, W0: Matrix, U: Tensor, generator: torch.Generator, distance: Tensor | None = None
+    ) -> None:
         m, n = W0.shape
         self.tall = m > n
         self.cutoff = CUTOFF if self.tall else 0.0
@@ -264,7 +293,9 @@ class OverlapProcess:
         start = W0.rmatmat(U) if self.tall else U
         k = U.shape[1]
         width = min(block_width(k, 4), m, n)
-        extra = torch.randn(min(m, n), max(0, width - k), generator=generator, dtype=torch.float32).to(start)
+        extra = torch.randn(
+            min(m, n), max(0, width - k), generator=generator, dtype=torch.float32
+        ).to(start)
         extra *= torch.linalg.vector_norm(start) / max(1.0, float(torch.linalg.vector_norm(extra)))
         gk = self.process = GolubKahan(W0 if self.tall else W0.T, torch.cat([start, extra], 1))
         self._distance = torch.zeros(k, dtype=torch.float64) if distance is None else distance
@@ -309,7 +340,9 @@ class OverlapProcess:
         if reach < epsilon or gk.exhausted or final:
             measured = final or not self._rounding
             if measured:
-                self._rounding = 2 * gk.defect_estimate(self._generator) + torch.finfo(gk.P.dtype).eps * gk.norm
+                self._rounding = (
+                    2 * gk.defect_estimate(self._generator) + torch.finfo(gk.P.dtype).eps * gk.norm
+                )
             low = self._low(ritz, overlap, self._phi)
             open_ = self._open(low, epsilon)
             if bool(open_.any()):
@@ -320,7 +353,14 @@ class OverlapProcess:
             if self.hopeless:
                 high[:] = 1.0
         return OverlapBounds(
-            low, torch.maximum(high, low), gk.steps, gk.products, self.cutoff, _largest(ritz.S, k), measured, reach
+            low,
+            torch.maximum(high, low),
+            gk.steps,
+            gk.products,
+            self.cutoff,
+            _largest(ritz.S, k),
+            measured,
+            reach,
         )
 
     def settles_without_rounding(self, epsilon: float) -> bool:
@@ -342,7 +382,11 @@ class OverlapProcess:
         if not self.tall:
             return ritz, w, w.abs()
         overlap, p = ritz.X.T @ (gk.Q.T @ self._U).double().cpu(), len(ritz.S)
-        return ritz, w, torch.nn.functional.pad(overlap, (0, 0, 0, max(0, p - len(overlap))))[:p].abs()
+        return (
+            ritz,
+            w,
+            torch.nn.functional.pad(overlap, (0, 0, 0, max(0, p - len(overlap))))[:p].abs(),
+        )
 
     @property
     def _phi(self) -> float:
@@ -390,7 +434,13 @@ class OverlapProcess:
         bottom = CUTOFF * float(ritz.S[0]) if self.tall else 0.0
         edges = torch.cat([ritz.S, ritz.S.new_tensor([bottom])])
         middles = (edges[:-1] + edges[1:])[edges[1:] >= bottom] / 2
-        return min(1.0, 1.04 * float(self._bounded(torch.cat([middles, edges[-1:]]), ritz, w, open_, self._phi).max()))
+        return min(
+            1.0,
+            1.04
+            * float(
+                self._bounded(torch.cat([middles, edges[-1:]]), ritz, w, open_, self._phi).max()
+            ),
+        )
 
     def _high(self, ritz: RitzBasis, w: Tensor, open_: Tensor, phi: float) -> Tensor:
         S, tau = ritz.S, window(ritz, phi)
@@ -401,13 +451,19 @@ class OverlapProcess:
         residual = torch.linalg.vector_norm(ritz.tail, dim=0)
         bottom = CUTOFF * float(S[0]) if self.tall else 0.0
         top = float(S[0]) + float(residual.max()) + tau
-        return (MARGIN * self._bounded(samples(S, residual, tau, bottom, top), ritz, w, open_, phi)).clamp_max(1.0)
+        return (
+            MARGIN * self._bounded(samples(S, residual, tau, bottom, top), ritz, w, open_, phi)
+        ).clamp_max(1.0)
 
-    def _bounded(self, sigma: Tensor, ritz: RitzBasis, w: Tensor, open_: Tensor, phi: float) -> Tensor:
+    def _bounded(
+        self, sigma: Tensor, ritz: RitzBasis, w: Tensor, open_: Tensor, phi: float
+    ) -> Tensor:
         """Return the largest of the bounds over these σ, for each open direction."""
         bound = christoffel_bound(sigma, ritz, w[:, open_], phi) + self._lost[open_]
         if self.tall:
-            bound = (bound + phi) / sigma[:, None]  # x_j = W0ᵀu_j carries one product's rounding error
+            bound = (bound + phi) / sigma[
+                :, None
+            ]  # x_j = W0ᵀu_j carries one product's rounding error
         highest: Tensor = bound.amax(0) + self._distance[open_]
         return highest
 

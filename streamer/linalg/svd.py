@@ -103,7 +103,9 @@ class GolubKahan:
         if self._last == 0:
             self.following, self.L = block[:, :0], torch.zeros((0, 0), dtype=torch.float64)
         else:
-            self.following, self.L, _ = self._orthonormal(self._counted(self.op.rmatmat(new)), self.P, self.norm)
+            self.following, self.L, _ = self._orthonormal(
+                self._counted(self.op.rmatmat(new)), self.P, self.norm
+            )
         self.steps += 1
 
     def restart(self, kept: int) -> None:
@@ -122,7 +124,9 @@ class GolubKahan:
         self.norm = max(self.norm, _norm(image))
         return image
 
-    def _orthonormal(self, block: Tensor, basis: Tensor, size: float) -> tuple[Tensor, Tensor, Tensor]:
+    def _orthonormal(
+        self, block: Tensor, basis: Tensor, size: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Factor ``block = basis @ C + new @ R`` with orthonormal `new`, of the rank of `block` beyond rounding at `size`."""
         C = torch.zeros((basis.shape[1], block.shape[1]), dtype=torch.float64)
         for _ in range(2):
@@ -213,7 +217,9 @@ class Triplets:
         below one rounding of σ_1 are noise and count as one rounding.
         """
         floor = torch.finfo(self.S.dtype).eps * float(self.S[0]) if len(self.S) else 0.0
-        error = self.residuals.clamp_min(floor) / self.gaps.clamp_min(torch.finfo(torch.float64).tiny)
+        error = self.residuals.clamp_min(floor) / self.gaps.clamp_min(
+            torch.finfo(torch.float64).tiny
+        )
         return error.clamp_max(1.0)
 
     @property
@@ -295,7 +301,9 @@ def krylov_triplets(
     m, n = W.shape
     op = W if n <= m else W.T
     width = min(block_width(k, OVERSAMPLING), m, n)
-    process = GolubKahan(op, torch.randn(op.shape[1], width, generator=generator, dtype=torch.float32).to(like))
+    process = GolubKahan(
+        op, torch.randn(op.shape[1], width, generator=generator, dtype=torch.float32).to(like)
+    )
     look = 4
     while True:
         process.step()
@@ -306,10 +314,17 @@ def krylov_triplets(
         # Decomposing B costs the cube of the basis, so deep in a flat spectrum not every step is checked.
         look = process.steps + (1 if process.steps < 16 else 4)
         ritz = process.ritz()
-        good = process.exhausted or _converged(ritz, k, (m, n), ANGLES[process.steps > 16], torch.finfo(like.dtype).eps)
+        good = process.exhausted or _converged(
+            ritz, k, (m, n), ANGLES[process.steps > 16], torch.finfo(like.dtype).eps
+        )
         if good or ended:
             triplets = _leading(process, ritz, k, W, generator)
-            return KrylovTriplets(triplets, good and min(process.B.shape) >= k, process.steps, process.products + 2 * k)
+            return KrylovTriplets(
+                triplets,
+                good and min(process.B.shape) >= k,
+                process.steps,
+                process.products + 2 * k,
+            )
         if full:
             process.restart(max(k + width, max_basis // 3))
 
@@ -330,14 +345,21 @@ def _gaps(ritz: RitzBasis, k: int, shape: tuple[int, int]) -> Tensor:
 def _converged(ritz: RitzBasis, k: int, shape: tuple[int, int], angle: float, eps: float) -> bool:
     """Test whether the first k Ritz triplets are within `angle` of singular triplets, or as near as rounding allows."""
     residual = torch.linalg.vector_norm(ritz.tail, dim=0)[:k]
-    return bool((residual <= (angle * _gaps(ritz, k, shape)).clamp_min(8 * eps * float(ritz.S[0]))).all())
+    return bool(
+        (residual <= (angle * _gaps(ritz, k, shape)).clamp_min(8 * eps * float(ritz.S[0]))).all()
+    )
 
 
-def _leading(process: GolubKahan, ritz: RitzBasis, k: int, W: Operator, generator: torch.Generator) -> Triplets:
+def _leading(
+    process: GolubKahan, ritz: RitzBasis, k: int, W: Operator, generator: torch.Generator
+) -> Triplets:
     """Form the k leading Ritz triplets; fill up missing ones with σ = 0, arbitrary orthonormal vectors and gap 0."""
     missing = max(0, k - min(process.B.shape))
     count = k - missing
-    left, right = process.Q @ ritz.X[:, :count].to(process.Q), process.P @ ritz.Y[:, :count].to(process.P)
+    left, right = (
+        process.Q @ ritz.X[:, :count].to(process.Q),
+        process.P @ ritz.Y[:, :count].to(process.P),
+    )
     left, right = (_completed(basis, missing, generator) for basis in (left, right))
     U, V = (left, right) if process.op is W else (right, left)
     pad = (0, missing)

@@ -48,7 +48,9 @@ class _Shared:
         self._restored = contextlib.ExitStack()
 
     @contextlib.contextmanager
-    def hold(self, state: object, setting: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
+    def hold(
+        self, state: object, setting: Callable[[], contextlib.AbstractContextManager[None]]
+    ) -> Iterator[None]:
         with self._changed:
             self._changed.wait_for(lambda: self._holders == 0 or self._state == state)
             if self._holders == 0:
@@ -96,19 +98,27 @@ def has_fast_bfloat16() -> bool:
 @contextlib.contextmanager
 def _ieee_products() -> Iterator[None]:
     with contextlib.ExitStack() as restored:
-        if hasattr(torch.backends, "fp32_precision"):  # torch 2.9; reading the older setting fails after both were used
+        if hasattr(
+            torch.backends, "fp32_precision"
+        ):  # torch 2.9; reading the older setting fails after both were used
             for backend in (getattr(torch.backends, name).matmul for name in ("cuda", "mkldnn")):
                 restored.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
                 backend.fp32_precision = "ieee"
         else:
-            restored.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            restored.callback(
+                torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()
+            )
             torch.set_float32_matmul_precision("highest")
         yield
 
 
 def thread_count(recorded: object) -> int:
     """Return the number of threads that a journal records, or torch's if the record has none that is possible."""
-    return recorded if type(recorded) is int and 0 < recorded <= MOST_THREADS else torch.get_num_threads()
+    return (
+        recorded
+        if type(recorded) is int and 0 < recorded <= MOST_THREADS
+        else torch.get_num_threads()
+    )
 
 
 @contextlib.contextmanager

@@ -22,7 +22,13 @@ from streamer.errors import FormatError, MissingInputError, UnsupportedError, Us
 from streamer.measuring import runs
 from streamer.measuring.runs import Prepared, Progress, Records, Work
 from streamer.measuring.statistics import ADAPTER_ROW
-from streamer.measuring.texts import Tokenizer, load_tokenizer, read_prompts, sample_digest, tokenizer_directory
+from streamer.measuring.texts import (
+    Tokenizer,
+    load_tokenizer,
+    read_prompts,
+    sample_digest,
+    tokenizer_directory,
+)
 from streamer.methods import UNCHANGED
 from streamer.options import Texts
 from streamer.plan.plan import make_plan
@@ -58,7 +64,8 @@ class OwnText:
         """Write the lines."""
         first, *others = self.lines
         return "".join(
-            json.dumps(line, ensure_ascii=False) + "\n" for line in ({**first, "facts": self.facts}, *others)
+            json.dumps(line, ensure_ascii=False) + "\n"
+            for line in ({**first, "facts": self.facts}, *others)
         )
 
 
@@ -79,7 +86,9 @@ def load_own_text(path: Path) -> OwnText:
         if facts["schema"] != SCHEMA:
             raise ValueError
     except (ValueError, LookupError, TypeError, AttributeError) as e:
-        raise FormatError(f"{path}: expected text that an adapter wrote ({SCHEMA}), found another text") from e
+        raise FormatError(
+            f"{path}: expected text that an adapter wrote ({SCHEMA}), found another text"
+        ) from e
     return OwnText(facts, lines)
 
 
@@ -112,7 +121,9 @@ class PreparedOwnText(Prepared[OwnText]):
         """Describe the inputs and options as JSON; equal `plan` digests mean equal texts."""
         tree = {
             "schema": SCHEMA,
-            **runs.model_facts(self.model, base={**self.plan.base_identity}, adapter={**self.plan.adapter_identity}),
+            **runs.model_facts(
+                self.model, base={**self.plan.base_identity}, adapter={**self.plan.adapter_identity}
+            ),
             "texts": [],
             "seed": self.options.seed,
             "sequences": self.options.sequences,
@@ -153,7 +164,10 @@ class PreparedOwnText(Prepared[OwnText]):
 
     def compute(self, records: Records, output: Path | None) -> OwnText:
         """Let the adapter write."""
-        progress, cost = Progress(self.run, "generate"), runs.sweep_cost(self.model.size, len(self.prompts))
+        progress, cost = (
+            Progress(self.run, "generate"),
+            runs.sweep_cost(self.model.size, len(self.prompts)),
+        )
         steps = self.options.length - 1
         progress.expect(cost * steps, steps)
         place = records.snapshot()
@@ -170,7 +184,9 @@ class PreparedOwnText(Prepared[OwnText]):
         self.model.check_all_used()
         self.plan.check_unchanged()
         progress.finish()
-        return OwnText(self.facts, [self._line(*pair) for pair in zip(self.prompts, ids, strict=True)])
+        return OwnText(
+            self.facts, [self._line(*pair) for pair in zip(self.prompts, ids, strict=True)]
+        )
 
     def stand_in(self) -> OwnText:
         """Make a text of the same size, for forecasts: its tokens mean nothing."""
@@ -179,7 +195,9 @@ class PreparedOwnText(Prepared[OwnText]):
         return OwnText(self.facts, [{"start": 1, "ids": sequence.tolist()} for sequence in ids])
 
     def _line(self, prompt: Prompt, ids: Tensor) -> dict[str, Any]:
-        written = {} if self.tokenizer is None else {"text": self.tokenizer.loaded.decode(ids.tolist())}
+        written = (
+            {} if self.tokenizer is None else {"text": self.tokenizer.loaded.decode(ids.tolist())}
+        )
         return {**written, "start": min(len(prompt), len(ids) - 1), "ids": ids.tolist()}
 
 
@@ -195,7 +213,11 @@ def default_starts(model: SweepModel) -> list[list[int]]:
     text = config.get_text_config()
     named = text.bos_token_id, text.eos_token_id
     tokens = [token for name in named for token in (name if isinstance(name, list) else [name])]
-    starts = [[token] for token in dict.fromkeys(tokens) if isinstance(token, int) and 0 <= token < model.vocabulary]
+    starts = [
+        [token]
+        for token in dict.fromkeys(tokens)
+        if isinstance(token, int) and 0 <= token < model.vocabulary
+    ]
     if not starts:
         raise UsageError(
             f"{model.job.plan.base.path}: its config names no token with which the adapter's own text could begin; give --task or --prompts"
@@ -203,7 +225,9 @@ def default_starts(model: SweepModel) -> list[list[int]]:
     return starts
 
 
-def _check_length(path: Path | None, starts: Sequence[Prompt], model: SweepModel, options: Texts, run: Run) -> None:
+def _check_length(
+    path: Path | None, starts: Sequence[Prompt], model: SweepModel, options: Texts, run: Run
+) -> None:
     """Refuse a length that leaves the adapter nothing to write, or that the model cannot process."""
     longest = max(map(len, starts))
     if longest >= options.length:
@@ -212,9 +236,11 @@ def _check_length(path: Path | None, starts: Sequence[Prompt], model: SweepModel
             f"{2 * longest}"
         )
     if 2 * longest > options.length and path is not None:
-        run.monitor.warn((
-            f"{path.name}: the longest prompt has {longest} of {options.length} tokens; with a larger --length the adapter shows more",
-        ))  # fmt: skip
+        run.monitor.warn(
+            (
+                f"{path.name}: the longest prompt has {longest} of {options.length} tokens; with a larger --length the adapter shows more",
+            )
+        )
     if model.positions is not None and options.length > model.positions:
         raise UsageError(
             f"length: the model has {model.positions} positions, found {options.length}; give --length {model.positions}"
@@ -237,7 +263,11 @@ def prepare_own_text(
             raise
         tokenizer = None
     path = None if options.prompts is None else Path(options.prompts)
-    starts = default_starts(model) if path is None or tokenizer is None else read_prompts(path, tokenizer)
+    starts = (
+        default_starts(model)
+        if path is None or tokenizer is None
+        else read_prompts(path, tokenizer)
+    )
     check_generates(model)
     _check_length(path, starts, model, options, run)
     prompts = [starts[i % len(starts)] for i in range(options.sequences)]

@@ -76,7 +76,9 @@ class Part:
     groups: tuple[Group, ...]
 
 
-def parts(text: TextSequences, tokens: int, short: int | None, one_length: bool) -> Iterator[tuple[int, ...]]:
+def parts(
+    text: TextSequences, tokens: int, short: int | None, one_length: bool
+) -> Iterator[tuple[int, ...]]:
     """Divide sequences, the longest first, into parts with at most this many padded tokens, and at least one sequence each.
 
     Short sequences are not padded to a length at which the model's rotary embeddings change. With `one_length`, nothing is padded. The
@@ -101,7 +103,9 @@ def riders(texts: Texts, variants: int, size: ModelSize, rows: int, one_length: 
     for name, text in texts.items():
         for numbers in parts(text, rows, size.short, one_length):
             part = text.take(numbers)
-            parts_of_texts.append(Part(name, numbers, part, tuple(Group(part.padded_ids, v) for v in range(variants))))
+            parts_of_texts.append(
+                Part(name, numbers, part, tuple(Group(part.padded_ids, v) for v in range(variants)))
+            )
     return parts_of_texts
 
 
@@ -142,9 +146,16 @@ Sums = dict[str, SequenceSums]
 """On each text, the sums of variants."""
 
 
-def measure(model: SweepModel, held_out: Sequence[Part], progress: Progress, limits: Limits, fitted: Sequence[Group] = (),
-             solve: Solve | None = None, states: States | None = None,
-             check: Checkpoint | None = None) -> Sums:  # fmt: skip
+def measure(
+    model: SweepModel,
+    held_out: Sequence[Part],
+    progress: Progress,
+    limits: Limits,
+    fitted: Sequence[Group] = (),
+    solve: Solve | None = None,
+    states: States | None = None,
+    check: Checkpoint | None = None,
+) -> Sums:
     """Run a sweep, and return the sums of its riders on each text, in the order of variants and sequences.
 
     Parameters
@@ -165,9 +176,13 @@ def measure(model: SweepModel, held_out: Sequence[Part], progress: Progress, lim
     """
     groups = [*fitted, *(group for part in held_out for group in part.groups if not group.results)]
     plan, checkpoint = model.job.plan, progress.monitor.checkpoint
-    layer_cost = sweep_cost(model.size, sum(group.rows for group in groups), len(groups)) // (len(model.layers) + 1)
+    layer_cost = sweep_cost(model.size, sum(group.rows for group in groups), len(groups)) // (
+        len(model.layers) + 1
+    )
     if states is not None:
-        states.resumed = lambda layers: progress.monitor.resuming(layers, len(model.layers), "layer")
+        states.resumed = lambda layers: progress.monitor.resuming(
+            layers, len(model.layers), "layer"
+        )
     model.limit(limits.room, limits.spools)
     watch = TargetWatch(plan) if fitted else None
 
@@ -183,10 +198,15 @@ def measure(model: SweepModel, held_out: Sequence[Part], progress: Progress, lim
     plan.check_unchanged()
     by_text = {}
     for name in dict.fromkeys(part.name for part in held_out):
-        pairs = [(part, total) for part, total in zip(held_out, sums, strict=True) if part.name == name]
+        pairs = [
+            (part, total) for part, total in zip(held_out, sums, strict=True) if part.name == name
+        ]
         order = np.argsort([i for part, _ in pairs for i in part.numbers])
         kinds = ("tokens", *MEASURES)
-        arrays = {kind: np.concatenate([getattr(total, kind) for _, total in pairs], -1)[..., order] for kind in kinds}
+        arrays = {
+            kind: np.concatenate([getattr(total, kind) for _, total in pairs], -1)[..., order]
+            for kind in kinds
+        }
         for kind in MEASURES:
             if not np.isfinite(arrays[kind]).all():
                 v = int(np.argwhere(~np.isfinite(arrays[kind]))[0][0])
@@ -198,7 +218,9 @@ def measure(model: SweepModel, held_out: Sequence[Part], progress: Progress, lim
     return by_text
 
 
-def part_sums(model: SweepModel, held_out: Sequence[Part], block: int, checkpoint: Checkpoint) -> list[SequenceSums]:
+def part_sums(
+    model: SweepModel, held_out: Sequence[Part], block: int, checkpoint: Checkpoint
+) -> list[SequenceSums]:
     """Compute the sums of each part's riders, which have run, from the logits of so many tokens of the vocabulary at a time."""
     sums = [_Accumulator(len(part.groups), part.text, model.job.device) for part in held_out]
     for i, _, number, z in model.logits([part.groups for part in held_out], block, checkpoint):
@@ -314,7 +336,9 @@ class Work:
         between, results = STATE_WIDTHS * (rows if spools else self.riding), self.riding
         states = 4 * (between + results) * size.hidden
         inputs = 4 * self.fitted * (STOPPED_WIDTHS * size.hidden + size.widest)
-        activations = 4 * rows * (WIDTHS * (size.widest + size.hidden) + size.attention * self.length)
+        activations = (
+            4 * rows * (WIDTHS * (size.widest + size.hidden) + size.attention * self.length)
+        )
         logits = LOGIT_COPIES * LOGIT_BYTES + 40 * self.riding
         weights = 2 * min(BLOCK_BYTES, 4 * max(size.widest, size.vocabulary) * size.hidden)
         computed = states + max(inputs + activations, logits)
@@ -329,11 +353,20 @@ class Work:
             If the budget is too small for one sequence; the message names the smallest budget.
         """
         longest = max(self.length, ROWS)
-        fewer = [rows for rows in (longest >> k for k in range(longest.bit_length())) if rows > self.length]
-        for least in (Limits(longest, 0, False), *(Limits(rows, 0, True) for rows in [*fewer, self.length])):
+        fewer = [
+            rows
+            for rows in (longest >> k for k in range(longest.bit_length()))
+            if rows > self.length
+        ]
+        for least in (
+            Limits(longest, 0, False),
+            *(Limits(rows, 0, True) for rows in [*fewer, self.length]),
+        ):
             needed = self.nbytes(size, resident, least)
             if fits(needed, max_memory):
-                return least._replace(room=ROOM if max_memory is None else min(ROOM, max_memory - needed))
+                return least._replace(
+                    room=ROOM if max_memory is None else min(ROOM, max_memory - needed)
+                )
         raise UsageError(
             f"max_memory: {(max_memory or 0) >> 20}M is not enough for a sweep of {self.fitted + self.riding} tokens; it needs "
             f"{-(-needed >> 20)}M, and less with a smaller --length or fewer --sequences"
@@ -394,7 +427,9 @@ def of_few_lengths(text: TextSequences) -> TextSequences:
         counts[shorter] += counts.pop(longer)
     lengths = [max(length for length in counts if length <= len(ids)) for ids in text.ids]
     cut = tuple(ids[:n] for ids, n in zip(text.ids, lengths, strict=True))
-    return replace(text, ids=cut, counted=tuple(c[:n] for c, n in zip(text.counted, lengths, strict=True)))
+    return replace(
+        text, ids=cut, counted=tuple(c[:n] for c, n in zip(text.counted, lengths, strict=True))
+    )
 
 
 ORDER = (None, *METHODS)
@@ -423,14 +458,27 @@ class EvaluatedVariant:
 
 Facts = Mapping[str, Any]
 
-Configs = Annotated[dict[str, Any], "Configs: of the base, as transformers writes what its class reads; of the adapter, what determines "
-    "its deltas."]  # fmt: skip
+Configs = Annotated[
+    dict[str, Any],
+    "Configs: of the base, as transformers writes what its class reads; of the adapter, what determines "
+    "its deltas.",
+]
 
 OPTIONS = {
     "algorithm": "another version's algorithm",
     **{
         name: f"--{name}"
-        for name in ("projected", "dtype", "holdout", "seed", "vectors", "keep", "sequences", "length", "prompts")
+        for name in (
+            "projected",
+            "dtype",
+            "holdout",
+            "seed",
+            "vectors",
+            "keep",
+            "sequences",
+            "length",
+            "prompts",
+        )
     },
     "weights": "--mu",
     "max_memory": "--max-memory",
@@ -444,7 +492,9 @@ DETECTION = ("detection", "scale", "findings", "intruders")
 def model_facts(model: LoadedModel, **inputs: Facts) -> dict[str, Any]:
     """Describe what determines a model's losses, except texts and variants; `inputs` are the identities of ``base`` and ``adapter``."""
     stated = model.job.plan.adapter.config.values.items()
-    of_adapter = {key: value for key, value in stated if key not in NEUTRAL and value not in (None, [], {})}
+    of_adapter = {
+        key: value for key, value in stated if key not in NEUTRAL and value not in (None, [], {})
+    }
     return {
         "version": __version__,
         "transformers": require_transformers().__version__,
@@ -458,15 +508,20 @@ def writable(plan: Plan) -> dict[str, bool]:
     """Describe how `mitigate` and `merge` can write an adapter's variants."""
     names = plan.weights.quantized_names
     return {
-        "factored": not plan.adapter.describes_model and all(target.module.factors for target in plan.targets),
-        "quantized": any(name in names and not plan.weights.requantizes(name) for name in plan.by_weight),
+        "factored": not plan.adapter.describes_model
+        and all(target.module.factors for target in plan.targets),
+        "quantized": any(
+            name in names and not plan.weights.requantizes(name) for name in plan.by_weight
+        ),
     }
 
 
 def input_options(facts: Mapping[str, Any]) -> list[str]:
     """List the command-line options that make a command read the inputs as these facts do: as a residual, and with which model class."""
     words = stated_options(facts["adapter"])
-    return words + (["--architecture", facts["base"]["architecture"]] if "architecture" in facts["base"] else [])
+    return words + (
+        ["--architecture", facts["base"]["architecture"]] if "architecture" in facts["base"] else []
+    )
 
 
 def differences(ours: Facts, recorded: Facts) -> list[str]:
@@ -484,18 +539,29 @@ def differences(ours: Facts, recorded: Facts) -> list[str]:
             names.append(f"{name} {'is asked for' if name in our_texts else 'is not asked for'}")
         elif our_texts[name]["sha256"] != recorded_texts[name]["sha256"]:
             pair = our_texts[name], recorded_texts[name]
-            wanted, there = (f"{text['sequences']} sequences of {text['length']} tokens" for text in pair)
+            wanted, there = (
+                f"{text['sequences']} sequences of {text['length']} tokens" for text in pair
+            )
             names.append(name + (f": {wanted}, not {there}" if wanted != there else ""))
-    names += [words for option, words in OPTIONS.items() if ours.get(option) != recorded.get(option)]
+    names += [
+        words for option, words in OPTIONS.items() if ours.get(option) != recorded.get(option)
+    ]
     names += ["version of transformers"] if ours["transformers"] != recorded["transformers"] else []
     if ours.get("detection") is not None and recorded.get("detection") is not None:
         options = {"--top-k": "top_k", "--epsilon": "threshold_epsilon", "--solver": "solver"}
-        names += [name for name, key in options.items() if ours["detection"][key] != recorded["detection"][key]]
+        names += [
+            name
+            for name, key in options.items()
+            if ours["detection"][key] != recorded["detection"][key]
+        ]
         names += ["--select"] if ours["scale"] != recorded["scale"] else []
         findings = {facts["findings"] for facts in (ours, recorded) if "findings" in facts}
         names += ["findings"] if len(findings) > 1 else []
     digests = {entry["keep"]: entry["sha256"] for entry in recorded.get("coefficients", ())}
-    if any(digests.get(entry["keep"], entry["sha256"]) != entry["sha256"] for entry in ours.get("coefficients", ())):
+    if any(
+        digests.get(entry["keep"], entry["sha256"]) != entry["sha256"]
+        for entry in ours.get("coefficients", ())
+    ):
         names.append("coefficients")
     maps = {facts["map"]["sha256"] for facts in (ours, recorded) if "map" in facts}
     return names + (["map"] if len(maps) > 1 else [])
@@ -515,7 +581,10 @@ def joined_facts(ours: Facts, recorded: Facts) -> dict[str, Any]:
     tree = {**recorded, "version": ours["version"]}
     if recorded["detection"] is None:
         tree |= {key: ours[key] for key in DETECTION if key in ours}
-    sets = {entry["keep"]: entry for entry in [*recorded.get("coefficients", ()), *ours.get("coefficients", ())]}
+    sets = {
+        entry["keep"]: entry
+        for entry in [*recorded.get("coefficients", ()), *ours.get("coefficients", ())]
+    }
     if sets:
         tree["coefficients"] = list(sets.values())
     if "map" in ours:
@@ -709,15 +778,25 @@ class Prepared(ABC, Generic[Result]):
 
     def keep_finished(self, path: Path) -> Result:
         """Keep a file that is complete, say so, and return what it holds; see `touch_finished`."""
-        transaction.touch_finished(path, self.run.monitor, f"{path} holds {self.same} already; nothing to do")
+        transaction.touch_finished(
+            path, self.run.monitor, f"{path} holds {self.same} already; nothing to do"
+        )
         return cast(Result, self.read(path))
 
     def _resumable(self, path: Path) -> ResumableFile:
         """Describe the file and its journal, whose head has the run, the names of its sums, and the threads and torch behind their bits."""
         facts, bits = self.run_facts(path)
-        bits = f"{bits} {self.run.model_device} torch {torch.__version__} {' '.join(MEASURES)}".strip()
-        head = {"plan": facts["plan"], "facts": facts, "version": __version__, "stamps": self.plan.detection_stamps(),
-                "bits": bits, "threads": torch.get_num_threads()}  # fmt: skip
+        bits = (
+            f"{bits} {self.run.model_device} torch {torch.__version__} {' '.join(MEASURES)}".strip()
+        )
+        head = {
+            "plan": facts["plan"],
+            "facts": facts,
+            "version": __version__,
+            "stamps": self.plan.detection_stamps(),
+            "bits": bits,
+            "threads": torch.get_num_threads(),
+        }
 
         def differing(found: Mapping[str, Any]) -> str:
             same = found.get("version") == __version__ and "facts" in found
@@ -762,11 +841,15 @@ class Records:
     def __init__(self, journal: Journal | None = None) -> None:
         self._journal, numbers = journal, range(1, 0 if journal is None else len(journal))
         self._at = {} if journal is None else {unpack(journal[i])[0]: i for i in numbers}
-        self.threads = thread_count(None if journal is None else json.loads(journal[0]).get("threads"))
+        self.threads = thread_count(
+            None if journal is None else json.loads(journal[0]).get("threads")
+        )
 
     def find(self, name: str) -> Arrays | None:
         """Find the arrays recorded under a key."""
-        return unpack(self._journal[self._at[name]])[1] if self._journal and name in self._at else None
+        return (
+            unpack(self._journal[self._at[name]])[1] if self._journal and name in self._at else None
+        )
 
     def add(self, name: str, arrays: Arrays) -> None:
         """Record the results of a sweep durably."""
@@ -776,7 +859,11 @@ class Records:
 
     def snapshot(self) -> tuple[Path, str] | None:
         """Return the file from which a killed run of generation resumes, and what identifies the run; None without a journal."""
-        return None if self._journal is None else (transaction.states_of(self._journal.path), self._run())
+        return (
+            None
+            if self._journal is None
+            else (transaction.states_of(self._journal.path), self._run())
+        )
 
     def _run(self) -> str:
         assert self._journal is not None

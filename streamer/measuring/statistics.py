@@ -101,7 +101,9 @@ def ratio(y: Floats, x: Floats) -> Estimate:
         return Estimate(float("nan"), float("inf"), len(x))
     value = float(y.sum()) / total
     rest = y - value * x
-    return Estimate(value, float(np.sqrt(len(x) / (len(x) - 1) * (rest @ rest))) / abs(total), len(x))
+    return Estimate(
+        value, float(np.sqrt(len(x) / (len(x) - 1) * (rest @ rest))) / abs(total), len(x)
+    )
 
 
 @dataclass(frozen=True)
@@ -133,13 +135,18 @@ class SequenceSums:
 
     def joined(self, *others: SequenceSums) -> SequenceSums:
         """Append the variants of other sums on the same sequences."""
-        arrays = {name: np.concatenate([getattr(sums, name) for sums in (self, *others)]) for name in MEASURES}
+        arrays = {
+            name: np.concatenate([getattr(sums, name) for sums in (self, *others)])
+            for name in MEASURES
+        }
         return replace(self, **arrays)
 
     def followed(self, other: SequenceSums) -> SequenceSums:
         """Append the sequences of other sums of the same variants."""
         names = ("tokens", *MEASURES)
-        arrays = {name: np.concatenate([getattr(self, name), getattr(other, name)], -1) for name in names}
+        arrays = {
+            name: np.concatenate([getattr(self, name), getattr(other, name)], -1) for name in names
+        }
         return SequenceSums(**arrays)
 
     def take(self, variants: Sequence[int]) -> SequenceSums:
@@ -169,7 +176,13 @@ class SequenceSums:
     @property
     def effect(self) -> Effect:
         """Return the effect of the unchanged adapter on this text."""
-        return "forgets" if self.change.is_positive else "improves" if self.change.is_negative else "not told"
+        return (
+            "forgets"
+            if self.change.is_positive
+            else "improves"
+            if self.change.is_negative
+            else "not told"
+        )
 
     def share(self, name: str, variant: int) -> Estimate:
         """Estimate ``(variant − base) / (adapter − base)`` of the means: 0 is the base, 1 the unchanged adapter.
@@ -211,7 +224,10 @@ def keys_of(kind: Any) -> dict[str, tuple[Callable[..., Any] | None, bool]]:
     for key, hint in get_type_hints(kind, include_extras=True).items():
         optional = get_origin(hint) is NotRequired
         metadata = getattr(get_args(hint)[0] if optional else hint, "__metadata__", ())
-        keys[key] = next((item for item in metadata if isinstance(item, FunctionType)), None), optional
+        keys[key] = (
+            next((item for item in metadata if isinstance(item, FunctionType)), None),
+            optional,
+        )
     return keys
 
 

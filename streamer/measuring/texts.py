@@ -31,7 +31,12 @@ from streamer.events import Monitor
 from streamer.plan.plan import Plan
 from streamer.plan.side_files import VOCABULARIES, with_tokenizer
 from streamer.storage.files import open_regular, read_bytes, storage_errors, strict_json
-from streamer.streaming.model import LoadedModel, quiet_transformers, require_transformers, unreadable
+from streamer.streaming.model import (
+    LoadedModel,
+    quiet_transformers,
+    require_transformers,
+    unreadable,
+)
 from streamer.units import counted as count_of
 from streamer.units import listed, quoted
 
@@ -50,8 +55,11 @@ NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
 ENCODING = {
-    "add_special_tokens": False, "return_offsets_mapping": True, "return_attention_mask": False, "return_token_type_ids": False
-}  # fmt: skip
+    "add_special_tokens": False,
+    "return_offsets_mapping": True,
+    "return_attention_mask": False,
+    "return_token_type_ids": False,
+}
 
 
 @dataclass(frozen=True)
@@ -91,15 +99,23 @@ class Tokenizer:
 
         template = NOW.sub(now, self.loaded.get_chat_template())
         kinds = {"tokenize": False, "add_generation_prompt": with_prompt}
-        return cast(str, self.loaded.apply_chat_template(list(messages), chat_template=template, **kinds))
+        return cast(
+            str, self.loaded.apply_chat_template(list(messages), chat_template=template, **kinds)
+        )
 
 
 def tokenizer_directory(plan: Plan) -> Path | None:
     """Choose the directory of the tokenizer and chat template: the adapter's if a merge would use them, else the base's."""
     adapter = plan.adapter.path
     if plan.adapter.describes_model:
-        return adapter if any((adapter / name).is_file() for name in VOCABULARIES) else plan.base.directory
-    chosen = with_tokenizer([], plan.adapter, plan.base.directory, plan.config, plan.edits.vocabulary).tokenizer
+        return (
+            adapter
+            if any((adapter / name).is_file() for name in VOCABULARIES)
+            else plan.base.directory
+        )
+    chosen = with_tokenizer(
+        [], plan.adapter, plan.base.directory, plan.config, plan.edits.vocabulary
+    ).tokenizer
     return adapter if chosen == "adapter" else plan.base.directory
 
 
@@ -123,7 +139,8 @@ def load_tokenizer(text: Path, directory: Path | None) -> Tokenizer:
     if directory is None or not any((directory / name).is_file() for name in VOCABULARIES):
         where = text if directory is None else directory
         raise MissingInputError(
-            f"{where}: has no tokenizer, which {text.name} needs; put its files there, or give token ids (.npy)", where
+            f"{where}: has no tokenizer, which {text.name} needs; put its files there, or give token ids (.npy)",
+            where,
         )
     transformers = require_transformers()
     with quiet_transformers():
@@ -138,7 +155,9 @@ def load_tokenizer(text: Path, directory: Path | None) -> Tokenizer:
         raise UnsupportedError(
             f"{directory}: its tokenizer ({type(loaded).__name__}) does not report positions in the text; give token ids (.npy)"
         )
-    start = takewhile(lambda token: token[1], zip(text_a.input_ids, text_a.special_tokens_mask, strict=True))
+    start = takewhile(
+        lambda token: token[1], zip(text_a.input_ids, text_a.special_tokens_mask, strict=True)
+    )
     return Tokenizer(directory, tuple(i for i, _ in start), loaded)
 
 
@@ -177,7 +196,11 @@ class TextSequences:
     def take(self, rows: Iterable[int]) -> TextSequences:
         """Take some of the sequences, by number."""
         chosen = tuple(rows)
-        return replace(self, ids=tuple(self.ids[i] for i in chosen), counted=tuple(self.counted[i] for i in chosen))
+        return replace(
+            self,
+            ids=tuple(self.ids[i] for i in chosen),
+            counted=tuple(self.counted[i] for i in chosen),
+        )
 
     def padded(self) -> tuple[Tensor, Tensor]:
         """Put all sequences into one batch, with zeros at their ends, where no counted token attends to them.
@@ -221,7 +244,9 @@ class TextSequences:
         """Hash (SHA-256, hex) all sequences: the ids, which of them count, and whether they were drawn."""
         digest = hashlib.sha256(b"drawn" if self.drawn else b"")
         for ids, counted in zip(self.ids, self.counted, strict=True):
-            digest.update(len(ids).to_bytes(8, "little") + ids.astype("<i8").tobytes() + counted.tobytes())
+            digest.update(
+                len(ids).to_bytes(8, "little") + ids.astype("<i8").tobytes() + counted.tobytes()
+            )
         return digest.hexdigest()
 
 
@@ -282,7 +307,11 @@ def _read_line(where: str, raw: bytes, load: Callable[[], Tokenizer], length: in
     if is_drawn(tree):
         return _read_ids_line(where, tree, length)
     if not isinstance(tree, dict) or (kind := set(tree) & set().union(*KEYS)) not in KEYS:
-        found = f"the keys {listed(map(quoted, tree))}" if isinstance(tree, dict) else f"a {type(tree).__name__}"
+        found = (
+            f"the keys {listed(map(quoted, tree))}"
+            if isinstance(tree, dict)
+            else f"a {type(tree).__name__}"
+        )
         raise FormatError(
             f"{where}: expected an object with 'text', with 'prompt' and 'completion', or with 'messages', one kind alone, found {found}"
         )
@@ -317,7 +346,11 @@ def _read_line(where: str, raw: bytes, load: Callable[[], Tokenizer], length: in
         del ids[begin:end], marks[begin:end]
     if not any(marks[1:length]):
         hint = f"; it has {len(ids)}: raise --length" if len(ids) > length else ""
-        raise unexpected(where, "tokens to predict", f"none that counts among its first {min(len(ids), length)}{hint}")
+        raise unexpected(
+            where,
+            "tokens to predict",
+            f"none that counts among its first {min(len(ids), length)}{hint}",
+        )
     return np.array(ids[:length], np.int64), np.array(marks[:length], bool)
 
 
@@ -333,7 +366,12 @@ def _as_chat(messages: list[Any], tokenizer: Tokenizer) -> str:
 
 def is_drawn(tree: Any) -> bool:
     """Test whether a line holds tokens that an adapter wrote: it has no keys but those of `measuring.own_text`."""
-    return isinstance(tree, dict) and {"ids", "start"} <= tree.keys() <= {"ids", "start", "text", "facts"}
+    return isinstance(tree, dict) and {"ids", "start"} <= tree.keys() <= {
+        "ids",
+        "start",
+        "text",
+        "facts",
+    }
 
 
 def _drawn_texts(path: Path, is_own: Callable[[Any], bool]) -> list[str] | None:
@@ -358,10 +396,18 @@ def _drawn_texts(path: Path, is_own: Callable[[Any], bool]) -> list[str] | None:
 def _read_ids_line(where: str, tree: Mapping[str, Any], length: int) -> TokenSequence:
     """Read tokens of which those from ``start`` on count; see `measuring.own_text`."""
     ids, start = tree["ids"], tree["start"]
-    if not (isinstance(ids, list) and all(type(i) is int and 0 <= i < 1 << 63 for i in ids) and type(start) is int):
-        raise unexpected(where, "'ids' to be a list of token ids and 'start' a count", quoted(str(tree)))
+    if not (
+        isinstance(ids, list)
+        and all(type(i) is int and 0 <= i < 1 << 63 for i in ids)
+        and type(start) is int
+    ):
+        raise unexpected(
+            where, "'ids' to be a list of token ids and 'start' a count", quoted(str(tree))
+        )
     if not 0 < start < min(len(ids), length):
-        raise unexpected(where, "'start' to leave tokens to predict", f"{start} of {min(len(ids), length)}")
+        raise unexpected(
+            where, "'start' to leave tokens to predict", f"{start} of {min(len(ids), length)}"
+        )
     cut = np.array(ids[:length], np.int64)
     return cut, np.arange(len(cut)) >= start
 
@@ -387,14 +433,19 @@ def read_prompts(path: Path, tokenizer: Tokenizer) -> list[list[int]]:
         ]
     if not lines:
         raise unexpected(path, "prompts, one a line", "none")
-    return [_read_prompt(f"{path}: line {number}", line, path.suffix, tokenizer) for number, line in lines]
+    return [
+        _read_prompt(f"{path}: line {number}", line, path.suffix, tokenizer)
+        for number, line in lines
+    ]
 
 
 def _read_prompt(where: str, raw: bytes, suffix: str, tokenizer: Tokenizer) -> list[int]:
     try:
         tree = {"prompt": raw.decode()} if suffix == ".txt" else strict_json(raw)
     except ValueError as e:
-        raise unexpected(where, "text in UTF-8" if suffix == ".txt" else "a JSON object", f"other bytes: {e}") from e
+        raise unexpected(
+            where, "text in UTF-8" if suffix == ".txt" else "a JSON object", f"other bytes: {e}"
+        ) from e
     prompt, start = tree.get("prompt") if isinstance(tree, dict) else None, tokenizer.start
     if isinstance(tree, dict) and isinstance(tree.get("messages"), list):
         prompt, start = _rendered(where, tree["messages"], tokenizer, True), ()
@@ -430,7 +481,9 @@ def _conversation(where: str, messages: Any, tokenizer: Tokenizer) -> tuple[str,
     """
     objects = isinstance(messages, list) and all(isinstance(m, dict) for m in messages)
     if not (objects and all(isinstance(m.get("role"), str) for m in messages)):
-        raise FormatError(f"{where}: expected 'messages' to be a list of objects with 'role' and 'content'")
+        raise FormatError(
+            f"{where}: expected 'messages' to be a list of objects with 'role' and 'content'"
+        )
     if not tokenizer.loaded.chat_template:
         raise FormatError(
             f"{where}: has 'messages', and the tokenizer in {tokenizer.directory} no chat template; give 'prompt' and 'completion'"
@@ -459,11 +512,17 @@ def _conversation(where: str, messages: Any, tokenizer: Tokenizer) -> tuple[str,
     return whole, spans
 
 
-def _check_written(where: str, messages: list[Any], whole: str, rendered: Callable[[list[Any]], str]) -> None:
+def _check_written(
+    where: str, messages: list[Any], whole: str, rendered: Callable[[list[Any]], str]
+) -> None:
     """Refuse messages of which the template writes something else, or nothing: the model would be measured on another text."""
 
     def is_text(part: Any) -> bool:
-        return isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
+        return (
+            isinstance(part, dict)
+            and part.get("type", "text") == "text"
+            and isinstance(part.get("text"), str)
+        )
 
     def written(i: int, other: dict[str, Any]) -> str:
         return rendered([*messages[:i], other, *messages[i + 1 :]])
@@ -473,13 +532,17 @@ def _check_written(where: str, messages: list[Any], whole: str, rendered: Callab
         parts = content if isinstance(content, list) else []
         if other := next((part for part in parts if not is_text(part)), None):
             raise unexpected(
-                where, "only parts of type 'text' in 'content'", f"{quoted(other)}; give 'prompt' and 'completion'"
+                where,
+                "only parts of type 'text' in 'content'",
+                f"{quoted(other)}; give 'prompt' and 'completion'",
             )
         for at, part in enumerate(parts):
             marked = {**part, "text": MARK}
             text = written(i, {**message, "content": [*parts[:at], marked, *parts[at + 1 :]]})
             # A tool's result may be written as JSON, as Llama 3.1's template does.
-            as_data = message["role"] != "tool" and any(data in text for data in (str(marked), json.dumps(marked)))
+            as_data = message["role"] != "tool" and any(
+                data in text for data in (str(marked), json.dumps(marked))
+            )
             if MARK not in text or as_data:
                 raise FormatError(
                     f"{where}: the chat template does not support 'content' as a list of parts; give it as one string"
@@ -491,7 +554,9 @@ def _check_written(where: str, messages: list[Any], whole: str, rendered: Callab
             except FormatError:
                 ignored = False  # a message without content needs its calls
             if ignored:
-                raise FormatError(f"{where}: the chat template ignores {call!r}; give 'prompt' and 'completion'")
+                raise FormatError(
+                    f"{where}: the chat template ignores {call!r}; give 'prompt' and 'completion'"
+                )
 
 
 def _header(tokenizer: Tokenizer, before: list[Any], content: Any, plain: str) -> str | None:
@@ -523,9 +588,17 @@ LONGEST_WORD = 100
 """Bytes searched for the beginning of a word; in text without spaces, a sequence begins at a character."""
 
 
-def read_text(path: str | Path, tokenizer_directory: Path | None, *, sequences: int = 64, length: int = 512, least: int = 2,
-              vocabulary: int | None = None, positions: int | None = None,
-              is_own: Callable[[Any], bool] = lambda facts: True) -> TextSequences:  # fmt: skip
+def read_text(
+    path: str | Path,
+    tokenizer_directory: Path | None,
+    *,
+    sequences: int = 64,
+    length: int = 512,
+    least: int = 2,
+    vocabulary: int | None = None,
+    positions: int | None = None,
+    is_own: Callable[[Any], bool] = lambda facts: True,
+) -> TextSequences:
     """Read sequences of tokens from a file.
 
     ``.txt``
@@ -574,12 +647,17 @@ def read_text(path: str | Path, tokenizer_directory: Path | None, *, sequences: 
         )
     with storage_errors(path, "read"):
         if path.suffix == ".npy":
-            pairs = [(ids, np.ones(len(ids), bool)) for ids in _read_ids(path, sequences, length, least)]
+            pairs = [
+                (ids, np.ones(len(ids), bool)) for ids in _read_ids(path, sequences, length, least)
+            ]
         else:
             tokenizer = cache(lambda: load_tokenizer(path, tokenizer_directory))
             if path.suffix == ".txt":
                 counted = np.arange(length) >= len(tokenizer().start)
-                pairs = [(ids, counted.copy()) for ids in _cut_text(path, tokenizer(), sequences, length, least)]
+                pairs = [
+                    (ids, counted.copy())
+                    for ids in _cut_text(path, tokenizer(), sequences, length, least)
+                ]
             else:
                 pairs = list(read_json_lines(path, tokenizer, sequences, length))
     for _, counted in pairs:
@@ -587,9 +665,12 @@ def read_text(path: str | Path, tokenizer_directory: Path | None, *, sequences: 
     drawn = _drawn_texts(path, is_own) if path.suffix == ".jsonl" else None
     name = path.name if drawn is None else OWN_NAME
     text = TextSequences(
-        tuple(ids for ids, _ in pairs), tuple(counted for _, counted in pairs), name, drawn is not None,
+        tuple(ids for ids, _ in pairs),
+        tuple(counted for _, counted in pairs),
+        name,
+        drawn is not None,
         tuple(drawn or ())[:SHOWN],
-    )  # fmt: skip
+    )
     _check(path, text, vocabulary, positions)
     return text
 
@@ -603,14 +684,22 @@ def sample_digest(path: str | Path) -> str:
             digest.update(read_bytes(fd, status.st_size, 0))
         else:
             for i in range(SAMPLES):
-                digest.update(read_bytes(fd, SAMPLE_BYTES, i * (status.st_size - SAMPLE_BYTES) // (SAMPLES - 1)))
+                digest.update(
+                    read_bytes(
+                        fd, SAMPLE_BYTES, i * (status.st_size - SAMPLE_BYTES) // (SAMPLES - 1)
+                    )
+                )
     return digest.hexdigest()
 
 
 def _check(path: Path, text: TextSequences, vocabulary: int | None, positions: int | None) -> None:
     """Refuse a text with too few sequences to estimate errors, or with sequences that the model cannot process."""
     if (count := len(text.ids)) < 2:
-        raise unexpected(path, "at least 2 sequences, whose difference gives the error", f"{count}; give more text")
+        raise unexpected(
+            path,
+            "at least 2 sequences, whose difference gives the error",
+            f"{count}; give more text",
+        )
     if positions is not None and text.longest > positions:
         raise UsageError(
             f"{path}: a sequence has {text.longest} tokens, and the model {positions} positions; give --length {positions}"
@@ -636,7 +725,9 @@ def _read_ids(path: Path, sequences: int, length: int, least: int) -> Iterator[N
         raise unexpected(path, "an array as numpy.save writes it", "several (numpy.savez)")
     if array.ndim not in (1, 2) or array.dtype.kind not in "iu":
         raise unexpected(
-            path, "token ids, integers in 1 dimension (a stream) or 2 (sequences)", f"{array.dtype} in {array.ndim}"
+            path,
+            "token ids, integers in 1 dimension (a stream) or 2 (sequences)",
+            f"{array.dtype} in {array.ndim}",
         )
     if array.ndim == 1:
         _check_stream(path, len(array), length, least)
@@ -650,11 +741,21 @@ def _read_ids(path: Path, sequences: int, length: int, least: int) -> Iterator[N
 def _check_stream(path: Path, tokens: int, length: int, least: int) -> None:
     """Refuse a stream with too few tokens for the fewest sequences; name a length that would do."""
     if tokens < least * length:
-        hint = f"give more text, or --length {tokens // least}" if tokens >= 2 * least else "give more text"
-        raise unexpected(path, f"{least} sequences of {length} tokens at least", f"{count_of(tokens, 'token')}; {hint}")
+        hint = (
+            f"give more text, or --length {tokens // least}"
+            if tokens >= 2 * least
+            else "give more text"
+        )
+        raise unexpected(
+            path,
+            f"{least} sequences of {length} tokens at least",
+            f"{count_of(tokens, 'token')}; {hint}",
+        )
 
 
-def _cut_text(path: Path, tokenizer: Tokenizer, sequences: int, length: int, least: int) -> Iterator[NDArray[np.int64]]:
+def _cut_text(
+    path: Path, tokenizer: Tokenizer, sequences: int, length: int, least: int
+) -> Iterator[NDArray[np.int64]]:
     """Take sequences from text at even distances in bytes, or one directly after another if the text is too short for that."""
     if length <= len(tokenizer.start):
         raise UsageError(
@@ -683,7 +784,9 @@ def _next_word(fd: int, at: int) -> int:
     return at + next((i for i, byte in enumerate(near) if byte & 0xC0 != 0x80), 0)
 
 
-def _tokenize_from(path: Path, fd: int, at: int, tokenizer: Tokenizer, wanted: int) -> tuple[list[int], int]:
+def _tokenize_from(
+    path: Path, fd: int, at: int, tokenizer: Tokenizer, wanted: int
+) -> tuple[list[int], int]:
     """Tokenize text from an offset on.
 
     Returns
@@ -711,21 +814,34 @@ def _decode(path: Path, raw: bytes, at: int, whole: bool) -> str:
     try:
         return codecs.getincrementaldecoder("utf-8")().decode(raw, whole)
     except UnicodeDecodeError as e:
-        raise unexpected(path, "text in UTF-8", f"another byte at {at + e.start}; convert it") from e
+        raise unexpected(
+            path, "text in UTF-8", f"another byte at {at + e.start}; convert it"
+        ) from e
 
 
 BUILT_IN = Path(__file__).with_name("built-in.jsonl")
 """General text for want of a given one: prose, chat and code in a hundred documents; ``built-in.md`` states their sources."""
 
 
-IDENTIFYING = ("architecture", "files", "weights_sha256", "base_is_residual", "lora_b_layout", "ignored_keys")
+IDENTIFYING = (
+    "architecture",
+    "files",
+    "weights_sha256",
+    "base_is_residual",
+    "lora_b_layout",
+    "ignored_keys",
+)
 """Keys that identify a base or an adapter, in findings and in evaluations, besides its config."""
 
 
 def read_texts(
-    model: LoadedModel, texts: Mapping[str, Path], sequences: Mapping[str, int], length: int, monitor: Monitor,
+    model: LoadedModel,
+    texts: Mapping[str, Path],
+    sequences: Mapping[str, int],
+    length: int,
+    monitor: Monitor,
     least: int = 2,
-) -> dict[str, TextSequences]:  # fmt: skip
+) -> dict[str, TextSequences]:
     """Read texts with a model's tokenizer, and warn if two are the same; `sequences` has a number for each, see `read_text`."""
     plan = model.job.plan
     directory = tokenizer_directory(plan)
@@ -739,10 +855,18 @@ def read_texts(
         )
 
     sequences_of = {
-        name: read_text(path, directory, sequences=sequences[name], length=length, least=least,
-                        vocabulary=model.vocabulary, positions=model.positions, is_own=is_own)
+        name: read_text(
+            path,
+            directory,
+            sequences=sequences[name],
+            length=length,
+            least=least,
+            vocabulary=model.vocabulary,
+            positions=model.positions,
+            is_own=is_own,
+        )
         for name, path in texts.items()
-    }  # fmt: skip
+    }
     digests = {name: text.digest() for name, text in sequences_of.items()}
     general, task = digests.pop(GENERAL), digests.pop(TASK)
     if general == task:

@@ -111,7 +111,12 @@ class Method(ABC):
     def as_json(self) -> dict[str, Any]:
         """Return the options under the names used in records and printed JSON."""
         files = {} if self.file is None else {str(self.needs): self.file.record()}
-        return {"method": self.name, "scale": self.select, "lambda": self.mitigation_lambda, **files}
+        return {
+            "method": self.name,
+            "scale": self.select,
+            "lambda": self.mitigation_lambda,
+            **files,
+        }
 
 
 def share_name(keep: float) -> str:
@@ -131,7 +136,9 @@ def _check_lambda(method: Shrink | _Scaling | NullSpace, amplify: bool | None = 
     object.__setattr__(method, "mitigation_lambda", float(lam))
     if not (amplify or 0 <= lam <= 1):
         hint = "" if amplify is None else "; `amplify=True` allows other values"
-        raise UsageError(f"lambda must be between 0 (remove) and 1 (keep), got {float(lam):.15g}{hint}")
+        raise UsageError(
+            f"lambda must be between 0 (remove) and 1 (keep), got {float(lam):.15g}{hint}"
+        )
 
 
 @dataclass(frozen=True)
@@ -143,14 +150,18 @@ class Shrink(Method):
 
     name: ClassVar[MethodName] = "shrink"
     about: ClassVar[str] = "scale the whole adapter, without detection"
-    card: ClassVar[str] = "The adapter's change to each weight was scaled by λ: 1 keeps it unchanged, 0 removes it.\n"
+    card: ClassVar[str] = (
+        "The adapter's change to each weight was scaled by λ: 1 keeps it unchanged, 0 removes it.\n"
+    )
 
     def __post_init__(self) -> None:
         _check_lambda(self, self.amplify)
 
     def mitigated(self, delta: Delta, detection: Detection | None, tensor: str = "") -> Delta:
         """Scale Δ."""
-        return delta if self.mitigation_lambda == 1 else delta.precise().scaled(self.mitigation_lambda)
+        return (
+            delta if self.mitigation_lambda == 1 else delta.precise().scaled(self.mitigation_lambda)
+        )
 
 
 @dataclass(frozen=True)
@@ -176,7 +187,9 @@ class _Scaling(Method):
         if self.mitigation_lambda == 1:
             return delta
         if detection is None:
-            raise UsageError(f"method {self.name!r} at lambda {self.mitigation_lambda} needs findings")
+            raise UsageError(
+                f"method {self.name!r} at lambda {self.mitigation_lambda} needs findings"
+            )
         U, S, Vh = detection.factors(self.select)
         return self._formula(delta.precise(), U, S, Vh) if len(S) else delta
 
@@ -266,10 +279,16 @@ class NullSpace(Method):
         from streamer.linalg.moments import reduced
 
         entry = self.map.find(tensor, delta.shape[1])
-        return delta if entry is None else reduced(delta.precise(), entry.spectrum, self.mitigation_lambda)
+        return (
+            delta
+            if entry is None
+            else reduced(delta.precise(), entry.spectrum, self.mitigation_lambda)
+        )
 
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Paper, Project, Shrink, RegMean, NullSpace)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (Paper, Project, Shrink, RegMean, NullSpace)
+}
 """Methods by name, in the order in which help and tables show them."""
 
 DEFAULT = Paper
@@ -306,12 +325,18 @@ def make_method(name: str | None, **options: Any) -> Method:
         If no method has this name, or if the method lacks or refuses an option.
     """
     if name is None:
-        name = (RegMean if "coefficients" in options else NullSpace if "map" in options else DEFAULT).name
+        name = (
+            RegMean if "coefficients" in options else NullSpace if "map" in options else DEFAULT
+        ).name
     if name not in tuple(METHODS):  # a tuple also handles unhashable values
         raise UsageError(f"method: expected one of {', '.join(METHODS)}, found {name!r}")
     method = METHODS[name]
-    if lacking := [option.removeprefix("mitigation_") for option in options if option not in options_of(method)]:
-        raise UsageError(f"{lacking[0]}: method {name!r} has no such option; leave it out, or choose another method")
+    if lacking := [
+        option.removeprefix("mitigation_") for option in options if option not in options_of(method)
+    ]:
+        raise UsageError(
+            f"{lacking[0]}: method {name!r} has no such option; leave it out, or choose another method"
+        )
     if method.missing and method.needs not in options:
         raise UsageError(f"method {name!r} {method.missing}")
     return method(**options)

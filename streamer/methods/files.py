@@ -67,7 +67,9 @@ class SealedKind:
         except (InputError, OSError):
             return False
 
-    def save(self, path: Path, tree: Mapping[str, Any], arrays: Mapping[str, Tensor], overwrite: bool) -> None:
+    def save(
+        self, path: Path, tree: Mapping[str, Any], arrays: Mapping[str, Tensor], overwrite: bool
+    ) -> None:
         """Write a file atomically: it appears complete or not at all; make missing directories.
 
         Parameters
@@ -83,7 +85,9 @@ class SealedKind:
             If the system refuses to write.
         """
         check_replaced(path, overwrite, self.is_at, self.what)
-        text = json.dumps({**tree, "schema": self.schema}, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(
+            {**tree, "schema": self.schema}, sort_keys=True, ensure_ascii=False, allow_nan=False
+        )
         entries = [(name, SPELLINGS[array.dtype], array.shape) for name, array in arrays.items()]
         shard = plan_shard(path.name, entries, {"format": "pt", self.key: text, DIGEST: NO_DIGEST})
         write_sealed(path.parent, shard, lambda info: [as_bytes(arrays[info.name])])
@@ -97,22 +101,34 @@ class SealedKind:
             If the file is of another kind or version, or is damaged; its digest shows that.
         """
         if path.is_dir():
-            raise FormatError(f"{path}: expected {self.what}, found a directory; name the file in it")
+            raise FormatError(
+                f"{path}: expected {self.what}, found a directory; name the file in it"
+            )
         file = TensorFile(path)
         metadata = file.header.metadata
         if self.key not in metadata:
             other = "findings" if "findings" in metadata else "another safetensors file"
-            raise FormatError(f"{path}: expected {self.what} ({self.schema}), found {other}; {self.remedy}")
+            raise FormatError(
+                f"{path}: expected {self.what} ({self.schema}), found {other}; {self.remedy}"
+            )
         file.check_digest(self.remedy)
         tree = strict_json(metadata[self.key].encode())
         if (schema := tree.pop("schema")) != self.schema:
             raise FormatError(
                 f"{path}: is of another version: expected {self.schema}, found {quoted(schema)}; {self.remedy}"
             )
-        return tree, {t.name: as_tensor(file.view(t), TORCH_DTYPES[t.dtype], t.shape) for t in file.header.tensors}
+        return tree, {
+            t.name: as_tensor(file.view(t), TORCH_DTYPES[t.dtype], t.shape)
+            for t in file.header.tensors
+        }
 
 
-FIT = SealedKind(COEFFICIENTS, "streamer.coefficients/3", "coefficients", "make coefficients with `streamer repair`")
+FIT = SealedKind(
+    COEFFICIENTS,
+    "streamer.coefficients/3",
+    "coefficients",
+    "make coefficients with `streamer repair`",
+)
 
 FACTOR = ".right_factor"
 """Suffix of the arrays' names."""
@@ -154,9 +170,7 @@ class Coefficients:
 
     def __repr__(self) -> str:
         source = f" from {self.source}" if self.source else ""
-        return (
-            f"<Coefficients: keep {share_name(self.keep)}, factors of {counted(len(self.matrices), 'matrix')}{source}>"
-        )
+        return f"<Coefficients: keep {share_name(self.keep)}, factors of {counted(len(self.matrices), 'matrix')}{source}>"
 
     @cached_property
     def digest(self) -> str:
@@ -228,7 +242,9 @@ def load_coefficients(path: str | Path) -> Coefficients:
     """
     tree, arrays = FIT.read(Path(path))
     if len(shares := tree.pop("keeps")) != 1:
-        raise FormatError(f"{path}: expected factors for one share of the learning, found {len(shares)}; {FIT.remedy}")
+        raise FormatError(
+            f"{path}: expected factors for one share of the learning, found {len(shares)}; {FIT.remedy}"
+        )
     matrices = {name.removesuffix(FACTOR): array[0].clone() for name, array in arrays.items()}
     return Coefficients(float(shares[0]), matrices, tree, Path(path))
 
@@ -369,7 +385,12 @@ class InputMap:
             vectors = {} if entry.vectors is None else {f"{name}.vectors": entry.vectors}
             arrays |= {**vectors, f"{name}.{kind}": entry.values}
         inputs = [
-            {"names": list(entry.names), "tokens": entry.tokens, "trace": entry.trace, "one_hot": entry.vectors is None}
+            {
+                "names": list(entry.names),
+                "tokens": entry.tokens,
+                "trace": entry.trace,
+                "one_hot": entry.vectors is None,
+            }
             for entry in self.inputs
         ]
         MAP.save(Path(path), {**self.facts, "inputs": inputs}, arrays, overwrite)

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from streamer.adapters.adapter import PREFIX, saved_names
-from streamer.adapters.adapter_config import CONFIG_NAME, LAYOUT_DETAILS, LAYOUT_KEY, WEIGHTS_NAME, is_residual
+from streamer.adapters.adapter_config import (
+    CONFIG_NAME,
+    LAYOUT_DETAILS,
+    LAYOUT_KEY,
+    WEIGHTS_NAME,
+    is_residual,
+)
 from streamer.adapters.finetuned import FinetunedModel
 from streamer.adapters.modules import MethodModule
 from streamer.errors import UnsupportedError, UsageError
@@ -73,11 +79,15 @@ def server_rank(path: Path, rank: int) -> int:
     """Return the least of `SERVER_RANKS` from `rank` on; refuse a larger one."""
     if rank > SERVER_RANKS[-1]:
         what = f"for_server: servers take ranks up to {SERVER_RANKS[-1]}, found {rank}"
-        raise UnsupportedError(f"{path}: {what}; give a smaller one (--to-lora RANK), or use `streamer merge`")
+        raise UnsupportedError(
+            f"{path}: {what}; give a smaller one (--to-lora RANK), or use `streamer merge`"
+        )
     return next(served for served in SERVER_RANKS if served >= rank)
 
 
-def server_advice(config: Mapping[str, Any], entries: Iterable[tuple[str, Any, Any]], for_server: bool) -> list[str]:
+def server_advice(
+    config: Mapping[str, Any], entries: Iterable[tuple[str, Any, Any]], for_server: bool
+) -> list[str]:
     """Advise against serving an adapter: servers scale all modules by one α/r, and apply factors alone."""
     beside = [name for name, *_ in entries if for_server and ".lora_" not in name]
     if beside:
@@ -85,10 +95,14 @@ def server_advice(config: Mapping[str, Any], entries: Iterable[tuple[str, Any, A
         remedy = "put them into the base, or use `streamer merge`"
         return [f"{kept}, which vLLM and other servers refuse or ignore: {remedy}"]
     ignored = [key for key in PATTERNS if config.get(key)]
-    who, keys = ("vLLM and other", ignored) if ignored else ("SGLang, llama.cpp and other", ["use_rslora"])
+    who, keys = (
+        ("vLLM and other", ignored) if ignored else ("SGLang, llama.cpp and other", ["use_rslora"])
+    )
     if not ignored and not config.get("use_rslora"):
         return []
-    return [f"{who} servers ignore {' and '.join(keys)} and would scale deltas wrongly; for them, add --for-server"]
+    return [
+        f"{who} servers ignore {' and '.join(keys)} and would scale deltas wrongly; for them, add --for-server"
+    ]
 
 
 HASHES = ("modelspec.hash_sha256", "sshs_legacy_hash", "sshs_model_hash")
@@ -115,7 +129,9 @@ class MitigatedFactors:
         mirror = self.job.plan.mirrors.get(target.module.name)
         return [*target.module.tensor_names, *(mirror.tensor_names if mirror else ())]
 
-    def tensors(self, targets: Sequence[Target], metrics: list[MitigatedMatrix]) -> dict[str, Tensor | None]:
+    def tensors(
+        self, targets: Sequence[Target], metrics: list[MitigatedMatrix]
+    ) -> dict[str, Tensor | None]:
         """Make the tensors with the factors of these targets, one module or all experts of a layer; None if one does not change.
 
         Parameters
@@ -125,13 +141,21 @@ class MitigatedFactors:
         """
         new = [(target.module.factors, self._factors(target, metrics)) for target in targets]
         module, factors = new[0]
-        if module is None or module.expert is None or not (module.grouped or any(factors for _, factors in new)):
-            return dict.fromkeys(name for target in targets for name in self.names(target)) | factors
+        if (
+            module is None
+            or module.expert is None
+            or not (module.grouped or any(factors for _, factors in new))
+        ):
+            return (
+                dict.fromkeys(name for target in targets for name in self.names(target)) | factors
+            )
         a, b = (self.job.plan.adapter.tensors[name].whole() for name in module.tensor_names)
         whole = {module.a: a.clone(), module.b: module.regrouped(b).clone()}
         for expert, factors in new:
             assert expert is not None
-            for name, rows in zip(expert.tensor_names, replace(expert, grouped=False).expert_slices, strict=True):
+            for name, rows in zip(
+                expert.tensor_names, replace(expert, grouped=False).expert_slices, strict=True
+            ):
                 if name in factors:
                     whole[name][rows] = factors[name]
         return {**whole}
@@ -147,10 +171,16 @@ class MitigatedFactors:
         B, A, error = back_project(after, module.rank, module.scaling)
         A, B = (B.T, A.T) if module.delta_transposed else (A, B)
         values, unchanged = dict(zip(names, (A, B, B.T, A.T), strict=False)), list[str]()
-        if job.method.keeps_left:  # the factor of Δ that is B, or the transpose of A, and its copies
+        if (
+            job.method.keeps_left
+        ):  # the factor of Δ that is B, or the transpose of A, and its copies
             unchanged = names[::3] if module.delta_transposed else names[1:3]
         dtypes = {name: FLOATS[job.plan.adapter.file.header.by_name[name].dtype] for name in names}
-        out = {name: encode(t, dtypes[name], name) for name, t in values.items() if name not in unchanged}
+        out = {
+            name: encode(t, dtypes[name], name)
+            for name, t in values.items()
+            if name not in unchanged
+        }
         written = module.product(out.get(module.a, A).double(), out.get(module.b, B).double())
         metrics.append(job.metrics(target, delta, written, error))
         return out
@@ -166,18 +196,42 @@ def refuse_dense(plan: Plan, remedy: str) -> None:
 class OneFileWriter(Writer):
     """Writer of an adapter of one tensor file and a config, if it has one, with the other files of the adapter in `source`, if given."""
 
-    def __init__(self, job: Job, path: Path, shard: ShardPlan, config: bytes | None, source: Path | None,
-                 to_lora: int | float | None = None, written: Sequence[Target] | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        job: Job,
+        path: Path,
+        shard: ShardPlan,
+        config: bytes | None,
+        source: Path | None,
+        to_lora: int | float | None = None,
+        written: Sequence[Target] | None = None,
+    ) -> None:
         copies = [(name, p) for name, p in other_files(source) if name != CONFIG_NAME]
         own = (shard.name, RECORD_NAME)
-        tokenizer: Literal["adapter"] | None = "adapter" if TOKENIZER_CONFIG in dict(copies) else None
-        skipped = [] if source is None else [name for name in skipped_files(source) if name not in own]
-        base_bytes = sum(job.plan.weights[t.tensor].nbytes for t in job.plan.targets if not t.module.low_rank)
+        tokenizer: Literal["adapter"] | None = (
+            "adapter" if TOKENIZER_CONFIG in dict(copies) else None
+        )
+        skipped = (
+            [] if source is None else [name for name in skipped_files(source) if name not in own]
+        )
+        base_bytes = sum(
+            job.plan.weights[t.tensor].nbytes for t in job.plan.targets if not t.module.low_rank
+        )
         super().__init__(
-            job, path, "mitigate", {shard.name: shard}, {} if config is None else {CONFIG_NAME: config}, copies, skipped,
-            ("adapter_model.bin", SINGLE_NAME, INDEX_NAME), base_bytes, tokenizer=tokenizer, warnings=job.warnings, to_lora=to_lora,
+            job,
+            path,
+            "mitigate",
+            {shard.name: shard},
+            {} if config is None else {CONFIG_NAME: config},
+            copies,
+            skipped,
+            ("adapter_model.bin", SINGLE_NAME, INDEX_NAME),
+            base_bytes,
+            tokenizer=tokenizer,
+            warnings=job.warnings,
+            to_lora=to_lora,
             written=written,
-        )  # fmt: skip
+        )
         self._ready: dict[str, Tensor | None] = {}
 
 
@@ -191,7 +245,9 @@ class AdapterWriter(OneFileWriter):
         plan = job.plan
         if plan.adapter.describes_model:
             do = "`streamer merge` writes the mitigated model, and --to-lora RANK its difference to the base as a LoRA adapter"
-            raise UnsupportedError(f"{plan.adapter.path}: is a model, and no adapter that could be written back; {do}")
+            raise UnsupportedError(
+                f"{plan.adapter.path}: is a model, and no adapter that could be written back; {do}"
+            )
         if job.method.mitigation_lambda != 1:
             lora = "" if plan.config.pipeline else ", and --to-lora RANK as a LoRA adapter"
             refuse_dense(plan, f"`streamer merge` writes it into the base{lora}")
@@ -203,18 +259,31 @@ class AdapterWriter(OneFileWriter):
         self._factors, self._rank = MitigatedFactors(job), 0
         if job.for_server:
             refuse_dense(plan, "--to-lora RANK writes it as a LoRA adapter")
-            if kind != "LORA" or plan.mirrors or any(c.role == "lora_bias" for c in plan.adapter.carried):
+            if (
+                kind != "LORA"
+                or plan.mirrors
+                or any(c.role == "lora_bias" for c in plan.adapter.carried)
+            ):
                 what = "for_server: is of a pipeline, of another kind than LoRA, has biases beside its factors, or holds a tied delta twice"
                 raise UnsupportedError(f"{plan.adapter.path}: {what}; use `streamer merge`")
             self._rank = server_rank(plan.adapter.path, max(t.module.rank for t in plan.targets))
         entries = [(name, t.dtype, self._shape(t)) for name, t in self._read.items()]
         metadata = {key: text for key, text in header.metadata.items() if key not in HASHES}
-        shard = plan_shard(plan.adapter.file.path.name, entries, {**metadata, **job.stamp("mitigate")})
+        shard = plan_shard(
+            plan.adapter.file.path.name, entries, {**metadata, **job.stamp("mitigate")}
+        )
         config = next((config.read_bytes() for config in plan.adapter.config_paths), None)
         # Factors are written in PEFT's order of columns, and PEFT needs the type.
-        plain = {k: v for k, v in values.items() if k not in (LAYOUT_KEY, LAYOUT_DETAILS)} | {"peft_type": kind}
+        plain = {k: v for k, v in values.items() if k not in (LAYOUT_KEY, LAYOUT_DETAILS)} | {
+            "peft_type": kind
+        }
         if job.for_server:
-            plain |= {"r": self._rank, "lora_alpha": self._rank, "use_rslora": False, **{key: {} for key in PATTERNS}}
+            plain |= {
+                "r": self._rank,
+                "lora_alpha": self._rank,
+                "use_rslora": False,
+                **{key: {} for key in PATTERNS},
+            }
         if config is not None and plain != values:
             config = json.dumps(plain, indent=2, ensure_ascii=False).encode() + b"\n"
         super().__init__(job, path, shard, config, plan.adapter.directory)
@@ -237,28 +306,42 @@ class AdapterWriter(OneFileWriter):
         for target in plan.targets:
             size = job.mitigation_bytes(target, projected=True)
             if target.module.factors is not None and target.module.factors.expert is not None:
-                size += 2 * sum(plan.adapter.tensors[name].info.nbytes for name in self._factors.names(target))
+                size += 2 * sum(
+                    plan.adapter.tensors[name].info.nbytes for name in self._factors.names(target)
+                )
             yield MemoryEstimate(target.tensor, target.module.shape, resident + size)
 
-    def tensor_bytes(self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]) -> Iterable[Piece]:
+    def tensor_bytes(
+        self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]
+    ) -> Iterable[Piece]:
         """Yield the bytes of a tensor; tensors that are not factors, or do not change, keep the file's bytes."""
         file, info = job.plan.adapter.file, self._read[info.name]
         targets = self._factors.targets.get(info.name, ())
         if targets and info.name not in self._ready:
             factors = MitigatedFactors(job).tensors(targets, metrics)
-            self._ready |= self._served(factors, targets, metrics[-len(targets) :]) if self._rank else factors
+            self._ready |= (
+                self._served(factors, targets, metrics[-len(targets) :]) if self._rank else factors
+            )
         new = self._ready.pop(info.name, None)
         return file.chunks(info) if new is None else [Piece(as_bytes(new))]
 
-    def _served(self, factors: Mapping[str, Tensor | None], targets: Sequence[Target],
-                metrics: Sequence[MitigatedMatrix]) -> dict[str, Tensor | None]:  # fmt: skip
+    def _served(
+        self,
+        factors: Mapping[str, Tensor | None],
+        targets: Sequence[Target],
+        metrics: Sequence[MitigatedMatrix],
+    ) -> dict[str, Tensor | None]:
         """Scale and extend factors, and add what rounding the scaled lora_B loses to the metrics of their targets."""
         tensors = self.job.plan.adapter.tensors
-        values = {name: tensors[name].whole() if new is None else new for name, new in factors.items()}
+        values = {
+            name: tensors[name].whole() if new is None else new for name, new in factors.items()
+        }
         out = {name: t.new_zeros(self._shape(tensors[name].info)) for name, t in values.items()}
         for target, row in zip(targets, metrics, strict=True):
             assert target.module.factors is not None
-            module = replace(target.module.factors, grouped=False)  # columns are in PEFT's order by now
+            module = replace(
+                target.module.factors, grouped=False
+            )  # columns are in PEFT's order by now
             wide = replace(module, rank=self._rank)
             (a, b), (wide_a, wide_b) = module.expert_slices, wide.expert_slices
             A, B = values[module.a][a], values[module.b][b]
@@ -277,13 +360,41 @@ OF_MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_
 REFUSED_IN_MAMBA = frozenset({"conv1d", "out_proj"})
 """Last names of those modules."""
 
-EXPERTS_OF_QWEN2, EXPERTS_OF_MIXTRAL = ("gate", "gate_proj", "up_proj", "down_proj"), ("gate", "w1", "w2", "w3")
+EXPERTS_OF_QWEN2, EXPERTS_OF_MIXTRAL = (
+    ("gate", "gate_proj", "up_proj", "down_proj"),
+    ("gate", "w1", "w2", "w3"),
+)
 
 TAKEN_FOR_EXPERTS = dict.fromkeys(("minimax", "minimax_m2"), EXPERTS_OF_MIXTRAL) | dict.fromkeys(
-    ("afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo",
-     "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe", "longcat_flash", "mellum", "olmoe", "qwen3_moe",
-     "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_text", "qwen3_omni_moe_thinker", "sarvam_mla", "solar_open"), EXPERTS_OF_QWEN2
-)  # fmt: skip
+    (
+        "afmoe",
+        "beam",
+        "cohere2_moe",
+        "deepseek_v2",
+        "deepseek_v3",
+        "deepseek_v32",
+        "dots1",
+        "ernie4_5_moe",
+        "exaone_moe",
+        "flex_olmo",
+        "glm4_moe",
+        "glm4_moe_lite",
+        "glm4v_moe",
+        "glm_moe_dsa",
+        "hunyuan_v1_moe",
+        "longcat_flash",
+        "mellum",
+        "olmoe",
+        "qwen3_moe",
+        "qwen3_next",
+        "qwen3_omni_moe",
+        "qwen3_omni_moe_text",
+        "qwen3_omni_moe_thinker",
+        "sarvam_mla",
+        "solar_open",
+    ),
+    EXPERTS_OF_QWEN2,
+)
 """Model type → last names of modules that PEFT 0.21 treats as experts anywhere, and so skips in layers without experts."""
 
 
@@ -315,14 +426,23 @@ class LoraLayout:
     whole: frozenset[str] = frozenset()
 
 
-def _tied_modules(tuned: FinetunedModel, architecture: Architecture | None,
-                  renames: Renames) -> dict[str, tuple[str, list[str]]]:  # fmt: skip
+def _tied_modules(
+    tuned: FinetunedModel, architecture: Architecture | None, renames: Renames
+) -> dict[str, tuple[str, list[str]]]:
     """Map each module whose weight others share, by its name on disk → its run-time name and the others'."""
     tied = {}
     for tie in find_ties(tuned.tensors, architecture, renames):
         if tie.stored.endswith(".weight") and not {*tie.others} & tuned.tensors.keys():
-            module = next(name.removesuffix(".weight") for name in tie.on_disk if tie.on_disk[name] == tie.stored)
-            others = [m for name in tie.on_disk if (m := name.removesuffix(".weight")) not in (module, name)]
+            module = next(
+                name.removesuffix(".weight")
+                for name in tie.on_disk
+                if tie.on_disk[name] == tie.stored
+            )
+            others = [
+                m
+                for name in tie.on_disk
+                if (m := name.removesuffix(".weight")) not in (module, name)
+            ]
             tied[tie.stored.removesuffix(".weight")] = module, others
     return tied
 
@@ -334,7 +454,9 @@ def is_refused(module: str, model_type: str | None) -> bool:
     return in_mamba or last in TAKEN_FOR_EXPERTS.get(model_type or "", ())
 
 
-def has_no_lora(name: str, stored: tuple[int, ...], architecture: Architecture | None, model_type: str | None) -> bool:
+def has_no_lora(
+    name: str, stored: tuple[int, ...], architecture: Architecture | None, model_type: str | None
+) -> bool:
     """Test whether PEFT has no LoRA for a module of a loaded model, or one whose forward pass differs from the merged model's.
 
     Models look up positions by offsets or masks, but PEFT's LoRA of an embedding needs ids. They use the weight of a step size's projection
@@ -347,7 +469,10 @@ def has_no_lora(name: str, stored: tuple[int, ...], architecture: Architecture |
         return len(stored) == 3 or stored[1] == 1
     if architecture is None:
         return False
-    of_tokens = name == architecture.input_embedding or architecture.vocabulary_keys(f"{name}.weight") is not None
+    of_tokens = (
+        name == architecture.input_embedding
+        or architecture.vocabulary_keys(f"{name}.weight") is not None
+    )
     positions = architecture.is_embedding(name) and not of_tokens
     return positions or architecture.is_matrix(f"{name}.weight")
 
@@ -371,7 +496,9 @@ class LoraWriter(OneFileWriter):
     def __init__(self, job: Job, path: Path, rank: int | float) -> None:
         plan = job.plan
         if reason := refusal(job):
-            raise UnsupportedError(f"{plan.adapter.path}: {reason}; --to-lora cannot write it: use `streamer merge`")
+            raise UnsupportedError(
+                f"{plan.adapter.path}: {reason}; --to-lora cannot write it: use `streamer merge`"
+            )
         self._plan, self._layout = plan, _layout(plan)
         written = [target for target in plan.targets if target.module.name in self._layout.names]
         in_factors = [target for target in written if target.module.name not in self._layout.whole]
@@ -380,19 +507,32 @@ class LoraWriter(OneFileWriter):
         if isinstance(rank, float):
             self._ranks = _least_ranks(job, in_factors, rank)
         if job.for_server:
-            common = rank if isinstance(rank, int) else server_rank(plan.adapter.path, max(self._ranks.values()))
+            common = (
+                rank
+                if isinstance(rank, int)
+                else server_rank(plan.adapter.path, max(self._ranks.values()))
+            )
             self._ranks = dict.fromkeys(self._ranks, common)
         self._targets: dict[str, Target] = {}
         entries: list[tuple[str, str, tuple[int, ...]]] = []
         for target in written:
             if target.module.name in self._layout.whole:
                 info = plan.base.info(target.tensor)
-                made = [(f"{PREFIX}{self._layout.names[target.module.name]}.weight", info.dtype, info.shape)]
+                made = [
+                    (
+                        f"{PREFIX}{self._layout.names[target.module.name]}.weight",
+                        info.dtype,
+                        info.shape,
+                    )
+                ]
             else:
                 made = [(name, "F32", shape) for name, (shape, _) in self._tensors(target).items()]
             entries += made
             self._targets |= dict.fromkeys((name for name, *_ in made), target)
-        entries += [(name, stored.info.dtype, stored.info.shape) for name, stored in self._layout.carried.items()]
+        entries += [
+            (name, stored.info.dtype, stored.info.shape)
+            for name, stored in self._layout.carried.items()
+        ]
         shard = plan_shard(WEIGHTS_NAME, entries, {"format": "pt"} | job.stamp("mitigate", written))
         values = self._config(written)
         config = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
@@ -401,9 +541,13 @@ class LoraWriter(OneFileWriter):
         super().__init__(job, path, shard, config.encode(), source, rank, written)
         self.advice += server_advice(values, entries, job.for_server)
         if heads := self._layout.heads:  # factors of tied modules are stored twice
-            tied = listed([repr(m) for name in heads for m in (self._layout.names[name], *heads[name])])
+            tied = listed(
+                [repr(m) for name in heads for m in (self._layout.names[name], *heads[name])]
+            )
             but = "but its merge_and_unload adds the delta of each to their one weight; use the adapter unmerged, or `streamer merge`"
-            self.notes.append(f"{tied} are tied, and each has the delta: PEFT's model answers correctly, {but}")
+            self.notes.append(
+                f"{tied} are tied, and each has the delta: PEFT's model answers correctly, {but}"
+            )
 
     def estimates(self, resident: int) -> Iterator[MemoryEstimate]:
         """Estimate the peak memory for each matrix."""
@@ -412,11 +556,16 @@ class LoraWriter(OneFileWriter):
             whole = target.module.name in self._layout.whole
             size = self.job.mitigation_bytes(target, projected=not whole)
             if not (target.module.low_rank or whole):
-                rank, itemsize = self._ranks[target.module.name], plan.weights[target.tensor].compute.itemsize
+                rank, itemsize = (
+                    self._ranks[target.module.name],
+                    plan.weights[target.tensor].compute.itemsize,
+                )
                 size += truncation_bytes(target.module.shape, rank, itemsize)
             yield MemoryEstimate(target.tensor, target.module.shape, resident + size)
 
-    def tensor_bytes(self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]) -> Iterable[Piece]:
+    def tensor_bytes(
+        self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]
+    ) -> Iterable[Piece]:
         """Yield the bytes of a tensor; the metrics include the relative norm of the part beyond the rank."""
         if stored := self._layout.carried.get(info.name):
             return stored.file.chunks(stored.info)
@@ -424,23 +573,32 @@ class LoraWriter(OneFileWriter):
         if target.module.name in self._layout.whole:
             delta, after = job.mitigated(target)
             metrics.append(job.metrics(target, delta, after))
-            return AddDelta(self._plan.weights[target.tensor], target).pieces(lambda _: (delta, after))
+            return AddDelta(self._plan.weights[target.tensor], target).pieces(
+                lambda _: (delta, after)
+            )
         if info.name not in self._ready:
             self._ready |= self._factors(job, target, metrics)
         factor = self._ready.pop(info.name)
         assert factor is not None
         return [Piece(as_bytes(factor))]
 
-    def _factors(self, job: Job, target: Target, metrics: list[MitigatedMatrix]) -> dict[str, Tensor]:
+    def _factors(
+        self, job: Job, target: Target, metrics: list[MitigatedMatrix]
+    ) -> dict[str, Tensor]:
         delta, after = job.mitigated(target)
         nearest = truncated(after, self._ranks[target.module.name], target.tensor)
         B, A = nearest.L.float(), nearest.R.T.float()
         written = LowRank(B.double(), A.double().T)
         norm = after.norm()
-        error = after.distance(written) / norm if norm else 0.0  # of the written factors, including rounding
+        error = (
+            after.distance(written) / norm if norm else 0.0
+        )  # of the written factors, including rounding
         metrics.append(job.metrics(target, delta, written, error))
         factors = {"A": A, "B": B, "Aᵀ": A.T, "Bᵀ": B.T}
-        return {name: factors[f].reshape(shape).contiguous() for name, (shape, f) in self._tensors(target).items()}
+        return {
+            name: factors[f].reshape(shape).contiguous()
+            for name, (shape, f) in self._tensors(target).items()
+        }
 
     def _tensors(self, target: Target) -> Shapes:
         """Return PEFT's names for A and B of the target, and of modules tied to it, with the shape and the factor of each."""
@@ -464,14 +622,30 @@ class LoraWriter(OneFileWriter):
         names, heads, adapter = self._layout.names, self._layout.heads, self._plan.adapter
         # A head's bias that is only saved along with a vocabulary that has grown is not trained.
         trained = adapter.describes_model or adapter.config.get("bias", "none") != "none"
-        ranks = {path: r for name, r in self._ranks.items() for path in (names[name], *heads.get(name, ()))}
+        ranks = {
+            path: r
+            for name, r in self._ranks.items()
+            for path in (names[name], *heads.get(name, ()))
+        }
         largest = max(ranks.values(), default=self._least)
         others = {path: r for path, r in ranks.items() if r != largest}
-        bias = "all" if trained and any(name.endswith(".bias") for name in self._layout.carried) else "none"
-        return {**self._layout.config, "peft_type": "LORA",
-                "fan_in_fan_out": any(t.transposed and not t.is_embedding for t in written), "r": largest, "lora_alpha": largest,
-                **({"rank_pattern": others, "alpha_pattern": others} if others else {}), "target_modules": [*ranks],
-                "bias": bias, "init_lora_weights": True, "inference_mode": True}  # fmt: skip
+        bias = (
+            "all"
+            if trained and any(name.endswith(".bias") for name in self._layout.carried)
+            else "none"
+        )
+        return {
+            **self._layout.config,
+            "peft_type": "LORA",
+            "fan_in_fan_out": any(t.transposed and not t.is_embedding for t in written),
+            "r": largest,
+            "lora_alpha": largest,
+            **({"rank_pattern": others, "alpha_pattern": others} if others else {}),
+            "target_modules": [*ranks],
+            "bias": bias,
+            "init_lora_weights": True,
+            "inference_mode": True,
+        }
 
 
 def _least_ranks(job: Job, targets: Sequence[Target], share: float) -> dict[str, int]:
@@ -484,18 +658,34 @@ def _least_ranks(job: Job, targets: Sequence[Target], share: float) -> dict[str,
     """
     if job.detects:
         what = "a share of the energy needs the findings before anything is written"
-        raise UsageError(f"to_lora: {what}; run `streamer detect`, and pass them with --findings, or pass a rank")
+        raise UsageError(
+            f"to_lora: {what}; run `streamer detect`, and pass them with --findings, or pass a rank"
+        )
     resident = resident_bytes(AdapterBatch(job.plan.base, (job.plan,)))
-    sizes = (job.mitigation_bytes(t) + (0 if t.module.low_rank else energies_bytes(t.module.shape)) for t in targets)
-    estimates = (MemoryEstimate(t.tensor, t.module.shape, resident + n) for t, n in zip(targets, sizes, strict=True))
+    sizes = (
+        job.mitigation_bytes(t) + (0 if t.module.low_rank else energies_bytes(t.module.shape))
+        for t in targets
+    )
+    estimates = (
+        MemoryEstimate(t.tensor, t.module.shape, resident + n)
+        for t, n in zip(targets, sizes, strict=True)
+    )
     check_budget(estimates, job.detection.max_memory)
-    return {target.module.name: least_rank(energies(job.mitigated(target)[1]), share) for target in targets}
+    return {
+        target.module.name: least_rank(energies(job.mitigated(target)[1]), share)
+        for target in targets
+    }
 
 
-def _linear(stem: str, shape: tuple[int, int], rank: int, kernel: tuple[int, ...], factors: tuple[str, str]) -> Shapes:
+def _linear(
+    stem: str, shape: tuple[int, int], rank: int, kernel: tuple[int, ...], factors: tuple[str, str]
+) -> Shapes:
     (m, n), (a, b) = shape, factors
     inner = (n // math.prod(kernel), *kernel)
-    return {f"{stem}.lora_A.weight": ((rank, *inner), a), f"{stem}.lora_B.weight": ((m, rank, *(1 for _ in kernel)), b)}
+    return {
+        f"{stem}.lora_A.weight": ((rank, *inner), a),
+        f"{stem}.lora_B.weight": ((m, rank, *(1 for _ in kernel)), b),
+    }
 
 
 def _embedding(stem: str, shape: tuple[int, int], rank: int, factors: tuple[str, str]) -> Shapes:
@@ -507,7 +697,9 @@ def _is_unchanged(plan: Plan, target: Target) -> bool:
     """Test whether a fine-tuned model's matrix has the same bytes as the base's."""
     (piece,), tuned = target.slices, plan.adapter.stored_sum(target.module)
     base = StoredTensor(*plan.base.locate(piece.weight))
-    return tuned is not None and equal(tuned, base if piece.index is None else base.slice(piece.index))
+    return tuned is not None and equal(
+        tuned, base if piece.index is None else base.slice(piece.index)
+    )
 
 
 def _built_on_loading(plan: Plan) -> dict[str, str]:
@@ -518,7 +710,9 @@ def _built_on_loading(plan: Plan) -> dict[str, str]:
     if not isinstance(plan.adapter, FinetunedModel):
         return {}
     loaded = renames_for(plan.config).loaded(plan.adapter.tensors)
-    return {made.tensor.removesuffix(".weight"): made.name for made in loaded if made.by is not None}
+    return {
+        made.tensor.removesuffix(".weight"): made.name for made in loaded if made.by is not None
+    }
 
 
 def _layout(plan: Plan) -> LoraLayout:
@@ -542,12 +736,20 @@ def _layout(plan: Plan) -> LoraLayout:
     """
     tuned, base = plan.adapter, plan.base
     if not isinstance(tuned, FinetunedModel):
-        kept = ("base_model_name_or_path", "modules_to_save", "peft_version", "revision", "task_type",
-                "trainable_token_indices")  # fmt: skip
+        kept = (
+            "base_model_name_or_path",
+            "modules_to_save",
+            "peft_version",
+            "revision",
+            "task_type",
+            "trainable_token_indices",
+        )
         original = {key: tuned.config.values[key] for key in kept if key in tuned.config.values}
         saved_as = saved_names(dict.fromkeys(c.source for c in tuned.carried))
         stored = {name: tuned.tensors[own] for name, own in saved_as.items()}
-        return LoraLayout({t.module.name: t.module.name for t in plan.targets}, stored, original, {})
+        return LoraLayout(
+            {t.module.name: t.module.name for t in plan.targets}, stored, original, {}
+        )
     # Changed tensors without a module of their own in a loaded model are refused.
     built, renames = _built_on_loading(plan), renames_for(plan.config)
     targets = [t for t in plan.targets if not t.pieces and t.module.name not in built]
@@ -556,12 +758,29 @@ def _layout(plan: Plan) -> LoraLayout:
     architecture = architecture_for(tuned.model_config, plan.config.architecture)
     now = renames.at_run_time(tuned.tensors)
     tensors, sources, kind = tuned.tensors, plan.edits.sources, tuned.model_config.model_type
-    bases = {s.info.name: StoredTensor(*base.locate(n)) for n, s in sources.items() if n in base.weight_map}
-    same = {c.source for c in tuned.carried if c.source in bases and equal(tensors[c.source], bases[c.source])}
+    bases = {
+        s.info.name: StoredTensor(*base.locate(n))
+        for n, s in sources.items()
+        if n in base.weight_map
+    }
+    same = {
+        c.source
+        for c in tuned.carried
+        if c.source in bases and equal(tensors[c.source], bases[c.source])
+    }
     changed = {c.source: c for c in tuned.carried if c.source not in same}
     tied = _tied_modules(tuned, architecture, renames)
-    owners = {other: module for module, (_, others) in tied.items() if module in matched for other in others}
-    biases = {s: now[s].rpartition(".")[0] for s, c in changed.items() if c.parameter == "bias" and s in now}
+    owners = {
+        other: module
+        for module, (_, others) in tied.items()
+        if module in matched
+        for other in others
+    }
+    biases = {
+        s: now[s].rpartition(".")[0]
+        for s, c in changed.items()
+        if c.parameter == "bias" and s in now
+    }
     biased = {c.module for c in changed.values() if c.parameter == "bias"}
     biased |= {owners[head] for head in biases.values() if head in owners}
     paths = {m: now.get(f"{m}.weight", f"{m}.weight").removesuffix(".weight") for m in matched}
@@ -572,7 +791,10 @@ def _layout(plan: Plan) -> LoraLayout:
         named |= {*adaptable[:1]}
     names = {m: paths[m] for m in matched if m in named}
     whole = names.keys() - {*adaptable}
-    inner = {module.rpartition(".")[0] for module in (*owners, *(name.rpartition(".")[0] for name in tuned.tensors))}
+    inner = {
+        module.rpartition(".")[0]
+        for module in (*owners, *(name.rpartition(".")[0] for name in tuned.tensors))
+    }
     saved = {names[m] for m in whole}
     for c in changed.values():
         if (c.module in matched and c.parameter == "bias") or biases.get(c.source) in owners:
@@ -607,7 +829,11 @@ def _layout(plan: Plan) -> LoraLayout:
     # If more than two are tied, PEFT treats all except the first as linear layers.
     if pairs:
         config["ensure_weight_tying"] = True
-    looked_up = {m for m, name in names.items() if architecture is not None and architecture.is_embedding(name)}
+    looked_up = {
+        m
+        for m, name in names.items()
+        if architecture is not None and architecture.is_embedding(name)
+    }
     return LoraLayout(names, carried, config, heads, frozenset(looked_up), frozenset(whole))
 
 
@@ -621,7 +847,11 @@ def _leading_triplets(delta: Dense, rank: int, seed: int) -> tuple[Tensor, Tenso
     matrix = delta.dense()
     m, n = matrix.shape
     if not matrix.any():
-        return matrix.new_zeros(m, 0).double(), matrix.new_zeros(0).double(), matrix.new_zeros(0, n).double()
+        return (
+            matrix.new_zeros(m, 0).double(),
+            matrix.new_zeros(0).double(),
+            matrix.new_zeros(0, n).double(),
+        )
     if _is_small((m, n), rank):
         U, S, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
         return U, S, Vh
@@ -653,18 +883,27 @@ def refusal(job: Job) -> str:
         return "belongs to a diffusers pipeline, which PEFT's names do not cover"
     if is_residual(adapter.config):
         return "is relative to a residual base, which a plain config does not say"
-    if adapter.wrapped or any(t.pieces and not _is_unchanged(job.plan, t) for t in job.plan.targets):
+    if adapter.wrapped or any(
+        t.pieces and not _is_unchanged(job.plan, t) for t in job.plan.targets
+    ):
         return "is on experts' parameters, which a plain config does not name"
     built = _built_on_loading(job.plan)
     for target in job.plan.targets:
         if (name := target.module.name) in built and not _is_unchanged(job.plan, target):
             what = f"changes {name!r}, which loading turns into {built[name]!r}"
             return f"{what}: PEFT has no LoRA for it under this name"
-        one_channel = isinstance(target.module, MethodModule) and target.module.shape[1] == math.prod(target.kernel) > 1
+        one_channel = (
+            isinstance(target.module, MethodModule)
+            and target.module.shape[1] == math.prod(target.kernel) > 1
+        )
         if one_channel and not adapter.describes_model:
             return f"changes {name!r}, a convolution with one channel per group; PEFT's LoRA needs their number, which no file states"
     architecture = None if not adapter.describes_model else architecture_for(job.plan.config)
-    if architecture is not None and architecture.input_embedding is None and any(t.tied for t in architecture.ties):
+    if (
+        architecture is not None
+        and architecture.input_embedding is None
+        and any(t.tied for t in architecture.ties)
+    ):
         return f"is a {architecture.name}, which ties weights and has no input embedding: PEFT opens no adapter for it"
     if job.plan.mirrors:
         return "holds the delta of a tied embedding twice (ensure_weight_tying)"

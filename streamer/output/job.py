@@ -19,13 +19,29 @@ from streamer.adapters.finetuned import AdapterPaths
 from streamer.detection.detect import detection_estimates, findings_bytes
 from streamer.detection.findings import Findings, lacking, load_findings, matched_findings
 from streamer.detection.intruders import Detection
-from streamer.detection.options import STAMP, DetectionOptions, DetectionRecord, Run, detection_record, stamp
+from streamer.detection.options import (
+    STAMP,
+    DetectionOptions,
+    DetectionRecord,
+    Run,
+    detection_record,
+    stamp,
+)
 from streamer.errors import MismatchError, NumericError, UsageError
 from streamer.events import Monitor
 from streamer.linalg.operators import Delta, all_finite
 from streamer.methods import Method, NullSpace, RegMean
 from streamer.methods.files import Coefficients, InputMap
-from streamer.output.record import CARD_NAME, MOST_FACTS, SCHEMA, Card, MergedDtype, MitigatedMatrix, Record, totals
+from streamer.output.record import (
+    CARD_NAME,
+    MOST_FACTS,
+    SCHEMA,
+    Card,
+    MergedDtype,
+    MitigatedMatrix,
+    Record,
+    totals,
+)
 from streamer.plan.plan import MemoryEstimate, Plan, factor_bytes, make_batch
 from streamer.plan.side_files import is_module, read_beside
 from streamer.plan.targets import Target
@@ -112,7 +128,11 @@ class Job:
         module, itemsize = target.module, self.plan.weights[target.tensor].compute.itemsize
         m, n = module.shape
         if module.low_rank:
-            size = (PROJECTED if projected else THIN) * (m + n) * (module.factor_rank + self.intruders(target))
+            size = (
+                (PROJECTED if projected else THIN)
+                * (m + n)
+                * (module.factor_rank + self.intruders(target))
+            )
         else:
             # Δ, Δ', and one more if Δ is scaled.
             size = max(module.peak_bytes(itemsize), 3 * itemsize * m * n)
@@ -123,17 +143,31 @@ class Job:
         delta = self.plan.finite_delta(target)
         detection = self._detection_of(target) if self.method.needs_detection else None
         if detection is not None and not (all_finite(detection.U) and all_finite(detection.Vh)):
-            raise NumericError(f"findings: those on {target.tensor!r} hold NaN or Inf; run detect again")
+            raise NumericError(
+                f"findings: those on {target.tensor!r} hold NaN or Inf; run detect again"
+            )
         return delta, self.method.mitigated(delta, detection, target.tensor)
 
-    def metrics(self, target: Target, delta: Delta, written: Delta, dropped: float = 0.0) -> MitigatedMatrix:
+    def metrics(
+        self, target: Target, delta: Delta, written: Delta, dropped: float = 0.0
+    ) -> MitigatedMatrix:
         """Measure the mitigation of one matrix, of which the share `dropped` of the norm of Δ' was not written."""
-        detection, norm = self._detection_of(target) if self.method.needs_detection else None, delta.norm()
+        detection, norm = (
+            self._detection_of(target) if self.method.needs_detection else None,
+            delta.norm(),
+        )
         ranks = () if detection is None else detection.intruders
         scaled = ranks if self.method.select == "all" else ranks[:1]
-        return {"tensor": target.tensor, "module": target.module.name, "transposed": target.transposed, "intruders": list(scaled),
-                "certified": None if detection is None else detection.certified, "delta_norm": norm,
-                "delta_norm_after": norm if written is delta else written.norm(), "dropped": dropped}  # fmt: skip
+        return {
+            "tensor": target.tensor,
+            "module": target.module.name,
+            "transposed": target.transposed,
+            "intruders": list(scaled),
+            "certified": None if detection is None else detection.certified,
+            "delta_norm": norm,
+            "delta_norm_after": norm if written is delta else written.norm(),
+            "dropped": dropped,
+        }
 
     def _detection_of(self, target: Target) -> Detection:
         if self.detect is not None:
@@ -143,21 +177,37 @@ class Job:
 
     def decisions(self) -> dict[str, Any]:
         """Return everything besides the inputs that determines the output's bytes, except last bits of given findings."""
-        detection = self.detection.as_dict() if self.findings is None else self.findings.decisions_digest()
-        return {"schema": SCHEMA, "mitigation": self.method.as_dict(),
-                "detection": detection if self.method.needs_detection else None, "dequantize": self.dequantize, "card": self.card,
-                **self.measured, **self.form}  # fmt: skip
+        detection = (
+            self.detection.as_dict() if self.findings is None else self.findings.decisions_digest()
+        )
+        return {
+            "schema": SCHEMA,
+            "mitigation": self.method.as_dict(),
+            "detection": detection if self.method.needs_detection else None,
+            "dequantize": self.dequantize,
+            "card": self.card,
+            **self.measured,
+            **self.form,
+        }
 
     @property
     def form(self) -> dict[str, Any]:
         """Return the options that give the output another form than its input's."""
-        form = {key: value for key in ("dtype", "shard_bytes", "for_server") if (value := getattr(self, key))}
+        form = {
+            key: value
+            for key in ("dtype", "shard_bytes", "for_server")
+            if (value := getattr(self, key))
+        }
         return form if self.requantize is None else {**form, "requantize": self.requantize.record()}
 
     @property
     def bits(self) -> str:
         """Return the digest of the last bits of given findings, which depend on the number of threads, if the output's bytes need them."""
-        return self.findings.digest() if self.findings is not None and self.method.needs_detection else ""
+        return (
+            self.findings.digest()
+            if self.findings is not None and self.method.needs_detection
+            else ""
+        )
 
     def detection_record(self, certified: int) -> DetectionRecord | None:
         """Return how intruders are found; None if the method does not need them."""
@@ -173,16 +223,30 @@ class Job:
         """
         targets = self.plan.targets if written is None else written
         needed = self.method.needs_detection
-        certified = sum(self.findings is None or self._detection_of(t).certified for t in targets) if needed else 0
-        return {STAMP: stamp(command, *self.plan.sources, self.detection_record(certified), self.method.as_json())}
+        certified = (
+            sum(self.findings is None or self._detection_of(t).certified for t in targets)
+            if needed
+            else 0
+        )
+        return {
+            STAMP: stamp(
+                command, *self.plan.sources, self.detection_record(certified), self.method.as_json()
+            )
+        }
 
 
 FindingsOrPath = Findings | Mapping[str, Findings] | str | Path | None
 """Findings as a user gives them: for one adapter, or for several by name, as objects or as the path of their file or directory."""
 
 
-def open_jobs(base_path: str | Path, adapters: AdapterPaths, findings: Sequence[Findings | None], method: Method,
-              detection: DetectionOptions, run: Run) -> list[Job]:  # fmt: skip
+def open_jobs(
+    base_path: str | Path,
+    adapters: AdapterPaths,
+    findings: Sequence[Findings | None],
+    method: Method,
+    detection: DetectionOptions,
+    run: Run,
+) -> list[Job]:
     """Open and check all inputs of mitigations, and make a job of each adapter.
 
     Parameters
@@ -191,10 +255,16 @@ def open_jobs(base_path: str | Path, adapters: AdapterPaths, findings: Sequence[
         Findings for each adapter, see `load_given`; None if the job detects.
     """
     if isinstance(method, RegMean) and len(adapters.paths) > 1:
-        name, several = method.coefficients.name, f"{len(adapters.paths)}: {listed(adapters.by_name)}"
+        name, several = (
+            method.coefficients.name,
+            f"{len(adapters.paths)}: {listed(adapters.by_name)}",
+        )
         do = "take them one at a time, each with its own"
         raise UsageError(f"{name}: coefficients belong to one adapter, found {several}; {do}")
-    batch, jobs = make_batch(base_path, adapters.paths, run.io, run.stated, run.architecture), list[Job]()
+    batch, jobs = (
+        make_batch(base_path, adapters.paths, run.io, run.stated, run.architecture),
+        list[Job](),
+    )
     for plan, of_adapter in zip(batch.plans, findings, strict=True):
         checked = None if of_adapter is None else fitting_findings(plan, of_adapter, detection)
         run.monitor.warn(() if of_adapter is None else of_adapter.warnings)
@@ -219,7 +289,9 @@ def load_given(findings: FindingsOrPath, adapters: AdapterPaths) -> list[Finding
     if adapters.single:
         if isinstance(findings, Mapping):
             what = f"a dict of {len(findings)}"
-            raise UsageError(f"findings: expected findings on one adapter, found {what}; give one of them")
+            raise UsageError(
+                f"findings: expected findings on one adapter, found {what}; give one of them"
+            )
         return [findings if isinstance(findings, Findings) else load_findings(findings)]
     if isinstance(findings, Mapping):
         without = [name for name in adapters.by_name if name not in findings]
@@ -228,7 +300,9 @@ def load_given(findings: FindingsOrPath, adapters: AdapterPaths) -> list[Finding
         return [findings[name] for name in adapters.by_name]
     if isinstance(findings, Findings) or not Path(findings).is_dir():
         where = "findings" if isinstance(findings, Findings) else findings
-        raise UsageError(f"{where}: expected findings on several adapters: the directory that detect wrote for them")
+        raise UsageError(
+            f"{where}: expected findings on several adapters: the directory that detect wrote for them"
+        )
     return [load_findings(Path(findings) / f"{name}.safetensors") for name in adapters.by_name]
 
 
@@ -249,7 +323,10 @@ def check_coefficients(plan: Plan, coefficients: Coefficients) -> None:
             why = f"do not say which {what} they were fitted to; make them with `streamer repair`"
             raise MismatchError(f"{name}: coefficients {why}")
         if facts[what] != here:
-            other, do = difference(facts[what], here), f"give the {what} that `streamer repair` fitted them to"
+            other, do = (
+                difference(facts[what], here),
+                f"give the {what} that `streamer repair` fitted them to",
+            )
             raise MismatchError(f"{name}: coefficients of another {what} ({other}); {do}")
     check_counts(plan, coefficients)
 
@@ -262,9 +339,16 @@ def check_counts(plan: Plan, coefficients: Coefficients) -> None:
     MismatchError
         States how many matrices they do not fit, and the first.
     """
-    ranks = {t.tensor: (t.module.shape[1], t.module.factor_rank) if t.module.low_rank else None for t in plan.targets}
+    ranks = {
+        t.tensor: (t.module.shape[1], t.module.factor_rank) if t.module.low_rank else None
+        for t in plan.targets
+    }
     shapes = {tensor: tuple(factor.shape) for tensor, factor in coefficients.matrices.items()}
-    wrong = [tensor for tensor in {**ranks, **shapes} if tensor not in ranks or ranks[tensor] != shapes.get(tensor, ())]
+    wrong = [
+        tensor
+        for tensor in {**ranks, **shapes}
+        if tensor not in ranks or ranks[tensor] != shapes.get(tensor, ())
+    ]
     if wrong:
         which = f"{len(wrong)} of the adapter's matrices, {wrong[0]!r} first"
         do = "fit them to this adapter with `streamer repair`"
@@ -297,8 +381,12 @@ def lacking_inputs(plan: Plan, inputs: InputMap) -> list[str]:
         return []
     names = listed(map(repr, lacks))
     if len(lacks) == len(plan.targets):
-        raise MismatchError(f"{inputs.name}: has the inputs of none of the adapter's matrices, {names}")
-    return [f"the map has no inputs of {counted(len(lacks), 'matrix')}, {names}: what the adapter adds there stays"]
+        raise MismatchError(
+            f"{inputs.name}: has the inputs of none of the adapter's matrices, {names}"
+        )
+    return [
+        f"the map has no inputs of {counted(len(lacks), 'matrix')}, {names}: what the adapter adds there stays"
+    ]
 
 
 def fitting_findings(plan: Plan, findings: Findings, options: DetectionOptions) -> Findings:
@@ -380,7 +468,12 @@ class Writer(ABC):
         plan, cards = self.job.plan, (path for name, path in self.copies if name == CARD_NAME)
         self._original_card = b"".join(path.read_bytes() for path in cards)
         if self.job.card:
-            self.card = Card(self._original_card, self.pipeline, plan.adapter.describes_model, plan.config.pipeline)
+            self.card = Card(
+                self._original_card,
+                self.pipeline,
+                plan.adapter.describes_model,
+                plan.config.pipeline,
+            )
             self.copies = [c for c in self.copies if c[0] != CARD_NAME]
 
     def record(self, matrices: list[MitigatedMatrix], nbytes: int = 0) -> Record:
@@ -388,13 +481,28 @@ class Writer(ABC):
         job = self.job
         base, adapter = job.plan.sources
         options, certified = job.method.as_json(), sum(m["certified"] is True for m in matrices)
-        record: Record = {"schema": SCHEMA, "command": self.command, "version": __version__, "base": base, "adapter": adapter,
-                "detection": job.detection_record(certified), "method": options["method"], "scale": options["scale"],
-                "lambda": options["lambda"], "coefficients": options.get("coefficients"), "to_lora": self.to_lora,
-                "dequantize": job.dequantize, "totals": totals(matrices, nbytes),
-                "warnings": [*job.plan.notes, *self.warnings], "notes": self.notes, "advice": self.advice, "left_out": self.skipped_files,
-                "carried": job.plan.edits.listed(job.plan.base, job.plan.adapter.describes_model), "tokenizer": self.tokenizer,
-                "matrices": matrices}  # fmt: skip
+        record: Record = {
+            "schema": SCHEMA,
+            "command": self.command,
+            "version": __version__,
+            "base": base,
+            "adapter": adapter,
+            "detection": job.detection_record(certified),
+            "method": options["method"],
+            "scale": options["scale"],
+            "lambda": options["lambda"],
+            "coefficients": options.get("coefficients"),
+            "to_lora": self.to_lora,
+            "dequantize": job.dequantize,
+            "totals": totals(matrices, nbytes),
+            "warnings": [*job.plan.notes, *self.warnings],
+            "notes": self.notes,
+            "advice": self.advice,
+            "left_out": self.skipped_files,
+            "carried": job.plan.edits.listed(job.plan.base, job.plan.adapter.describes_model),
+            "tokenizer": self.tokenizer,
+            "matrices": matrices,
+        }
         if_any = {"map": options.get("map"), "file": self._file}
         some = {key: value for key, value in if_any.items() if value}
         return cast(Record, {**record, **some, **job.measured, **job.form})
@@ -426,24 +534,49 @@ class Writer(ABC):
         data = [(name, shard.header.data_bytes) for name, shard in self.shards.items()]
         named = "\n".join(t.name for shard in self.shards.values() for t in shard.header.tensors)
         # What sentence-transformers trained beside the adapter cannot be told apart by size alone.
-        modules = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in self.copies if is_module(name)}
+        modules = {
+            name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for name, path in self.copies
+            if is_module(name)
+        }
         converted = {} if self.to_lora is None else {"to_lora": self.to_lora}
         digest = plan.digest(
-            command=self.command, files=[*copies, *texts, *finals], data=data,
-            named=hashlib.sha256(named.encode()).hexdigest(), modules=modules,
-            original_card=hashlib.sha256(self._original_card).hexdigest(), **self.job.decisions(), **converted,
-        )  # fmt: skip
+            command=self.command,
+            files=[*copies, *texts, *finals],
+            data=data,
+            named=hashlib.sha256(named.encode()).hexdigest(),
+            modules=modules,
+            original_card=hashlib.sha256(self._original_card).hexdigest(),
+            **self.job.decisions(),
+            **converted,
+        )
         # A run resumed under other names of its inputs, through links, would otherwise write both names.
-        stamps = {**plan.stamps(), " and ".join([*(source["name"] for source in plan.sources), self._file]): ()}
-        conflicting = (*self.conflicting_names, *read_beside(self.path, {name for name, _ in files}))
+        stamps = {
+            **plan.stamps(),
+            " and ".join([*(source["name"] for source in plan.sources), self._file]): (),
+        }
+        conflicting = (
+            *self.conflicting_names,
+            *read_beside(self.path, {name for name, _ in files}),
+        )
         temporary = []
         if self.job.detects:
             # Its own findings stay to the end; their journal is removed before any large file is written.
             size = findings_bytes(plan, self.job.detection)
             journal_bytes = max(0, size - sum(size for _, size in files))
             temporary = [(OWN_FINDINGS, size), (journal_of(Path(OWN_FINDINGS)).name, journal_bytes)]
-        return OutputPlan(self.path, tuple(files), digest, stamps, plan.inputs, conflicting, tuple(temporary),
-                          frozenset({CARD_NAME}), self.job.bits, __version__)  # fmt: skip
+        return OutputPlan(
+            self.path,
+            tuple(files),
+            digest,
+            stamps,
+            plan.inputs,
+            conflicting,
+            tuple(temporary),
+            frozenset({CARD_NAME}),
+            self.job.bits,
+            __version__,
+        )
 
     @abstractmethod
     def estimates(self, resident: int) -> Iterator[MemoryEstimate]:
@@ -460,14 +593,18 @@ class Writer(ABC):
         ((key, value),) = job.stamp(self.command, self.written).items()
         return self.shards[name].with_metadata(key, value)
 
-    def pieces(self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix], monitor: Monitor) -> Iterator[Piece]:
+    def pieces(
+        self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix], monitor: Monitor
+    ) -> Iterator[Piece]:
         """Yield the bytes of a tensor in pieces, unless a stop is requested; see `tensor_bytes`."""
         for piece in self.tensor_bytes(info, job, metrics):
             monitor.checkpoint()
             yield piece
 
     @abstractmethod
-    def tensor_bytes(self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]) -> Iterable[Piece]:
+    def tensor_bytes(
+        self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]
+    ) -> Iterable[Piece]:
         """Yield the bytes of a tensor in pieces, and append the metrics of each matrix that is mitigated for it.
 
         Parameters

@@ -36,16 +36,47 @@ from streamer.output.record import MergedDtype, MitigatedMatrix
 from streamer.plan.architectures import architectures_for, pattern_of
 from streamer.plan.carried_tensors import Head, implied_head
 from streamer.plan.plan import AdapterBatch, MemoryEstimate, Plan, check_budget, resident_bytes
-from streamer.plan.side_files import other_files, skipped_files, stale_weights, with_modules, with_tokenizer
+from streamer.plan.side_files import (
+    other_files,
+    skipped_files,
+    stale_weights,
+    with_modules,
+    with_tokenizer,
+)
 from streamer.plan.targets import Target
-from streamer.storage.atomic_file import BufferRing, Piece, ShardPlan, component_prefix, gather, index_bytes, plan_shard
+from streamer.storage.atomic_file import (
+    BufferRing,
+    Piece,
+    ShardPlan,
+    component_prefix,
+    gather,
+    index_bytes,
+    plan_shard,
+)
 from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME, component_files, shard_names
 from streamer.storage.header import TensorInfo, tensor_nbytes
 from streamer.storage.transaction import RECORD_NAME
 from streamer.units import counted, listed
-from streamer.weights.base import FLOATS, SPELLINGS, Plain, StoredTensor, Weight, as_bytes, as_tensor, encode, in_memory
+from streamer.weights.base import (
+    FLOATS,
+    SPELLINGS,
+    Plain,
+    StoredTensor,
+    Weight,
+    as_bytes,
+    as_tensor,
+    encode,
+    in_memory,
+)
 from streamer.weights.codes import FP8, GPTQ, NOT_FINITE, Recodable
-from streamer.weights.logical import STALE, WeightView, cast_weights, is_activation_scale, plain_metadata, plain_weights
+from streamer.weights.logical import (
+    STALE,
+    WeightView,
+    cast_weights,
+    is_activation_scale,
+    plain_metadata,
+    plain_weights,
+)
 from streamer.weights.model_config import MODEL_CONFIG
 
 BLOCK_BYTES = 4 << 20
@@ -57,7 +88,11 @@ DECODED = 8
 Mitigated = Callable[[Target], tuple[Delta, Delta]]
 """Returns Δ and Δ' of one matrix; Δ' is Δ itself if nothing changes."""
 
-MERGED_DTYPES: dict[MergedDtype, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MERGED_DTYPES: dict[MergedDtype, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+}
 
 RECODED_BYTES = 32 << 20
 """Rows of this many float32 bytes are coded at a time: a column takes as long for a few rows as for many."""
@@ -149,8 +184,12 @@ class AddDelta(Recipe):
                 change.add_rows(values, i, j)
             _round(self.weight, raw, values, out)
             if report is not None and not nothing:
-                bits = f"i{out.itemsize}"  # numpy compares integers faster than torch compares floats
-                same = np.frombuffer(as_bytes(raw.to(out.dtype)), bits) == np.frombuffer(as_bytes(out), bits)
+                bits = (
+                    f"i{out.itemsize}"  # numpy compares integers faster than torch compares floats
+                )
+                same = np.frombuffer(as_bytes(raw.to(out.dtype)), bits) == np.frombuffer(
+                    as_bytes(out), bits
+                )
                 count += int(np.count_nonzero(same))
             yield piece
         if report is not None and not nothing and self.tuned is None and not self.weight.quantized:
@@ -252,7 +291,9 @@ class Stack(Recipe):
 
     def pieces(self, mitigated: Mitigated, report: Report | None = None) -> Iterator[Piece]:
         """Yield the pieces of each recipe, one after the other."""
-        return itertools.chain.from_iterable(recipe.pieces(mitigated, report) for recipe in self.recipes)
+        return itertools.chain.from_iterable(
+            recipe.pieces(mitigated, report) for recipe in self.recipes
+        )
 
 
 @dataclass(frozen=True)
@@ -291,7 +332,9 @@ def rows_bytes(weight: Weight) -> int:
     """Estimate the memory to make a weight a few rows at a time: rows read or decoded, added, and rounded into alternating buffers."""
     m, n = weight.matrix
     row = max(1, n * weight.compute.itemsize)
-    block = max(row, min(m * row, BLOCK_BYTES))  # as many bytes as a quantized weight decodes at a time
+    block = max(
+        row, min(m * row, BLOCK_BYTES)
+    )  # as many bytes as a quantized weight decodes at a time
     return (3 + (DECODED if weight.quantized else 1)) * block + weight.load_bytes
 
 
@@ -376,8 +419,13 @@ class MergedModel:
         return shards
 
 
-def plan_merged(plan: Plan, dequantize: bool = False, dtype: MergedDtype | None = None,
-                shard_bytes: int | None = None, requantize: InputMap | None = None) -> MergedModel:  # fmt: skip
+def plan_merged(
+    plan: Plan,
+    dequantize: bool = False,
+    dtype: MergedDtype | None = None,
+    shard_bytes: int | None = None,
+    requantize: InputMap | None = None,
+) -> MergedModel:
     """Plan each tensor of the merged model from headers alone.
 
     Parameters
@@ -398,7 +446,9 @@ def plan_merged(plan: Plan, dequantize: bool = False, dtype: MergedDtype | None 
     """
     if plan.config.pipeline and (dtype or shard_bytes):
         what = "dtype" if dtype else "max_shard_size"
-        raise UnsupportedError(f"{plan.base.path}: {what}: a diffusers pipeline keeps its files and dtypes; leave it out")  # fmt: skip
+        raise UnsupportedError(
+            f"{plan.base.path}: {what}: a diffusers pipeline keeps its files and dtypes; leave it out"
+        )
     _refuse_quantized(plan, dequantize, requantize)
     weights = plain_weights(plan.weights, plan.config) if dequantize else plan.weights
     if dtype is not None:
@@ -411,7 +461,9 @@ def plan_merged(plan: Plan, dequantize: bool = False, dtype: MergedDtype | None 
     new = (name for name in plan.edits.sources if name not in plan.base.weight_map)
     files[next(reversed(files))] += [_output(plan, weights, name, None) for name in new]
     head = _head(plan, [o.name for outputs in files.values() for o in outputs])
-    metadata: dict[str, Mapping[str, str]] = {name: file.header.metadata for name, file in plan.base.files.items()}
+    metadata: dict[str, Mapping[str, str]] = {
+        name: file.header.metadata for name, file in plan.base.files.items()
+    }
     if dequantize:
         metadata = {name: plain_metadata(values, weights) for name, values in metadata.items()}
     written = {name: tuple(outputs) for name, outputs in files.items() if outputs}
@@ -422,7 +474,9 @@ def plan_merged(plan: Plan, dequantize: bool = False, dtype: MergedDtype | None 
     return MergedModel(written, metadata, _texts(plan, head, dequantize, dtype), head)
 
 
-def _divided(outputs: Iterable[OutputTensor], shard_bytes: int) -> dict[str, tuple[OutputTensor, ...]]:
+def _divided(
+    outputs: Iterable[OutputTensor], shard_bytes: int
+) -> dict[str, tuple[OutputTensor, ...]]:
     """Divide tensors among files of at most so many bytes, with transformers' names; a larger tensor has a file of its own.
 
     The last file that is begun takes further tensors after a larger one, as in ``huggingface_hub.split_torch_state_dict_into_shards``.
@@ -442,8 +496,14 @@ def _divided(outputs: Iterable[OutputTensor], shard_bytes: int) -> dict[str, tup
     return dict(zip(shard_names(len(shards)), map(tuple, shards), strict=True))
 
 
-def _of_file(plan: Plan, weights: WeightView, name: str, stored: StoredTensor, dequantize: bool,
-             requantize: InputMap | None) -> OutputTensor | None:  # fmt: skip
+def _of_file(
+    plan: Plan,
+    weights: WeightView,
+    name: str,
+    stored: StoredTensor,
+    dequantize: bool,
+    requantize: InputMap | None,
+) -> OutputTensor | None:
     """Plan the output of a base's tensor; None if it is omitted."""
     if name in plan.edits.dropped or (dequantize and is_activation_scale(name, weights)):
         return None
@@ -462,7 +522,9 @@ def _of_file(plan: Plan, weights: WeightView, name: str, stored: StoredTensor, d
     return OutputTensor(name, stored.info.dtype, stored.info.shape, recipe)
 
 
-def _merged(plan: Plan, weight: Weight, role: str = "", requantize: InputMap | None = None) -> Recipe:
+def _merged(
+    plan: Plan, weight: Weight, role: str = "", requantize: InputMap | None = None
+) -> Recipe:
     """Make the recipe of a weight that the adapter changes, or, if it stays quantized, of its tensor with this role."""
     recipes = list[Recipe]()
     for target, slice_ in plan.by_weight[weight.name]:
@@ -491,20 +553,39 @@ def _entry(requantize: InputMap | None, target: Target) -> MappedInput | None:
 
 def _refuse_quantized(plan: Plan, dequantize: bool, requantize: InputMap | None) -> None:
     """Refuse changes that do not fit quantized weights; a message names the first weight, and counts them."""
-    quantized, base, instead = plan.weights.quantized_names, plan.base.path, "merge into the 16-bit base"
+    quantized, base, instead = (
+        plan.weights.quantized_names,
+        plan.base.path,
+        "merge into the 16-bit base",
+    )
     replaced = [name for name in plan.edits.sources if name in quantized]
     if replaced:
         saves = f"{plan.adapter.file.path}: saves {replaced[0]!r} (modules_to_save)"
         raise UnsupportedError(f"{saves}, which stands quantized in {base}; {instead}")
-    refused = [name for name in plan.by_weight if name in quantized and not plan.weights.requantizes(name)]
+    refused = [
+        name for name in plan.by_weight if name in quantized and not plan.weights.requantizes(name)
+    ]
     if requantize is not None:
         refuse_other_base(requantize, requantize.facts["base"], {**plan.base_identity})
-        kinds = {name: weight for name in refused if isinstance(weight := plan.weights[name], Recodable)}
-        coded = {n for n, w in kinds.items() if all(t.transposed == w.turned for t, _ in plan.by_weight[n])}
-        lacks = [t.tensor for name in coded for t, _ in plan.by_weight[name] if _entry(requantize, t) is None]
+        kinds = {
+            name: weight for name in refused if isinstance(weight := plan.weights[name], Recodable)
+        }
+        coded = {
+            n
+            for n, w in kinds.items()
+            if all(t.transposed == w.turned for t, _ in plan.by_weight[n])
+        }
+        lacks = [
+            t.tensor
+            for name in coded
+            for t, _ in plan.by_weight[name]
+            if _entry(requantize, t) is None
+        ]
         if lacks:
             what = f"has no inputs of {counted(len(lacks), 'matrix')}, {listed(map(repr, lacks))}"
-            raise MismatchError(f"{requantize.name}: {what}; make a map with more text, or use --dequantize")
+            raise MismatchError(
+                f"{requantize.name}: {what}; make a map with more text, or use --dequantize"
+            )
         if not coded:
             what = "requantize: the adapter changes no weight that is stored in 4 bits with a scale for each group"
             raise UnsupportedError(f"{base}: {what}; leave it out")
@@ -514,10 +595,16 @@ def _refuse_quantized(plan: Plan, dequantize: bool, requantize: InputMap | None)
     if dequantize and quantized and any(a.conv1d for a in architectures):
         what = f"a quantized {plan.config.model_type} stores its layers as (out, in) and a plain one as (in, out)"
         raise UnsupportedError(f"{base}: {what}, which is not supported; {instead}")
-    outer = [plan.weights[name] for name in sorted(quantized) if dequantize and "*" not in pattern_of(name)]
+    outer = [
+        plan.weights[name]
+        for name in sorted(quantized)
+        if dequantize and "*" not in pattern_of(name)
+    ]
     embeddings = {(a.input_embedding or "").rpartition(".")[2] for a in architectures}
     sizes: set[object] = {*embeddings, plan.config.vocab_size}
-    if turned := [w.name for w in outer if isinstance(w, GPTQ) and {w.name.split(".")[-2], w.shape[1]} & sizes]:
+    if turned := [
+        w.name for w in outer if isinstance(w, GPTQ) and {w.name.split(".")[-2], w.shape[1]} & sizes
+    ]:
         what = f"{turned[0]!r} is an embedding in GPTQ, whose values are stored transposed"
         raise UnsupportedError(f"{base}: {what}, which is not supported; {instead}")
     if refused and not dequantize:
@@ -527,7 +614,9 @@ def _refuse_quantized(plan: Plan, dequantize: bool, requantize: InputMap | None)
         raise UnsupportedError(f"{base}: {what}; {do}")
 
 
-def _output(plan: Plan, weights: WeightView, name: str, stored: StoredTensor | None) -> OutputTensor:
+def _output(
+    plan: Plan, weights: WeightView, name: str, stored: StoredTensor | None
+) -> OutputTensor:
     """Plan a tensor of the merged model; `stored` is the base's own tensor, if it has one."""
     edits = plan.edits
     source = edits.sources.get(name, stored)
@@ -538,7 +627,11 @@ def _output(plan: Plan, weights: WeightView, name: str, stored: StoredTensor | N
     elif name in edits.shifts:
         shift, scaling = edits.shifts[name]
         recipe = AddBias(weights[name], Plain.of(shift), scaling)
-    elif name in edits.rows or (stored or source).info.dtype != source.info.dtype or name in weights.casts:
+    elif (
+        name in edits.rows
+        or (stored or source).info.dtype != source.info.dtype
+        or name in weights.casts
+    ):
         recipe = _unmerged(plan, weights[name])
     else:
         return OutputTensor(name, source.info.dtype, source.info.shape, CopyBytes(source))
@@ -557,12 +650,18 @@ def _head(plan: Plan, names: list[str]) -> Head:
     """Derive the head from the adapter's task and saved head; a fine-tuned model's own config describes its head."""
     if plan.adapter.describes_model:
         return Head(plan.config)
-    trained = {name: stored.info.shape for name, stored in plan.edits.sources.items() if name in plan.edits.trained}
+    trained = {
+        name: stored.info.shape
+        for name, stored in plan.edits.sources.items()
+        if name in plan.edits.trained
+    }
     head = implied_head(plan.config, plan.adapter.config.get("task_type"), trained, names)
     implied = {} if plan.config.values else plan.edits.config(plan.config).values
     if implied:
         says = ", ".join(f"{key}={value}" for key, value in implied.items())
-        advice = f"the base has no config.json: load the merged model with a config that says {says}"
+        advice = (
+            f"the base has no config.json: load the merged model with a config that says {says}"
+        )
         head = replace(head, advice=(*head.advice, advice))
     return head
 
@@ -586,7 +685,11 @@ def _texts(plan: Plan, head: Head, dequantize: bool, dtype: MergedDtype | None) 
 def _uncast(model: MergedModel, dtype: MergedDtype) -> list[str]:
     """Note the floating-point tensors that do not get the requested dtype."""
     dtypes = {o.name: o.dtype for outputs in model.files.values() for o in outputs}
-    stay = [name for name, own in dtypes.items() if own in FLOATS and own != SPELLINGS[MERGED_DTYPES[dtype]]]
+    stay = [
+        name
+        for name, own in dtypes.items()
+        if own in FLOATS and own != SPELLINGS[MERGED_DTYPES[dtype]]
+    ]
     what = f"{counted(len(stay), 'tensor')} of quantized weights or stored wider than most"
     return [f"not written in {dtype}: {what}, {stay[0]!r} first"] if stay else []
 
@@ -597,9 +700,17 @@ class ModelWriter(Writer):
     def __init__(self, job: Job, path: Path) -> None:
         model = plan_merged(job.plan, job.dequantize, job.dtype, job.shard_bytes, job.requantize)
         # The files of a pipeline's components in which nothing changes are copied.
-        names = [n for n, outputs in model.files.items() if any(not isinstance(o.recipe, CopyBytes) for o in outputs)]
+        names = [
+            n
+            for n, outputs in model.files.items()
+            if any(not isinstance(o.recipe, CopyBytes) for o in outputs)
+        ]
         changed = {"", *map(component_prefix, names)}
-        files = {name: outputs for name, outputs in model.files.items() if component_prefix(name) in changed}
+        files = {
+            name: outputs
+            for name, outputs in model.files.items()
+            if component_prefix(name) in changed
+        }
         self._model = model = replace(model, files=files)
         self._outputs = {output.name: output for outputs in files.values() for output in outputs}
         plan, base = job.plan, job.plan.base
@@ -608,45 +719,98 @@ class ModelWriter(Writer):
         needs_index = base.index is not None if job.shard_bytes is None else len(files) > 1
         if needs_index:
             base_index = base.index or {"weight_map": {}}
-            stated, where = base_index["weight_map"], {o.name: name for name, made in files.items() for o in made}
+            stated, where = (
+                base_index["weight_map"],
+                {o.name: name for name, made in files.items() for o in made},
+            )
             # Keep the base's order; new names come last.
-            index = {**base_index, "weight_map": {t: where[t] for t in stated if t in where} | where}
-            finals[INDEX_NAME] = index_bytes(index, sum(shard.header.data_bytes for shard in shards.values()))
+            index = {
+                **base_index,
+                "weight_map": {t: where[t] for t in stated if t in where} | where,
+            }
+            finals[INDEX_NAME] = index_bytes(
+                index, sum(shard.header.data_bytes for shard in shards.values())
+            )
         apart = {CONFIG_NAME, WEIGHTS_NAME, *model.texts, *shards}
         # An adapter inside the base's directory is not part of the merged model; a fine-tuned model used as the adapter describes it.
         model_paths, base_paths = (plan.adapter.path, None), (base.directory, plan.adapter.path)
         source, adapter = model_paths if plan.adapter.describes_model else base_paths
-        copies = [] if source is None else [c for c in other_files(source, adapter) if c[0] not in apart]
+        copies = (
+            [] if source is None else [c for c in other_files(source, adapter) if c[0] not in apart]
+        )
         stale = [name for name, _ in copies if job.dequantize and name in STALE]
-        components = dict.fromkeys(name.partition("/")[0] for name in shards) if plan.config.pipeline else {}
+        components = (
+            dict.fromkeys(name.partition("/")[0] for name in shards) if plan.config.pipeline else {}
+        )
         stale += stale_weights((name for name, _ in copies), components)
         copies = [c for c in copies if c[0] not in stale]
         copies, lacks = with_modules(copies, plan.adapter.path)
-        chosen = with_tokenizer(copies, plan.adapter, plan.base.directory, plan.config, plan.edits.vocabulary)
+        chosen = with_tokenizer(
+            copies, plan.adapter, plan.base.directory, plan.config, plan.edits.vocabulary
+        )
         copies = chosen.copies
         written = {*base.files, INDEX_NAME, RECORD_NAME, *apart}
-        skipped = [] if source is None else [name for name in skipped_files(source, adapter) if name not in written]
+        skipped = (
+            []
+            if source is None
+            else [name for name in skipped_files(source, adapter) if name not in written]
+        )
         # A loader would apply an adapter beside the model again.
-        conflicting_names: tuple[str, ...] = (SINGLE_NAME, INDEX_NAME, CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin")
-        conflicting_names += tuple(name for component in components for name in component_files(component))
+        conflicting_names: tuple[str, ...] = (
+            SINGLE_NAME,
+            INDEX_NAME,
+            CONFIG_NAME,
+            WEIGHTS_NAME,
+            "adapter_model.bin",
+        )
+        conflicting_names += tuple(
+            name for component in components for name in component_files(component)
+        )
         # With `variant=`, diffusers would load an old file that an output already holds beside the new weights.
-        present = (f"{component}/{p.name}" for component in components for p in (path / component).glob("[!.]*"))
+        present = (
+            f"{component}/{p.name}"
+            for component in components
+            for p in (path / component).glob("[!.]*")
+        )
         conflicting_names += tuple(stale_weights(present, components))
         ours = {*finals, *shards, *(name for name, _ in copies)}
         conflicting = tuple(name for name in conflicting_names if name not in ours)
-        base_bytes = sum(base.files[name].header.data_bytes for name in shards) if components else base.data_bytes
-        notes = [*model.head.notes, *chosen.notes, *(_uncast(model, job.dtype) if job.dtype else ())]
+        base_bytes = (
+            sum(base.files[name].header.data_bytes for name in shards)
+            if components
+            else base.data_bytes
+        )
+        notes = [
+            *model.head.notes,
+            *chosen.notes,
+            *(_uncast(model, job.dtype) if job.dtype else ()),
+        ]
         super().__init__(
-            job, path, "merge", shards, finals, copies, stale + skipped, conflicting, base_bytes, model.texts, chosen.tokenizer,
-            warnings=[*job.warnings, *lacks, *chosen.warnings], notes=notes, advice=list(model.head.advice),
-            model_tensors=model.tensor_count, pipeline=model.head.pipeline,
-        )  # fmt: skip
+            job,
+            path,
+            "merge",
+            shards,
+            finals,
+            copies,
+            stale + skipped,
+            conflicting,
+            base_bytes,
+            model.texts,
+            chosen.tokenizer,
+            warnings=[*job.warnings, *lacks, *chosen.warnings],
+            notes=notes,
+            advice=list(model.head.advice),
+            model_tensors=model.tensor_count,
+            pipeline=model.head.pipeline,
+        )
 
     def estimates(self, resident: int) -> Iterator[MemoryEstimate]:
         """Estimate the peak memory for each matrix, and for each other tensor that is computed."""
         return merge_estimates(self.job, self._model, resident)
 
-    def tensor_bytes(self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]) -> Iterable[Piece]:
+    def tensor_bytes(
+        self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]
+    ) -> Iterable[Piece]:
         """Yield the bytes of a tensor by its recipe; the first tensor that uses a matrix's delta adds its metrics.
 
         Values that rounding leaves unchanged are counted while the bytes are made, and are in the metrics after the last piece.
@@ -670,9 +834,9 @@ def merge_estimates(job: Job, model: MergedModel, resident: int) -> Iterator[Mem
     for target in job.plan.targets:
         size = job.mitigation_bytes(target) + rows_bytes(job.plan.weights[target.tensor])
         if (entry := _entry(job.requantize, target)) is not None:
-            size += RECODED * min(RECODED_BYTES, 4 * math.prod(target.module.shape)) + FEEDBACK * entry.size * len(
-                entry.values
-            )
+            size += RECODED * min(
+                RECODED_BYTES, 4 * math.prod(target.module.shape)
+            ) + FEEDBACK * entry.size * len(entry.values)
         yield MemoryEstimate(target.tensor, target.module.shape, resident + size)
     for output in (o for outputs in model.files.values() for o in outputs):
         rows = rows_bytes(output.recipe.weight) if isinstance(output.recipe, Rows) else 0
@@ -688,7 +852,9 @@ def _repeats(recipe: Recipe) -> bool:
     return isinstance(recipe, Requantize) and recipe.role != "weight"
 
 
-def merged_tensors(job: Job, monitor: Monitor, wanted: Callable[[str], bool] | None) -> Iterator[tuple[str, Tensor]]:
+def merged_tensors(
+    job: Job, monitor: Monitor, wanted: Callable[[str], bool] | None
+) -> Iterator[tuple[str, Tensor]]:
     """Yield the merged model's tensors, or those wanted, in file order and one at a time in memory; the call itself raises any refusal."""
     model = plan_merged(job.plan, job.dequantize)
     recipes = {output.name: output.recipe for outputs in model.files.values() for output in outputs}
@@ -696,10 +862,18 @@ def merged_tensors(job: Job, monitor: Monitor, wanted: Callable[[str], bool] | N
     made = [(info, recipes[info.name]) for info in infos if wanted is None or wanted(info.name)]
     most = max((info.nbytes for info, _ in made), default=0)
     resident = resident_bytes(AdapterBatch(job.plan.base, (job.plan,)), model.tensor_count)
-    detecting = detection_estimates([job.plan], job.detection, resident + most) if job.detects else ()
-    check_budget(itertools.chain(detecting, merge_estimates(job, model, resident + most)), job.detection.max_memory)
+    detecting = (
+        detection_estimates([job.plan], job.detection, resident + most) if job.detects else ()
+    )
+    check_budget(
+        itertools.chain(detecting, merge_estimates(job, model, resident + most)),
+        job.detection.max_memory,
+    )
     if job.detects:
-        own, targets = torch.get_num_threads(), {target.tensor: target for target in job.plan.targets}
+        own, targets = (
+            torch.get_num_threads(),
+            {target.tensor: target for target in job.plan.targets},
+        )
 
         @lru_cache(maxsize=1)  # quantized values and their scales follow each other
         def detected(tensor: str) -> Detection:
@@ -711,7 +885,9 @@ def merged_tensors(job: Job, monitor: Monitor, wanted: Callable[[str], bool] | N
     return _tensors(job, made, monitor)
 
 
-def _tensors(job: Job, made: list[tuple[TensorInfo, Recipe]], monitor: Monitor) -> Iterator[tuple[str, Tensor]]:
+def _tensors(
+    job: Job, made: list[tuple[TensorInfo, Recipe]], monitor: Monitor
+) -> Iterator[tuple[str, Tensor]]:
     progress = Progress(monitor, "write", sum(info.nbytes for info, _ in made), len(made))
     for info, recipe in made:
         progress.begin(info.name)

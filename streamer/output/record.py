@@ -17,7 +17,17 @@ from typing import Annotated, Any, Final, Literal, NotRequired, TypedDict
 from streamer.adapters.adapter_config import stated_options
 from streamer.detection.options import RANKS, DetectionRecord
 from streamer.errors import printable
-from streamer.json_types import Amount, Count, Keywords, ModuleName, OutputPath, Selection, Sha256, State, TensorName
+from streamer.json_types import (
+    Amount,
+    Count,
+    Keywords,
+    ModuleName,
+    OutputPath,
+    Selection,
+    Sha256,
+    State,
+    TensorName,
+)
 from streamer.methods import METHODS, MethodName, Shrink, takes_findings
 from streamer.methods.files import CoefficientsRecord, MapRecord
 from streamer.plan.carried_tensors import CarriedRecord
@@ -114,11 +124,18 @@ def totals(matrices: list[MitigatedMatrix], nbytes: int) -> Totals:
     """Sum the metrics of all matrices of an output of `nbytes` bytes."""
     before = math.sqrt(sum(m["delta_norm"] ** 2 for m in matrices))
     after = math.sqrt(sum(m["delta_norm_after"] ** 2 for m in matrices))
-    return {"matrices": len(matrices), "intruders": sum(len(m["intruders"]) for m in matrices),
-            "changed": sum(m["delta_norm_after"] != m["delta_norm"] for m in matrices),
-            "delta_norm": before, "delta_norm_after": after, "equal_norm_shrink": after / before if before > 0 else 1.0,
-            "dropped_max": max((m["dropped"] for m in matrices), default=0.0), "values": sum(m.get("values", 0) for m in matrices),
-            "rounded_away": sum(m.get("rounded_away", 0) for m in matrices), "bytes": nbytes}  # fmt: skip
+    return {
+        "matrices": len(matrices),
+        "intruders": sum(len(m["intruders"]) for m in matrices),
+        "changed": sum(m["delta_norm_after"] != m["delta_norm"] for m in matrices),
+        "delta_norm": before,
+        "delta_norm_after": after,
+        "equal_norm_shrink": after / before if before > 0 else 1.0,
+        "dropped_max": max((m["dropped"] for m in matrices), default=0.0),
+        "values": sum(m.get("values", 0) for m in matrices),
+        "rounded_away": sum(m.get("rounded_away", 0) for m in matrices),
+        "bytes": nbytes,
+    }
 
 
 class WrittenView(dict[str, Any]):
@@ -137,8 +154,16 @@ def record_lines(record: Mapping[str, Any], title: str | None = None) -> list[st
     title
         Start of a first line about the files: the output's location.
     """
-    t, method, lam, fitted = record["totals"], record["method"], record["lambda"], record.get("coefficients")
-    mitigated, norms = f"{t['changed']} of {t['matrices']} matrices mitigated", f"|delta| {t['delta_norm']:.4g}"
+    t, method, lam, fitted = (
+        record["totals"],
+        record["method"],
+        record["lambda"],
+        record.get("coefficients"),
+    )
+    mitigated, norms = (
+        f"{t['changed']} of {t['matrices']} matrices mitigated",
+        f"|delta| {t['delta_norm']:.4g}",
+    )
     if fitted is not None:
         each = METHODS[method].changes if method in METHODS else "as it was fitted"
         how = f"method {method}, to keep {100 * fitted['keep']:g}% of the learning: {mitigated}, {each}"
@@ -150,7 +175,9 @@ def record_lines(record: Mapping[str, Any], title: str | None = None) -> list[st
         how = f"method {method}, select {record['scale']}, lambda {lam:g}: {mitigated}, {counted(t['intruders'], 'intruder')} scaled"
     if lam != 1:
         norms += f" -> {t['delta_norm_after']:.4g}"
-    if lam != 1 and method != Shrink.name and t["equal_norm_shrink"] <= 1:  # a shrink cannot make a delta larger
+    if (
+        lam != 1 and method != Shrink.name and t["equal_norm_shrink"] <= 1
+    ):  # a shrink cannot make a delta larger
         norms += f"; baseline of equal norm: --method shrink --lambda {t['equal_norm_shrink']:.4f}"
     to_lora = record["to_lora"]
     kept = f"; written at the smallest ranks that keep {100 * (to_lora or 0):g} % of the energy"
@@ -171,18 +198,26 @@ def record_lines(record: Mapping[str, Any], title: str | None = None) -> list[st
         lines.append(
             "nothing was changed, since there is no intruder; to forget less, use `streamer repair`, or --method shrink"
         )
-    share = 100 * t.get("rounded_away", 0) / (t.get("values") or 1)  # earlier versions did not count them
+    share = (
+        100 * t.get("rounded_away", 0) / (t.get("values") or 1)
+    )  # earlier versions did not count them
     if share >= 0.05:  # not 0.0%
         unchanged = f"rounding left {share:.1f}% of the values in these matrices unchanged"
         lines.append(f"{unchanged}: the result is not exactly base + delta")
     if coded := [m for m in record["matrices"] if "survives" in m]:
-        kept, error = (100 * sum(m[key] for m in coded) / len(coded) for key in ("survives", "rounding_error"))
+        kept, error = (
+            100 * sum(m[key] for m in coded) / len(coded) for key in ("survives", "rounding_error")
+        )
         response = f"of the update's response to the map's inputs, {kept:.0f}% survives, with an error of {error:.0f}%"
-        lines.append(f"written in the base's codes: {response} (means of {counted(len(coded), 'matrix')})")
+        lines.append(
+            f"written in the base's codes: {response} (means of {counted(len(coded), 'matrix')})"
+        )
     if record["command"] == "mitigate":
         most = f"lost in projection: at most {100 * t['dropped_max']:.2f}% of a matrix's mitigated delta"
         worst = max(record["matrices"], key=lambda m: m["dropped"], default={"dropped": 0.0})
-        lines.append(f"{most}, in {worst['tensor']}" if worst["dropped"] >= 5e-5 else most)  # not 0.00%
+        lines.append(
+            f"{most}, in {worst['tensor']}" if worst["dropped"] >= 5e-5 else most
+        )  # not 0.00%
     return [printable(line) for line in lines]
 
 
@@ -228,14 +263,18 @@ class Card:
         """Write the card of an output with this record."""
         original = self.original.decode("utf-8", "surrogateescape")
         match = _HEAD.match(original)
-        head, body = (match[1].replace("\r\n", "\n"), original[match.end() :]) if match else (None, original)
+        head, body = (
+            (match[1].replace("\r\n", "\n"), original[match.end() :]) if match else (None, original)
+        )
         blocks = {} if head is None else _blocks(head)
         merged, sources = record["command"] == "merge", (record["base"], record["adapter"])
         make_head = _merged_head if merged else _adapter_head
         front = head if blocks is None else make_head(self, sources, blocks)
         if merged and body.strip():
             what, source = ("fine-tuned", sources[1]) if self.tuned else ("base", sources[0])
-            title = f"# Card of the {what} model\n\nThe rest is the unchanged card of {_name(source)}."
+            title = (
+                f"# Card of the {what} model\n\nThe rest is the unchanged card of {_name(source)}."
+            )
             body = f"{title}\n\n{body.lstrip()}"
         base, adapter = (_safe(source["name"]) for source in sources)
         title = f"{base} with {adapter} merged in" if merged else f"{adapter}, mitigated"
@@ -254,11 +293,19 @@ def _blocks(head: str) -> dict[str, str] | None:
             if key in blocks:
                 return None
             blocks[key] = ""
-        elif line.strip() and not line.startswith("#") and not (key and (line.startswith((" ", "- ")) or line == "-")):
+        elif (
+            line.strip()
+            and not line.startswith("#")
+            and not (key and (line.startswith((" ", "- ")) or line == "-"))
+        ):
             return None
         blocks[key] = blocks.get(key, "") + line + "\n"
     # An alias refers to another key, which may not be kept.
-    return None if any(_ALIAS.search(blocks.get(key, "")) for key in (*KEPT, "tags", "base_model")) else blocks
+    return (
+        None
+        if any(_ALIAS.search(blocks.get(key, "")) for key in (*KEPT, "tags", "base_model"))
+        else blocks
+    )
 
 
 def _merged_head(card: Card, sources: tuple[NameSource, NameSource], blocks: dict[str, str]) -> str:
@@ -267,22 +314,33 @@ def _merged_head(card: Card, sources: tuple[NameSource, NameSource], blocks: dic
     base_entries = {key: blocks[key] for key in KEPT if key in blocks}
     # If its class differs from the base's, the model does not belong to the base's library (such as sentence-transformers).
     if card.pipeline or "library_name" not in base_entries:
-        base_entries["library_name"] = f"library_name: {'diffusers' if card.diffusers else 'transformers'}\n"
+        base_entries["library_name"] = (
+            f"library_name: {'diffusers' if card.diffusers else 'transformers'}\n"
+        )
     if card.pipeline:
         base_entries["pipeline_tag"] = f"pipeline_tag: {card.pipeline}\n"
     sources_head = ""
     if "model_id" in sources[0]:
         # In the hub's terms, a model from several is a merge, and a model trained from a base is a finetune.
-        sources_head = _list("base_model", ids) + f"base_model_relation: {'merge' if len(ids) > 1 else 'finetune'}\n"
+        sources_head = (
+            _list("base_model", ids)
+            + f"base_model_relation: {'merge' if len(ids) > 1 else 'finetune'}\n"
+        )
     of_adapter = () if card.tuned else ("lora",) if card.diffusers else ("peft", "lora")
-    return sources_head + _list("tags", [TAG, "merged", *of_adapter]) + "".join(base_entries.values())
+    return (
+        sources_head + _list("tags", [TAG, "merged", *of_adapter]) + "".join(base_entries.values())
+    )
 
 
-def _adapter_head(card: Card, sources: tuple[NameSource, NameSource], blocks: dict[str, str]) -> str:
+def _adapter_head(
+    card: Card, sources: tuple[NameSource, NameSource], blocks: dict[str, str]
+) -> str:
     """Make the head of an adapter's card: its own head, with its base and our tag."""
     base = sources[0].get("model_id")
     # PEFT writes the path of a local base here, which the hub refuses.
-    blocks = {key: text for key, text in blocks.items() if key != "base_model" or not _PATH.search(text)}
+    blocks = {
+        key: text for key, text in blocks.items() if key != "base_model" or not _PATH.search(text)
+    }
     if "base_model" not in blocks and base is not None:
         blocks["base_model"] = f"base_model: {_scalar(base)}\n"
     if "tags" in blocks:
@@ -298,8 +356,14 @@ def _with_tag(block: str) -> str:
     items = re.fullmatch(r"tags *: *(?:\[([^\[\]#\"']*)\] *)?\n((?: *- .*\n)*)\s*", block)
     if items is None:
         return block
-    tags = [*(items[1] or "").split(","), *(line.strip()[2:] for line in items[2].splitlines()), TAG]
-    return "tags:\n" + "".join(f"- {tag}\n" for tag in dict.fromkeys(tag.strip() for tag in tags) if tag)
+    tags = [
+        *(items[1] or "").split(","),
+        *(line.strip()[2:] for line in items[2].splitlines()),
+        TAG,
+    ]
+    return "tags:\n" + "".join(
+        f"- {tag}\n" for tag in dict.fromkeys(tag.strip() for tag in tags) if tag
+    )
 
 
 def _list(key: str, values: Sequence[str]) -> str:
@@ -324,24 +388,45 @@ def _name(source: NameSource) -> str:
 
 def _facts(record: Record) -> str:
     """Describe how an output was made, as a table, lists, and commands."""
-    base, adapter, detection, fitted = record["base"], record["adapter"], record["detection"], record["coefficients"]
-    rows = [(what, f"{_name(s)}, digest `{s['digest']}`") for what, s in (("base", base), ("adapter", adapter))]
-    if (named := adapter.get("base_model_name_or_path")) not in (None, base["name"], base.get("model_id")):
+    base, adapter, detection, fitted = (
+        record["base"],
+        record["adapter"],
+        record["detection"],
+        record["coefficients"],
+    )
+    rows = [
+        (what, f"{_name(s)}, digest `{s['digest']}`")
+        for what, s in (("base", base), ("adapter", adapter))
+    ]
+    if (named := adapter.get("base_model_name_or_path")) not in (
+        None,
+        base["name"],
+        base.get("model_id"),
+    ):
         rows.append(("trained on", f"the adapter's config names `{named}` as its base"))
     if used := fitted or record.get("map"):
         rows.append(("coefficients" if fitted else "map", f"digest `{used['sha256'][:16]}`"))
     if detection is not None:
         scaled = sum(bool(m["intruders"]) for m in record["matrices"])
         rows.append(("intruders", f"scaled in {scaled} of {detection['matrices']} matrices"))
-        rows.append(("certified", f"the decisions on {detection['certified']} of {detection['matrices']} matrices"))
+        rows.append(
+            (
+                "certified",
+                f"the decisions on {detection['certified']} of {detection['matrices']} matrices",
+            )
+        )
     rows.append(("made with", f"intruder-streamer {record['version']}"))
     table = "| | |\n|---|---|\n" + "".join(f"| {key} | {value} |\n" for key, value in rows)
     lists = {
         "Result": record_lines(record),
-        "Measured on held-out sequences, on which the weight between the texts was chosen": record.get("measured", ()),
+        "Measured on held-out sequences, on which the weight between the texts was chosen": record.get(
+            "measured", ()
+        ),
         "Warnings and advice": [*record["warnings"], *record["advice"]],
     }
-    points = {what: "".join(f"- {printable(line)}\n" for line in lines) for what, lines in lists.items()}
+    points = {
+        what: "".join(f"- {printable(line)}\n" for line in lines) for what, lines in lists.items()
+    }
     listed = (f"{what}:\n\n{lines}" for what, lines in points.items() if lines)
     check = verify_line(base["name"], adapter["name"], record)
     command = f"```sh\n{printable(command_line(record))}\n{printable(check)}\n```\n"
@@ -356,16 +441,29 @@ def verify_line(base: str, adapter: str, record: Mapping[str, Any]) -> str:
     """Write the command that recomputes an output, or checks its digests if it holds codes."""
     if record.get("requantize"):
         return "streamer verify OUTPUT"
-    return shlex.join(["streamer", "verify", "OUTPUT", base, adapter, "--sample", "all", *_file_option(record)])
+    return shlex.join(
+        ["streamer", "verify", "OUTPUT", base, adapter, "--sample", "all", *_file_option(record)]
+    )
 
 
 def _file_option(record: Mapping[str, Any]) -> list[str]:
-    return ["--map" if "map" in record else "--coefficients", record["file"]] if "file" in record else []
+    return (
+        ["--map" if "map" in record else "--coefficients", record["file"]]
+        if "file" in record
+        else []
+    )
 
 
 def command_line(record: Record) -> str:
     """Write the command that makes an output, with the names of its inputs instead of paths."""
-    words = ["streamer", record["command"], record["base"]["name"], record["adapter"]["name"], "-o", "OUTPUT"]
+    words = [
+        "streamer",
+        record["command"],
+        record["base"]["name"],
+        record["adapter"]["name"],
+        "-o",
+        "OUTPUT",
+    ]
     lam, fitted = record["lambda"], record["coefficients"]
     if fitted is not None:
         words += ["--method", record["method"], *_file_option(record)]
@@ -374,7 +472,12 @@ def command_line(record: Record) -> str:
         words += ["--lambda", _number(lam), "--method", record["method"]]
         words += _file_option(record) or ["--select", record["scale"]]
     if (detection := record["detection"]) is not None:
-        words += ["--top-k", str(detection["top_k"]), "--epsilon", _number(detection["threshold_epsilon"])]
+        words += [
+            "--top-k",
+            str(detection["top_k"]),
+            "--epsilon",
+            _number(detection["threshold_epsilon"]),
+        ]
         words += ["--solver", detection["solver"]]
     if record["to_lora"] is not None:
         words += ["--to-lora", str(record["to_lora"])]

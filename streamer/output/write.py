@@ -41,8 +41,14 @@ class PartialShard(NamedTuple):
     matrices: list[MitigatedMatrix]
 
 
-def write_part(batch: AdapterBatch, monitor: Monitor, described: SharedValue[dict[str, Any]], number: int, path: str,
-               name: str) -> PartialShard:  # fmt: skip
+def write_part(
+    batch: AdapterBatch,
+    monitor: Monitor,
+    described: SharedValue[dict[str, Any]],
+    number: int,
+    path: str,
+    name: str,
+) -> PartialShard:
     """Write a shard of a merged model in a worker.
 
     Parameters
@@ -53,7 +59,10 @@ def write_part(batch: AdapterBatch, monitor: Monitor, described: SharedValue[dic
         The output's directory and the file's name.
     """
     plan, metrics = batch.plans[number], list[MitigatedMatrix]()
-    key, make = (described.digest, path), lambda: ModelWriter(Job(plan=plan, **described.value), Path(path))
+    key, make = (
+        (described.digest, path),
+        lambda: ModelWriter(Job(plan=plan, **described.value), Path(path)),
+    )
     writer = cached_in_process("writer", key, make, lambda writer: writer.job.plan is plan)
     shard = writer.shard(name, writer.job)
     with threads(), ShardFile(Path(path), shard, renames=False) as file:
@@ -92,7 +101,9 @@ def inspect_jobs(writers: Sequence[Writer], options: Run) -> Sequence[str]:
             check_budget(writer.needs(resident), writer.job.detection.max_memory)
         states.append(state)
     if len(writers) > 1:
-        todo = [(w.output, state) for w, state in zip(writers, states, strict=True) if state != "done"]
+        todo = [
+            (w.output, state) for w, state in zip(writers, states, strict=True) if state != "done"
+        ]
         missing = sum(transaction.missing_bytes(*arguments) for arguments in todo)
         at_most = any(writer.output.temporary for writer in writers)
         transaction.check_space(writers[0].path.parent, missing, at_most=at_most)
@@ -108,7 +119,9 @@ def run_jobs(writers: Sequence[Writer], options: Run) -> list[Written]:
     monitor, states = options.monitor, inspect_jobs(writers, options)
     for line in dict.fromkeys(line for writer in writers for line in writer.warnings):
         monitor.emit(Event("warning", line))
-    for path, output in ((w.path, w.output) for w, state in zip(writers, states, strict=True) if state == "done"):
+    for path, output in (
+        (w.path, w.output) for w, state in zip(writers, states, strict=True) if state == "done"
+    ):
         monitor.note(f"{path} holds this very output already; nothing to do")
         if any(
             (path / name).exists() for name in (transaction.LOCK_NAME, OWN_FINDINGS)
@@ -116,31 +129,50 @@ def run_jobs(writers: Sequence[Writer], options: Run) -> list[Written]:
             with locked(path / transaction.LOCK_NAME):
                 discard_own_findings(path)
         # For `make`: the files, then the commit point, the record and the directory.
-        transaction.touch([*(path / name for name, _ in output.files), path / transaction.RECORD_NAME, path], monitor)
+        transaction.touch(
+            [*(path / name for name, _ in output.files), path / transaction.RECORD_NAME, path],
+            monitor,
+        )
     todo = [writer for writer, state in zip(writers, states, strict=True) if state != "done"]
-    with transaction.open_outputs([writer.output for writer in todo], options.overwrite, options.resume) as outs:
+    with transaction.open_outputs(
+        [writer.output for writer in todo], options.overwrite, options.resume
+    ) as outs:
         of = sum(sum(w.items.values()) for w in todo)
         progress = Progress(monitor, "write", sum(w.output.total_bytes for w in todo), of)
         names = [w.job.plan.adapter.path.absolute().name if len(todo) > 1 else "" for w in todo]
         runs = [_Run(*parts, progress, monitor) for parts in zip(todo, outs, names, strict=True)]
-        for line in dict.fromkeys(line for run in runs for line in (*run.writer.notes, *run.writer.advice)):
+        for line in dict.fromkeys(
+            line for run in runs for line in (*run.writer.notes, *run.writer.advice)
+        ):
             monitor.note(line)
         for run in runs:
             run.look()
         if resumed := [run for run in runs if run.out.resumed]:
-            monitor.resuming(progress.items, sum(sum(run.writer.items.values()) for run in resumed), "tensor")
+            monitor.resuming(
+                progress.items, sum(sum(run.writer.items.values()) for run in resumed), "tensor"
+            )
         # Deltas remain to be mitigated, but their findings are missing.
-        if unjudged := [run for run in runs if run.job.detects and any(map(run.is_missing, run.writer.shards))]:
+        if unjudged := [
+            run for run in runs if run.job.detects and any(map(run.is_missing, run.writer.shards))
+        ]:
             # Into the output directories: resumable like everything else.
             for run in unjudged:
                 if not run.out.resumed:
                     discard_own_findings(run.out.path)
-            batch, paths = batch_of([run.writer for run in unjudged]), [run.out.path / OWN_FINDINGS for run in unjudged]
-            resuming, detection = replace(options, overwrite=False, resume=True), unjudged[0].job.detection
+            batch, paths = (
+                batch_of([run.writer for run in unjudged]),
+                [run.out.path / OWN_FINDINGS for run in unjudged],
+            )
+            resuming, detection = (
+                replace(options, overwrite=False, resume=True),
+                unjudged[0].job.detection,
+            )
             detected = detect_to_files(batch, paths, detection, resuming, resident_of(writers))
             for run, findings in zip(unjudged, detected, strict=True):
                 run.job = replace(run.job, findings=findings)
-        inputs = Inputs.of(batch_of(todo), options) if todo and options.workers is not None else None
+        inputs = (
+            Inputs.of(batch_of(todo), options) if todo and options.workers is not None else None
+        )
         with threads(), kept_open(options.workers):
             for number, run in enumerate(runs):
                 run.write_small({**dict(run.writer.copies), **run.writer.texts})
@@ -177,8 +209,14 @@ class _Run:
         The writer's job, with the findings once they are made.
     """
 
-    def __init__(self, writer: Writer, out: transaction.OutputDirectory, adapter: str, progress: Progress,
-                 monitor: Monitor) -> None:  # fmt: skip
+    def __init__(
+        self,
+        writer: Writer,
+        out: transaction.OutputDirectory,
+        adapter: str,
+        progress: Progress,
+        monitor: Monitor,
+    ) -> None:
         self.writer, self.job, self.out, self.monitor = writer, writer.job, out, monitor
         self._progress, self._adapter, self._finished = progress, adapter, set[str]()
         self._sizes = dict(self.writer.output.files)
@@ -211,7 +249,9 @@ class _Run:
             self._write(name, files[name])
 
     def _write(self, name: str, data: Path | bytes) -> None:
-        with self.out.file(name, len(data) if isinstance(data, bytes) else self._sizes[name]) as file:
+        with self.out.file(
+            name, len(data) if isinstance(data, bytes) else self._sizes[name]
+        ) as file:
             file.write(data) if isinstance(data, bytes) else file.copy(data)
             file.complete()
             self.job.plan.check_unchanged()
@@ -225,16 +265,24 @@ class _Run:
         number
             Index of the plan in the batch that `inputs` describe.
         """
-        names = [name for name in self.writer.shards if name not in self._finished and name != self._last]
+        names = [
+            name for name in self.writer.shards if name not in self._finished and name != self._last
+        ]
         if not names:
             return
-        described = SharedValue({f.name: getattr(self.job, f.name) for f in fields(Job) if f.name != "plan"})
-        step = partial(write_part, described=described, number=number, path=str(self.out.path.absolute()))
+        described = SharedValue(
+            {f.name: getattr(self.job, f.name) for f in fields(Job) if f.name != "plan"}
+        )
+        step = partial(
+            write_part, described=described, number=number, path=str(self.out.path.absolute())
+        )
         tasks = {name: Task(inputs, 1, name, partial(step, name=name)) for name in names}
         with contextlib.closing(workers.run(tasks, self.monitor, self._begin)) as results:
             for name, part in results:
                 self.job.plan.check_unchanged()
-                self.out.take(name, part.partial_name, part.nbytes, part.sha256, matrices=part.matrices)
+                self.out.take(
+                    name, part.partial_name, part.nbytes, part.sha256, matrices=part.matrices
+                )
                 self._finish(name)
         for shard in (self.out.path / name for name in names):
             remove_partials(shard.parent, {shard.name})  # of workers that died
@@ -266,7 +314,9 @@ class _Run:
         self._write_card(matrices)
         self._begin("")
         discard_own_findings(self.out.path)
-        record = self._record(matrices, sum(self.out.entry(name)["bytes"] for name, _ in self.writer.output.files))
+        record = self._record(
+            matrices, sum(self.out.entry(name)["bytes"] for name, _ in self.writer.output.files)
+        )
         self.out.commit(cast(dict[str, Any], record))
 
     def _matrices(self, last: list[MitigatedMatrix] | None = None) -> list[MitigatedMatrix]:
@@ -301,7 +351,9 @@ def _write_shards(runs: Sequence[_Run]) -> None:
             base = files.get(name, next(iter(files.values())))
             # Of each tensor to write: where the base's tensor starts, its place in its shard, and the shard's number.
             steps = list[tuple[int, int, int]]()
-            starts = {info.name: info.start for info in base.header.tensors} if name in files else {}
+            starts = (
+                {info.name: info.start for info in base.header.tensors} if name in files else {}
+            )
             with contextlib.ExitStack() as opened:
                 # The context entered last is left first, and the first run must finish first.
                 shards = [opened.enter_context(run.shard(name)) for run in reversed(group)][::-1]
@@ -325,7 +377,9 @@ MOST_LOST = 0.01
 """Largest share of a mitigated delta's Frobenius norm that may be lost without a warning."""
 
 
-def truncation_warnings(matrices: Sequence[MitigatedMatrix], remedy: Callable[[], str]) -> list[str]:
+def truncation_warnings(
+    matrices: Sequence[MitigatedMatrix], remedy: Callable[[], str]
+) -> list[str]:
     """Report how many matrices lose more than `MOST_LOST`, and which loses most; return an empty list if none does.
 
     Parameters
@@ -350,7 +404,9 @@ def _warnings(writer: Writer, matrices: Sequence[MitigatedMatrix]) -> list[str]:
     The method ``project`` stays within the adapter's own columns.
     """
     job = writer.job
-    if isinstance(writer.to_lora, float):  # the requested share of the energy states what may be lost
+    if isinstance(
+        writer.to_lora, float
+    ):  # the requested share of the energy states what may be lost
         return []
 
     def remedy() -> str:

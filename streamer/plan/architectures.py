@@ -37,7 +37,9 @@ def table() -> dict[str, Any]:
         ``tie_rules``: rule → model types. ``always``: the weights are always tied; ``not_alone``: the config key states more than this tie;
         ``of_text``: the ``text_config`` can also state the tie; ``default``: tied by default.
     """
-    data = gzip.decompress(resources.files(__package__).joinpath("architectures.json.gz").read_bytes())
+    data = gzip.decompress(
+        resources.files(__package__).joinpath("architectures.json.gz").read_bytes()
+    )
     head, *lines = data.decode().splitlines()
     return {**json.loads(head), "lines": lines}
 
@@ -60,7 +62,9 @@ def record_of(name: str) -> Mapping[str, Any] | None:
 def conv1d_names() -> frozenset[str]:
     """List the last names of modules that some class stores (in, out), such as ``c_proj``: in an unknown class they may be either way."""
     records = filter(None, map(record_of, table()["classes"]))
-    return frozenset(pattern.rpartition(".")[2] for of in records for pattern in of.get("transposed", ()))
+    return frozenset(
+        pattern.rpartition(".")[2] for of in records for pattern in of.get("transposed", ())
+    )
 
 
 TIE_KEY = "tie_word_embeddings"
@@ -195,11 +199,16 @@ class Architecture:
 
     def vocabulary_keys(self, parameter: str) -> tuple[str, ...] | None:
         """Return the config keys that state the number of rows of a tensor with a row for each token; None for any other tensor."""
-        return next((self.vocabulary[p] for p in self._spellings(parameter) if p in self.vocabulary), None)
+        return next(
+            (self.vocabulary[p] for p in self._spellings(parameter) if p in self.vocabulary), None
+        )
 
     def stack_orientation(self, parameter: str) -> str:
         """Return the orientation of each matrix in a stack of experts, ``out,in`` or ``in,out``; empty if the table does not say."""
-        return next((self.expert_stacks[p] for p in self._spellings(parameter) if p in self.expert_stacks), "")
+        return next(
+            (self.expert_stacks[p] for p in self._spellings(parameter) if p in self.expert_stacks),
+            "",
+        )
 
     def disk_patterns(self, name: str) -> tuple[str, ...]:
         """Return the patterns on disk of a tensor that the table names."""
@@ -232,9 +241,13 @@ def architecture_for(config: ModelConfig, name: str | None = None) -> Architectu
     of_type, named = classes_of(config.model_type), name or config.architecture
     unknown = named is not None and not of_type
     cls = named or next(iter(config.architectures or (of_type if len(of_type) == 1 else ())), None)
-    if not isinstance(cls, str) or not (unknown or config.values.get("model_type") is None or cls in of_type):
+    if not isinstance(cls, str) or not (
+        unknown or config.values.get("model_type") is None or cls in of_type
+    ):
         return None
-    return _architecture(cls, {k: v for k, v in config.values.items() if not unknown or k != "model_type"}, ())
+    return _architecture(
+        cls, {k: v for k, v in config.values.items() if not unknown or k != "model_type"}, ()
+    )
 
 
 def architectures_for(config: ModelConfig) -> tuple[Architecture, ...]:
@@ -271,10 +284,14 @@ def with_architecture(config: ModelConfig, name: str | None) -> ModelConfig:
 
 def classes_of(model_type: str | None) -> tuple[str, ...]:
     """Return the classes that a config of this type can have; empty if the table has none."""
-    return tuple(table()["types"].get(model_type, ())) if model_type else ()  # the table has classes of no type
+    return (
+        tuple(table()["types"].get(model_type, ())) if model_type else ()
+    )  # the table has classes of no type
 
 
-def _architecture(name: str, config: Mapping[str, Any], place: tuple[str, ...]) -> Architecture | None:
+def _architecture(
+    name: str, config: Mapping[str, Any], place: tuple[str, ...]
+) -> Architecture | None:
     """Return the facts about a class whose own config is at `place`."""
     record = record_of(name)
     if record is None:
@@ -298,11 +315,17 @@ def _architecture(name: str, config: Mapping[str, Any], place: tuple[str, ...]) 
         for run_time in _named(part)
     }
     disk_names |= {run_time: tuple(names) for run_time, names in record.get("disk", {}).items()}
-    moved = [replace(t, name=f"{p}.{t.name}", source=f"{p}.{t.source}") for p, part in inner.items() for t in part.ties]
+    moved = [
+        replace(t, name=f"{p}.{t.name}", source=f"{p}.{t.source}")
+        for p, part in inner.items()
+        for t in part.ties
+    ]
     ties = {(t.name, t.source): t for t in moved}
     for pattern, tied_to, *stated in record.get("ties", ()):
         keys = tuple((*place, *key, TIE_KEY) for key, _ in stated)
-        tied = not stated or any(_flag(config, key, bool(d)) for key, (_, d) in zip(keys, stated, strict=True))
+        tied = not stated or any(
+            _flag(config, key, bool(d)) for key, (_, d) in zip(keys, stated, strict=True)
+        )
         rules = table()["tie_rules"]
         if record["type"] in rules["of_text"]:
             text = _at(config, (*place, "text_config"))
@@ -316,7 +339,11 @@ def _architecture(name: str, config: Mapping[str, Any], place: tuple[str, ...]) 
         ties[pattern, tied_to] = Tie(pattern, tied_to, keys, tied)
 
     def nested(facts: str) -> dict[str, Any]:
-        return {f"{path}.{n}": fact for path, a in inner.items() for n, fact in getattr(a, facts).items()}
+        return {
+            f"{path}.{n}": fact
+            for path, a in inner.items()
+            for n, fact in getattr(a, facts).items()
+        }
 
     def named(facts: str) -> set[str]:
         return {f"{path}.{n}" for path, a in inner.items() for n in getattr(a, facts)}
@@ -326,20 +353,32 @@ def _architecture(name: str, config: Mapping[str, Any], place: tuple[str, ...]) 
         name=name,
         model_type=record["type"],
         base_prefix=record.get("prefix", ""),
-        vocabulary=nested("vocabulary") | {n: (*place, *keys) for n, keys in record.get("vocabulary", {}).items()},
+        vocabulary=nested("vocabulary")
+        | {n: (*place, *keys) for n, keys in record.get("vocabulary", {}).items()},
         ties=tuple(ties.values()),
         input_embedding=_embedding(record.get("input"), "input_embedding", inner),
         output_embedding=_embedding(record.get("output"), "output_embedding", inner),
         expert_stacks=nested("expert_stacks") | record.get("stacks", {}),
-        disk_names={run_time: names for run_time, names in disk_names.items() if names != (run_time,)},
+        disk_names={
+            run_time: names for run_time, names in disk_names.items() if names != (run_time,)
+        },
         may_be_missing=tuple(dict.fromkeys(may_miss)),
         parts=tuple(parts),
-        **{facts: frozenset(named(facts)).union(record.get(key, ())) for facts, key in GATHERED.items()},
+        **{
+            facts: frozenset(named(facts)).union(record.get(key, ()))
+            for facts, key in GATHERED.items()
+        },
     )
 
 
-GATHERED = {"tensors": "tensors", "embeddings": "embeddings", "conv1d": "transposed", "matrices": "matrices",
-            "saved_buffers": "buffers", "unsaved": "unsaved"}  # fmt: skip
+GATHERED = {
+    "tensors": "tensors",
+    "embeddings": "embeddings",
+    "conv1d": "transposed",
+    "matrices": "matrices",
+    "saved_buffers": "buffers",
+    "unsaved": "unsaved",
+}
 """Sets of names that a class has in addition to its inner models': attributes of `Architecture`, and keys of the records."""
 
 
@@ -367,10 +406,21 @@ def _flag(config: Mapping[str, Any], keys: tuple[str, ...], default: bool) -> bo
 
 def _named(part: Architecture) -> set[str]:
     """Return the part's names for which the table knows the names on disk."""
-    modules = {*part.embeddings, *part.conv1d, *filter(None, (part.input_embedding, part.output_embedding))}
+    modules = {
+        *part.embeddings,
+        *part.conv1d,
+        *filter(None, (part.input_embedding, part.output_embedding)),
+    }
     tied = {name for tie in part.ties for name in (tie.name, tie.source)}
     weights = {f"{module}.weight" for module in modules}
-    return weights | tied | part.disk_names.keys() | part.expert_stacks.keys() | part.matrices | part.saved_buffers
+    return (
+        weights
+        | tied
+        | part.disk_names.keys()
+        | part.expert_stacks.keys()
+        | part.matrices
+        | part.saved_buffers
+    )
 
 
 def _embedding(path: str | None, kind: str, inner: Mapping[str, Architecture]) -> str | None:

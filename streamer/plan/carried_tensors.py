@@ -35,9 +35,13 @@ LABEL_HEAD = re.compile(
 """Names of the last layer of transformers' heads for classification and question answering, with a row for each label."""
 
 PIPELINES = {
-    "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification", "QUESTION_ANS": "question-answering",
-    "CAUSAL_LM": "text-generation", "SEQ_2_SEQ_LM": "text2text-generation", "FEATURE_EXTRACTION": "feature-extraction",
-}  # fmt: skip
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "CAUSAL_LM": "text-generation",
+    "SEQ_2_SEQ_LM": "text2text-generation",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
 """PEFT's task types, and the hub's names for the same tasks."""
 
 LABEL_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
@@ -92,7 +96,12 @@ def merged_architecture(config: ModelConfig, adapter: DeltaSource) -> Architectu
     task = adapter.config.get("task_type")
     cls = auto_class(config.model_type, task)
     bare = stated is None and not config.architectures
-    if bare and config.model_type and cls is None and isinstance(trained := adapter.config.get("auto_mapping"), dict):
+    if (
+        bare
+        and config.model_type
+        and cls is None
+        and isinstance(trained := adapter.config.get("auto_mapping"), dict)
+    ):
         cls = trained.get("base_model_class")
     of_task = None if cls is None else architecture_for(config, cls)
     labelled = task in LABEL_TASKS and any(LABEL_HEAD.search(c.name) for c in adapter.carried)
@@ -100,8 +109,9 @@ def merged_architecture(config: ModelConfig, adapter: DeltaSource) -> Architectu
     return of_task or stated if labelled or headless or bare else stated
 
 
-def implied_head(config: ModelConfig, task: object, saved: Mapping[str, tuple[int, ...]],
-                 names: Collection[str]) -> Head:  # fmt: skip
+def implied_head(
+    config: ModelConfig, task: object, saved: Mapping[str, tuple[int, ...]], names: Collection[str]
+) -> Head:
     """Update a model's config for the head that an adapter saves.
 
     Parameters
@@ -118,13 +128,21 @@ def implied_head(config: ModelConfig, task: object, saved: Mapping[str, tuple[in
     out, id2label = dict(config.values), config.values.get("id2label")
     notes: list[str] = []
     advice: list[str] = []
-    rows = {s[0] for name, s in saved.items() if s and (m := LABEL_HEAD.search(name)) and m["parameter"] == "weight"}
+    rows = {
+        s[0]
+        for name, s in saved.items()
+        if s and (m := LABEL_HEAD.search(name)) and m["parameter"] == "weight"
+    }
     labels = rows.pop() if len(rows) == 1 else None
     if labels is not None and not config.values:
-        advice.append(f"the base has no config.json: load the model with a config of num_labels={labels}")
+        advice.append(
+            f"the base has no config.json: load the model with a config of num_labels={labels}"
+        )
     elif task in LABEL_TASKS and not any(map(LABEL_HEAD.search, names)):
         load = "load the model with the class and the num_labels of its training"
-        advice.append(f"the adapter is for {task}, but neither it nor the base has a known head: {load}")
+        advice.append(
+            f"the adapter is for {task}, but neither it nor the base has a known head: {load}"
+        )
     if not config.values:
         return Head(config, advice=tuple(advice))
     if labels is not None and _set_labels(out, labels):
@@ -149,15 +167,26 @@ def implied_head(config: ModelConfig, task: object, saved: Mapping[str, tuple[in
                 f"the adapter is for {task}, but neither it nor the base has the head of {cls}, which loading would create with random "
                 f"values: config.json keeps {old or 'no class'}; merge into the model on which the adapter was trained"
             )
-    elif cls is None and labels is not None and not re.search(r"Classification|QuestionAnswering", old):
+    elif (
+        cls is None
+        and labels is not None
+        and not re.search(r"Classification|QuestionAnswering", old)
+    ):
         advice.append(
             f"no class for {config.model_type!r} and the task {task} is known: load the model with the class used to train the adapter"
         )
     changed = out.get("architectures") != config.values.get("architectures")
-    return Head(replace(config, values=out), PIPELINES[str(task)] if changed else "", tuple(notes), tuple(advice))
+    return Head(
+        replace(config, values=out),
+        PIPELINES[str(task)] if changed else "",
+        tuple(notes),
+        tuple(advice),
+    )
 
 
-def _fits_task(task: str, old: str, model_type: object, saved: Mapping[str, tuple[int, ...]]) -> bool:
+def _fits_task(
+    task: str, old: str, model_type: object, saved: Mapping[str, tuple[int, ...]]
+) -> bool:
     """Test whether the task's class may replace the stated class: only a bare model or a classifier may be replaced."""
     if task in LABEL_TASKS or not old:
         return True
@@ -172,13 +201,23 @@ def _has_head(task: str, config: ModelConfig, names: Collection[str]) -> bool:
         return any(map(LABEL_HEAD.search, names))
     cls = auto_class(config.model_type, task)
     architecture = None if cls is None else architecture_for(config, cls)
-    if task not in LANGUAGE_TASKS or architecture is None or (head := architecture.output_embedding) is None:
+    if (
+        task not in LANGUAGE_TASKS
+        or architecture is None
+        or (head := architecture.output_embedding) is None
+    ):
         return True
     # The head's outermost module holds everything between model and vocabulary: ``lm_head.decoder`` → ``lm_head.``.
-    modules = tuple(f"{name.partition('.')[0]}." for name in (head, *architecture.disk_patterns(f"{head}.weight")))
+    modules = tuple(
+        f"{name.partition('.')[0]}."
+        for name in (head, *architecture.disk_patterns(f"{head}.weight"))
+    )
     ties, model_type = packaged(AUTO_CLASSES)["ties"][task], config.model_type
     # If the config states nothing, the class's default applies.
-    default, possible = model_type in ties["default"], any(model_type in types for types in ties.values())
+    default, possible = (
+        model_type in ties["default"],
+        any(model_type in types for types in ties.values()),
+    )
     tied = default if config.tied is None else config.tied and possible
     return tied or any(name.startswith(modules) for name in names)
 
@@ -257,10 +296,22 @@ class TensorEdits:
 
     def listed(self, base: Checkpoint, of_model: bool) -> list[CarriedRecord]:
         """List the edits as JSON values; edits `of_model`, a fine-tuned model, only if they differ from the base."""
-        lines = [(name, "replaced" if name in base.weight_map else "new", part) for name, part in self.sources.items()
-                 if not (of_model and name in base.weight_map and equal(part, StoredTensor(*base.locate(name))))]  # fmt: skip
-        lines += [(name, f"plus {scaling:g} times", part) for name, (part, scaling) in self.shifts.items()]
-        lines += [(name, f"{len(indices)} rows replaced", part) for name, (part, indices) in self.rows.items()]
+        lines = [
+            (name, "replaced" if name in base.weight_map else "new", part)
+            for name, part in self.sources.items()
+            if not (
+                of_model
+                and name in base.weight_map
+                and equal(part, StoredTensor(*base.locate(name)))
+            )
+        ]
+        lines += [
+            (name, f"plus {scaling:g} times", part) for name, (part, scaling) in self.shifts.items()
+        ]
+        lines += [
+            (name, f"{len(indices)} rows replaced", part)
+            for name, (part, indices) in self.rows.items()
+        ]
         changes = [(name, change, part.info.name) for name, change, part in lines]
         changes += [(name, "dropped", reason) for name, reason in sorted(self.dropped.items())]
         return [{"tensor": name, "change": change, "by": by} for name, change, by in changes]
@@ -272,8 +323,15 @@ class TensorEdits:
         return config.untied(self.untied)
 
 
-def match_carried(base: Checkpoint, adapter: DeltaSource, matched: Mapping[str, str], renames: Renames, weights: WeightView,
-                  aliases: Mapping[str, StoredTensor], vocabulary: Mapping[str, VocabularyTensor]) -> TensorEdits:  # fmt: skip
+def match_carried(
+    base: Checkpoint,
+    adapter: DeltaSource,
+    matched: Mapping[str, str],
+    renames: Renames,
+    weights: WeightView,
+    aliases: Mapping[str, StoredTensor],
+    vocabulary: Mapping[str, VocabularyTensor],
+) -> TensorEdits:
     """Match every carried tensor of an adapter to its tensor in the merged model.
 
     Parameters
@@ -301,7 +359,9 @@ def match_carried(base: Checkpoint, adapter: DeltaSource, matched: Mapping[str, 
     loaded = renames.loaded(known.keys() | quantized)
     by_run_time = {now: name for name, now, by, _, _ in loaded if by is None}
     built = {now: name for name, now, by, _, _ in loaded if by is not None}
-    exchanges = sorted({prefix_exchange(m, tensor.removesuffix(".weight")) for m, tensor in matched.items()})
+    exchanges = sorted(
+        {prefix_exchange(m, tensor.removesuffix(".weight")) for m, tensor in matched.items()}
+    )
     problems: list[str] = []
     trained: set[str] = set()
     sources: dict[str, StoredTensor] = {}
@@ -311,9 +371,13 @@ def match_carried(base: Checkpoint, adapter: DeltaSource, matched: Mapping[str, 
     for c in sorted(adapter.carried, key=lambda c: c.role != "saved"):
         if c.role == "original":
             continue
-        exchanged = [add + c.name[len(strip) :] for strip, add in exchanges if c.name.startswith(strip)]
+        exchanged = [
+            add + c.name[len(strip) :] for strip, add in exchanges if c.name.startswith(strip)
+        ]
         names = (c.name, by_run_time.get(c.name), *exchanged)
-        matches = [*dict.fromkeys(n for n in names if n is not None and (n in known or n in quantized))]
+        matches = [
+            *dict.fromkeys(n for n in names if n is not None and (n in known or n in quantized))
+        ]
         if len(matches) > 1:
             problems.append(f"{c.source!r} is ambiguous: it could be {listed(map(repr, matches))}")
             continue
@@ -329,11 +393,15 @@ def match_carried(base: Checkpoint, adapter: DeltaSource, matched: Mapping[str, 
         name = matches[0] if matches else exchanged[0] if len({*exchanged}) == 1 else c.name
         tensor = adapter.tensors[c.source]
         if name in quantized:
-            if c.role == "tokens" and (problem := _misfit_of_tokens(c, tensor.info.shape, name, weights[name].shape)):
+            if c.role == "tokens" and (
+                problem := _misfit_of_tokens(c, tensor.info.shape, name, weights[name].shape)
+            ):
                 problems.append(problem)
         elif name in known:
             replaced = sources.get(name) or known[name]
-            if problem := _misfit(c, tensor.info, replaced.info, name in vocabulary, bool(vocabulary)):
+            if problem := _misfit(
+                c, tensor.info, replaced.info, name in vocabulary, bool(vocabulary)
+            ):
                 problems.append(problem)
             if c.role != "saved" or tensor.info.dtype != replaced.info.dtype:
                 for part in (tensor, replaced):
@@ -341,7 +409,9 @@ def match_carried(base: Checkpoint, adapter: DeltaSource, matched: Mapping[str, 
         if c.role == "saved":
             sources[name] = tensor
             # A head's bias is saved along with a vocabulary that has grown, whether or not it was trained.
-            if (c.parameter == "bias" and adapter.config.get("bias", "none") != "none") or adapter.trains(c.module):
+            if (
+                c.parameter == "bias" and adapter.config.get("bias", "none") != "none"
+            ) or adapter.trains(c.module):
                 trained.add(name)
         elif c.role == "lora_bias":
             shifts[name] = (tensor, c.scaling)
@@ -352,17 +422,27 @@ def match_carried(base: Checkpoint, adapter: DeltaSource, matched: Mapping[str, 
             f"{adapter.file.path}: {listed(problems, separator='; ')}; is {base.path} the base that the adapter was trained on?"
         )
     plain = {name: part for name, part in sources.items() if name not in quantized}
-    return TensorEdits(sources, shifts, rows, frozenset(trained), _vocabularies(known, plain, adapter, vocabulary))
+    return TensorEdits(
+        sources, shifts, rows, frozenset(trained), _vocabularies(known, plain, adapter, vocabulary)
+    )
 
 
-def _misfit(c: Carried, info: TensorInfo, base: TensorInfo, is_vocabulary: bool, has_vocabulary: bool) -> str:
+def _misfit(
+    c: Carried, info: TensorInfo, base: TensorInfo, is_vocabulary: bool, has_vocabulary: bool
+) -> str:
     if c.role == "tokens":
         return _misfit_of_tokens(c, info.shape, base.name, base.shape)
     may_grow = is_vocabulary or LABEL_HEAD.search(base.name)
-    resized = c.role == "saved" and info.shape[1:] == base.shape[1:] and info.shape and info.shape[0]
+    resized = (
+        c.role == "saved" and info.shape[1:] == base.shape[1:] and info.shape and info.shape[0]
+    )
     if info.shape != base.shape and not (resized and may_grow):
         unnamed = resized and not has_vocabulary
-        ask = " (if its rows are the vocabulary, name the base's class with --architecture NAME)" if unnamed else ""
+        ask = (
+            " (if its rows are the vocabulary, name the base's class with --architecture NAME)"
+            if unnamed
+            else ""
+        )
         return f"{c.source!r}: expected shape {list(base.shape)} of {base.name!r}, found {list(info.shape)}{ask}"
     return ""
 
@@ -376,13 +456,19 @@ def _misfit_of_tokens(c: Carried, shape: tuple[int, ...], name: str, base: tuple
     return ""
 
 
-def _vocabularies(known: Mapping[str, StoredTensor], sources: Mapping[str, StoredTensor], adapter: DeltaSource,
-                  vocabulary: Mapping[str, VocabularyTensor]) -> dict[tuple[str, ...], int]:  # fmt: skip
+def _vocabularies(
+    known: Mapping[str, StoredTensor],
+    sources: Mapping[str, StoredTensor],
+    adapter: DeltaSource,
+    vocabulary: Mapping[str, VocabularyTensor],
+) -> dict[tuple[str, ...], int]:
     """Return the new number of rows of each vocabulary that a replaced embedding resizes; all its embeddings must match."""
     resized = {
         name: (known[name].info.shape[0], part.info.shape[0])
         for name, part in sources.items()
-        if name in known and part.info.shape != known[name].info.shape and not LABEL_HEAD.search(name)
+        if name in known
+        and part.info.shape != known[name].info.shape
+        and not LABEL_HEAD.search(name)
     }
     follow = {other for changed in resized for other in vocabulary[changed].names}
     sizes: dict[tuple[str, ...], int] = {}
@@ -391,7 +477,9 @@ def _vocabularies(known: Mapping[str, StoredTensor], sources: Mapping[str, Store
         for other in vocabulary.keys() & known.keys() - follow:
             # One value for each token, such as a head's bias, is not an embedding (`tied_embeddings.without_stale_values`).
             info, rows = known[other].info, sources.get(other, known[other]).info.shape[0]
-            embedding = other.endswith(".weight") and len(info.shape) == 2 and info.shape[0] == before
+            embedding = (
+                other.endswith(".weight") and len(info.shape) == 2 and info.shape[0] == before
+            )
             if embedding and vocabulary[other].keys == vocabulary[name].keys and rows != after:
                 raise MismatchError(
                     f"{adapter.file.path}: gives {name!r} {after} rows, but {other!r} keeps {rows}: the vocabulary grew, but the adapter "
@@ -400,8 +488,15 @@ def _vocabularies(known: Mapping[str, StoredTensor], sources: Mapping[str, Store
     return sizes
 
 
-def check_announced(adapter: DeltaSource, names: Collection[str], renames: Renames, config: ModelConfig,
-                    architecture: Architecture | None, edits: TensorEdits, biased: Collection[str]) -> tuple[str, ...]:  # fmt: skip
+def check_announced(
+    adapter: DeltaSource,
+    names: Collection[str],
+    renames: Renames,
+    config: ModelConfig,
+    architecture: Architecture | None,
+    edits: TensorEdits,
+    biased: Collection[str],
+) -> tuple[str, ...]:
     """Compare what an adapter's config announces with what its file holds: PEFT fills the gaps with values that nobody trained.
 
     Parameters
@@ -429,9 +524,13 @@ def check_announced(adapter: DeltaSource, names: Collection[str], renames: Renam
     tensors = {
         tensor: now
         for tensor, now in renames.at_run_time(names).items()
-        if ((architecture is not None and architecture.has_tensor(now)) or f"{tensor.removesuffix('bias')}weight" in names
-            or tensor.endswith(".weight")) and not _is_behind(now, config)
-    }  # fmt: skip
+        if (
+            (architecture is not None and architecture.has_tensor(now))
+            or f"{tensor.removesuffix('bias')}weight" in names
+            or tensor.endswith(".weight")
+        )
+        and not _is_behind(now, config)
+    }
     # PEFT adds the names of common heads for a task, and the model has only one of them: an entry alone announces nothing.
     for entry in stated.strings("modules_to_save"):
         below = [t for t, now in tensors.items() if is_below(now.rpartition(".")[0], entry)]
@@ -444,18 +543,27 @@ def check_announced(adapter: DeltaSource, names: Collection[str], renames: Renam
     rows_by_module = {c.module: list(c.indices) for c in adapter.carried if c.role == "tokens"}
     for module, indices in rows.items() if isinstance(rows, dict) else [("the embedding", rows)]:
         # PEFT saves only one of several tied modules with the same rows.
-        if indices and not any(f".{m}".endswith(f".{module}") or rows_by_module[m] == indices for m in rows_by_module):
+        if indices and not any(
+            f".{m}".endswith(f".{module}") or rows_by_module[m] == indices for m in rows_by_module
+        ):
             missing.append(f"the rows of {module!r} in trainable_token_indices")
     shifted = {c.module for c in adapter.carried if c.role == "lora_bias"}
     # Some programs write biases only for layers that have one; PEFT takes missing ones as zero.
-    if stated.get("lora_bias") and (lacking := [f"{name}.lora_B.bias" for name in biased if name not in shifted]):
+    if stated.get("lora_bias") and (
+        lacking := [f"{name}.lora_B.bias" for name in biased if name not in shifted]
+    ):
         missing.append(f"{listed(map(repr, lacking), 1)} of lora_bias")
     if missing:
         raise FormatError(
             f"{adapter.file.path}: lacks tensors that {CONFIG_NAME} announces: {listed(missing, separator='; ')}; save it again"
         )
-    count = {"all": sum(t.endswith(".bias") for t in tensors), "lora_only": len(biased)}.get(str(stated.get("bias")), 0)
-    brought, notes = sum(c.parameter == "bias" for c in adapter.carried), _untargeted(adapter, renames)
+    count = {"all": sum(t.endswith(".bias") for t in tensors), "lora_only": len(biased)}.get(
+        str(stated.get("bias")), 0
+    )
+    brought, notes = (
+        sum(c.parameter == "bias" for c in adapter.carried),
+        _untargeted(adapter, renames),
+    )
     if brought < count:
         bias = f"the adapter's bias is {stated.get('bias')!r}, but its file has {brought} of {count} biases"
         notes.append(f"{bias}: the base's values are kept")
@@ -465,20 +573,38 @@ def check_announced(adapter: DeltaSource, names: Collection[str], renames: Renam
 def _untargeted(adapter: DeltaSource, renames: Renames) -> list[str]:
     """Note modules with factors that the config does not target."""
     config = adapter.config
-    named, excluded = {*config.strings("target_modules")}, tuple(f".{m}" for m in config.strings("exclude_modules"))
+    named, excluded = (
+        {*config.strings("target_modules")},
+        tuple(f".{m}" for m in config.strings("exclude_modules")),
+    )
     if not named or config.get("target_parameters") or config.get("ensure_weight_tying"):
         return []
     now = renames.at_run_time([f"{name}.weight" for name in adapter.modules])
-    paths = {name: {name, now.get(f"{name}.weight", name).removesuffix(".weight")} for name in adapter.modules}
+    paths = {
+        name: {name, now.get(f"{name}.weight", name).removesuffix(".weight")}
+        for name in adapter.modules
+    }
     stated = config.get("layers_to_transform")
-    layers = {str(layer) for layer in (stated if isinstance(stated, list) else [stated]) if layer is not None}
+    layers = {
+        str(layer)
+        for layer in (stated if isinstance(stated, list) else [stated])
+        if layer is not None
+    }
     untargeted = [
-        name for name, names in paths.items()
-        if not any(f".{n}".endswith(f".{target}") for n in names for target in named) or f".{name}".endswith(excluded)
+        name
+        for name, names in paths.items()
+        if not any(f".{n}".endswith(f".{target}") for n in names for target in named)
+        or f".{name}".endswith(excluded)
         or (layers and layers.isdisjoint(name.split(".")) and names.isdisjoint(named))
-    ]  # fmt: skip
-    return [f"PEFT ignores the factors of {listed(map(repr, untargeted))}, which target_modules, exclude_modules or layers_to_transform "
-            "leave out; streamer applies them: correct the config, or remove the factors"] if untargeted else []  # fmt: skip
+    ]
+    return (
+        [
+            f"PEFT ignores the factors of {listed(map(repr, untargeted))}, which target_modules, exclude_modules or layers_to_transform "
+            "leave out; streamer applies them: correct the config, or remove the factors"
+        ]
+        if untargeted
+        else []
+    )
 
 
 def _missing_of_head(entry: str, saved: set[str], config: ModelConfig, task: object) -> list[str]:
@@ -490,12 +616,23 @@ def _missing_of_head(entry: str, saved: set[str], config: ModelConfig, task: obj
     architecture = None if cls is None else architecture_for(config, cls)
     there = {name.rpartition(".")[0] for name in saved if is_below(name.rpartition(".")[0], entry)}
     tensors = set() if architecture is None else {*architecture.tensors} - saved
-    lacking = {n: n.rpartition(".")[0] for n in tensors if "*" not in n and is_below(n.rpartition(".")[0], entry)}
-    missing = (n for n, m in lacking.items() if not any(m.startswith(f"{t}.") or t.startswith(f"{m}.") for t in there))
+    lacking = {
+        n: n.rpartition(".")[0]
+        for n in tensors
+        if "*" not in n and is_below(n.rpartition(".")[0], entry)
+    }
+    missing = (
+        n
+        for n, m in lacking.items()
+        if not any(m.startswith(f"{t}.") or t.startswith(f"{m}.") for t in there)
+    )
     return sorted(missing)
 
 
 def _is_behind(name: str, config: ModelConfig) -> bool:
     """Test whether a tensor belongs to a layer after the last that the config counts (multi-token prediction): no class loads it."""
-    layers, match = config.values.get("num_hidden_layers"), re.match(r"(?:model\.)?layers\.(\d+)\.", name)
+    layers, match = (
+        config.values.get("num_hidden_layers"),
+        re.match(r"(?:model\.)?layers\.(\d+)\.", name),
+    )
     return match is not None and type(layers) is int and int(match[1]) >= layers

@@ -72,7 +72,11 @@ def natural(name: str) -> tuple[Any, ...]:
 def _key(part: str) -> tuple[Any, ...]:
     if part.isdigit():
         return 0, int(part)
-    return 1, *_RANKS.get(part, _OTHER), [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", part)]
+    return (
+        1,
+        *_RANKS.get(part, _OTHER),
+        [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", part)],
+    )
 
 
 # For a model that no table knows: renames common to vision-language models.
@@ -108,8 +112,11 @@ class Conversion:
 
 
 MERGE, CONCATENATE, TRANSPOSE, TRANSPOSE_IF = (
-    "MergeModulelist 0", "Concatenate 1", "Transpose 1 2", "Transpose 1 2 check_dims",
-)  # fmt: skip
+    "MergeModulelist 0",
+    "Concatenate 1",
+    "Transpose 1 2",
+    "Transpose 1 2 check_dims",
+)
 STACKS = {(MERGE,), (MERGE, CONCATENATE), (CONCATENATE,), (TRANSPOSE,), (TRANSPOSE_IF,)}
 
 
@@ -152,7 +159,9 @@ class Rename:
         return out
 
 
-def _replace(name: str, pattern: re.Pattern[str], to: str, scope: re.Pattern[str] | None) -> tuple[str, str] | None:
+def _replace(
+    name: str, pattern: re.Pattern[str], to: str, scope: re.Pattern[str] | None
+) -> tuple[str, str] | None:
     """Rename by one pattern, and return the new name and the part of the old one that was replaced; None if nothing matches."""
     scoped = None if scope is None else scope.match(name)
     start = scoped.end() if scoped else 0
@@ -188,7 +197,10 @@ class Renames:
             changed = rename.apply(set(now.values()))
             now = {name: changed.get(at, at) for name, at in now.items()} if changed else now
         return [
-            next((converted for c in self.conversions if (converted := c.load(name, at))), Loaded(name, at))
+            next(
+                (converted for c in self.conversions if (converted := c.load(name, at))),
+                Loaded(name, at),
+            )
             for name, at in now.items()
         ]
 
@@ -283,7 +295,9 @@ class TensorSlice:
 
 def joined(name: str, slices: Sequence[TensorSlice], weights: WeightView) -> Weight:
     """Make a matrix of this name from the slices that hold its rows."""
-    parts = [weights[s.weight] if s.index is None else weights[s.weight].slice(s.index) for s in slices]
+    parts = [
+        weights[s.weight] if s.index is None else weights[s.weight].slice(s.index) for s in slices
+    ]
     return replace(parts[0], name=name) if len(parts) == 1 else RowConcat.of(name, parts)
 
 
@@ -311,8 +325,9 @@ class Match(NamedTuple):
 EXACT = "the module's own name"
 
 
-def match_names(modules: Iterable[str], tensors: Iterable[str], renames: Renames,
-                parameters: Iterable[str] = ()) -> dict[str, Match]:  # fmt: skip
+def match_names(
+    modules: Iterable[str], tensors: Iterable[str], renames: Renames, parameters: Iterable[str] = ()
+) -> dict[str, Match]:
     """Match every module to its ``.weight`` tensor.
 
     Parameters
@@ -348,7 +363,9 @@ def match_names(modules: Iterable[str], tensors: Iterable[str], renames: Renames
 class _Names:
     """A base's tensor names, on disk and in a loaded model."""
 
-    def __init__(self, tensors: Sequence[str], renames: Renames, parameters: frozenset[str]) -> None:
+    def __init__(
+        self, tensors: Sequence[str], renames: Renames, parameters: frozenset[str]
+    ) -> None:
         self.renames = renames
         self.parameters = parameters
         self.stacks: set[str] = set()
@@ -364,7 +381,9 @@ class _Names:
                 continue
             if conversion.stacks:
                 self.stacks.add(name)
-            if name == tensor:  # the name stays but the values change: the module's weight is not on disk
+            if (
+                name == tensor
+            ):  # the name stays but the values change: the module's weight is not on disk
                 del self.disk[stem]
 
     def by_name(self, name: str, modules: Sequence[str]) -> Match:
@@ -377,7 +396,9 @@ class _Names:
         if exact is None and len(loaded) == 1:
             return self._renamed(name, loaded[0])
         if loaded:  # the name means one tensor on disk and another in a loaded model
-            by_disk, by_run_time = (all(m in names for m in modules) for names in (self.disk, self.run_time))
+            by_disk, by_run_time = (
+                all(m in names for m in modules) for names in (self.disk, self.run_time)
+            )
             if exact is not None and by_disk and not by_run_time:
                 return Match(exact, "exact", f"{EXACT}, as for all modules of the adapter")
             if len(loaded) == 1 and by_run_time and not by_disk:
@@ -393,21 +414,36 @@ class _Names:
 
     def _renamed(self, name: str, tensor: str) -> Match:
         if tensor == name:
-            return Match(tensor, "rename", f"transformers builds it on loading, in {self.renames.model}")
+            return Match(
+                tensor, "rename", f"transformers builds it on loading, in {self.renames.model}"
+            )
         whose = self.renames.model or "vision-language models"
-        return Match(tensor, "rename", f"transformers loads {tensor!r} as {name + '.weight'!r}, or did, in {whose}")
+        return Match(
+            tensor,
+            "rename",
+            f"transformers loads {tensor!r} as {name + '.weight'!r}, or did, in {whose}",
+        )
 
     def by_prefix(self, modules: Sequence[str]) -> list[dict[str, Match]]:
         """List every way in which one exchange of prefixes fits all modules, on disk names or run-time names."""
-        run_time = {name: tensors[0] for name, tensors in self.run_time.items() if len(tensors) == 1}
+        run_time = {
+            name: tensors[0] for name, tensors in self.run_time.items() if len(tensors) == 1
+        }
         run_time |= {name: name for name in self.stacks}
         ways: dict[tuple[str, ...], dict[str, Match]] = {}
         for stems in (self.disk, run_time):
             for strip, add in _prefix_rules(modules, stems):
-                why = f"this exchange of prefixes fits all {len(modules)} modules, and no other does"
+                why = (
+                    f"this exchange of prefixes fits all {len(modules)} modules, and no other does"
+                )
                 rule = f"prefix {strip!r} → {add!r}"
-                matches = {name: Match(stems[_exchange(name, strip, add)], rule, why) for name in modules}
-                if all(m.tensor not in self.stacks or name in self.parameters for name, m in matches.items()):
+                matches = {
+                    name: Match(stems[_exchange(name, strip, add)], rule, why) for name in modules
+                }
+                if all(
+                    m.tensor not in self.stacks or name in self.parameters
+                    for name, m in matches.items()
+                ):
                     ways.setdefault(tuple(m.tensor for m in matches.values()), matches)
         return list(ways.values())
 
@@ -420,7 +456,9 @@ def prefix_exchange(module: str, stem: str) -> tuple[str, str]:
     of_module, of_stem = module.split("."), stem.split(".")
     from_the_end = zip(reversed(of_module), reversed(of_stem), strict=False)
     n = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], from_the_end))
-    strip, add = ("".join(p + "." for p in parts[: len(parts) - n]) for parts in (of_module, of_stem))
+    strip, add = (
+        "".join(p + "." for p in parts[: len(parts) - n]) for parts in (of_module, of_stem)
+    )
     return strip, add
 
 
@@ -438,7 +476,9 @@ def _prefix_rules(modules: Sequence[str], stems: Mapping[str, str]) -> list[tupl
     last = first.rpartition(".")[2]
     rules = {prefix_exchange(first, stem) for stem in stems if stem.rpartition(".")[2] == last}
     rules = {rule for rule in rules if not any(part.isdigit() for part in "".join(rule).split("."))}
-    fitting = [rule for rule in rules if all(_fits(name, *rule, stems) for name in (first, *others))]
+    fitting = [
+        rule for rule in rules if all(_fits(name, *rule, stems) for name in (first, *others))
+    ]
     shortest = min((strip.count(".") for strip, _ in fitting), default=0)
     return sorted(rule for rule in fitting if rule[0].count(".") == shortest)
 
@@ -454,17 +494,29 @@ OTHER_NAME = "the module's name in kohya's files, or in another version of trans
 TEXT = "text_model."
 """Prefix of the layers of CLIP's text encoder, which transformers 5 leaves out in one of its classes."""
 
-PREFIXES = {"unet": ("lora_unet_",), "transformer": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_"),
-            "text_encoder_2": ("lora_te2_",)}  # fmt: skip
+PREFIXES = {
+    "unet": ("lora_unet_",),
+    "transformer": ("lora_unet_",),
+    "text_encoder": ("lora_te_", "lora_te1_"),
+    "text_encoder_2": ("lora_te2_",),
+}
 """Prefixes of kohya's names of each component."""
 
-RESNET = {"conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip
+RESNET = {
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
 
 OUTSIDE = {
-    "conv_in": "input_blocks.0.0", "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
-}  # fmt: skip
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
 """Layers of SDXL's UNet outside of its blocks, by diffusers' names → by the original's."""
 
 FLUX_CLASS = "FluxTransformer2DModel"
@@ -476,21 +528,32 @@ FLUX = {
     "transformer_blocks": {
         "double_blocks.{}.img_attn.qkv": tuple(f"attn.{name}" for name in _ATTENTION),
         "double_blocks.{}.txt_attn.qkv": tuple(f"attn.{name}" for name in _CONTEXT),
-        "double_blocks.{}.img_attn.proj": ("attn.to_out.0",), "double_blocks.{}.txt_attn.proj": ("attn.to_add_out",),
-        "double_blocks.{}.img_mlp.0": ("ff.net.0.proj",), "double_blocks.{}.img_mlp.2": ("ff.net.2",),
-        "double_blocks.{}.txt_mlp.0": ("ff_context.net.0.proj",), "double_blocks.{}.txt_mlp.2": ("ff_context.net.2",),
-        "double_blocks.{}.img_mod.lin": ("norm1.linear",), "double_blocks.{}.txt_mod.lin": ("norm1_context.linear",),
+        "double_blocks.{}.img_attn.proj": ("attn.to_out.0",),
+        "double_blocks.{}.txt_attn.proj": ("attn.to_add_out",),
+        "double_blocks.{}.img_mlp.0": ("ff.net.0.proj",),
+        "double_blocks.{}.img_mlp.2": ("ff.net.2",),
+        "double_blocks.{}.txt_mlp.0": ("ff_context.net.0.proj",),
+        "double_blocks.{}.txt_mlp.2": ("ff_context.net.2",),
+        "double_blocks.{}.img_mod.lin": ("norm1.linear",),
+        "double_blocks.{}.txt_mod.lin": ("norm1_context.linear",),
     },
     "single_transformer_blocks": {
         "single_blocks.{}.linear1": (*(f"attn.{name}" for name in _ATTENTION), "proj_mlp"),
-        "single_blocks.{}.linear2": ("proj_out",), "single_blocks.{}.modulation.lin": ("norm.linear",),
+        "single_blocks.{}.linear2": ("proj_out",),
+        "single_blocks.{}.modulation.lin": ("norm.linear",),
     },
-}  # fmt: skip
+}
 """Layers of Flux's blocks by the original's names → the layers by diffusers' names that hold their rows, in order."""
 
 
-def match_modules(base: Checkpoint, config: ModelConfig, adapter: DeltaSource, weights: WeightView, renames: Renames,
-                  parameters: Iterable[str]) -> dict[str, Match]:  # fmt: skip
+def match_modules(
+    base: Checkpoint,
+    config: ModelConfig,
+    adapter: DeltaSource,
+    weights: WeightView,
+    renames: Renames,
+    parameters: Iterable[str],
+) -> dict[str, Match]:
     """Match every module of an adapter to a base's weight; see `match_names`. A module without a weight has an empty match.
 
     Raises
@@ -503,12 +566,19 @@ def match_modules(base: Checkpoint, config: ModelConfig, adapter: DeltaSource, w
         If a component of a pipeline that the adapter changes is quantized.
     """
     if config.pipeline and config.architecture is not None:
-        raise UsageError("architecture: the base is a pipeline, whose components say their classes; leave the option out")  # fmt: skip
+        raise UsageError(
+            "architecture: the base is a pipeline, whose components say their classes; leave the option out"
+        )
     of_pipeline = isinstance(adapter, PipelineAdapter)
     if of_pipeline != config.pipeline:
-        expected = f"{PIPELINE_NAME} and no {SINGLE_NAME} or its index in {base.path}" if of_pipeline else (
-            f"names of a diffusers pipeline (unet.….lora_A.weight, lora_unet_….lora_down.weight), as {base.path} is one; evaluate, "
-            "repair and map need a language model")  # fmt: skip
+        expected = (
+            f"{PIPELINE_NAME} and no {SINGLE_NAME} or its index in {base.path}"
+            if of_pipeline
+            else (
+                f"names of a diffusers pipeline (unet.….lora_A.weight, lora_unet_….lora_down.weight), as {base.path} is one; evaluate, "
+                "repair and map need a language model"
+            )
+        )
         raise MismatchError(
             f"{adapter.path}: is {'' if of_pipeline else 'not '}an adapter of a diffusers pipeline; expected {expected}"
         )
@@ -517,8 +587,12 @@ def match_modules(base: Checkpoint, config: ModelConfig, adapter: DeltaSource, w
     return _match_pipeline(base, adapter, weights)
 
 
-def _match_pipeline(base: Checkpoint, adapter: DeltaSource, weights: WeightView) -> dict[str, Match]:
-    alphas = [name for name in adapter.tensors if name.endswith(".alpha") and not name.startswith("lora_")]
+def _match_pipeline(
+    base: Checkpoint, adapter: DeltaSource, weights: WeightView
+) -> dict[str, Match]:
+    alphas = [
+        name for name in adapter.tensors if name.endswith(".alpha") and not name.startswith("lora_")
+    ]
     if alphas and _class_of(base, "transformer") != FLUX_CLASS:
         raise UnsupportedError(
             f"{adapter.path}: refused: {alphas[0]!r}: diffusers loads alphas beside lora_A for Flux only; scale lora_B itself instead"
@@ -529,9 +603,16 @@ def _match_pipeline(base: Checkpoint, adapter: DeltaSource, weights: WeightView)
         known[name].append(tuple(stems[module] for module in modules))
     matches: dict[str, Match] = {}
     for module in adapter.modules:
-        candidates: list[tuple[str, ...]] = [(stems[name],) for name in _spellings(module) if name in stems]
+        candidates: list[tuple[str, ...]] = [
+            (stems[name],) for name in _spellings(module) if name in stems
+        ]
         matches[module] = _match(module, candidates + known[module], weights)
-    changed = {piece.weight for m in matches.values() for piece in m.pieces or (TensorSlice(m.tensor),) if m.tensor}
+    changed = {
+        piece.weight
+        for m in matches.values()
+        for piece in m.pieces or (TensorSlice(m.tensor),)
+        if m.tensor
+    }
     coded = {tensor.partition(".")[0] for tensor in changed & weights.quantized_names}
     for component in sorted({tensor.partition(".")[0] for tensor in changed}):
         if component in coded or read_model_config(base.path / component).quantization:
@@ -554,7 +635,9 @@ def _match(module: str, candidates: Sequence[tuple[str, ...]], weights: WeightVi
     if not candidates:
         return Match("", "", f"has no tensor of a known name in the base ({', '.join(PREFIXES)})")
     if len(candidates) > 1:
-        return Match("", "", f"is ambiguous: it could be {candidates[0][0]!r} or {candidates[1][0]!r}")
+        return Match(
+            "", "", f"is ambiguous: it could be {candidates[0][0]!r} or {candidates[1][0]!r}"
+        )
     first, *others = tensors = candidates[0]
     if f"{module}.weight" == first:
         return Match(first, "exact", EXACT)
@@ -562,8 +645,12 @@ def _match(module: str, candidates: Sequence[tuple[str, ...]], weights: WeightVi
         return Match(first, "pipeline", OTHER_NAME)
     last_names = (tensor.removesuffix(".weight").rpartition(".")[2] for tensor in others)
     rows = pairwise(accumulate((weights[tensor].shape[0] for tensor in tensors), initial=0))
-    pieces = tuple(TensorSlice(tensor, None, span) for tensor, span in zip(tensors, rows, strict=True))
-    return Match("+".join([first.removesuffix(".weight"), *last_names]), "pipeline", OTHER_NAME, pieces)
+    pieces = tuple(
+        TensorSlice(tensor, None, span) for tensor, span in zip(tensors, rows, strict=True)
+    )
+    return Match(
+        "+".join([first.removesuffix(".weight"), *last_names]), "pipeline", OTHER_NAME, pieces
+    )
 
 
 def _class_of(base: Checkpoint, component: str) -> Any:
@@ -579,15 +666,24 @@ def _kohya_names(base: Checkpoint, stems: Iterable[str]) -> Iterator[tuple[str, 
     for component, names in layers.items():
         known: dict[str, tuple[str, ...]] = {layer: (layer,) for layer in names}
         kind = _class_of(base, component)
-        if component == "unet" and kind == "UNet2DConditionModel" and "add_embedding.linear_1" in names:
+        if (
+            component == "unet"
+            and kind == "UNet2DConditionModel"
+            and "add_embedding.linear_1" in names
+        ):
             known |= {name: (layer,) for layer, name in _sdxl(names)}
         elif component == "transformer" and kind == FLUX_CLASS:
             known = dict(_flux(names))
-        elif component in ("text_encoder", "text_encoder_2") and not any(layer.startswith(TEXT) for layer in names):
+        elif component in ("text_encoder", "text_encoder_2") and not any(
+            layer.startswith(TEXT) for layer in names
+        ):
             known = {TEXT + layer: (layer,) for layer in names}
         for name, rows in known.items():
             for prefix in PREFIXES[component]:
-                yield prefix + name.replace(".", "_"), tuple(f"{component}.{layer}" for layer in rows)
+                yield (
+                    prefix + name.replace(".", "_"),
+                    tuple(f"{component}.{layer}" for layer in rows),
+                )
 
 
 def _sdxl(layers: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -597,16 +693,23 @@ def _sdxl(layers: Iterable[str]) -> Iterator[tuple[str, str]]:
     resnets = {m[0] for m in map(numbered.match, layers) if m}
     starts: dict[tuple[str, int], int] = {}
     for side, first in (("down", 1), ("up", 0)):
-        counts = [sum(name.startswith(f"{side}_blocks.{block}.") for name in resnets) for block in range(len(resnets))]
+        counts = [
+            sum(name.startswith(f"{side}_blocks.{block}.") for name in resnets)
+            for block in range(len(resnets))
+        ]
         starts |= {(side, block): first + sum(counts[:block]) for block in range(len(resnets))}
     for layer in layers:
         if layer in OUTSIDE:
             yield layer, OUTSIDE[layer]
         elif match := re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", layer):
             kind, number, rest = match.groups()
-            yield layer, f"middle_block.{2 * int(number) if kind == 'resnets' else 1}.{RESNET.get(rest, rest)}"
+            yield (
+                layer,
+                f"middle_block.{2 * int(number) if kind == 'resnets' else 1}.{RESNET.get(rest, rest)}",
+            )
         elif match := re.fullmatch(
-            r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", layer
+            r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)",
+            layer,
         ):
             side, block, kind, number, rest = match.groups()
             start = starts[side, int(block)]
@@ -618,13 +721,18 @@ def _sdxl(layers: Iterable[str]) -> Iterator[tuple[str, str]]:
                 yield layer, f"output_blocks.{start + count - 1}.{1 + attends}.conv"
             else:
                 blocks = "input_blocks" if side == "down" else "output_blocks"
-                yield layer, f"{blocks}.{start + int(number)}.{int(kind == 'attentions')}.{RESNET.get(rest, rest)}"
+                yield (
+                    layer,
+                    f"{blocks}.{start + int(number)}.{int(kind == 'attentions')}.{RESNET.get(rest, rest)}",
+                )
 
 
 def _flux(layers: Mapping[str, None]) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yield the original's name of each layer of Flux's blocks, with the layers that hold its rows."""
     for blocks, table in FLUX.items():
-        numbers = dict.fromkeys(m[1] for layer in layers if (m := re.match(rf"{blocks}\.(\d+)\.", layer)))
+        numbers = dict.fromkeys(
+            m[1] for layer in layers if (m := re.match(rf"{blocks}\.(\d+)\.", layer))
+        )
         for number in numbers:
             for name, rows in table.items():
                 inside = tuple(f"{blocks}.{number}.{layer}" for layer in rows)

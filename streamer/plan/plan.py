@@ -23,15 +23,39 @@ from streamer.adapters.adapter import DeltaSource, NoAdapter, open_adapter
 from streamer.adapters.adapter_config import NOTHING_STATED, Stated
 from streamer.adapters.finetuned import FinetunedModel, is_model, open_finetuned
 from streamer.adapters.modules import Module
-from streamer.errors import InputChangedError, MismatchError, NumericError, OutputError, UnsupportedError, UsageError
+from streamer.errors import (
+    InputChangedError,
+    MismatchError,
+    NumericError,
+    OutputError,
+    UnsupportedError,
+    UsageError,
+)
 from streamer.linalg.operators import Delta, all_finite
 from streamer.linalg.torch_state import CPU
 from streamer.plan import side_files
 from streamer.plan import tied_embeddings as tied
-from streamer.plan.architectures import Architecture, architecture_for, pattern_of, with_architecture
-from streamer.plan.carried_tensors import TensorEdits, check_announced, match_carried, merged_architecture
+from streamer.plan.architectures import (
+    Architecture,
+    architecture_for,
+    pattern_of,
+    with_architecture,
+)
+from streamer.plan.carried_tensors import (
+    TensorEdits,
+    check_announced,
+    match_carried,
+    merged_architecture,
+)
 from streamer.plan.name_matching import Renames, TensorSlice, joined, match_modules, renames_for
-from streamer.plan.targets import Orientation, Target, match_experts, match_targets, refuse_misfits, tensor_roles
+from streamer.plan.targets import (
+    Orientation,
+    Target,
+    match_experts,
+    match_targets,
+    refuse_misfits,
+    tensor_roles,
+)
 from streamer.storage.checkpoint import Checkpoint, IOMode, open_checkpoint
 from streamer.storage.files import AdapterIdentity, BaseIdentity, Stamp, file_stamp, storage_errors
 from streamer.storage.remote_source import AHEAD_BYTES
@@ -98,8 +122,14 @@ class Plan:
                 out.setdefault(part.weight, []).append((target, part))
         return out
 
-    def delta(self, target: Target, W0: Tensor | None = None, *, double: bool = False,
-              tensors: Mapping[str, StoredTensor] | None = None) -> Delta:  # fmt: skip
+    def delta(
+        self,
+        target: Target,
+        W0: Tensor | None = None,
+        *,
+        double: bool = False,
+        tensors: Mapping[str, StoredTensor] | None = None,
+    ) -> Delta:
         """Compute the delta of a matrix, (out, in); if it is not of low rank, dense and from the stored W0; see `Module.delta`.
 
         Parameters
@@ -144,16 +174,23 @@ class Plan:
     def sources(self) -> tuple[side_files.BaseSource, side_files.AdapterSource]:
         """Return names and identities of base and adapter as an output states them, without paths."""
         base, adapter = self.base, self.adapter
-        of_base = side_files.base_source(base.path, self.config, adapter.config.base_model, self.base_identity)
+        of_base = side_files.base_source(
+            base.path, self.config, adapter.config.base_model, self.base_identity
+        )
         return of_base, side_files.adapter_source(adapter.path, self.adapter_identity)
 
     def stamps(self) -> dict[str, Sequence[int]]:
         """Return the stamps of every input file by path."""
-        return self.detection_stamps() | {os.path.realpath(p): stamp for p, stamp in self.extra_stamps.items()}
+        return self.detection_stamps() | {
+            os.path.realpath(p): stamp for p, stamp in self.extra_stamps.items()
+        }
 
     def detection_stamps(self) -> dict[str, Sequence[int]]:
         """Return the stamps of the input files that detection reads, by real path, so the spelling of inputs does not matter."""
-        stamps = {**self.base.stamps(), **{str(file.path): file.stamp for file in self.adapter.files}}
+        stamps = {
+            **self.base.stamps(),
+            **{str(file.path): file.stamp for file in self.adapter.files},
+        }
         stamps |= {str(path): self.extra_stamps[str(path)] for path in self.adapter.config_paths}
         return {os.path.realpath(path): stamp for path, stamp in stamps.items()}
 
@@ -179,14 +216,24 @@ class Plan:
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
-def make_plan(base_path: str | Path, adapter: str | Path, io: IOMode = "mmap", stated: Stated = NOTHING_STATED,
-              architecture: str | None = None) -> Plan:  # fmt: skip
+def make_plan(
+    base_path: str | Path,
+    adapter: str | Path,
+    io: IOMode = "mmap",
+    stated: Stated = NOTHING_STATED,
+    architecture: str | None = None,
+) -> Plan:
     """Open and match a base and an adapter; see `make_batch`."""
     return make_batch(base_path, [adapter], io, stated, architecture).plans[0]
 
 
-def make_batch(base_path: str | Path, adapters: Sequence[str | Path], io: IOMode = "mmap", stated: Stated = NOTHING_STATED,
-               architecture: str | None = None) -> AdapterBatch:  # fmt: skip
+def make_batch(
+    base_path: str | Path,
+    adapters: Sequence[str | Path],
+    io: IOMode = "mmap",
+    stated: Stated = NOTHING_STATED,
+    architecture: str | None = None,
+) -> AdapterBatch:
     """Open a base once and match each adapter, at least one, with it.
 
     Parameters
@@ -210,20 +257,35 @@ def make_batch(base_path: str | Path, adapters: Sequence[str | Path], io: IOMode
     orientation = Orientation.of(checkpoint, config)
     renames, plans = renames_for(config), []
     for path, adapter in zip(paths, opened, strict=True):
-        source = adapter or open_finetuned(path, checkpoint, tensor_roles(path, checkpoint, config, orientation), io)
+        source = adapter or open_finetuned(
+            path, checkpoint, tensor_roles(path, checkpoint, config, orientation), io
+        )
         plan = match_plan(checkpoint, weights, config, orientation, source, renames)
         # The small files that outputs copy or that are read whole.
-        small = [*source.config_paths, *(path for _, path in side_files.other_files(source.directory))]
+        small = [
+            *source.config_paths,
+            *(path for _, path in side_files.other_files(source.directory)),
+        ]
         if checkpoint.directory is not None:
             small += [path for _, path in side_files.other_files(checkpoint.directory, source.path)]
         stamps = {str(path): _stamp(path) for path in small}
-        unread = side_files.unread_weights(adapter.directory, adapter.file.path.name) if adapter else ()
-        plans.append(replace(plan, extra_stamps=stamps, inputs=inputs, announced=(*plan.announced, *unread)))
+        unread = (
+            side_files.unread_weights(adapter.directory, adapter.file.path.name) if adapter else ()
+        )
+        plans.append(
+            replace(plan, extra_stamps=stamps, inputs=inputs, announced=(*plan.announced, *unread))
+        )
     return AdapterBatch(checkpoint, tuple(plans))
 
 
-def match_plan(checkpoint: Checkpoint, weights: WeightView, config: ModelConfig, orientation: Orientation,
-               adapter: DeltaSource, renames: Renames) -> Plan:  # fmt: skip
+def match_plan(
+    checkpoint: Checkpoint,
+    weights: WeightView,
+    config: ModelConfig,
+    orientation: Orientation,
+    adapter: DeltaSource,
+    renames: Renames,
+) -> Plan:
     """Match an adapter with a base, in files or in memory; the plan has no side files.
 
     Parameters
@@ -243,27 +305,44 @@ def match_plan(checkpoint: Checkpoint, weights: WeightView, config: ModelConfig,
         tuned_class = architecture_for(stated, config.architecture)
         adapter, dropped = tied.without_copies(checkpoint, adapter, tuned_class, renames)
     # For a fine-tuned model, the output takes the model's own config, which states the ties.
-    ties = () if adapter.describes_model else tied.find_ties(checkpoint.weight_map, architecture, renames)
-    absent = {name: tie.stored for tie in ties for name in tie.others if name not in checkpoint.weight_map}
+    ties = (
+        ()
+        if adapter.describes_model
+        else tied.find_ties(checkpoint.weight_map, architecture, renames)
+    )
+    absent = {
+        name: tie.stored for tie in ties for name in tie.others if name not in checkpoint.weight_map
+    }
     aliases = {name: StoredTensor(*checkpoint.locate(stored)) for name, stored in absent.items()}
     parameters = adapter.parameters
-    matches = match_modules(checkpoint, config, adapter, weights.replaced(aliases), renames, parameters)
+    matches = match_modules(
+        checkpoint, config, adapter, weights.replaced(aliases), renames, parameters
+    )
     if architecture is None and not config.pipeline:
         ask = "; if it is tied to one there, name the model's class with --architecture"
         matches = {
-            n: m if m.tensor or "*" in pattern_of(n) else m._replace(why=m.why + ask) for n, m in matches.items()
+            n: m if m.tensor or "*" in pattern_of(n) else m._replace(why=m.why + ask)
+            for n, m in matches.items()
         }
-    matched = {name: match.tensor for name, match in matches.items() if match.tensor and name in adapter.modules}
+    matched = {
+        name: match.tensor
+        for name, match in matches.items()
+        if match.tensor and name in adapter.modules
+    }
     mirrors = tied.mirrored(ties, adapter, matched)
     mirror_names = {module.name for module in mirrors.values()}
-    modules = {n: match for n, match in matches.items() if n in adapter.modules and n not in mirror_names}
+    modules = {
+        n: match for n, match in matches.items() if n in adapter.modules and n not in mirror_names
+    }
     # Report unmatched modules before unmatched carried tensors: the cause is usually the same.
     if adapter.carried:
         unmatched = [f"{name!r} {match.why}" for name, match in modules.items() if not match.tensor]
         refuse_misfits(unmatched, len(modules), adapter, weights)
     vocabulary = tied.vocabulary_tensors(checkpoint, config, architecture, ties, renames)
     # If an adapter changes only stacks of experts, only these show the prefix of its names in the base.
-    placed = matched | {p: matches[p].tensor for p in parameters if matches[p].rule.startswith("prefix")}
+    placed = matched | {
+        p: matches[p].tensor for p in parameters if matches[p].rule.startswith("prefix")
+    }
     edits = match_carried(checkpoint, adapter, placed, renames, weights, aliases, vocabulary)
     announced: tuple[str, ...] = ()
     if adapter.describes_model:
@@ -272,33 +351,64 @@ def match_plan(checkpoint: Checkpoint, weights: WeightView, config: ModelConfig,
         _refuse_incomplete(checkpoint, weights, adapter, architecture, present)
     else:
         names = dict.fromkeys([*checkpoint.weight_map, *aliases])
-        biased = [name for name, tensor in matched.items() if f"{tensor.removesuffix('weight')}bias" in weights]
+        biased = [
+            name
+            for name, tensor in matched.items()
+            if f"{tensor.removesuffix('weight')}bias" in weights
+        ]
         announced = check_announced(adapter, names, renames, config, architecture, edits, biased)
         if architecture is None:
             tied.refuse_unknown_ties(checkpoint, config, adapter, edits, matched)
         else:
             tied.refuse_numbered_ties(ties, checkpoint.path, adapter, matched)
             deltas, once = frozenset(matched.values()), frozenset(matched[name] for name in mirrors)
-            edits = tied.TieEditor(checkpoint, adapter, config, architecture, edits, deltas, once).edited(ties)
+            edits = tied.TieEditor(
+                checkpoint, adapter, config, architecture, edits, deltas, once
+            ).edited(ties)
         if edits.vocabularies:
             edits = tied.without_stale_values(checkpoint, architecture, vocabulary, edits)
     weights = weights.replaced({**aliases, **edits.sources})
-    weights = weights.extended({m.tensor: partial(joined, m.tensor, m.pieces) for m in modules.values() if m.pieces})
+    weights = weights.extended(
+        {m.tensor: partial(joined, m.tensor, m.pieces) for m in modules.values() if m.pieces}
+    )
     targets = match_targets(weights, adapter, orientation, modules, renames)
     experts = match_experts(weights, adapter, config, orientation.architectures, matches, renames)
     weights = weights.extended({t.tensor: partial(joined, t.tensor, t.pieces) for t in experts})
     targets = sorted([*targets, *experts], key=file_order(weights))
-    return Plan(checkpoint, weights, adapter, tuple(targets), edits, mirrors, config, architecture, announced)
+    return Plan(
+        checkpoint,
+        weights,
+        adapter,
+        tuple(targets),
+        edits,
+        mirrors,
+        config,
+        architecture,
+        announced,
+    )
 
 
-def _refuse_incomplete(checkpoint: Checkpoint, weights: WeightView, tuned: DeltaSource,
-                       architecture: Architecture | None, present: Collection[str]) -> None:  # fmt: skip
+def _refuse_incomplete(
+    checkpoint: Checkpoint,
+    weights: WeightView,
+    tuned: DeltaSource,
+    architecture: Architecture | None,
+    present: Collection[str],
+) -> None:
     """Refuse a fine-tuned model that lacks tensors of its base, or whose base is quantized; `present` are the base's names that it has."""
     if weights.quantized_names:
-        advice = "a fine-tuned model must be compared with the 16-bit base from which it was trained"
+        advice = (
+            "a fine-tuned model must be compared with the 16-bit base from which it was trained"
+        )
         raise UnsupportedError(f"{checkpoint.path}: is quantized; {advice}")
-    spare = () if architecture is None else architecture.may_be_missing  # loading does not need these
-    missing = [n for n in checkpoint.weight_map if n not in present and not any(re.search(s, n) for s in spare)]
+    spare = (
+        () if architecture is None else architecture.may_be_missing
+    )  # loading does not need these
+    missing = [
+        n
+        for n in checkpoint.weight_map
+        if n not in present and not any(re.search(s, n) for s in spare)
+    ]
     if missing:
         lacks = f"lacks {len(missing)} of the base's {len(checkpoint.weight_map)} tensors, {missing[0]!r} first"
         advice = f"check that it was trained from {checkpoint.path} and that both have the same class, with or without a head"
@@ -322,7 +432,14 @@ def make_base_plan(base_path: str | Path, io: IOMode, architecture: str | None) 
     stamps = {str(path): file_stamp(path.stat())} if path.exists() else {}
     config = with_architecture(read_model_config(checkpoint.directory), architecture)
     nothing, orientation = NoAdapter.at(checkpoint.path), Orientation.of(checkpoint, config)
-    plan = match_plan(checkpoint, open_weights(checkpoint, config), config, orientation, nothing, renames_for(config))
+    plan = match_plan(
+        checkpoint,
+        open_weights(checkpoint, config),
+        config,
+        orientation,
+        nothing,
+        renames_for(config),
+    )
     return replace(plan, inputs=(checkpoint.path,), extra_stamps=stamps)
 
 
@@ -374,7 +491,10 @@ class AdapterBatch:
             for assignment in filter(wanted, (Assignment(i, target) for target in plan.targets)):
                 target = assignment.target
                 tensors = plan.weights[target.tensor].tensors.values()
-                where = tuple((str(stored.file.path), stored.info.start, stored.info.end) for stored in tensors)
+                where = tuple(
+                    (str(stored.file.path), stored.info.start, stored.info.end)
+                    for stored in tensors
+                )
                 groups.setdefault((order(target), target.tensor, where), []).append(assignment)
         return [tuple(groups[key]) for key in sorted(groups, key=lambda key: key[0])]
 
@@ -428,9 +548,15 @@ def check_budget(needs: Iterable[MemoryEstimate], max_memory: int | None) -> Non
         return
     most = max(needs, key=lambda need: need.nbytes)
     if not fits(most.nbytes, max_memory):
-        step = f"tensor {most.tensor!r} ({'x'.join(map(str, most.shape))})" if most.shape else most.tensor
+        step = (
+            f"tensor {most.tensor!r} ({'x'.join(map(str, most.shape))})"
+            if most.shape
+            else most.tensor
+        )
         enough = f"{-(-most.nbytes >> 20)}M"
-        raise UsageError(f"max_memory: {max_memory >> 20}M is not enough for {step}; it needs {enough}")
+        raise UsageError(
+            f"max_memory: {max_memory >> 20}M is not enough for {step}; it needs {enough}"
+        )
 
 
 def resident_bytes(batch: AdapterBatch, output_tensors: int = 0) -> int:
@@ -445,7 +571,13 @@ def resident_bytes(batch: AdapterBatch, output_tensors: int = 0) -> int:
     models = [tuple(batch.base.files.values()), *(plan.adapter.files for plan in batch.plans)]
     ahead = AHEAD_BYTES * sum(any(file.remote for file in files) for files in models)
     tables = TENSOR_BYTES * tensors + ADAPTER_BYTES * len(batch.plans)
-    return PROCESS_BYTES + ahead + tables + OUTPUT_BYTES * output_tensors + MATRIX_BYTES * batch.matrix_count
+    return (
+        PROCESS_BYTES
+        + ahead
+        + tables
+        + OUTPUT_BYTES * output_tensors
+        + MATRIX_BYTES * batch.matrix_count
+    )
 
 
 def factor_bytes(plan: Plan, target: Target, itemsize: int) -> int:

@@ -43,7 +43,9 @@ _UNREAD = re.compile(
 )
 
 # What sentence-transformers saves besides a transformer: a list of the modules, their folders, and settings.
-_MODULES = re.compile(r"modules\.json|config_sentence_transformers\.json|sentence_\w+_config\.json|\d+_\w+/.*")
+_MODULES = re.compile(
+    r"modules\.json|config_sentence_transformers\.json|sentence_\w+_config\.json|\d+_\w+/.*"
+)
 
 # Files of an unfinished run or download of streamer.
 _OWN = re.compile(rf"^\.streamer\.|{PARTIAL.pattern}")
@@ -95,9 +97,11 @@ def unread_weights(adapter: Path | None, weights_name: str) -> tuple[str, ...]:
     unread = [
         name
         for name, path, _ in _walk(adapter)
-        if _UNREAD.match(path.name) and name != weights_name and not is_module(name)
+        if _UNREAD.match(path.name)
+        and name != weights_name
+        and not is_module(name)
         and (path.parent == adapter or not any(path.parent.glob("*config.json")))
-    ]  # fmt: skip
+    ]
     it = "it" if len(unread) == 1 else "them"
     why = f"not used, because PEFT does not load {it}; if the adapter's trainer does, the result lacks {it}"
     return (f"{listed(unread)} beside the adapter: {why}",) if unread else ()
@@ -108,7 +112,9 @@ def is_module(name: str) -> bool:
     return _MODULES.fullmatch(name) is not None
 
 
-def with_modules(copies: list[tuple[str, Path]], adapter: Path) -> tuple[list[tuple[str, Path]], list[str]]:
+def with_modules(
+    copies: list[tuple[str, Path]], adapter: Path
+) -> tuple[list[tuple[str, Path]], list[str]]:
     """Replace the modules that sentence-transformers runs after the transformer by the adapter's, if it was saved with some.
 
     Returns
@@ -119,7 +125,11 @@ def with_modules(copies: list[tuple[str, Path]], adapter: Path) -> tuple[list[tu
     try:
         modules = json.loads((adapter / "modules.json").read_bytes())
         # Normalize has no file, so that older versions saved an empty folder, which git and the hub drop.
-        folders = [adapter / module["path"] for module in modules if not module["type"].endswith("Normalize")]
+        folders = [
+            adapter / module["path"]
+            for module in modules
+            if not module["type"].endswith("Normalize")
+        ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return copies, []
     missing = [folder.name for folder in folders if not folder.is_dir()]
@@ -146,8 +156,13 @@ def _walk(directory: Path | None, apart: Path | None = None) -> Iterator[tuple[s
 
     def walk(at: Path, above: frozenset[Path]) -> Iterator[tuple[str, Path, bool]]:
         for path in sorted(at.iterdir()):
-            name, real = str(path.relative_to(directory)), Path(os.path.realpath(path))  # of a loop of links too
-            if real == hidden or real in above:  # following a link to a parent directory would never end
+            name, real = (
+                str(path.relative_to(directory)),
+                Path(os.path.realpath(path)),
+            )  # of a loop of links too
+            if (
+                real == hidden or real in above
+            ):  # following a link to a parent directory would never end
                 continue
             if path.is_dir() and not _SKIPPED_DIRECTORIES.match(path.name):
                 yield from walk(path, above | {real})
@@ -200,7 +215,9 @@ class AdapterSource(NameSource, AdapterIdentity):
     """The adapter, or the fine-tuned model used as one, described in the same way."""
 
 
-def base_source(path: Path, config: ModelConfig, stated: object, identity: Mapping[str, Any]) -> BaseSource:
+def base_source(
+    path: Path, config: ModelConfig, stated: object, identity: Mapping[str, Any]
+) -> BaseSource:
     """Name a base; `stated` is the name that the adapter's config gives its base.
 
     The id is the one of the hub's cache if the base is in it, else the name in the adapter's config or the base's own, provided that its
@@ -224,9 +241,15 @@ def adapter_source(path: Path, identity: Mapping[str, Any]) -> AdapterSource:
 def _source(path: Path, identity: Mapping[str, Any], model_id: str | None = None) -> dict[str, Any]:
     cached = cached_model(path)
     # JSON cannot hold bytes that are not UTF-8.
-    source: dict[str, Any] = {"name": os.fsencode(path.resolve().name).decode(errors="backslashreplace")}
+    source: dict[str, Any] = {
+        "name": os.fsencode(path.resolve().name).decode(errors="backslashreplace")
+    }
     if cached is not None:
-        source = {"name": cached[0].rpartition("/")[2], "model_id": cached[0], "revision": cached[1]}
+        source = {
+            "name": cached[0].rpartition("/")[2],
+            "model_id": cached[0],
+            "revision": cached[1],
+        }
     elif (manifest := read_manifest(path if path.is_dir() else path.parent)) is not None:
         source["address"] = manifest.address
     if model_id is not None:
@@ -237,7 +260,9 @@ def _source(path: Path, identity: Mapping[str, Any], model_id: str | None = None
 
 def in_short(source: NameSource) -> dict[str, str]:
     """Return a source's name, id, revision and digest, without its identity."""
-    return {key: str(source[key]) for key in ("name", "model_id", "revision", "digest") if key in source}
+    return {
+        key: str(source[key]) for key in ("name", "model_id", "revision", "digest") if key in source
+    }
 
 
 def hub_id(stated: object, path: Path) -> str | None:
@@ -274,7 +299,11 @@ def other_base(stated: object, path: Path, config: ModelConfig) -> list[str]:
     others = [name for name in others if _words(name) and name.lower() not in DIRECTORIES]
     telling = [name for name in others if "/" in name or _sizes(_words(name))]
     is_telling = "/" in trained_on or _sizes(_words(trained_on))
-    if not is_telling or not telling or any(_may_be_same(_words(trained_on), _words(name)) for name in others):
+    if (
+        not is_telling
+        or not telling
+        or any(_may_be_same(_words(trained_on), _words(name)) for name in others)
+    ):
         return []
     differs = f"names {trained_on!r} as its base, but the base given here is {telling[0]!r}"
     return [f"the adapter's config {differs}; check that the adapter was trained on this model"]
@@ -320,16 +349,30 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 ADDED_TOKENS = "added_tokens.json"
 
 TOKENIZER = VOCABULARIES | {
-    TOKENIZER_CONFIG, ADDED_TOKENS, "special_tokens_map.json", "merges.txt", "normalizer.json", "target.spm", "target_vocab.json",
-    "vocab-tgt.json", "emoji.json", "word_shape.json", "word_pronunciation.json", "chat_template.jinja", "chat_template.json",
-}  # fmt: skip
+    TOKENIZER_CONFIG,
+    ADDED_TOKENS,
+    "special_tokens_map.json",
+    "merges.txt",
+    "normalizer.json",
+    "target.spm",
+    "target_vocab.json",
+    "vocab-tgt.json",
+    "emoji.json",
+    "word_shape.json",
+    "word_pronunciation.json",
+    "chat_template.jinja",
+    "chat_template.json",
+}
 """Files that form a tokenizer and its chat template, together with `TEMPLATES`; files of one tokenizer must not join another's."""
 
 TEMPLATES = "additional_chat_templates"
 
 PROCESSOR = {
-    "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "audio_tokenizer_config.json",
-}  # fmt: skip
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "audio_tokenizer_config.json",
+}
 """Files of a processor for images or sound. If a trainer saves only the tokenizer, the base's processor is kept."""
 
 MOST_BYTES = 200_000_000
@@ -356,8 +399,9 @@ class TokenizerChoice(NamedTuple):
     notes: Sequence[str] = ()
 
 
-def with_tokenizer(copies: Copies, adapter: DeltaSource, base: Path | None, config: ModelConfig,
-                   grown: int | None) -> TokenizerChoice:  # fmt: skip
+def with_tokenizer(
+    copies: Copies, adapter: DeltaSource, base: Path | None, config: ModelConfig, grown: int | None
+) -> TokenizerChoice:
     """Replace the base's tokenizer by the adapter's among the files that a merged model takes along.
 
     Parameters
@@ -367,7 +411,9 @@ def with_tokenizer(copies: Copies, adapter: DeltaSource, base: Path | None, conf
     grown
         The vocabulary's new size, if the adapter changes it.
     """
-    stays: Literal["adapter", "base"] | None = "base" if any(_is_tokenizer(name) for name, _ in copies) else None
+    stays: Literal["adapter", "base"] | None = (
+        "base" if any(_is_tokenizer(name) for name, _ in copies) else None
+    )
     beside = adapter.path
     if adapter.describes_model:
         return TokenizerChoice(copies, "adapter" if stays else None)
@@ -381,7 +427,13 @@ def with_tokenizer(copies: Copies, adapter: DeltaSource, base: Path | None, conf
         return TokenizerChoice(copies, stays, notes=[says] if grown is not None and stays else [])
     has = {name for name, _ in of_adapter}
     tokens, rows = token_count(beside), grown or config.vocab_size
-    lacks = "a vocabulary" if not has & VOCABULARIES else "" if TOKENIZER_CONFIG in has else TOKENIZER_CONFIG
+    lacks = (
+        "a vocabulary"
+        if not has & VOCABULARIES
+        else ""
+        if TOKENIZER_CONFIG in has
+        else TOKENIZER_CONFIG
+    )
     why = f"{lacks} is missing" if lacks else ""
     if not lacks and tokens is not None and rows is not None and tokens > rows:
         why = f"it has {tokens} tokens, but the merged embedding {rows} rows"

@@ -108,15 +108,25 @@ class Orientation:
         biased = {} if architecture_for(config) else _by_bias(base)
         if known and (architecture_for(config) or _stored_as(known, base, biased)):
             return cls(known)
-        linear = (name for name, transposed in biased.items() if not transposed and _may_be_conv1d(name))
+        linear = (
+            name for name, transposed in biased.items() if not transposed and _may_be_conv1d(name)
+        )
         return cls((), any(biased.values()), frozenset(map(_stack_of, linear)))
 
-    def seen(self, adapter: DeltaSource, weights: WeightView, names: Mapping[str, Match]) -> Orientation:
+    def seen(
+        self, adapter: DeltaSource, weights: WeightView, names: Mapping[str, Match]
+    ) -> Orientation:
         """Learn from an adapter's layers on an unknown base: layers that fit only (out, in) are Linear."""
         if self.architectures or adapter.describes_model:
             return self
-        unsettled = [(name, m.tensor) for name, m in names.items() if m.tensor and _may_be_conv1d(m.tensor)]
-        fitting = [t for name, t in unsettled if _ways_that_fit(adapter.modules[name], weights[t]) == {False}]
+        unsettled = [
+            (name, m.tensor) for name, m in names.items() if m.tensor and _may_be_conv1d(m.tensor)
+        ]
+        fitting = [
+            t
+            for name, t in unsettled
+            if _ways_that_fit(adapter.modules[name], weights[t]) == {False}
+        ]
         return replace(self, linear=self.linear | set(map(_stack_of, fitting)))
 
     def ways(self, tensor: str, *names: str, fan_in_fan_out: bool = False) -> set[bool]:
@@ -132,7 +142,9 @@ class Orientation:
         """
         if self.architectures:
             return {any(map(a.transposed, names)) for a in self.architectures}
-        unsettled = any(map(_may_be_conv1d, (tensor, *names))) and _stack_of(tensor) not in self.linear
+        unsettled = (
+            any(map(_may_be_conv1d, (tensor, *names))) and _stack_of(tensor) not in self.linear
+        )
         return {False, True} if self.has_conv1d or fan_in_fan_out or unsettled else {False}
 
 
@@ -154,23 +166,37 @@ def _by_bias(base: Checkpoint) -> dict[str, bool]:
     """Determine from the biases of layers that are not square whether each is stored (in, out)."""
     transposed = {}
     for name in base.weight_map:
-        if name.endswith(".weight") and (bias := name.removesuffix("weight") + "bias") in base.weight_map:
+        if (
+            name.endswith(".weight")
+            and (bias := name.removesuffix("weight") + "bias") in base.weight_map
+        ):
             shape, outputs = base.info(name).shape, base.info(bias).shape
             if len(shape) == 2 and shape[0] != shape[1] and outputs in (shape[:1], shape[1:]):
                 transposed[name] = outputs == shape[1:]
     return transposed
 
 
-def _stored_as(classes: Sequence[Architecture], base: Checkpoint, biased: Mapping[str, bool]) -> bool:
+def _stored_as(
+    classes: Sequence[Architecture], base: Checkpoint, biased: Mapping[str, bool]
+) -> bool:
     """Test whether layers with biases are stored as in these classes, with at least one in every stack of layers that has a Conv1D."""
-    conv1d = {name for name in base.weight_map if any(a.transposed(name.removesuffix(".weight")) for a in classes)}
+    conv1d = {
+        name
+        for name in base.weight_map
+        if any(a.transposed(name.removesuffix(".weight")) for a in classes)
+    }
     transposed = {name for name, is_transposed in biased.items() if is_transposed}
     stacks = {_stack_of(name) for name in conv1d}
     return transposed == conv1d & biased.keys() and stacks <= {_stack_of(name) for name in biased}
 
 
-def match_targets(weights: WeightView, adapter: DeltaSource, orientation: Orientation, names: Mapping[str, Match],
-                  renames: Renames) -> list[Target]:  # fmt: skip
+def match_targets(
+    weights: WeightView,
+    adapter: DeltaSource,
+    orientation: Orientation,
+    names: Mapping[str, Match],
+    renames: Renames,
+) -> list[Target]:
     """Match every module of the adapter to the base tensor that it changes, in the base's file order.
 
     Parameters
@@ -198,16 +224,26 @@ def match_targets(weights: WeightView, adapter: DeltaSource, orientation: Orient
         shape = weight.shape
         if module.layer_kind != "linear":
             ways = {module.layer_kind != "convolution"}
-        elif weight.quantized or len(shape) != 2:  # quantizers store all kinds of layers as (out, in)
+        elif (
+            weight.quantized or len(shape) != 2
+        ):  # quantizers store all kinds of layers as (out, in)
             ways = {False}
         else:
             loaded = run_time.get(tensor, tensor).removesuffix(".weight")
-            ways = orientation.ways(tensor, name, loaded, fan_in_fan_out=bool(adapter.config.get("fan_in_fan_out")))
-        fitting = [(placed, way) for way in sorted(ways) if (placed := module.placed(shape, way)) is not None]
+            ways = orientation.ways(
+                tensor, name, loaded, fan_in_fan_out=bool(adapter.config.get("fan_in_fan_out"))
+            )
+        fitting = [
+            (placed, way)
+            for way in sorted(ways)
+            if (placed := module.placed(shape, way)) is not None
+        ]
         if not fitting:
             has = "found" if tensor == f"{name}.weight" else f"{tensor!r} has"
             turned = ", transposed," if ways == {True} and module.layer_kind == "linear" else ""
-            problems.append(f"{name!r}: expected {module.expected}{turned} in the base, {has} {list(shape)}")
+            problems.append(
+                f"{name!r}: expected {module.expected}{turned} in the base, {has} {list(shape)}"
+            )
         elif len(fitting) > 1 or (adapter.describes_model and len(ways) > 1):
             problems.append(
                 f"{name!r}: {list(shape)} does not show whether it is stored as (out, in) or, as a Conv1D, (in, out), and the base's "
@@ -222,11 +258,15 @@ def match_targets(weights: WeightView, adapter: DeltaSource, orientation: Orient
     return [targets[name] for name in weights if name in targets]
 
 
-def refuse_misfits(problems: Sequence[str], of: int, adapter: DeltaSource, weights: WeightView) -> None:
+def refuse_misfits(
+    problems: Sequence[str], of: int, adapter: DeltaSource, weights: WeightView
+) -> None:
     """Raise `MismatchError` if modules do not fit the base; it describes two of the problems, or one if names are long."""
     if problems:
-        which = f"{len(problems)} of {of} modules do not fit {weights.checkpoint.path}: {listed(problems, 2, '; ', 200)}"  # fmt: skip
-        raise MismatchError(f"{adapter.path}: {which}; is this the base that the adapter was trained on?")
+        which = f"{len(problems)} of {of} modules do not fit {weights.checkpoint.path}: {listed(problems, 2, '; ', 200)}"
+        raise MismatchError(
+            f"{adapter.path}: {which}; is this the base that the adapter was trained on?"
+        )
 
 
 # The order in which transformers' modules register their parameters; PEFT wraps them in that order.
@@ -258,8 +298,14 @@ class Stack:
     run_time: str
 
 
-def match_experts(weights: WeightView, adapter: DeltaSource, config: ModelConfig, architectures: Sequence[Architecture],
-                  names: Mapping[str, Match], renames: Renames) -> list[Target]:  # fmt: skip
+def match_experts(
+    weights: WeightView,
+    adapter: DeltaSource,
+    config: ModelConfig,
+    architectures: Sequence[Architecture],
+    names: Mapping[str, Match],
+    renames: Renames,
+) -> list[Target]:
     """Match every expert of every wrapped parameter, or of a fine-tuned model's stacks, to the slices of the base that hold it.
 
     Parameters
@@ -294,7 +340,9 @@ def match_experts(weights: WeightView, adapter: DeltaSource, config: ModelConfig
             match = names[wrapped.matched_as(parameter)]
             stack_names = run_time.get(match.tensor, match.tensor), f"{wrapped.module}.{parameter}"
             stored = {a.stack_orientation(n) for a in architectures for n in stack_names} - {""}
-            stack_or_fault = _stack(match.tensor, built, weights, config, stored) if match.tensor else match.why
+            stack_or_fault = (
+                _stack(match.tensor, built, weights, config, stored) if match.tensor else match.why
+            )
             if isinstance(stack_or_fault, Stack):
                 stacks[parameter] = stack_or_fault
             else:
@@ -306,27 +354,45 @@ def match_experts(weights: WeightView, adapter: DeltaSource, config: ModelConfig
             problems.append(f"{wrapped.module!r} {order}")
             continue
         pairs += [
-            (f"{wrapped.module}.{parameter}", names[wrapped.matched_as(parameter)], stacks[parameter], factors)
+            (
+                f"{wrapped.module}.{parameter}",
+                names[wrapped.matched_as(parameter)],
+                stacks[parameter],
+                factors,
+            )
             for parameter, factors in zip(order, wrapped.factors, strict=True)
         ]
     refuse_misfits(problems, sum(len(w.parameters) for w in adapter.wrapped), adapter, weights)
     targets = []
-    orientations = _transposed([(stack, _sides(factors, adapter)) for _, _, stack, factors in pairs], adapter)
+    orientations = _transposed(
+        [(stack, _sides(factors, adapter)) for _, _, stack, factors in pairs], adapter
+    )
     for (name, match, stack, (a, b)), delta_transposed in zip(pairs, orientations, strict=True):
         experts = len(stack.experts)
         rank = adapter.file.header.by_name[a].shape[0] // experts
         scaling = adapter.config.lora_scaling(name, rank)
         # With one expert, or rank 1, both orders are the same.
-        grouped = min(experts, rank) > 1 and is_grouped(adapter.config, adapter.path, adapter.file.header.metadata)
-        of_stack = LoraModule(name, a, b, rank, scaling, stack.shape, "expert", (), None, grouped, delta_transposed)
+        grouped = min(experts, rank) > 1 and is_grouped(
+            adapter.config, adapter.path, adapter.file.header.metadata
+        )
+        of_stack = LoraModule(
+            name, a, b, rank, scaling, stack.shape, "expert", (), None, grouped, delta_transposed
+        )
         for e, slices in enumerate(stack.experts):
             module = replace(of_stack, name=f"{name}[{e}]", expert=(e, experts))
-            targets.append(Target(f"{stack.name}[{e}]", module, stack.transposed, match, pieces=slices))
+            targets.append(
+                Target(f"{stack.name}[{e}]", module, stack.transposed, match, pieces=slices)
+            )
     return targets
 
 
-def _stack(tensor: str, built: Mapping[str, list[Loaded]], weights: WeightView, config: ModelConfig,
-           stored: set[str]) -> Stack | str:  # fmt: skip
+def _stack(
+    tensor: str,
+    built: Mapping[str, list[Loaded]],
+    weights: WeightView,
+    config: ModelConfig,
+    stored: set[str],
+) -> Stack | str:
     """Find the stack of this name, or describe what is wrong; `stored` are the orientations that the base's class may use."""
     shape = () if tensor in built else weights[tensor].shape
     if tensor not in built and len(shape) != 3:
@@ -341,10 +407,14 @@ def _stack(tensor: str, built: Mapping[str, list[Loaded]], weights: WeightView, 
         return _built(tensor, built[tensor], weights, config, in_out)
     experts, m, n = shape
     slices = tuple((TensorSlice(tensor, e),) for e in range(experts))
-    return Stack(tensor, slices, (n, m) if in_out else (m, n), in_out, "in,out" if in_out else "out,in")
+    return Stack(
+        tensor, slices, (n, m) if in_out else (m, n), in_out, "in,out" if in_out else "out,in"
+    )
 
 
-def _built(name: str, loaded: Sequence[Loaded], weights: WeightView, config: ModelConfig, in_out: bool) -> Stack | str:
+def _built(
+    name: str, loaded: Sequence[Loaded], weights: WeightView, config: ModelConfig, in_out: bool
+) -> Stack | str:
     """Make the stack that loading builds from each expert's tensors, or from stacks concatenated by rows."""
     by = loaded[0].by
     assert by is not None
@@ -353,14 +423,24 @@ def _built(name: str, loaded: Sequence[Loaded], weights: WeightView, config: Mod
     for part in loaded:
         sources[part.source][(part.number if numbered else 0) or 0] = part.tensor
     experts = len(sources[0])
-    shape_sets = {tuple(weights[s[e]].shape for s in sources) for e in range(experts) if all(e in s for s in sources)}
+    shape_sets = {
+        tuple(weights[s[e]].shape for s in sources)
+        for e in range(experts)
+        if all(e in s for s in sources)
+    }
     wrong = f"is built on loading from {loaded[0].tensor!r} and similar tensors, which do not fit together or lack an expert"
-    complete = all(sorted(s) == list(range(experts)) for s in sources) and sum(map(len, sources)) == len(loaded)
+    complete = all(sorted(s) == list(range(experts)) for s in sources) and sum(
+        map(len, sources)
+    ) == len(loaded)
     if not complete or len(shape_sets) != 1:
         return wrong
     (shapes,) = shape_sets
     kinds = {(*s[:-2], s[-1]) for s in shapes}  # everything except their heights
-    if len(kinds) != 1 or len(shapes[0]) != (2 if numbered else 3) or (naming.CONCATENATE in by.by and in_out):
+    if (
+        len(kinds) != 1
+        or len(shapes[0]) != (2 if numbered else 3)
+        or (naming.CONCATENATE in by.by and in_out)
+    ):
         return wrong
     heights, width = [s[-2] for s in shapes], shapes[0][-1]
     ends = list(itertools.accumulate(heights, initial=0))
@@ -372,15 +452,27 @@ def _built(name: str, loaded: Sequence[Loaded], weights: WeightView, config: Mod
 
     m, n = ends[-1], width
     transposed = in_out != (naming.TRANSPOSE in by.by)
-    if naming.TRANSPOSE_IF in by.by:  # if the shape is not the model's, whose input and output are hidden_size wide
+    if (
+        naming.TRANSPOSE_IF in by.by
+    ):  # if the shape is not the model's, whose input and output are hidden_size wide
         known = n if not name.endswith("down_proj") else m
         transposed = known != config.hidden_size
         if config.hidden_size not in (m, n):
             return f"is stored as {[m, n]}, but neither dimension is the model's hidden_size {config.hidden_size}"
     if transposed:
         m, n = n, m
-    run_time = "out,in" if by.by in ((naming.MERGE,), (naming.MERGE, naming.CONCATENATE), (naming.CONCATENATE,)) else ""
-    return Stack(name, tuple(map(slices, range(experts if numbered else shapes[0][0]))), (m, n), transposed, run_time)
+    run_time = (
+        "out,in"
+        if by.by in ((naming.MERGE,), (naming.MERGE, naming.CONCATENATE), (naming.CONCATENATE,))
+        else ""
+    )
+    return Stack(
+        name,
+        tuple(map(slices, range(experts if numbered else shapes[0][0]))),
+        (m, n),
+        transposed,
+        run_time,
+    )
 
 
 Sides = tuple[tuple[int, ...], tuple[int, ...]]
@@ -392,17 +484,30 @@ def _sides(factors: tuple[str, str], adapter: DeltaSource) -> Sides:
     return a, b
 
 
-def _assign(wrapped: Wrapped, stacks: Mapping[str, Stack], adapter: DeltaSource) -> tuple[str, ...] | str:
+def _assign(
+    wrapped: Wrapped, stacks: Mapping[str, Stack], adapter: DeltaSource
+) -> tuple[str, ...] | str:
     """Assign each wrapper its parameter, innermost first, or describe what is wrong."""
-    sides, orders = [_sides(factors, adapter) for factors in wrapped.factors], itertools.permutations(stacks)
-    fits = [order for order in orders if all(_fit(stacks[p], *s) for p, s in zip(order, sides, strict=True))]
+    sides, orders = (
+        [_sides(factors, adapter) for factors in wrapped.factors],
+        itertools.permutations(stacks),
+    )
+    fits = [
+        order
+        for order in orders
+        if all(_fit(stacks[p], *s) for p, s in zip(order, sides, strict=True))
+    ]
     if len(fits) == 1:
         return fits[0]
-    registered = tuple(sorted(stacks, key=lambda p: REGISTERED.index(p) if p in REGISTERED else len(REGISTERED)))
+    registered = tuple(
+        sorted(stacks, key=lambda p: REGISTERED.index(p) if p in REGISTERED else len(REGISTERED))
+    )
     if registered in fits and all(p in REGISTERED for p in stacks):
         return registered
     shapes = listed((f"lora_A {list(a)}, lora_B {list(b)}" for a, b in sides), separator="; ")
-    wanted = listed(f"{p} with {len(s.experts)} experts of {list(s.shape)}" for p, s in stacks.items())
+    wanted = listed(
+        f"{p} with {len(s.experts)} experts of {list(s.shape)}" for p, s in stacks.items()
+    )
     why = "fit in more than one way" if fits else "do not fit"
     return f"has factors ({shapes}) that {why}: the base has {wanted}"
 
@@ -415,7 +520,9 @@ def _fit(stack: Stack, a: Sequence[int], b: Sequence[int]) -> bool:
 
 def _transposed(stacks: Sequence[tuple[Stack, Sides]], adapter: DeltaSource) -> list[bool]:
     """Return for each stack whether ``(B·A)ᵀ`` is (out, in): by its shape; if square, like the others; else by PEFT's version."""
-    by_shape = [{a[1] == s.shape[0]} if s.shape[0] != s.shape[1] else set[bool]() for s, (a, _) in stacks]
+    by_shape = [
+        {a[1] == s.shape[0]} if s.shape[0] != s.shape[1] else set[bool]() for s, (a, _) in stacks
+    ]
     alike = set[bool]().union(*by_shape)
     shown = [
         seen or (alike if len(alike) == 1 else {_by_version(s, adapter)})
@@ -443,8 +550,9 @@ def _by_version(stack: Stack, adapter: DeltaSource) -> bool:
     )
 
 
-def tensor_roles(path: Path, base: Checkpoint, config: ModelConfig,
-                 orientation: Orientation) -> Callable[[TensorInfo], str]:  # fmt: skip
+def tensor_roles(
+    path: Path, base: Checkpoint, config: ModelConfig, orientation: Orientation
+) -> Callable[[TensorInfo], str]:
     """Return a function that gives the role in its layer of a fine-tuned model's tensor; see `open_finetuned`.
 
     The base's class decides. If that is not known, or has no such layer under a usual config, common names of embeddings decide.
@@ -476,7 +584,11 @@ def tensor_roles(path: Path, base: Checkpoint, config: ModelConfig,
             return "weight" if loaded.by or loaded.name.endswith(".weight") else ""
         run_time = loaded.name.removesuffix(".weight")
         telling = [a for a in classes if a.has_module(run_time)] or classes
-        if any(a.is_embedding(run_time) for a in telling) if telling else tables.EMBEDDING.search(module):
+        if (
+            any(a.is_embedding(run_time) for a in telling)
+            if telling
+            else tables.EMBEDDING.search(module)
+        ):
             return "embedding"
         return "conv1d" if orientation.ways(info.name, run_time) == {True} else "weight"
 
@@ -485,7 +597,9 @@ def tensor_roles(path: Path, base: Checkpoint, config: ModelConfig,
         stated = {a.stack_orientation(loaded.name) for a in classes} - {""}
         if len(stated) == 1 and by in ((), (naming.CONCATENATE,), (naming.TRANSPOSE,)):
             (run_time,) = stated
-            return ",".join(reversed(run_time.split(","))) if by == (naming.TRANSPOSE,) else run_time
+            return (
+                ",".join(reversed(run_time.split(","))) if by == (naming.TRANSPOSE,) else run_time
+            )
         # A tensor with a vector for each position, such as a token that starts every sequence, has a dimension of 1; so has the kernel
         # of a convolution with one channel. Other convolutions have a bias of one number for each output, experts one for each expert.
         bias = info.name.removesuffix("weight") + "bias" if info.name.endswith(".weight") else ""
@@ -501,7 +615,9 @@ def tensor_roles(path: Path, base: Checkpoint, config: ModelConfig,
     return role
 
 
-def _match_stacks(weights: WeightView, tuned: FinetunedModel, names: Mapping[str, Match]) -> list[Target]:
+def _match_stacks(
+    weights: WeightView, tuned: FinetunedModel, names: Mapping[str, Match]
+) -> list[Target]:
     """Match every expert of every stack of a fine-tuned model to its slice of the base.
 
     Parameters
@@ -517,15 +633,22 @@ def _match_stacks(weights: WeightView, tuned: FinetunedModel, names: Mapping[str
     problems: list[str] = []
     targets: list[Target] = []
     for stack in tuned.stacks:
-        match, stored = names[stack.name.removesuffix(".weight")], tuned.tensors[stack.name].info.shape
+        match, stored = (
+            names[stack.name.removesuffix(".weight")],
+            tuned.tensors[stack.name].info.shape,
+        )
         if match.tensor not in weights:
             problems.append(f"{stack.name!r} {match.why}")
         elif (shape := weights[match.tensor].shape) != stored:
-            problems.append(f"{stack.name!r}: expected shape {list(stored)} in the base, found {list(shape)}")
+            problems.append(
+                f"{stack.name!r}: expected shape {list(stored)} in the base, found {list(shape)}"
+            )
         else:
             for e in range(stored[0]):
                 name, slices = f"{match.tensor}[{e}]", (TensorSlice(match.tensor, e),)
                 module = replace(stack, name=f"{stack.name}[{e}]", expert=e)
-                targets.append(Target(name, module, stack.layer_kind == "conv1d", match, pieces=slices))
+                targets.append(
+                    Target(name, module, stack.layer_kind == "conv1d", match, pieces=slices)
+                )
     refuse_misfits(problems, len(tuned.stacks), tuned, weights)
     return targets

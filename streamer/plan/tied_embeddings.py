@@ -57,7 +57,9 @@ class TiedNames:
     @property
     def names(self) -> tuple[str, ...]:
         """Return all names on disk, the stored one first."""
-        return tuple(dict.fromkeys([self.stored, *(name for name in self.on_disk.values() if name)]))
+        return tuple(
+            dict.fromkeys([self.stored, *(name for name in self.on_disk.values() if name)])
+        )
 
     @property
     def others(self) -> tuple[str, ...]:
@@ -74,7 +76,9 @@ class NamesOnDisk:
         Names in a checkpoint.
     """
 
-    def __init__(self, names: Collection[str], architecture: Architecture, renames: Renames) -> None:
+    def __init__(
+        self, names: Collection[str], architecture: Architecture, renames: Renames
+    ) -> None:
         self._names, self._architecture, self._renames = names, architecture, renames
         self._at = {now: name for name, now in renames.at_run_time(names).items()}
         self._base = f"{architecture.base_prefix}."
@@ -84,7 +88,14 @@ class NamesOnDisk:
         for name in (run_time, run_time.removeprefix(self._base), self._base + run_time):
             if (stored := self._at.get(name)) is not None:
                 return stored
-        return next((n for n in (run_time, *self._architecture.disk_patterns(run_time)) if n in self._names), None)
+        return next(
+            (
+                n
+                for n in (run_time, *self._architecture.disk_patterns(run_time))
+                if n in self._names
+            ),
+            None,
+        )
 
     def find_all(self, pattern: str) -> list[str]:
         """List the names on disk of the tensors that match a pattern, in all layers if it stands for a layer's number."""
@@ -104,12 +115,17 @@ class NamesOnDisk:
         patterns = self._architecture.disk_patterns(run_time)
         of_table = patterns if beside_on_disk in self._architecture.disk_patterns(beside) else ()
         for name in (*of_table, run_time, *patterns):
-            if "*" not in name and self._renames.at_run_time([*self._names, name]).get(name) == run_time:
+            if (
+                "*" not in name
+                and self._renames.at_run_time([*self._names, name]).get(name) == run_time
+            ):
                 return name
         return None
 
 
-def find_ties(names: Collection[str], architecture: Architecture | None, renames: Renames) -> tuple[TiedNames, ...]:
+def find_ties(
+    names: Collection[str], architecture: Architecture | None, renames: Renames
+) -> tuple[TiedNames, ...]:
     """Find the parameters of a checkpoint that have several names.
 
     Parameters
@@ -124,18 +140,27 @@ def find_ties(names: Collection[str], architecture: Architecture | None, renames
     for tie in (tie for tie in architecture.ties if tie.tied):
         same = [g for g in groups if tie.name in g[0] or tie.source in g[0]]
         together = dict.fromkeys([tie.source, *(n for g in same for n in g[0]), tie.name])
-        groups = [g for g in groups if g not in same] + [([*together], [*(k for g in same for k in g[1]), tie.keys])]
+        groups = [g for g in groups if g not in same] + [
+            ([*together], [*(k for g in same for k in g[1]), tie.keys])
+        ]
     on_disk, ties = NamesOnDisk(names, architecture, renames), []
     for run_time, stated in groups:
         # A tie without keys holds whatever the config says, and so do all of its parameter.
-        keys = tuple(dict.fromkeys(key for keys_of_tie in stated for key in keys_of_tie)) if all(stated) else ()
+        keys = (
+            tuple(dict.fromkeys(key for keys_of_tie in stated for key in keys_of_tie))
+            if all(stated)
+            else ()
+        )
         if any("*" in name for name in run_time):
             ties.append(TiedNames(dict.fromkeys(run_time), "", keys))
             continue
         stored_names = {name: stored for name in run_time if (stored := on_disk.find(name))}
         if stored_names:
             source, stored = next(iter(stored_names.items()))
-            at = {name: stored_names.get(name) or on_disk.of_new(name, source, stored) for name in run_time}
+            at = {
+                name: stored_names.get(name) or on_disk.of_new(name, source, stored)
+                for name in run_time
+            }
             ties.append(TiedNames(at, stored, keys))
     return tuple(ties)
 
@@ -187,14 +212,20 @@ class TieEditor:
             raise UnsupportedError(
                 f"{self.base.path}: has no config.json to say that {listed(map(repr, parted[0].names))} are no longer one tensor; add it"
             )
-        architecture = architecture_for(self.config.untied(untied), self.architecture.name) if parted else None
+        architecture = (
+            architecture_for(self.config.untied(untied), self.architecture.name) if parted else None
+        )
         still = architecture.tied_names if architecture else set()
         edits = replace(self.edits, untied=untied)
         for tie in ties:
             if parted and not still & tie.on_disk.keys():
                 edits = self._apart(tie, edits)
             elif tie in parted:
-                option = "trainable_token_indices" if self.edits.rows.keys() & {*tie.names} else "exclude_modules"
+                option = (
+                    "trainable_token_indices"
+                    if self.edits.rows.keys() & {*tie.names}
+                    else "exclude_modules"
+                )
                 why = f"changes {listed(map(repr, tie.names))} separately, which {self.architecture.name} ties whatever its config says"
                 raise self._refused(why, option)
             elif self._changed(tie):
@@ -213,10 +244,18 @@ class TieEditor:
         """Compare the stored copies of a tensor that changes, and omit unequal copies if the config says that they are separate."""
         if not self._changed(tie):
             return tie
-        copies = {name: StoredTensor(*self.base.locate(name)) for name in tie.names if name in self.base.weight_map}
+        copies = {
+            name: StoredTensor(*self.base.locate(name))
+            for name in tie.names
+            if name in self.base.weight_map
+        }
         # A T5 stores its own head beside the embedding if the config says that they are separate.
-        apart = _unequal(copies, self.base.path, "the config", bool(tie.keys) or self.config.tied is not False)
-        return replace(tie, on_disk={now: name for now, name in tie.on_disk.items() if name not in apart})
+        apart = _unequal(
+            copies, self.base.path, "the config", bool(tie.keys) or self.config.tied is not False
+        )
+        return replace(
+            tie, on_disk={now: name for now, name in tie.on_disk.items() if name not in apart}
+        )
 
     def _parts(self, tie: TiedNames) -> bool:
         """Test whether the names stop being one tensor: they change, but not all in the same way."""
@@ -226,18 +265,28 @@ class TieEditor:
             return False
         saved = {name: edits.sources[name] for name in tie.names if name in edits.sources}
         first = next(iter(saved.values()), None)
-        same = all(first is part or equal(part, first) for part in saved.values() if first is not None)
+        same = all(
+            first is part or equal(part, first) for part in saved.values() if first is not None
+        )
         whole = len(saved) == len(tie.names) or not edits.trained & saved.keys()
         tokens = not rows or (rows == {self._input(tie)} and self._shares_tokens(tie))
-        if not ((rows and not tokens) or delta or changed & edits.shifts.keys() or not (same and whole)):
+        if not (
+            (rows and not tokens) or delta or changed & edits.shifts.keys() or not (same and whole)
+        ):
             return False
-        if self._input(tie) in rows and self._shares_tokens(tie) and (changed - rows or len(rows) > 1):
+        if (
+            self._input(tie) in rows
+            and self._shares_tokens(tie)
+            and (changed - rows or len(rows) > 1)
+        ):
             others = listed(map(repr, sorted({*tie.names} - {self._input(tie)})))
             which = f"{self._input(tie)!r}, which is tied to {others}, and also changes one of them otherwise"
             raise self._refused(f"trains tokens of {which}", f"or untie them first, by {KEY}=false")
         if missing := [now for now, name in tie.on_disk.items() if name is None]:
             which = f"{tie.stored!r} and {missing[0]!r}, which is tied to it, separately"
-            raise self._refused(f"changes {which}, but the name under which loaders would find the latter is not known")
+            raise self._refused(
+                f"changes {which}, but the name under which loaders would find the latter is not known"
+            )
         return True
 
     def _input(self, tie: TiedNames) -> str | None:
@@ -251,14 +300,21 @@ class TieEditor:
     def _apart(self, tie: TiedNames, edits: TensorEdits) -> TensorEdits:
         """Write all names; names that do not change get the values that the adapter has for the base."""
         sources, base = dict(edits.sources), StoredTensor(*self.base.locate(tie.stored))
-        start = next((sources[name] for name in tie.names if name in sources and name not in edits.trained), base)
+        start = next(
+            (sources[name] for name in tie.names if name in sources and name not in edits.trained),
+            base,
+        )
         for name in tie.names:
             if start is not base or name not in self.base.weight_map:
                 sources.setdefault(name, start)
-        shapes = {name: (sources[name].info if name in sources else base.info).shape for name in tie.names}
+        shapes = {
+            name: (sources[name].info if name in sources else base.info).shape for name in tie.names
+        }
         if other := next((name for name in tie.others if shapes[name] != shapes[tie.stored]), None):
             which = f"{tie.stored!r} {shapes[tie.stored][0]} rows, but {other!r}, which is tied to it, has {shapes[other][0]}"
-            raise self._refused(f"gives {which}", "or save it again with save_embedding_layers=True")
+            raise self._refused(
+                f"gives {which}", "or save it again with save_embedding_layers=True"
+            )
         return replace(edits, sources=sources)
 
     def _together(self, tie: TiedNames, edits: TensorEdits) -> TensorEdits:
@@ -271,11 +327,14 @@ class TieEditor:
                 rows.setdefault(tie.stored, rows.pop(name))
             shifts.pop(name, None)
         gone = {name: BY_TIE for name in tie.others if name in self.base.weight_map}
-        return replace(edits, sources=sources, rows=rows, shifts=shifts, dropped={**edits.dropped, **gone})
+        return replace(
+            edits, sources=sources, rows=rows, shifts=shifts, dropped={**edits.dropped, **gone}
+        )
 
 
-def without_copies(base: Checkpoint, tuned: FinetunedModel, architecture: Architecture | None,
-                   renames: Renames) -> tuple[FinetunedModel, dict[str, str]]:  # fmt: skip
+def without_copies(
+    base: Checkpoint, tuned: FinetunedModel, architecture: Architecture | None, renames: Renames
+) -> tuple[FinetunedModel, dict[str, str]]:
     """Omit a fine-tuned model's copies of tied tensors, which would otherwise be judged and mitigated separately.
 
     If embedding and ``lm_head`` have equal bytes in both models and are tied, only the embedding is judged and written.
@@ -296,7 +355,11 @@ def without_copies(base: Checkpoint, tuned: FinetunedModel, architecture: Archit
         If copies in either model differ, or if it is not known whether the class ties tensors of equal bytes.
     """
     if architecture is None and tuned.model_config.tied is not False:
-        outer = [t for name, t in tuned.tensors.items() if len(t.info.shape) == 2 and "*" not in pattern_of(name)]
+        outer = [
+            t
+            for name, t in tuned.tensors.items()
+            if len(t.info.shape) == 2 and "*" not in pattern_of(name)
+        ]
         if pair := next((p for p in combinations(outer, 2) if equal(*p)), None):
             raise UnsupportedError(
                 f"{tuned.path}: whether {pair[0].info.name!r} and {pair[1].info.name!r}, whose bytes are equal, are tied depends on the "
@@ -306,18 +369,28 @@ def without_copies(base: Checkpoint, tuned: FinetunedModel, architecture: Archit
     dropped: dict[str, str] = {}
     for tie in find_ties(tuned.tensors, architecture, renames):
         tuned_copies = {name: tuned.tensors[name] for name in tie.names if name in tuned.tensors}
-        base_copies = {name: StoredTensor(*base.locate(name)) for name in tie.names if name in base.weight_map}
+        base_copies = {
+            name: StoredTensor(*base.locate(name)) for name in tie.names if name in base.weight_map
+        }
         refuse = bool(tie.keys) or tuned.model_config.tied is not False
         apart = _unequal(tuned_copies, tuned.path, "the config", refuse)
         apart |= _unequal(base_copies, base.path, f"the config of {tuned.path}", refuse)
-        same = [name for name in tie.names if name in tuned_copies.keys() | base_copies and name not in apart]
-        tuned_name = next((name for name in same if name in tuned_copies and name in base_copies), tie.stored)
+        same = [
+            name
+            for name in tie.names
+            if name in tuned_copies.keys() | base_copies and name not in apart
+        ]
+        tuned_name = next(
+            (name for name in same if name in tuned_copies and name in base_copies), tie.stored
+        )
         copies |= {name for name in same if name in tuned_copies and name != tuned_name}
         dropped |= {name: BY_TIE for name in same if name in base_copies and name != tuned_name}
     return tuned.without(copies) if copies else tuned, dropped
 
 
-def mirrored(ties: Iterable[TiedNames], adapter: DeltaSource, matched: Mapping[str, str]) -> dict[str, Module]:
+def mirrored(
+    ties: Iterable[TiedNames], adapter: DeltaSource, matched: Mapping[str, str]
+) -> dict[str, Module]:
     """Find modules that repeat another module's factors, transposed: PEFT's LoRA on a tied head with ``ensure_weight_tying``.
 
     DoRA's factors are shared in the same way, but each module has its own magnitudes, so its deltas differ.
@@ -353,27 +426,43 @@ def mirrored(ties: Iterable[TiedNames], adapter: DeltaSource, matched: Mapping[s
 
 def _repeats(head: Module, embedding: Module, adapter: DeltaSource) -> bool:
     """Test whether a head's factors are an embedding's, transposed, with the same scaling."""
-    if (head.shape, head.rank, head.scaling) != (embedding.shape[::-1], embedding.rank, embedding.scaling):
+    if (head.shape, head.rank, head.scaling) != (
+        embedding.shape[::-1],
+        embedding.rank,
+        embedding.scaling,
+    ):
         return False
     # A NaN has its own error later.
     A, B, *_ = (values_of(adapter.tensors[name]).nan_to_num() for name in head.tensor_names)
-    rows, columns, *_ = (values_of(adapter.tensors[name]).nan_to_num() for name in embedding.tensor_names)
+    rows, columns, *_ = (
+        values_of(adapter.tensors[name]).nan_to_num() for name in embedding.tensor_names
+    )
     return torch.equal(A, columns.T) and torch.equal(B, rows.T)
 
 
-def refuse_numbered_ties(ties: Iterable[TiedNames], base: Path, adapter: DeltaSource, matched: Iterable[str]) -> None:
+def refuse_numbered_ties(
+    ties: Iterable[TiedNames], base: Path, adapter: DeltaSource, matched: Iterable[str]
+) -> None:
     """Refuse changes to parameters that are tied layer by layer."""
     for name in (*(f"{module}.weight" for module in matched), *(c.name for c in adapter.carried)):
         pattern = pattern_of(name)
         tied = [now for tie in ties if not tie.stored for now in tie.on_disk]
-        if any(pattern == now or now.endswith(f".{pattern}") or pattern.endswith(f".{now}") for now in tied):
+        if any(
+            pattern == now or now.endswith(f".{pattern}") or pattern.endswith(f".{now}")
+            for now in tied
+        ):
             raise UnsupportedError(
                 f"{base}: ties {name!r}, which {adapter.path} changes, to others layer by layer; train without it (exclude_modules)"
             )
 
 
-def refuse_unknown_ties(base: Checkpoint, config: ModelConfig, adapter: DeltaSource, edits: TensorEdits,
-                        matched: Mapping[str, str]) -> None:  # fmt: skip
+def refuse_unknown_ties(
+    base: Checkpoint,
+    config: ModelConfig,
+    adapter: DeltaSource,
+    edits: TensorEdits,
+    matched: Mapping[str, str],
+) -> None:
     """Refuse changes to tensors that may be tied, in a model of an unknown class.
 
     A matrix outside layers may be tied if no other has its shape, as the base may store only one of the names. If the config states a
@@ -382,10 +471,21 @@ def refuse_unknown_ties(base: Checkpoint, config: ModelConfig, adapter: DeltaSou
     """
     if config.tied is False:
         return
-    in_layers = [name for name in base.weight_map if "*" in pattern_of(name) and name.endswith(".weight")]
-    widths = {n for shape in (base.info(name).shape for name in in_layers) if len(shape) == 2 for n in shape}
-    linear = {name for module, name in matched.items() if adapter.modules[module].layer_kind == "linear"}
-    outer = {name: base.info(name).shape for name in base.weight_map if not pattern_of(name).count("*")}
+    in_layers = [
+        name for name in base.weight_map if "*" in pattern_of(name) and name.endswith(".weight")
+    ]
+    widths = {
+        n
+        for shape in (base.info(name).shape for name in in_layers)
+        if len(shape) == 2
+        for n in shape
+    }
+    linear = {
+        name for module, name in matched.items() if adapter.modules[module].layer_kind == "linear"
+    }
+    outer = {
+        name: base.info(name).shape for name in base.weight_map if not pattern_of(name).count("*")
+    }
     for name in dict.fromkeys([*matched.values(), *edits.sources, *edits.rows]):
         # A quantized weight has other names on disk and is tied to nothing.
         new = name in edits.sources and name not in base.weight_map
@@ -395,7 +495,9 @@ def refuse_unknown_ties(base: Checkpoint, config: ModelConfig, adapter: DeltaSou
         alike = [other for other in outer if other != name and outer[other] == shape]
         inner = config.vocab_size is None and name in linear and shape[0] in widths
         apart = alike and not new and not config.tied
-        copied = not new and any(equal(*(StoredTensor(*base.locate(n)) for n in (name, other))) for other in alike)
+        copied = not new and any(
+            equal(*(StoredTensor(*base.locate(n)) for n in (name, other))) for other in alike
+        )
         if (inner or apart or (new and not alike)) and not copied:
             continue
         raise UnsupportedError(
@@ -420,8 +522,13 @@ def _unequal(copies: Mapping[str, StoredTensor], path: Path, whose: str, refuse:
     return apart
 
 
-def vocabulary_tensors(base: Checkpoint, config: ModelConfig, architecture: Architecture | None, ties: Iterable[TiedNames],
-                       renames: Renames) -> dict[str, VocabularyTensor]:  # fmt: skip
+def vocabulary_tensors(
+    base: Checkpoint,
+    config: ModelConfig,
+    architecture: Architecture | None,
+    ties: Iterable[TiedNames],
+    renames: Renames,
+) -> dict[str, VocabularyTensor]:
     """Find the tensors with a row for each entry of a vocabulary, by their names on disk.
 
     In a model of an unknown class, these are the tensors with as many rows as the config states.
@@ -429,7 +536,11 @@ def vocabulary_tensors(base: Checkpoint, config: ModelConfig, architecture: Arch
     if architecture is None:
         shapes = {name: base.info(name).shape for name in base.weight_map}
         rows, keys = config.vocab_size, config.vocabulary_keys
-        return {name: VocabularyTensor((name,), keys) for name, shape in shapes.items() if shape and shape[0] == rows}
+        return {
+            name: VocabularyTensor((name,), keys)
+            for name, shape in shapes.items()
+            if shape and shape[0] == rows
+        }
     on_disk = NamesOnDisk(base.weight_map, architecture, renames)
     tensors: dict[str, VocabularyTensor] = {}
     for run_time, keys in architecture.vocabulary.items():
@@ -442,8 +553,12 @@ def vocabulary_tensors(base: Checkpoint, config: ModelConfig, architecture: Arch
     return tensors
 
 
-def without_stale_values(base: Checkpoint, architecture: Architecture | None, vocabulary: Mapping[str, VocabularyTensor],
-                         edits: TensorEdits) -> TensorEdits:  # fmt: skip
+def without_stale_values(
+    base: Checkpoint,
+    architecture: Architecture | None,
+    vocabulary: Mapping[str, VocabularyTensor],
+    edits: TensorEdits,
+) -> TensorEdits:
     """Omit zeros with one value for each token if the vocabulary's size changes: loaders do not need them (BART's ``final_logits_bias``).
 
     Raises
@@ -454,7 +569,9 @@ def without_stale_values(base: Checkpoint, architecture: Architecture | None, vo
     before = {
         vocabulary[name].keys: base.info(name).shape[0]
         for name, part in edits.sources.items()
-        if name in vocabulary and name in base.weight_map and part.info.shape != base.info(name).shape
+        if name in vocabulary
+        and name in base.weight_map
+        and part.info.shape != base.info(name).shape
     }
     patterns = () if architecture is None else architecture.may_be_missing
     stale = {}

@@ -36,7 +36,10 @@ from streamer.storage.files import storage_errors
 from streamer.storage.remote_source import Manifest, RemoteFile, RemoteSource
 from streamer.units import format_sizes, quoted
 
-PIPELINE_FILES = {checkpoint.PIPELINE_NAME: "a diffusers pipeline", LORA_NAME: "an adapter of a diffusers pipeline"}
+PIPELINE_FILES = {
+    checkpoint.PIPELINE_NAME: "a diffusers pipeline",
+    LORA_NAME: "an adapter of a diffusers pipeline",
+}
 
 KNOWN_NAMES = (
     "config.json", "hf_quant_config.json", "generation_config.json", *sorted(TOKENIZER | PROCESSOR), "README.md", "LICENSE", "LICENSE.txt",
@@ -84,7 +87,9 @@ class Listing:
 
     def directory(self, kind: str) -> Path:
         """Return the directory for exactly these versions of the files; other versions have another directory."""
-        files = sorted((name, file.shown, file.size, file.version) for name, file in self.files.items())
+        files = sorted(
+            (name, file.shown, file.size, file.version) for name, file in self.files.items()
+        )
         key = hashlib.sha256(json.dumps([self.address, files]).encode()).hexdigest()[:16]
         return ranges.cache_directory() / kind / key / self.place
 
@@ -95,14 +100,19 @@ class Listing:
 
     def download(self, names: Collection[str], monitor: Monitor) -> Path:
         """Download files unless they exist, and return their directory; each gets its name when it is complete."""
-        directory, missing = self.directory("files"), [name for name in names if not self.is_cached(name)]
+        directory, missing = (
+            self.directory("files"),
+            [name for name in names if not self.is_cached(name)],
+        )
         total, done = sum(self.files[name].size for name in missing), 0
         for i, name in enumerate(missing):
             file, path = self.files[name], directory / name
             source = RemoteSource(file)
             make_private(path.parent)
             for partial in (p for p in path.parent.iterdir() if PARTIAL.match(p.name)):
-                with contextlib.suppress(OSError):  # of killed runs; running ones keep changing theirs
+                with contextlib.suppress(
+                    OSError
+                ):  # of killed runs; running ones keep changing theirs
                     if time.time() - partial.stat().st_mtime > DEAD_SECONDS:
                         partial.unlink()
             with AtomicFile(path, file.size) as out:
@@ -110,7 +120,9 @@ class Listing:
                     monitor.checkpoint()
                     monitor.emit(Event("download", name, done + at, total, i, len(missing)))
                     length = min(ranges.RANGE_BYTES, file.size - at)
-                    source.prefetch(at, at + length, file.size)  # a small file as a whole, which needs no ranges
+                    source.prefetch(
+                        at, at + length, file.size
+                    )  # a small file as a whole, which needs no ranges
                     out.write(source.view(at, length))
                 source.check_unchanged()  # redirect targets and bucket responses carry no version of their own
                 out.flush()
@@ -125,15 +137,21 @@ class Listing:
     def shadow(self, to_download: int, monitor: Monitor) -> Path:
         """Make the directory of a model whose tensors are read by ranges; for `to_download`, see `Manifest`."""
         directory = self.directory("forecasts" if to_download else "ranges")
-        if ranges.read_manifest(directory) is None or not all((directory / name).exists() for name in self.files):
+        if ranges.read_manifest(directory) is None or not all(
+            (directory / name).exists() for name in self.files
+        ):
             make_private(directory)
             there = self.download(self.small, monitor) if self.small else directory
             for name in self.small:
                 replace_link(directory / name, there / name)
             for name, file in self.weights.items():
                 with storage_errors(directory / name, "write"):
-                    (directory / name).write_bytes(f"in place of {file.shown}, which is read by ranges\n".encode())
-        Manifest(self.address, self.weights, to_download).write(directory)  # URLs may have new signatures
+                    (directory / name).write_bytes(
+                        f"in place of {file.shown}, which is read by ranges\n".encode()
+                    )
+        Manifest(self.address, self.weights, to_download).write(
+            directory
+        )  # URLs may have new signatures
         return directory
 
 
@@ -161,7 +179,10 @@ class Url:
     def below(self, name: str) -> tuple[str, str]:
         """Return the address of a file in this directory, and the same address for display."""
         path = re.split(r"[?#]", self.text)[0]
-        return f"{path.rstrip('/')}/{name}{self.text.removeprefix(path)}", f"{self.shown.rstrip('/')}/{name}"
+        return (
+            f"{path.rstrip('/')}/{name}{self.text.removeprefix(path)}",
+            f"{self.shown.rstrip('/')}/{name}",
+        )
 
 
 def list_address(url: Url) -> Listing:
@@ -177,7 +198,9 @@ def list_address(url: Url) -> Listing:
     file, small = "", Files()
     if url.name.endswith(".safetensors"):
         if (stat := ranges.stat_remote(url.text, url.shown)) is None:
-            raise errors.MissingInputError(f"{url.shown}: no such file; check the address", url.shown)
+            raise errors.MissingInputError(
+                f"{url.shown}: no such file; check the address", url.shown
+            )
         file = checkpoint.check_shard_name(url.name, url.shown)
         weights = {file: stat}
     else:
@@ -210,9 +233,15 @@ def needed_files(shown: str, files: Files, shards: Collection[str]) -> tuple[Fil
     """
     if {INDEX_NAME, SINGLE_NAME, CONFIG_NAME, WEIGHTS_NAME}.isdisjoint(files):
         for kind in (kind for name, kind in PIPELINE_FILES.items() if name in files):
-            raise errors.UnsupportedError(f"{shown}: {kind} is not read remotely; download it and name its directory")
+            raise errors.UnsupportedError(
+                f"{shown}: {kind} is not read remotely; download it and name its directory"
+            )
     # Names stay below the directory.
-    below = [name for name in sorted(files) if not ({"", ".", ".."} & {*name.split("/")} or {"\\", "\0"} & {*name})]
+    below = [
+        name
+        for name in sorted(files)
+        if not ({"", ".", ".."} & {*name.split("/")} or {"\\", "\0"} & {*name})
+    ]
     small = {name: files[name] for name in below if name == INDEX_NAME or goes_along(name)}
     for name, file in small.items():
         check_small(f"{shown}/{name}", file.size)
@@ -236,7 +265,9 @@ def check_small(shown: str, size: int) -> None:
     """Refuse a file too large for one without weights, because it would always be downloaded."""
     if size > checkpoint.MAX_INDEX_BYTES:
         most, found = format_sizes(checkpoint.MAX_INDEX_BYTES, size)
-        raise errors.InputError(f"{shown}: expected at most {most} for such a file, found {found}; check the address")
+        raise errors.InputError(
+            f"{shown}: expected at most {most} for such a file, found {found}; check the address"
+        )
 
 
 def _web(url: Url) -> tuple[Files, list[str]]:
@@ -250,15 +281,27 @@ def _web(url: Url) -> tuple[Files, list[str]]:
         server has reported no file as absent, and at least `least` of the `weights` were found.
         """
         nonlocal reports_absent
-        answers = dict(zip(names, ranges.at_once(_stat_or_refusal, [url.below(name) for name in names]), strict=True))
-        found.update({name: answer for name, answer in answers.items() if isinstance(answer, RemoteFile)})
+        answers = dict(
+            zip(
+                names,
+                ranges.at_once(_stat_or_refusal, [url.below(name) for name in names]),
+                strict=True,
+            )
+        )
+        found.update(
+            {name: answer for name, answer in answers.items() if isinstance(answer, RemoteFile)}
+        )
         refusals = [answer for answer in answers.values() if isinstance(answer, errors.InputError)]
         reports_absent = reports_absent or None in answers.values()
         if refusals and (reports_absent or len(found.keys() & weights) < least):
             raise refusals[0]
 
     found: Files = {}
-    ask([INDEX_NAME, SINGLE_NAME, CONFIG_NAME, WEIGHTS_NAME, *KNOWN_NAMES], [INDEX_NAME, SINGLE_NAME, WEIGHTS_NAME], 1)
+    ask(
+        [INDEX_NAME, SINGLE_NAME, CONFIG_NAME, WEIGHTS_NAME, *KNOWN_NAMES],
+        [INDEX_NAME, SINGLE_NAME, WEIGHTS_NAME],
+        1,
+    )
     shards = _shards(found)
     ask(shards, shards, len(shards))
     if "config.json" in found:
@@ -280,12 +323,16 @@ def _code(config: dict[str, Any]) -> list[str]:
     auto_map = config.get("auto_map")
     values = auto_map.values() if isinstance(auto_map, dict) else ()
     names = [name for value in values for name in (value if isinstance(value, list) else [value])]
-    modules = dict.fromkeys(name.partition(".")[0] for name in names if isinstance(name, str) and "--" not in name)
+    modules = dict.fromkeys(
+        name.partition(".")[0] for name in names if isinstance(name, str) and "--" not in name
+    )
     return [f"{module}.py" for module in modules if module.isidentifier()]
 
 
 def _shards(files: Files) -> list[str]:
-    return shards_of(_json(files[INDEX_NAME]), files[INDEX_NAME].shown) if INDEX_NAME in files else []
+    return (
+        shards_of(_json(files[INDEX_NAME]), files[INDEX_NAME].shown) if INDEX_NAME in files else []
+    )
 
 
 def _json(file: RemoteFile) -> dict[str, Any]:
@@ -392,7 +439,9 @@ class HubListing(Listing):
             with _client(self.name) as hub:
                 # Request the first file by the revision as named, so that the hub's cache can resolve it offline too.
                 revision = self.commit if i else self.name.revision
-                path = Path(hub.hf_hub_download(self.name.repo, _path(self.name, name), revision=revision))
+                path = Path(
+                    hub.hf_hub_download(self.name.repo, _path(self.name, name), revision=revision)
+                )
             path = path.parents[name.count("/")]
             if not path.match(f"snapshots/{self.commit}/{self.name.folder}"):
                 raise errors.InputChangedError(
@@ -419,20 +468,31 @@ def list_hub(name: HubName) -> HubListing:
     start, files, shards = _path(name, ""), dict[str, RemoteFile](), list[str]()
     for sibling in info.siblings or ():
         if (path := str(sibling.rfilename)).startswith(start):
-            url, shown = hub.hf_hub_url(name.repo, path, revision=commit), f"{name.repo}@{commit[:12]}/{path}"
+            url, shown = (
+                hub.hf_hub_url(name.repo, path, revision=commit),
+                f"{name.repo}@{commit[:12]}/{path}",
+            )
             if sibling.size is None and path.endswith(".safetensors"):
                 raise errors.UnsupportedError(
                     f"{shown}: the hub does not state its size; download it, and name the directory"
                 )
-            files[path.removeprefix(start)] = RemoteFile(url, shown, sibling.size or 0, commit, token=True)
+            files[path.removeprefix(start)] = RemoteFile(
+                url, shown, sibling.size or 0, commit, token=True
+            )
     if name.file and name.file not in files:
-        raise errors.MissingInputError(f"{name.shown}: has no such file; check its name", name.shown)
+        raise errors.MissingInputError(
+            f"{name.shown}: has no such file; check its name", name.shown
+        )
     if not name.file and INDEX_NAME in files:
         check_small(f"{name.shown}/{INDEX_NAME}", files[INDEX_NAME].size)
         with _client(name) as hub:
             index = Path(hub.hf_hub_download(name.repo, start + INDEX_NAME, revision=commit))
         shards = shards_of(checkpoint.read_json_object(index), f"{name.shown}/{INDEX_NAME}")
-    small, weights = ({}, {name.file: files[name.file]}) if name.file else needed_files(name.shown, files, shards)
+    small, weights = (
+        ({}, {name.file: files[name.file]})
+        if name.file
+        else needed_files(name.shown, files, shards)
+    )
     place = Path(f"models--{name.repo.replace('/', '--')}", "snapshots", commit, name.folder)
     return HubListing(name.shown, place, small, weights, name.file, name, commit)
 
@@ -448,7 +508,9 @@ def cached_snapshot(name: HubName) -> Path | None:
 def _cached(name: HubName, file: str, revision: str | None) -> Path | None:
     with _client(name) as hub:
         path = hub.try_to_load_from_cache(name.repo, _path(name, file), revision=revision)
-    return Path(path) if isinstance(path, str) else None  # else it may be a mark that the hub has no such file
+    return (
+        Path(path) if isinstance(path, str) else None
+    )  # else it may be a mark that the hub has no such file
 
 
 def _path(name: HubName, file: str) -> str:
@@ -480,11 +542,17 @@ def _error(name: HubName, e: Exception) -> errors.StreamerError:
     hub_errors, shown = import_module("huggingface_hub.errors"), name.shown
     full = errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS
     if isinstance(e, OSError) and e.errno in full:
-        return errors.StorageError(f"{shown}: cannot download: {e.strerror}; make room, or name another HF_HOME")
+        return errors.StorageError(
+            f"{shown}: cannot download: {e.strerror}; make room, or name another HF_HOME"
+        )
     if isinstance(e, hub_errors.OfflineModeIsEnabled):
         why = "no such path, nor is it in the hub's cache, and HF_HUB_OFFLINE is set; check the path, or unset it"
         return Offline(f"{shown}: {why}", shown)
-    absent = hub_errors.RepositoryNotFoundError, hub_errors.RevisionNotFoundError, hub_errors.HFValidationError
+    absent = (
+        hub_errors.RepositoryNotFoundError,
+        hub_errors.RevisionNotFoundError,
+        hub_errors.HFValidationError,
+    )
     gated = isinstance(e, hub_errors.GatedRepoError)
     if isinstance(e, absent) and not gated:
         version = f" of revision {name.revision!r}" if name.revision else ""
@@ -497,16 +565,22 @@ def _error(name: HubName, e: Exception) -> errors.StreamerError:
         advice = "ask for access on its page if it is gated, then log in with `hf auth login`, or set HF_TOKEN"
         return errors.InputError(f"{shown}: the hub refuses it (status {status}); {advice}")
     if status is not None:
-        return errors.StorageError(f"{shown}: the hub answers with status {status}; run the same command again later")
+        return errors.StorageError(
+            f"{shown}: the hub answers with status {status}; run the same command again later"
+        )
     said = f"{type(e).__name__}: {ranges.without_secrets(str(e))[:80]}".removesuffix(": ")
-    return Unreachable(f"{shown}: no such path, and the hub cannot be reached ({said}); check the path or the network")
+    return Unreachable(
+        f"{shown}: no such path, and the hub cannot be reached ({said}); check the path or the network"
+    )
 
 
 RemoteMode = Literal["cache", "stream"]
 
 PART = r"[A-Za-z0-9_][\w.-]*"
 
-_HUB_NAME = re.compile(rf"(?P<repo>{PART}/{PART})(?:@(?P<revision>[^/@]+))?(?:/(?P<inside>{PART}(?:/{PART})*))?/?")
+_HUB_NAME = re.compile(
+    rf"(?P<repo>{PART}/{PART})(?:@(?P<revision>[^/@]+))?(?:/(?P<inside>{PART}(?:/{PART})*))?/?"
+)
 _HUB_PAGE = re.compile(
     rf"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repo>{PART}/{PART})"
     rf"(?:/(?:tree|resolve|blob)/(?P<revision>[^/]+)(?:/(?P<inside>{PART}(?:/{PART})*))?)?/?"
@@ -598,7 +672,12 @@ class Remote:
             return path
         # The directory of a commit under its readable name, which names the outputs of several adapters.
         key = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
-        link = ranges.cache_directory() / "links" / key / (address.inside or address.repo).rpartition("/")[2]
+        link = (
+            ranges.cache_directory()
+            / "links"
+            / key
+            / (address.inside or address.repo).rpartition("/")[2]
+        )
         replace_link(link, path)
         return link
 
@@ -609,9 +688,17 @@ class Remote:
     def _directory(self, listing: Listing) -> Path:
         """Return the directory that holds the files, or stands for them."""
         streams = self.mode == "stream" or (self.mode is None and listing.streams)
-        is_adapter = CONFIG_NAME in listing.small and not {INDEX_NAME, SINGLE_NAME} & listing.files.keys()
-        if not is_adapter and (streams or self.peek):  # an adapter is small enough to be always downloaded
-            to_download = sum(f.size for name, f in listing.weights.items() if not (streams or listing.is_cached(name)))
+        is_adapter = (
+            CONFIG_NAME in listing.small and not {INDEX_NAME, SINGLE_NAME} & listing.files.keys()
+        )
+        if not is_adapter and (
+            streams or self.peek
+        ):  # an adapter is small enough to be always downloaded
+            to_download = sum(
+                f.size
+                for name, f in listing.weights.items()
+                if not (streams or listing.is_cached(name))
+            )
             if streams or to_download:
                 return listing.shadow(to_download, self.monitor)
         return listing.download(listing.files, self.monitor)

@@ -26,7 +26,14 @@ import numpy as np
 
 from streamer.detection.findings import Findings, MatrixFinding, load_findings
 from streamer.errors import FormatError, OutputError, UsageError, printable
-from streamer.evaluation.evaluation import Evaluation, commands, figures, load_evaluation, reasons, verdict
+from streamer.evaluation.evaluation import (
+    Evaluation,
+    commands,
+    figures,
+    load_evaluation,
+    reasons,
+    verdict,
+)
 from streamer.events import Monitor
 from streamer.fitting.choice import repair_columns
 from streamer.methods import METHODS, Shrink, takes_findings
@@ -92,10 +99,17 @@ def threshold_curve(findings: Findings) -> list[Threshold]:
 def lambda_curve(findings: Findings) -> list[Removal]:
     """Compute what each λ removes."""
     total, share = delta_energy(findings)
-    intruding = math.fsum(m.detection.singular_values[j] ** 2 for m in findings for j in m.detection.intruders)
+    intruding = math.fsum(
+        m.detection.singular_values[j] ** 2 for m in findings for j in m.detection.intruders
+    )
     paper, project = math.sqrt(intruding / total) if total > 0 else 0.0, math.sqrt(share)
     return [
-        Removal(lam, (1 - lam) * paper, (1 - lam) * project, math.sqrt(max(0.0, 1 - (1 - lam * lam) * share)))
+        Removal(
+            lam,
+            (1 - lam) * paper,
+            (1 - lam) * project,
+            math.sqrt(max(0.0, 1 - (1 - lam * lam) * share)),
+        )
         for lam in LAMBDAS
     ]
 
@@ -132,7 +146,13 @@ def check_finite(findings: Findings, where: object) -> None:
     for m in findings:
         d = m.detection
         numbers = d.delta_norm, d.intruder_energy, d.dropped_at_zero, d.cutoff, m.scale
-        arrays = d.singular_values, d.similarity, d.similarity_low, d.similarity_high, d.base_singular_values
+        arrays = (
+            d.singular_values,
+            d.similarity,
+            d.similarity_low,
+            d.similarity_high,
+            d.base_singular_values,
+        )
         if not all(map(math.isfinite, chain(numbers, *arrays))):
             raise FormatError(f"{where}: a figure of {m.tensor} is NaN or Inf; run detect again")
 
@@ -169,7 +189,12 @@ def headline(subject: Subject) -> tuple[str, list[tuple[str, str]]]:
     return (
         f"{counted(subject.intruders, 'intruder')} in {with_any} of {counted(len(subject), 'matrix')}{carrying}. "
         "The effect of mitigation has not been measured yet.",
-        [("Make the adapter forget less, and measure it", "streamer repair BASE ADAPTER -o OUTPUT")],
+        [
+            (
+                "Make the adapter forget less, and measure it",
+                "streamer repair BASE ADAPTER -o OUTPUT",
+            )
+        ],
     )
 
 
@@ -178,7 +203,7 @@ def sentences(subject: Subject) -> list[str]:
     if isinstance(subject, Evaluation):
         return []
     if not isinstance(subject, Findings):
-        made = f"streamer {subject['version']} made this from “{_name(subject['adapter'])}” and “{_name(subject['base'])}”"  # fmt: skip
+        made = f"streamer {subject['version']} made this from “{_name(subject['adapter'])}” and “{_name(subject['base'])}”"
         first, how, *others = record_lines(subject, made)
         # The headline of other outputs says how they were made; the table of a repair, what was measured.
         figures = () if "repair" in subject else subject.get("measured", ())[1:]
@@ -190,7 +215,10 @@ def sentences(subject: Subject) -> list[str]:
     judged = f"leading {100 * k:g}% of the singular directions"
     if isinstance(k, int):
         judged = counted(k, "leading singular direction").removeprefix("1 ")
-    adapter, base = (f"“{_name(sources[role])}”" if role in sources else f"the {role}" for role in ("adapter", "base"))
+    adapter, base = (
+        f"“{_name(sources[role])}”" if role in sources else f"the {role}"
+        for role in ("adapter", "base")
+    )
     return [
         f"In {changed} that {adapter} changes in {base}, detection compared the {judged} of base + adapter with all directions of the "
         f"base. A direction is an intruder if its similarity to every one of them is below {options.threshold_epsilon:g}."
@@ -201,7 +229,11 @@ def samples(subject: Subject) -> list[str]:
     """Return the beginnings of texts that the adapter wrote, if it did."""
     if isinstance(subject, Findings):
         return []
-    of = subject.facts["texts"]["task"] if isinstance(subject, Evaluation) else subject.get("repair", {})
+    of = (
+        subject.facts["texts"]["task"]
+        if isinstance(subject, Evaluation)
+        else subject.get("repair", {})
+    )
     return [printable(textwrap.shorten(text, SAMPLE)) for text in of.get("samples", ())]
 
 
@@ -216,7 +248,9 @@ def certificates(subject: Subject) -> str:
     if isinstance(subject, Findings):
         decisions = [(m.tensor, m.detection.certified) for m in subject]
     else:
-        decisions = [(m["tensor"], m["certified"]) for m in subject["matrices"] if m["certified"] is not None]
+        decisions = [
+            (m["tensor"], m["certified"]) for m in subject["matrices"] if m["certified"] is not None
+        ]
     if not decisions:
         return ""
     unproven = [printable(tensor) for tensor, certified in decisions if not certified]
@@ -250,13 +284,20 @@ def page_data(subject: Subject) -> dict[str, Any]:
     matrices = sorted(subject["matrices"], key=lambda m: natural(m["tensor"]))
     # None if it does not apply: a shrink or coefficients scale no intruders, and a merge is not truncated to a rank.
     scaled, truncated = takes_findings(subject["method"]), subject["command"] == "mitigate"
-    measured = {"repair": _repair(subject["repair"]), "samples": samples(subject)} if "repair" in subject else {}
-    return {**measured, "output": {
-        "names": [printable(m["tensor"]) for m in matrices],
-        "intruders": [len(m["intruders"]) for m in matrices] if scaled else None,
-        **{key: [m[key] for m in matrices] for key in ("delta_norm", "delta_norm_after")},
-        "dropped": [m["dropped"] for m in matrices] if truncated else None,
-    }}  # fmt: skip
+    measured = (
+        {"repair": _repair(subject["repair"]), "samples": samples(subject)}
+        if "repair" in subject
+        else {}
+    )
+    return {
+        **measured,
+        "output": {
+            "names": [printable(m["tensor"]) for m in matrices],
+            "intruders": [len(m["intruders"]) for m in matrices] if scaled else None,
+            **{key: [m[key] for m in matrices] for key in ("delta_norm", "delta_norm_after")},
+            "dropped": [m["dropped"] for m in matrices] if truncated else None,
+        },
+    }
 
 
 def _findings(findings: Findings) -> dict[str, Any]:
@@ -296,12 +337,24 @@ def _repair(measured: Mapping[str, Any]) -> dict[str, Any]:
     """Describe what a repair keeps and leaves, as a picture of an evaluation does, and its table."""
     figure = "kept" if measured["reliable"]["kept"] else "behaviour_kept"
     variants: list[dict[str, Any]] = [
-        {"name": "base", "series": "base", "kept": 0, "kept_se": 0, "divergence": 0, "divergence_se": 0}
+        {
+            "name": "base",
+            "series": "base",
+            "kept": 0,
+            "kept_se": 0,
+            "divergence": 0,
+            "divergence_se": 0,
+        }
     ]
     for row in measured["rows"]:
         shares = {key: row[name] for key, name in (("kept", figure), ("divergence", "divergence"))}
-        errors = {f"{key}_se": row[f"{name}_se"] for key, name in (("kept", figure), ("divergence", "divergence"))}
-        variants.append({"name": row["name"], "series": row["name"].partition(" ")[0], **shares, **errors})
+        errors = {
+            f"{key}_se": row[f"{name}_se"]
+            for key, name in (("kept", figure), ("divergence", "divergence"))
+        }
+        variants.append(
+            {"name": row["name"], "series": row["name"].partition(" ")[0], **shares, **errors}
+        )
     return {
         "keep": measured["keep"],
         "methods": list(METHODS),
@@ -321,7 +374,10 @@ def _lambda_of(name: str) -> float | None:
 
 def _columns(columns: Sequence[Column]) -> list[dict[str, Any]]:
     """Describe a table's columns, with escaped texts."""
-    return [{"head": printable(c.head), "about": c.about, "cells": [*map(printable, c.cells)]} for c in columns]
+    return [
+        {"head": printable(c.head), "about": c.about, "cells": [*map(printable, c.cells)]}
+        for c in columns
+    ]
 
 
 def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
@@ -336,12 +392,19 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
         "others": [*map(printable, evaluation.others)],
         "columns": _columns(figures(evaluation)),
         "variants": [
-            {"name": printable(record["name"]), "lambda": record["lambda"],
-             "series": printable(variant.method or variant.name.partition(" ")[0]),  # its curve: base and adapter are the ends of all
-             **{key: record[key] for key in drawn}}
-            for record, variant in zip(evaluation.shown_variants(), evaluation.variants, strict=True)
+            {
+                "name": printable(record["name"]),
+                "lambda": record["lambda"],
+                "series": printable(
+                    variant.method or variant.name.partition(" ")[0]
+                ),  # its curve: base and adapter are the ends of all
+                **{key: record[key] for key in drawn},
+            }
+            for record, variant in zip(
+                evaluation.shown_variants(), evaluation.variants, strict=True
+            )
         ],
-    }  # fmt: skip
+    }
 
 
 def _short(value: float) -> float:
@@ -361,7 +424,8 @@ def make_page(subject: Subject) -> bytes:
     All text from the inputs is escaped, or set as text by the script; a policy in the page prevents any other script from running.
     """
     template, style, *scripts = (
-        files("streamer.report").joinpath(name).read_text("utf-8") for name in ("page.html", "page.css", *SCRIPTS)
+        files("streamer.report").joinpath(name).read_text("utf-8")
+        for name in ("page.html", "page.css", *SCRIPTS)
     )
     script = "\n" + "\n".join(scripts)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -382,9 +446,13 @@ def make_page(subject: Subject) -> bytes:
     data = json.dumps(tree, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
     data = data.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
     page = Template(template).substitute(
-        digest=digest, title=html.escape(title(subject)), style=style, text="\n".join(lines), data=data,
+        digest=digest,
+        title=html.escape(title(subject)),
+        style=style,
+        text="\n".join(lines),
+        data=data,
         script=script.removeprefix("\n"),
-    )  # fmt: skip
+    )
     return (SIGN + page).encode("utf-8")
 
 
@@ -393,8 +461,12 @@ def _suggestion(evaluation: Evaluation) -> str:
     best = evaluation.best()
     lines = map(printable, (*reasons(evaluation, best), *commands(evaluation, best)))
     matched = [(line, re.match(r"([a-z ]+): (streamer .+)", line)) for line in lines]
-    items = "".join(f"<li>{html.escape(line)}</li>\n" for line, command in matched if command is None)
-    return "\n".join([f'<ul id="suggestion">\n{items}</ul>', *(_command((c[1], c[2])) for _, c in matched if c)])
+    items = "".join(
+        f"<li>{html.escape(line)}</li>\n" for line, command in matched if command is None
+    )
+    return "\n".join(
+        [f'<ul id="suggestion">\n{items}</ul>', *(_command((c[1], c[2])) for _, c in matched if c)]
+    )
 
 
 def _command(command: tuple[str, str]) -> str:

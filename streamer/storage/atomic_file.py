@@ -54,7 +54,9 @@ class Piece:
         The list to which the buffer returns; None if it is not reused.
     """
 
-    def __init__(self, data: Buffer, size: int | None = None, free: list[bytearray | None] | None = None) -> None:
+    def __init__(
+        self, data: Buffer, size: int | None = None, free: list[bytearray | None] | None = None
+    ) -> None:
         self.view = memoryview(data).cast("B")[:size] if len(data) else memoryview(b"")
         """The bytes; after the release every use raises `ValueError`."""
         self._free = free
@@ -83,7 +85,9 @@ class BufferRing:
     def lease(self, size: int | None = None) -> Piece:
         """Lease a buffer, or the first `size` bytes of one; raise `BufferError` if all are leased."""
         if not self._free:
-            raise BufferError("all buffers of a ring are leased, and none was released; please report this")
+            raise BufferError(
+                "all buffers of a ring are leased, and none was released; please report this"
+            )
         return Piece(self._free.pop() or bytearray(self._size), size, self._free)
 
 
@@ -174,7 +178,9 @@ class AtomicFile:
                     self._hash.update(view)
                     return
                 piece = Piece(bytes(view))
-        self._threads = self._threads or tuple(ThreadPoolExecutor(1, "streamer write") for _ in range(2))
+        self._threads = self._threads or tuple(
+            ThreadPoolExecutor(1, "streamer write") for _ in range(2)
+        )
         self.flush(QUEUE - 1)
         (writer, hasher), view = self._threads, piece.view
         futures = writer.submit(self._write, view), hasher.submit(self._hash.update, view)
@@ -237,7 +243,9 @@ class AtomicFile:
                 shutil.copyfileobj(file, self, 8 << 20)
         if self.written != self.size:
             wanted, found = format_sizes(self.size, self.written)
-            raise InputChangedError(f"{source}: expected {wanted}, found {found}: it changed during the run; start again")  # fmt: skip
+            raise InputChangedError(
+                f"{source}: expected {wanted}, found {found}: it changed during the run; start again"
+            )
 
     def complete(self) -> None:
         """Check the byte count and fsync, so that only the rename remains; a second call does nothing."""
@@ -245,7 +253,9 @@ class AtomicFile:
             return
         self.flush()
         if self.written != self.size:
-            raise StorageError(f"{self.path}: expected {self.size} bytes, wrote {self.written}; please report this")
+            raise StorageError(
+                f"{self.path}: expected {self.size} bytes, wrote {self.written}; please report this"
+            )
         with files.storage_errors(self.path, "finish"):
             files.sync(self._fd)
             if self.written > LAG_BYTES:
@@ -335,16 +345,22 @@ class ShardPlan:
             return self
         prefix = self.header.prefix
         entries = [(t.name.removeprefix(prefix), t.dtype, t.shape) for t in self.header.tensors]
-        header, raw = layout(entries, {**self.header.metadata, key: value}, len(self.raw_header) - 8)
+        header, raw = layout(
+            entries, {**self.header.metadata, key: value}, len(self.raw_header) - 8
+        )
         if header.file_bytes != self.nbytes:
             raise NumericError(f"{self.name}: its header outgrew the plan; please report this")
         return ShardPlan(self.name, header.prefixed(prefix), raw)
 
 
-def plan_shard(name: str, entries: Iterable[tuple[str, str, Iterable[int]]], metadata: dict[str, str]) -> ShardPlan:
+def plan_shard(
+    name: str, entries: Iterable[tuple[str, str, Iterable[int]]], metadata: dict[str, str]
+) -> ShardPlan:
     """Plan a file from (tensor name, dtype, shape) in file order; the names of a pipeline's tensors begin with their component."""
     prefix = component_prefix(name)
-    header, raw = layout([(tensor.removeprefix(prefix), dtype, shape) for tensor, dtype, shape in entries], metadata)
+    header, raw = layout(
+        [(tensor.removeprefix(prefix), dtype, shape) for tensor, dtype, shape in entries], metadata
+    )
     return ShardPlan(name, header.prefixed(prefix), raw)
 
 
@@ -366,21 +382,32 @@ class ShardFile(AtomicFile):
         """Pull the next tensor's pieces, hash and write them, and check their total size."""
         begun = self.written
         if next(self._following, None) != info:
-            raise NumericError(f"tensor {info.name!r}: the plan has another one here; please report this")
+            raise NumericError(
+                f"tensor {info.name!r}: the plan has another one here; please report this"
+            )
         for piece in pieces:
             self.append(piece)
         if (found := self.written - begun) != info.nbytes:
-            raise NumericError(f"tensor {info.name!r}: planned {info.nbytes} bytes, got {found}; please report this")
+            raise NumericError(
+                f"tensor {info.name!r}: planned {info.nbytes} bytes, got {found}; please report this"
+            )
 
     def complete(self) -> None:
         """Check and fsync, then read the header back from disk with the strict reader: it must equal the plan's."""
         super().complete()
         if read_header(self._fd, str(self.path)).digest != self.plan.header.digest:
-            raise NumericError(f"{self.path}: the header read back differs from what was written; check the disk")
+            raise NumericError(
+                f"{self.path}: the header read back differs from what was written; check the disk"
+            )
 
 
-def write_shard(directory: Path, plan: ShardPlan, shard: Shard, renames: bool = True,
-                before_rename: Callable[[], None] = lambda: None) -> ShardFile:  # fmt: skip
+def write_shard(
+    directory: Path,
+    plan: ShardPlan,
+    shard: Shard,
+    renames: bool = True,
+    before_rename: Callable[[], None] = lambda: None,
+) -> ShardFile:
     """Write a planned file, pulling its tensors in the plan's order, and return it closed; `before_rename` may raise to prevent that."""
     with ShardFile(directory, plan, renames) as file:
         for tensor, pieces in shard:
@@ -390,8 +417,12 @@ def write_shard(directory: Path, plan: ShardPlan, shard: Shard, renames: bool = 
     return file
 
 
-def write_sealed(directory: Path, plan: ShardPlan, source: Callable[[TensorInfo], Iterable[Buffer]],
-                 before_rename: Callable[[], None] = lambda: None) -> None:  # fmt: skip
+def write_sealed(
+    directory: Path,
+    plan: ShardPlan,
+    source: Callable[[TensorInfo], Iterable[Buffer]],
+    before_rename: Callable[[], None] = lambda: None,
+) -> None:
     """Write a planned file with a digest of all of it, pulling each tensor's bytes twice."""
     shard = ((info, map(Piece, source(info))) for info in plan.header.tensors)
     write_shard(directory, plan.sealed(source), shard, before_rename=before_rename)
@@ -400,5 +431,8 @@ def write_sealed(directory: Path, plan: ShardPlan, source: Callable[[TensorInfo]
 def index_bytes(index: dict[str, Any], total_size: int) -> bytes:
     """Make the JSON of an output's index from the base's, with the exact ``total_size``."""
     metadata = index.get("metadata")
-    tree = {**index, "metadata": {**(metadata if isinstance(metadata, dict) else {}), "total_size": total_size}}
+    tree = {
+        **index,
+        "metadata": {**(metadata if isinstance(metadata, dict) else {}), "total_size": total_size},
+    }
     return (json.dumps(tree, indent=2, ensure_ascii=False) + "\n").encode("utf-8")

@@ -19,7 +19,14 @@ from typing import Any
 
 from streamer.errors import FormatError, InputError
 from streamer.storage.atomic_file import BufferRing, Piece
-from streamer.storage.files import BaseIdentity, absent, lacks, open_regular, storage_errors, strict_json
+from streamer.storage.files import (
+    BaseIdentity,
+    absent,
+    lacks,
+    open_regular,
+    storage_errors,
+    strict_json,
+)
 from streamer.storage.header import DIGEST, NO_DIGEST, TensorInfo
 from streamer.storage.local_source import IOMode, LocalSource
 from streamer.storage.remote_source import RemoteSource, read_manifest
@@ -67,12 +74,19 @@ class TensorFile:
         self.path = path
         manifest = read_manifest(path.parent)
         far = None if manifest is None else manifest.files.get(path.name)
-        source: LocalSource | RemoteSource = LocalSource(path, io) if far is None else RemoteSource(far)
+        source: LocalSource | RemoteSource = (
+            LocalSource(path, io) if far is None else RemoteSource(far)
+        )
         with contextlib.ExitStack() as undo:
             undo.callback(source.close)
             self.header = source.header().prefixed(prefix)
             undo.pop_all()
-        self.source, self.io, self.stamp, self.remote = source, source.io, source.stamp, source.remote
+        self.source, self.io, self.stamp, self.remote = (
+            source,
+            source.io,
+            source.stamp,
+            source.remote,
+        )
 
     def close(self) -> None:
         """Close the file; existing views stay valid."""
@@ -157,7 +171,9 @@ class TensorFile:
         stated = self.header.metadata.get(DIGEST)
         if stated is None:
             found = "found none, as in files of versions before 0.2"
-            raise FormatError(f"{self.path}: expected a SHA-256 of the file in its metadata, {found}; {again}")
+            raise FormatError(
+                f"{self.path}: expected a SHA-256 of the file in its metadata, {found}; {again}"
+            )
         source, at, end = self.source, self.header.data_start, self.header.file_bytes
         header = bytes(source.view(0, at))
         digest = hashlib.sha256(header.replace(stated.encode(), NO_DIGEST.encode(), 1))
@@ -193,7 +209,10 @@ class TensorFile:
 
 def sampled_bytes(files: Iterable[TensorFile]) -> int:
     """Count the bytes that are read to identify files by headers and samples."""
-    return sum(f.header.data_start + sum(min(SAMPLE_BYTES, t.nbytes) for t in f.header.tensors) for f in files)
+    return sum(
+        f.header.data_start + sum(min(SAMPLE_BYTES, t.nbytes) for t in f.header.tensors)
+        for f in files
+    )
 
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -203,8 +222,12 @@ MAX_INDEX_BYTES = 200_000_000
 PIPELINE_NAME = "model_index.json"
 """File that makes a directory a diffusers pipeline, unless a model lies beside it."""
 
-COMPONENTS = {"unet": "diffusion_pytorch_model", "transformer": "diffusion_pytorch_model", "text_encoder": "model",
-              "text_encoder_2": "model"}  # fmt: skip
+COMPONENTS = {
+    "unet": "diffusion_pytorch_model",
+    "transformer": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+}
 """Components of a pipeline that adapters change, with the name of their files without its endings."""
 
 _PLAIN = re.compile(r"(?![A-Za-z]:)[^./\\\x00-\x1f][^/\\\x00-\x1f]*\.safetensors")
@@ -213,7 +236,11 @@ _PLAIN = re.compile(r"(?![A-Za-z]:)[^./\\\x00-\x1f][^/\\\x00-\x1f]*\.safetensors
 
 def shard_names(count: int) -> list[str]:
     """Name the files of a model as transformers does: one file, or numbered shards."""
-    return [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)] if count > 1 else [SINGLE_NAME]
+    return (
+        [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+        if count > 1
+        else [SINGLE_NAME]
+    )
 
 
 @dataclass(frozen=True)
@@ -290,7 +317,12 @@ def checkpoint_identity(files: Mapping[str, TensorFile]) -> BaseIdentity:
     """Compute the names, sizes, header digests and sample digests of files, which together identify a model."""
     return {
         "files": [
-            {"file": name, "bytes": f.header.file_bytes, "header_sha256": f.header.digest, "sample_sha256": f.sample()}
+            {
+                "file": name,
+                "bytes": f.header.file_bytes,
+                "header_sha256": f.header.digest,
+                "sample_sha256": f.sample(),
+            }
             for name, f in files.items()
         ]
     }
@@ -308,7 +340,9 @@ def read_json_object(path: Path, parse: Callable[[bytes], Any] = strict_json) ->
     with storage_errors(path, "read"), open(fd, "rb") as f:
         raw = f.read(MAX_INDEX_BYTES + 1)
     if len(raw) > MAX_INDEX_BYTES:
-        raise FormatError(f"{path}: over {format_size(MAX_INDEX_BYTES)} of JSON; this is not such a file")
+        raise FormatError(
+            f"{path}: over {format_size(MAX_INDEX_BYTES)} of JSON; this is not such a file"
+        )
     try:
         tree = parse(raw)
     except (ValueError, RecursionError) as e:
@@ -361,12 +395,18 @@ def open_checkpoint(path: str | Path, io: IOMode = "mmap") -> Checkpoint:
         return model
     if is_pipeline(path):
         return _pipeline(path, io)
-    raise lacks(path, SINGLE_NAME, "name a directory with that or an index, or the file itself, in the order BASE ADAPTER")  # fmt: skip
+    raise lacks(
+        path,
+        SINGLE_NAME,
+        "name a directory with that or an index, or the file itself, in the order BASE ADAPTER",
+    )
 
 
 def is_pipeline(path: Path) -> bool:
     """Test whether a directory is a diffusers pipeline."""
-    return (path / PIPELINE_NAME).exists() and not any((path / name).exists() for name in (SINGLE_NAME, INDEX_NAME))
+    return (path / PIPELINE_NAME).exists() and not any(
+        (path / name).exists() for name in (SINGLE_NAME, INDEX_NAME)
+    )
 
 
 def component_files(component: str) -> tuple[str, str]:
@@ -393,7 +433,9 @@ def _pipeline(path: Path, io: IOMode) -> Checkpoint:
     return Checkpoint(path, files, weight_map, None, warnings)
 
 
-def _model(path: Path, single: Path, index_path: Path, io: IOMode, prefix: str = "") -> Checkpoint | None:
+def _model(
+    path: Path, single: Path, index_path: Path, io: IOMode, prefix: str = ""
+) -> Checkpoint | None:
     """Open a model by its single file or its index; None if there is neither."""
     if single.exists():
         if index_path.exists():
@@ -415,7 +457,10 @@ def _model(path: Path, single: Path, index_path: Path, io: IOMode, prefix: str =
             holders.setdefault(t.name, []).append(name)
     for tensor in {**weight_map, **holders}:
         if holders.get(tensor) != [weight_map.get(tensor)]:
-            there, expected = listed(holders.get(tensor, ["no shard"])), weight_map.get(tensor, "no shard")
+            there, expected = (
+                listed(holders.get(tensor, ["no shard"])),
+                weight_map.get(tensor, "no shard"),
+            )
             what = f"tensor {tensor!r}: expected in {expected}, found in {there}; get index and shards of one version"
             raise FormatError(f"{index_path}: {what}")
     data_bytes = sum(file.header.data_bytes for file in files.values())
@@ -424,5 +469,7 @@ def _model(path: Path, single: Path, index_path: Path, io: IOMode, prefix: str =
     warnings: tuple[str, ...] = ()
     if stated != data_bytes:
         said = "is absent" if stated is None else f"says {stated}"
-        warnings = (f"{index_path}: total_size {said}, the shards hold {data_bytes} bytes; the output's will be right",)
+        warnings = (
+            f"{index_path}: total_size {said}, the shards hold {data_bytes} bytes; the output's will be right",
+        )
     return Checkpoint(path, files, weight_map, index, warnings)

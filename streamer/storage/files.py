@@ -91,7 +91,9 @@ def read_at(fd: int, out: memoryview, at: int) -> int:
     return len(piece)
 
 
-def available_cores(cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
+def available_cores(
+    cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+) -> int:
     """Count the cores that this process may use, by its affinity mask and its control groups' quotas (version 2), rounded up.
 
     Parameters
@@ -99,13 +101,19 @@ def available_cores(cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = P
     cgroups, membership
         Directory where Linux mounts control groups, and the file that names this process' group.
     """
-    cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    cores = float(
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     group = cgroups
     with contextlib.suppress(OSError):  # such as 0::/user.slice/job
-        group /= membership.read_text("utf-8", "surrogateescape").partition("::")[2].strip().lstrip("/")
+        group /= (
+            membership.read_text("utf-8", "surrogateescape").partition("::")[2].strip().lstrip("/")
+        )
     # In a container the path may be the host's; the root of the mount is then the container's own group.
     for directory in {cgroups, *(p for p in (group, *group.parents) if cgroups in p.parents)}:
-        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # no quota: no such file, or "max"
+        with contextlib.suppress(
+            OSError, ValueError, ZeroDivisionError
+        ):  # no quota: no such file, or "max"
             quota, period = (directory / "cpu.max").read_text("ascii").split()
             cores = min(cores, float(quota) / float(period))
     return max(1, math.ceil(cores))
@@ -156,22 +164,30 @@ def open_regular(path: Path, what: str) -> tuple[int, os.stat_result]:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
-        raise errors.MissingInputError(f"{path}: no such file; check the path, or finish the download", path) from None
+        raise errors.MissingInputError(
+            f"{path}: no such file; check the path, or finish the download", path
+        ) from None
     except OSError as e:
         if e.errno == errno.ELOOP:
-            raise errors.FormatError(f"{path}: expected {what}, found a link that leads to itself") from None
+            raise errors.FormatError(
+                f"{path}: expected {what}, found a link that leads to itself"
+            ) from None
         raise storage_error(path, "open", e) from e
     st = os.fstat(fd)
     if not stat.S_ISREG(st.st_mode):
         os.close(fd)
-        raise errors.FormatError(f"{path}: expected {what}, found something that is not a regular file")
+        raise errors.FormatError(
+            f"{path}: expected {what}, found something that is not a regular file"
+        )
     return fd, st
 
 
 def read_bytes(fd: int, length: int, at: int) -> bytes:
     """Read bytes from offset `at`, repeating calls that return fewer; fewer only at the end of the file."""
     out = bytearray()
-    while len(out) < length and (piece := os.pread(fd, min(length - len(out), MAX_CALL_BYTES), at + len(out))):
+    while len(out) < length and (
+        piece := os.pread(fd, min(length - len(out), MAX_CALL_BYTES), at + len(out))
+    ):
         out += piece
     return bytes(out)
 
@@ -222,16 +238,22 @@ def absent(path: Path, what: str) -> errors.MissingInputError:
     """Make the error for a missing input directory; `what` names the expected input."""
     collapsed = re.match(r"[a-z][a-z0-9+.-]+:/", str(path))
     hint = (
-        "an address has two slashes, of which a Path keeps one" if collapsed else "a hub name has the form OWNER/NAME"
+        "an address has two slashes, of which a Path keeps one"
+        if collapsed
+        else "a hub name has the form OWNER/NAME"
     )
-    return errors.MissingInputError(f"{path}: no such directory; check the path of the {what}; {hint}", path)
+    return errors.MissingInputError(
+        f"{path}: no such directory; check the path of the {what}; {hint}", path
+    )
 
 
 def lacks(path: Path, name: str, advice: str) -> errors.MissingInputError:
     """Make the error for an input directory without a file; the message says what the directory holds instead."""
     with storage_errors(path, "read"):
         found = listed(sorted(p.name for p in path.iterdir()), 6, room=120) or "nothing"
-    return errors.MissingInputError(f"{path}: expected {name}, found {found}; {advice}", path / name)
+    return errors.MissingInputError(
+        f"{path}: expected {name}, found {found}; {advice}", path / name
+    )
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -265,7 +287,11 @@ def strict_json(raw: bytes, surrogates: bool = False) -> Any:
         Whether strings may contain lone surrogates, as paths that are not UTF-8 do; Python cannot encode them.
     """
     try:
-        hooks: dict[str, Any] = {"parse_constant": _finite, "parse_float": _finite, "parse_int": _integer}
+        hooks: dict[str, Any] = {
+            "parse_constant": _finite,
+            "parse_float": _finite,
+            "parse_int": _integer,
+        }
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, **hooks)
         if b"\\u" in raw and not surrogates:  # Python's parser accepts them
             json.dumps(value, ensure_ascii=False).encode("utf-8")
@@ -296,13 +322,17 @@ def locked(path: Path, output: Path | None = None) -> Iterator[None]:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         except OSError as e:
             if e.errno == errno.ELOOP:
-                raise errors.OutputError(f"{path}: a symlink has the name of the lock; remove it") from None
+                raise errors.OutputError(
+                    f"{path}: a symlink has the name of the lock; remove it"
+                ) from None
             raise storage_error(path, "lock", e) from e
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(fd)
-            raise errors.LockedError(f"{output}: another run is writing here; wait for it, or choose another output") from None  # fmt: skip
+            raise errors.LockedError(
+                f"{output}: another run is writing here; wait for it, or choose another output"
+            ) from None
         except OSError:
             pass  # a file system without locks: unique partial names still keep runs apart
         # The previous holder may have removed the file between our open and our lock.

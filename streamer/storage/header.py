@@ -88,7 +88,11 @@ class Header:
         """Add a prefix to all names."""
         if not prefix:
             return self
-        return replace(self, prefix=prefix, tensors=tuple(replace(t, name=prefix + t.name) for t in self.tensors))
+        return replace(
+            self,
+            prefix=prefix,
+            tensors=tuple(replace(t, name=prefix + t.name) for t in self.tensors),
+        )
 
     @property
     def data_bytes(self) -> int:
@@ -119,7 +123,9 @@ def tensor_nbytes(dtype: str, shape: Iterable[int]) -> int:
     count = 1
     for n in shape:
         count *= n
-        if count >= 2**64:  # checked at every step, as the library does: [0, 2**63, 4] passes, [2**63, 4, 0] does not
+        if (
+            count >= 2**64
+        ):  # checked at every step, as the library does: [0, 2**63, 4] passes, [2**63, 4, 0] does not
             raise ValueError(f"shape {list(shape)} has more elements than 64 bits count")
     bits = count * DTYPE_BITS[dtype]
     if bits >= 2**64 or bits % 8:
@@ -141,7 +147,9 @@ _FIELDS = ("dtype", "shape", "data_offsets")
 
 def _tensor_info(name: str, entry: object) -> TensorInfo:
     if isinstance(entry, list) and len(entry) == len(_FIELDS):
-        entry = dict(zip(_FIELDS, entry, strict=True))  # the library also accepts the three fields as a list
+        entry = dict(
+            zip(_FIELDS, entry, strict=True)
+        )  # the library also accepts the three fields as a list
     if not isinstance(entry, dict):
         raise ValueError(f"tensor {name!r}: expected an object, found {type(entry).__name__}")
     for key in _FIELDS:
@@ -152,18 +160,28 @@ def _tensor_info(name: str, entry: object) -> TensorInfo:
     dtype, shape, offsets = (entry[key] for key in _FIELDS)
     if isinstance(dtype, dict) and list(dtype.values()) == [None]:
         dtype = next(iter(dtype))  # the library also accepts {"F32": null} for "F32"
-    numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
-    fits = isinstance(dtype, str) and all(type(n) is int and 0 <= n < 2**64 for n in numbers) and len(offsets) == 2
+    numbers = (
+        [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
+    )
+    fits = (
+        isinstance(dtype, str)
+        and all(type(n) is int and 0 <= n < 2**64 for n in numbers)
+        and len(offsets) == 2
+    )
     if not fits:
         found = quoted([dtype, shape, offsets])
-        raise ValueError(f"tensor {name!r}: expected a dtype, a list of sizes and a pair of offsets, found {found}")
+        raise ValueError(
+            f"tensor {name!r}: expected a dtype, a list of sizes and a pair of offsets, found {found}"
+        )
     try:
         nbytes = tensor_nbytes(dtype, shape)
     except ValueError as e:
         raise ValueError(f"tensor {name!r}: {e}") from None
     start, end = offsets
     if end - start != nbytes:
-        raise ValueError(f"tensor {name!r}: expected {nbytes} bytes for {dtype} {shape}, data_offsets give {end - start}")  # fmt: skip
+        raise ValueError(
+            f"tensor {name!r}: expected {nbytes} bytes for {dtype} {shape}, data_offsets give {end - start}"
+        )
     return TensorInfo(name, dtype, tuple(shape), start, end)
 
 
@@ -192,11 +210,15 @@ def parse_header(raw: bytes, file_bytes: int, where: str) -> Header:
         metadata = {} if metadata is None else metadata
         if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
             raise ValueError("__metadata__ is not a map from string to string")
-        tensors = sorted((_tensor_info(k, v) for k, v in tree.items()), key=lambda t: (t.start, t.end))
+        tensors = sorted(
+            (_tensor_info(k, v) for k, v in tree.items()), key=lambda t: (t.start, t.end)
+        )
         at = 0
         for t in tensors:
             if t.start != at:
-                raise ValueError(f"tensor {t.name!r}: expected to begin at offset {at}, begins at {t.start}")
+                raise ValueError(
+                    f"tensor {t.name!r}: expected to begin at offset {at}, begins at {t.start}"
+                )
             at = t.end
     except ValueError as e:
         fault = str(e) if len(str(e)) <= MAX_FAULT else f"{str(e)[:MAX_FAULT]}…"
@@ -205,7 +227,9 @@ def parse_header(raw: bytes, file_bytes: int, where: str) -> Header:
     if header.file_bytes != file_bytes:
         state = "truncated" if file_bytes < header.file_bytes else "too long"
         wanted, found = format_sizes(header.file_bytes, file_bytes)
-        raise FormatError(f"{where}: expected {wanted} by its header, found {found}: the file is {state}; get it again")
+        raise FormatError(
+            f"{where}: expected {wanted} by its header, found {found}: the file is {state}; get it again"
+        )
     return header
 
 
@@ -213,12 +237,16 @@ def read_header_by(read: Callable[[int, int], bytes], file_bytes: int, where: st
     """Read and validate a file's header (see `parse_header`); `read` takes an offset and a length, and gives less at the end."""
     raw = read(0, 8)
     if len(raw) < 8:
-        raise FormatError(f"{where}: expected a safetensors file, found {format_size(file_bytes)}; get it again")
+        raise FormatError(
+            f"{where}: expected a safetensors file, found {format_size(file_bytes)}; get it again"
+        )
     n = int.from_bytes(raw, "little")
     if n > MAX_HEADER_BYTES or 8 + n > file_bytes:
         (stated, found), begins = format_sizes(n, file_bytes), read(0, 24)
         what = f"begins with {begins!r}, and its length field says {stated} of header"
-        raise FormatError(f"{where}: not a safetensors file, or truncated: {what}, the file has {found}; get it again")
+        raise FormatError(
+            f"{where}: not a safetensors file, or truncated: {what}, the file has {found}; get it again"
+        )
     raw += read(8, n)
     if len(raw) < 8 + n:
         raise FormatError(f"{where}: the file ended inside its header; get it again")
@@ -228,11 +256,16 @@ def read_header_by(read: Callable[[int, int], bytes], file_bytes: int, where: st
 def read_header(fd: int, where: str) -> Header:
     """Read and validate the header of an open file."""
     with files.storage_errors(Path(where), "read"):
-        return read_header_by(lambda at, length: files.read_bytes(fd, length, at), os.fstat(fd).st_size, where)
+        return read_header_by(
+            lambda at, length: files.read_bytes(fd, length, at), os.fstat(fd).st_size, where
+        )
 
 
-def layout(entries: Iterable[tuple[str, str, Iterable[int]]], metadata: Mapping[str, str] | None = None,
-           length: int = 0) -> tuple[Header, bytes]:  # fmt: skip
+def layout(
+    entries: Iterable[tuple[str, str, Iterable[int]]],
+    metadata: Mapping[str, str] | None = None,
+    length: int = 0,
+) -> tuple[Header, bytes]:
     """Lay out tensors in the given order without gaps, and make the header and its bytes.
 
     Parameters
@@ -261,6 +294,8 @@ def layout(entries: Iterable[tuple[str, str, Iterable[int]]], metadata: Mapping[
     body = json.dumps(tree, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     body += b" " * max(length - len(body), -len(body) % 8)
     if len(body) > MAX_HEADER_BYTES:
-        raise FormatError(f"a header of {len(body)} bytes is over the format's limit of {MAX_HEADER_BYTES}")
+        raise FormatError(
+            f"a header of {len(body)} bytes is over the format's limit of {MAX_HEADER_BYTES}"
+        )
     raw = len(body).to_bytes(8, "little") + body
     return parse_header(raw, len(raw) + at, "output"), raw

@@ -75,13 +75,20 @@ class LocalSource:
         page = at % mmap.ALLOCATIONGRANULARITY
         try:
             # Private and writable, so that torch accepts it as a tensor without a copy; nobody writes to it.
-            window = mmap.mmap(self._fd, page + length, flags=mmap.MAP_PRIVATE,
-                               prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=at - page)  # fmt: skip
+            window = mmap.mmap(
+                self._fd,
+                page + length,
+                flags=mmap.MAP_PRIVATE,
+                prot=mmap.PROT_READ | mmap.PROT_WRITE,
+                offset=at - page,
+            )
         except ValueError:  # Python checks the size again
             self._check_size(at + length)
             raise
         except OSError as e:
-            raise StorageError(f"{self.path}: cannot map {format_size(length)}: {e.strerror}; try --io pread") from e
+            raise StorageError(
+                f"{self.path}: cannot map {format_size(length)}: {e.strerror}; try --io pread"
+            ) from e
         return memoryview(window)[page:]
 
     def read_pieces(self, pieces: Iterable[tuple[memoryview, int]]) -> None:
@@ -111,4 +118,6 @@ class LocalSource:
     def _check_size(self, wanted: int) -> None:
         have = os.fstat(self._fd).st_size
         if have < wanted:
-            raise InputChangedError(f"{self.path}: shrank to {format_size(have)} during the run; get the file again")
+            raise InputChangedError(
+                f"{self.path}: shrank to {format_size(have)} during the run; get the file again"
+            )

@@ -32,7 +32,13 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import unquote
 
 from streamer import __version__
-from streamer.errors import InputChangedError, InputError, MissingPackageError, StorageError, UnsupportedError
+from streamer.errors import (
+    InputChangedError,
+    InputError,
+    MissingPackageError,
+    StorageError,
+    UnsupportedError,
+)
 from streamer.events import Monitor
 from streamer.packages import require_package
 from streamer.storage.files import Stamp, storage_errors
@@ -40,7 +46,15 @@ from streamer.storage.header import Header, read_header_by
 from streamer.storage.local_source import IOMode
 from streamer.units import format_size
 
-PLUGINS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs"}
+PLUGINS = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "abfss": "adlfs",
+}
 """The plugin of fsspec for each scheme of buckets."""
 
 VERSIONS = ("ETag", "etag", "generation", "LastModified", "last_modified", "updated", "mtime")
@@ -141,7 +155,9 @@ def request_stat(url: str, shown: str, token: bool = False) -> RemoteFile | None
             return None
         if status in REFUSED:
             raise _refused(shown, status, token)
-        return _stated(url, shown, {"size": _total(response), "ETag": version}, token, status != 200)
+        return _stated(
+            url, shown, {"size": _total(response), "ETag": version}, token, status != 200
+        )
 
 
 def request_range(file: RemoteFile, out: memoryview, at: int) -> None:
@@ -162,11 +178,17 @@ def request_range(file: RemoteFile, out: memoryview, at: int) -> None:
             raise Transient(f"the server gives {format_size(len(data))} of {format_size(len(out))}")
         out[:] = data
         return
-    with _answer(file.url, f"bytes={at}-{at + len(out) - 1}", file.shown, file.token) as (response, status, version):
+    with _answer(file.url, f"bytes={at}-{at + len(out) - 1}", file.shown, file.token) as (
+        response,
+        status,
+        version,
+    ):
         if status in REFUSED:
             raise _refused(file.shown, status, file.token)
         if status in ABSENT | {416}:
-            raise InputChangedError(f"{file.shown}: vanished or shrank during the run; put it back and start again")
+            raise InputChangedError(
+                f"{file.shown}: vanished or shrank during the run; put it back and start again"
+            )
         file.check(version, _total(response))
         server = _urllib3().util.parse_url(file.url).netloc
         if status == 206:
@@ -179,13 +201,17 @@ def request_range(file: RemoteFile, out: memoryview, at: int) -> None:
             raise Transient("the server gives the whole file in place of a range")
         done = 0
         try:
-            while done < len(out) and (piece := response.read(min(PIECE_BYTES, len(out) - done), decode_content=False)):
+            while done < len(out) and (
+                piece := response.read(min(PIECE_BYTES, len(out) - done), decode_content=False)
+            ):
                 out[done : done + len(piece)] = piece
                 done += len(piece)
         except (_urllib3().exceptions.HTTPError, OSError) as e:
             raise Transient(_reason(e), done) from e
         if done < len(out):
-            raise Transient(f"the answer ended after {format_size(done)} of {format_size(len(out))}", done)
+            raise Transient(
+                f"the answer ended after {format_size(done)} of {format_size(len(out))}", done
+            )
 
 
 def request_list(url: str, shown: str) -> dict[str, RemoteFile]:
@@ -239,7 +265,11 @@ def _answer(url: str, part: str, shown: str, token: bool) -> Iterator[tuple[Any,
         If the status is not one that a file or its absence has, or the answer is compressed.
     """
     urllib3 = _urllib3()
-    headers = {"Range": part, "Accept-Encoding": "identity", "User-Agent": f"streamer/{__version__}"}
+    headers = {
+        "Range": part,
+        "Accept-Encoding": "identity",
+        "User-Agent": f"streamer/{__version__}",
+    }
     timeout = urllib3.Timeout(connect=CONNECT_SECONDS, read=_silence_allowed())
     retries = urllib3.Retry(None, connect=False, read=False, other=0, redirect=REDIRECTS)
     try:
@@ -248,17 +278,29 @@ def _answer(url: str, part: str, shown: str, token: bool) -> Iterator[tuple[Any,
         proxy = "" if bypassed else urllib.request.getproxies().get(bare.scheme, "")
         headers |= _authorization(url, token)  # which redirects to other hosts do not get
         response = _pool(proxy).request(
-            "GET", bare.url, headers=headers, preload_content=False, retries=retries, timeout=timeout
+            "GET",
+            bare.url,
+            headers=headers,
+            preload_content=False,
+            retries=retries,
+            timeout=timeout,
         )
-    except urllib3.exceptions.MaxRetryError as e:  # its certificate does not hold, or it redirects without end
-        raise StorageError(f"{shown}: cannot read: {_reason(e.reason or e)}; check the address") from e
+    except (
+        urllib3.exceptions.MaxRetryError
+    ) as e:  # its certificate does not hold, or it redirects without end
+        raise StorageError(
+            f"{shown}: cannot read: {_reason(e.reason or e)}; check the address"
+        ) from e
     except ValueError as e:  # urllib3's own among them
         raise StorageError(f"{shown}: is no address that can be asked; check it") from e
     except urllib3.exceptions.HTTPError as e:
         raise Transient(_reason(e)) from e
     try:
         status = response.status
-        if response.headers.get("Content-Type", "").lower().startswith("text/html") and status in (200, 206):
+        if response.headers.get("Content-Type", "").lower().startswith("text/html") and status in (
+            200,
+            206,
+        ):
             status = 404  # a page instead of a file: many servers send one for a missing file
         if status in TRANSIENT:
             asked = None
@@ -266,13 +308,22 @@ def _answer(url: str, part: str, shown: str, token: bool) -> Iterator[tuple[Any,
                 asked = urllib3.Retry().get_retry_after(response)
             raise Transient(f"status {status}", wait=asked)
         if status not in {200, 206, 416} | ABSENT | REFUSED:
-            raise StorageError(f"{shown}: cannot read: the server answers with status {status}; check the address")
+            raise StorageError(
+                f"{shown}: cannot read: the server answers with status {status}; check the address"
+            )
         if status in (200, 206):
             encoding = response.headers.get("Content-Encoding", "").strip().lower()
-            if encoding not in ("", "identity"):  # although the request excluded it; its bytes are not the file's
+            if encoding not in (
+                "",
+                "identity",
+            ):  # although the request excluded it; its bytes are not the file's
                 sent = f"the server sent this file compressed ({encoding[:40]}), expected it uncompressed"
                 raise UnsupportedError(f"{shown}: {sent}; download it and name the directory")
-        yield response, status, response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
+        yield (
+            response,
+            status,
+            response.headers.get("ETag") or response.headers.get("Last-Modified") or "",
+        )
     finally:
         _finish(response)
 
@@ -296,7 +347,9 @@ def _authorization(url: str, token: bool) -> dict[str, str]:
 
 def _total(response: Any) -> int | None:
     """Read the size of the whole file from the answer to a range request; None if not stated."""
-    if match := re.fullmatch(r"bytes (?:\d+-\d+|\*)/(\d+)", response.headers.get("Content-Range", "")):
+    if match := re.fullmatch(
+        r"bytes (?:\d+-\d+|\*)/(\d+)", response.headers.get("Content-Range", "")
+    ):
         return int(match[1])
     length = response.headers.get("Content-Length", "")
     return int(length) if response.status == 200 and length.isdecimal() else None
@@ -312,10 +365,16 @@ def _silence_allowed() -> float:
 
 def _reason(e: Exception) -> str:
     """Describe a connection error briefly."""
-    kinds = {"ReadTimeoutError": f"no byte came for {_silence_allowed():g} s", "ConnectTimeoutError": "nothing answers",
-             "NewConnectionError": "nothing answers", "NameResolutionError": "its name leads to no server",
-             "IncompleteRead": "the answer ended early"}  # fmt: skip
-    while type(e).__name__ not in kinds and (inner := [arg for arg in e.args if isinstance(arg, Exception)]):
+    kinds = {
+        "ReadTimeoutError": f"no byte came for {_silence_allowed():g} s",
+        "ConnectTimeoutError": "nothing answers",
+        "NewConnectionError": "nothing answers",
+        "NameResolutionError": "its name leads to no server",
+        "IncompleteRead": "the answer ended early",
+    }
+    while type(e).__name__ not in kinds and (
+        inner := [arg for arg in e.args if isinstance(arg, Exception)]
+    ):
         e = inner[0]
     name = type(e).__name__
     return kinds.get(name) or without_secrets(getattr(e, "strerror", None) or str(e) or name)
@@ -344,14 +403,24 @@ def _bucket(url: str, shown: str) -> Iterator[tuple[Any, str]]:
         raise MissingPackageError(f"{shown}: {lacks}", plugin) from None
     except Exception as e:  # each plugin has its own exceptions
         name, text = type(e).__name__, without_secrets(str(e))
-        if isinstance(e, PermissionError) or "Credential" in name or "AuthenticationRequired" in name:
-            raise InputError(f"{shown}: may not be read ({name}); set credentials as for its own client") from e
+        if (
+            isinstance(e, PermissionError)
+            or "Credential" in name
+            or "AuthenticationRequired" in name
+        ):
+            raise InputError(
+                f"{shown}: may not be read ({name}); set credentials as for its own client"
+            ) from e
         if isinstance(e, NotImplementedError | TypeError | AttributeError):
-            raise StorageError(f"{shown}: cannot read: {name}: {text}; update the plugin of fsspec") from e
+            raise StorageError(
+                f"{shown}: cannot read: {name}: {text}; update the plugin of fsspec"
+            ) from e
         raise Transient(f"{name}: {text[:120]}" if text else name) from e
 
 
-def _stated(url: str, shown: str, info: dict[str, Any], token: bool = False, ranges: bool = True) -> RemoteFile:
+def _stated(
+    url: str, shown: str, info: dict[str, Any], token: bool = False, ranges: bool = True
+) -> RemoteFile:
     """Return the file that a server describes."""
     version = next((str(info[key]) for key in VERSIONS if info.get(key)), "")
     if info.get("size") is None or not version:
@@ -391,7 +460,9 @@ MANIFEST_NAME = ".streamer.remote.json"
 
 T = TypeVar("T")
 
-_threads = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="streamer range")  # begun as they are needed
+_threads = ThreadPoolExecutor(
+    IN_FLIGHT, thread_name_prefix="streamer range"
+)  # begun as they are needed
 
 _monitor = ContextVar("monitor", default=Monitor())  # noqa: B039  # one that nobody asks to stop
 
@@ -432,12 +503,20 @@ def cache_directory() -> Path:
 def read_manifest(directory: Path) -> Manifest | None:
     """Read a directory's manifest; None if it has none, or none of ours."""
     try:
-        if not Path(os.path.realpath(directory)).is_relative_to(os.path.realpath(cache_directory())):
+        if not Path(os.path.realpath(directory)).is_relative_to(
+            os.path.realpath(cache_directory())
+        ):
             return None
         tree = json.loads((directory / MANIFEST_NAME).read_bytes())
         files = {name: RemoteFile(**entry) for name, entry in tree["files"].items()}
         return Manifest(tree["address"], files, tree["to_download"])
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError):  # no manifest, no home directory, or torn
+    except (
+        OSError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        ValueError,
+    ):  # no manifest, no home directory, or torn
         return None
 
 
@@ -522,7 +601,9 @@ def _retried(shown: str, most: int, call: Callable[[], T]) -> T:
             if tries >= most or long:
                 again = f" in {tries} attempts" if tries > 1 else ""
                 asked = f" (the server asks to wait {e.wait:.0f} s)" if long else ""
-                raise StorageError(f"{shown}: cannot read{again}: {e}{asked}; run the same command again") from e
+                raise StorageError(
+                    f"{shown}: cannot read{again}: {e}{asked}; run the same command again"
+                ) from e
             backoff = 0.5 * 2 ** (tries - 1) * random.uniform(0.75, 1.0)  # noqa: S311  # so that several readers do not retry at once
             _sleep(backoff if e.wait is None else max(e.wait, 0.05))
 
@@ -563,7 +644,9 @@ class RemoteSource:
     def header(self) -> Header:
         """Read the header by two small ranges and validate it."""
         size = self.file.size
-        return read_header_by(lambda at, n: bytes(self.view(at, min(n, size - at))), size, self.file.shown)
+        return read_header_by(
+            lambda at, n: bytes(self.view(at, min(n, size - at))), size, self.file.shown
+        )
 
     def view(self, at: int, length: int) -> memoryview:
         """Read bytes into a new buffer."""

@@ -24,7 +24,13 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from streamer.errors import InputChangedError, OutputError, OutputExistsError, StorageError, UsageError
+from streamer.errors import (
+    InputChangedError,
+    OutputError,
+    OutputExistsError,
+    StorageError,
+    UsageError,
+)
 from streamer.events import Event, Monitor
 from streamer.storage import atomic_file, files
 from streamer.storage.atomic_file import AtomicFile
@@ -104,10 +110,14 @@ class Journal:
             else:
                 done = 0
                 while done < len(frame):
-                    done += os.pwrite(self._fd, frame[done : done + files.MAX_CALL_BYTES], self._end + done)
+                    done += os.pwrite(
+                        self._fd, frame[done : done + files.MAX_CALL_BYTES], self._end + done
+                    )
                 files.sync(self._fd)
                 if not self._spans:
-                    files.fsync_directory(self.path.parent)  # the name of a new journal must be durable as well
+                    files.fsync_directory(
+                        self.path.parent
+                    )  # the name of a new journal must be durable as well
         self._spans.append((self._end + FRAME_BYTES, len(payload)))
         self._end += len(frame)
 
@@ -139,8 +149,16 @@ def _records(fd: int) -> Iterator[tuple[int, bytes]]:
         at += length
 
 
-def may_resume(path: Path, begun: Mapping[str, Any], head: Mapping[str, Any], *, resume: bool = True,
-               overwrite: bool = False, journal: Path | None = None, differing: str = "") -> bool:  # fmt: skip
+def may_resume(
+    path: Path,
+    begun: Mapping[str, Any],
+    head: Mapping[str, Any],
+    *,
+    resume: bool = True,
+    overwrite: bool = False,
+    journal: Path | None = None,
+    differing: str = "",
+) -> bool:
     """Decide whether to resume an interrupted run (True) or to start over (False).
 
     Parameters
@@ -173,17 +191,26 @@ def may_resume(path: Path, begun: Mapping[str, Any], head: Mapping[str, Any], *,
         run = f"an interrupted run with other inputs or options{differing}"
         said = f"{run} has its journal there" if journal else f"holds {run}"
         raise OutputExistsError(
-            f"{path}: {said}; finish that one, choose another output, or pass --overwrite", journal or path
+            f"{path}: {said}; finish that one, choose another output, or pass --overwrite",
+            journal or path,
         )
     began, version = begun.get("version", ""), head["version"]
-    if not resume or begun.get("bits", "") != head.get("bits", "") or (overwrite and began != version):
+    if (
+        not resume
+        or begun.get("bits", "") != head.get("bits", "")
+        or (overwrite and began != version)
+    ):
         return False
     if began != version:
         holds_run = f"{journal}: is of a run" if journal else f"{path}: holds a run"
         what = f"{holds_run} that version {began or 'before 0.2'} began, and this is {version}"
-        raise OutputError(f"{what}; finish it with that version, or pass --no-resume to start it over")
+        raise OutputError(
+            f"{what}; finish it with that version, or pass --no-resume to start it over"
+        )
     if begun.get("stamps") != json.loads(json.dumps(head["stamps"])):
-        raise InputChangedError(f"{path}: an input was modified since this run was interrupted; --no-resume starts it over")  # fmt: skip
+        raise InputChangedError(
+            f"{path}: an input was modified since this run was interrupted; --no-resume starts it over"
+        )
     return True
 
 
@@ -214,7 +241,9 @@ def remove_leftovers(path: Path) -> None:
     if any(p.name.startswith((f".{path.name}.", f"..{path.name}.")) for p in beside):
         with files.locked(lock_of(path), path):
             states = states_of(journal_of(path))
-            atomic_file.remove_partials(path.parent, {path.name, journal_of(path).name, states.name})
+            atomic_file.remove_partials(
+                path.parent, {path.name, journal_of(path).name, states.name}
+            )
             journal_of(path).unlink(missing_ok=True)
             states.unlink(missing_ok=True)
 
@@ -234,7 +263,12 @@ def touch(paths: Sequence[Path], monitor: Monitor) -> None:
         for path in paths:
             os.utime(path)
     except OSError as e:
-        monitor.emit(Event("warning", f"{e.filename}: {e.strerror or e}: its time stays; `make` may ask for it again"))
+        monitor.emit(
+            Event(
+                "warning",
+                f"{e.filename}: {e.strerror or e}: its time stays; `make` may ask for it again",
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -265,9 +299,18 @@ class ResumableFile:
     def is_begun(self) -> bool:
         """Test, without writing, whether an interrupted run can be resumed; raise what `may_resume` raises."""
         head = next(Journal.peek(journal_of(self.path)), {})
-        return self.resume and {"plan", "stamps"} <= head.keys() and may_resume(
-            self.path, head, self.head, overwrite=self.overwrite, journal=journal_of(self.path), differing=self.differing(head)
-        )  # fmt: skip
+        return (
+            self.resume
+            and {"plan", "stamps"} <= head.keys()
+            and may_resume(
+                self.path,
+                head,
+                self.head,
+                overwrite=self.overwrite,
+                journal=journal_of(self.path),
+                differing=self.differing(head),
+            )
+        )
 
     @contextlib.contextmanager
     def begun(self, hopeless: tuple[type[Exception], ...] = ()) -> Iterator[tuple[Journal, bool]]:
@@ -276,11 +319,16 @@ class ResumableFile:
         If the block raises, the journal stays, unless the same run would fail again: at one of the `hopeless` errors.
         """
         files.make_directory(self.path.parent)
-        with files.locked(lock_of(self.path), self.path), contextlib.closing(Journal(journal_of(self.path))) as journal:
+        with (
+            files.locked(lock_of(self.path), self.path),
+            contextlib.closing(Journal(journal_of(self.path))) as journal,
+        ):
             resumed = self.is_begun() and len(journal) > self.records
             if not resumed:
                 journal.begin(self.head)
-            atomic_file.remove_partials(self.path.parent, {self.path.name, states_of(journal.path).name})
+            atomic_file.remove_partials(
+                self.path.parent, {self.path.name, states_of(journal.path).name}
+            )
             try:
                 yield journal, resumed
             except hopeless:
@@ -292,7 +340,9 @@ class ResumableFile:
 def refuse_symlink(path: Path) -> None:
     """Refuse an output that is a symlink."""
     if path.is_symlink():
-        raise OutputError(f"{path}: is a symlink, and writing never follows one; name its target {os.path.realpath(path)}")  # fmt: skip
+        raise OutputError(
+            f"{path}: is a symlink, and writing never follows one; name its target {os.path.realpath(path)}"
+        )
 
 
 def refuse_address(path: Path) -> None:
@@ -303,7 +353,9 @@ def refuse_address(path: Path) -> None:
         )
     scheme = re.fullmatch(r"[a-z][a-z0-9+.-]+:", path.parts[0] if path.parts else "")
     if scheme and not os.path.lexists(path.parts[0]):
-        raise UsageError(f"{path}: is an address, and outputs are written to disks; write to a directory and upload it")
+        raise UsageError(
+            f"{path}: is an address, and outputs are written to disks; write to a directory and upload it"
+        )
 
 
 def is_placeholder(path: Path) -> bool:
@@ -338,7 +390,9 @@ def check_replaced(path: Path, overwrite: bool, is_own: Callable[[Path], bool], 
     _refuse_as_file(path)
     if path.exists() and path.stat().st_size > 0:
         if not overwrite:
-            raise OutputExistsError(f"{path}: exists; choose another output, or pass overwrite=True", path)
+            raise OutputExistsError(
+                f"{path}: exists; choose another output, or pass overwrite=True", path
+            )
         if not is_own(path):
             raise not_own(path, what)
     files.make_directory(path.parent)
@@ -379,7 +433,9 @@ def _foreign(path: Path, what: str = "exists and is not ours") -> OutputExistsEr
 
 def holds(path: Path, what: str) -> OutputExistsError:
     """Make the error for an output that holds something else, which the user may allow to be replaced."""
-    return OutputExistsError(f"{path}: holds {what}; choose another output, or pass --overwrite", path)
+    return OutputExistsError(
+        f"{path}: holds {what}; choose another output, or pass --overwrite", path
+    )
 
 
 def check_output_path(path: Path, inputs: Sequence[Path], output: Path | None = None) -> None:
@@ -403,20 +459,26 @@ def check_output_path(path: Path, inputs: Sequence[Path], output: Path | None = 
         if _same(real, inside):
             raise OutputError(f"{path}: is the input {source}; choose another output")
         if any(_same(parent, inside) for parent in real.parents):
-            raise OutputError(f"{path}: lies inside the input {source}; choose an output outside it")
+            raise OutputError(
+                f"{path}: lies inside the input {source}; choose an output outside it"
+            )
         if any(_same(real, parent) for parent in inside.parents):
             raise OutputError(f"{path}: contains the input {source}; choose an output beside it")
     for parent in (real, *real.parents):
         if parent.name.startswith(("models--", "datasets--", "spaces--")) and any(
             (parent / part).is_dir() for part in ("blobs", "refs", "snapshots")
         ):
-            raise OutputError(f"{path}: lies inside a hub cache, which is never written to; choose another output")
+            raise OutputError(
+                f"{path}: lies inside a hub cache, which is never written to; choose another output"
+            )
     if nowhere := next((p for p in path.parents if p.is_symlink() and not p.exists()), None):
         raise OutputError(f"{path}: {nowhere} is a link that leads nowhere; choose another output")
     there = _existing(real.parent if is_placeholder(real) else real)
     if not there.is_dir():
         what = "is" if os.path.realpath(path) == str(there) else f"{there} is"
-        raise OutputError(f"{path}: {what} a file, not a directory; choose another output, or move the file away")
+        raise OutputError(
+            f"{path}: {what} a file, not a directory; choose another output, or move the file away"
+        )
     if not os.access(there, os.W_OK | os.X_OK):
         raise OutputError(f"{path}: {there} is not writable; choose another output")
 
@@ -485,7 +547,9 @@ def as_files(entries: Any) -> list[OldFile]:
     described = []
     for entry in entries if isinstance(entries, list) else ():
         match entry:
-            case {"file": str(name), "bytes": int(nbytes), "sha256": str(digest)} if type(nbytes) is int:
+            case {"file": str(name), "bytes": int(nbytes), "sha256": str(digest)} if (
+                type(nbytes) is int
+            ):
                 described.append(OldFile(name, nbytes, digest))
     return described
 
@@ -522,7 +586,10 @@ def is_unchanged(directory: Path, file: OldFile) -> bool:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode) or found.st_size != file.bytes:
             return False
-        return _digest(path, (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)) == file.sha256
+        return (
+            _digest(path, (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns))
+            == file.sha256
+        )
     except OSError:
         return False
 
@@ -538,7 +605,12 @@ def _is_within(directory: Path, name: str) -> bool:
     """Test whether a name stays in the directory, with no symlink in its path: ``a/b`` does, ``../b`` and ``/b`` do not."""
     plain = PurePosixPath(name)
     paths = [directory / plain, *(directory / parent for parent in plain.parents[:-1])]
-    return not (plain.is_absolute() or ".." in plain.parts or "\0" in name or any(map(os.path.islink, paths)))
+    return not (
+        plain.is_absolute()
+        or ".." in plain.parts
+        or "\0" in name
+        or any(map(os.path.islink, paths))
+    )
 
 
 def record_at(path: Path) -> dict[str, Any] | None:
@@ -547,7 +619,11 @@ def record_at(path: Path) -> dict[str, Any] | None:
         tree = files.strict_json(path.read_bytes()) if path.is_file() else None
     except (OSError, ValueError):
         return None
-    return tree if isinstance(tree, dict) and str(tree.get("schema")).startswith("streamer.output/") else None
+    return (
+        tree
+        if isinstance(tree, dict) and str(tree.get("schema")).startswith("streamer.output/")
+        else None
+    )
 
 
 RECORD_NAME = "streamer.json"
@@ -611,7 +687,12 @@ class OutputPlan:
     @property
     def head(self) -> dict[str, Any]:
         """Make the head of the run's journal, as compared by `may_resume`."""
-        return {"plan": self.digest, "version": self.version, "bits": self.bits, "stamps": self.stamps}
+        return {
+            "plan": self.digest,
+            "version": self.version,
+            "bits": self.bits,
+            "stamps": self.stamps,
+        }
 
     @property
     def total_bytes(self) -> int:
@@ -624,7 +705,9 @@ class OutputPlan:
         return sum(size for _, size in self.temporary)
 
 
-def inspect_output(plan: OutputPlan, overwrite: bool = False, resume: bool = True) -> Literal["new", "resume", "done"]:
+def inspect_output(
+    plan: OutputPlan, overwrite: bool = False, resume: bool = True
+) -> Literal["new", "resume", "done"]:
     """Determine, without writing, whether the plan may be carried out here and what remains to be done.
 
     Raises
@@ -638,9 +721,19 @@ def inspect_output(plan: OutputPlan, overwrite: bool = False, resume: bool = Tru
     check_output_path(path, plan.inputs)
     for name in names:
         check_name(path / name, atomic_file.partial_name((path / name).name))
-    for name in (*names, RECORD_NAME, JOURNAL_NAME, LOCK_NAME, *(f"{STAGE_NAME}/{name}" for name in names)):
-        if any(p.is_symlink() for p in ((path / name), *(path / name).parents) if path in p.parents):
-            raise OutputError(f"{path / name}: is a symlink, and writing never follows one; remove it")
+    for name in (
+        *names,
+        RECORD_NAME,
+        JOURNAL_NAME,
+        LOCK_NAME,
+        *(f"{STAGE_NAME}/{name}" for name in names),
+    ):
+        if any(
+            p.is_symlink() for p in ((path / name), *(path / name).parents) if path in p.parents
+        ):
+            raise OutputError(
+                f"{path / name}: is a symlink, and writing never follows one; remove it"
+            )
     state = _recorded_state(plan, overwrite, resume)
     if state != "done":
         own = own_files(path / RECORD_NAME, path / JOURNAL_NAME)
@@ -656,7 +749,9 @@ def inspect_output(plan: OutputPlan, overwrite: bool = False, resume: bool = Tru
 def missing_bytes(plan: OutputPlan, state: str) -> int:
     """Compute the additional bytes on disk that a plan in the state ``new`` or ``resume`` needs."""
     stage = plan.path / STAGE_NAME
-    leftovers = own_partials(plan) | {place / name for place in (plan.path, stage) for name, _ in plan.temporary}
+    leftovers = own_partials(plan) | {
+        place / name for place in (plan.path, stage) for name, _ in plan.temporary
+    }
     leftovers |= {*stage.rglob("*")} if state == "new" else set()
     entries = [*Journal.peek(plan.path / JOURNAL_NAME)] if state == "resume" else []
     finished = {file.file for file in as_files(entries)}
@@ -674,13 +769,22 @@ def own_partials(plan: OutputPlan) -> set[Path]:
     planned = next(Journal.peek(plan.path / JOURNAL_NAME), {}).get(NAMES, [])
     old = [file.file for file in own_files(plan.path / RECORD_NAME, plan.path / JOURNAL_NAME)]
     names = [RECORD_NAME, *plan.conflicting_names, *(name for name, _ in plan.files)]
-    names += [name for name in (*planned, *old) if _is_within(plan.path, name)]  # a record may come from elsewhere
+    names += [
+        name for name in (*planned, *old) if _is_within(plan.path, name)
+    ]  # a record may come from elsewhere
     paths = [place / name for place in (plan.path, plan.path / STAGE_NAME) for name in names]
-    directories, last_names = {path.parent for path in paths if path.parent.is_dir()}, {path.name for path in paths}
-    return {path for directory in directories for path in atomic_file.partials_of(directory, last_names)}
+    directories, last_names = (
+        {path.parent for path in paths if path.parent.is_dir()},
+        {path.name for path in paths},
+    )
+    return {
+        path for directory in directories for path in atomic_file.partials_of(directory, last_names)
+    }
 
 
-def _recorded_state(plan: OutputPlan, overwrite: bool, resume: bool) -> Literal["new", "resume", "done"]:
+def _recorded_state(
+    plan: OutputPlan, overwrite: bool, resume: bool
+) -> Literal["new", "resume", "done"]:
     """Determine the state from journal and record."""
     path = plan.path
     record = record_at(path / RECORD_NAME)
@@ -688,7 +792,11 @@ def _recorded_state(plan: OutputPlan, overwrite: bool, resume: bool) -> Literal[
         raise _foreign(path / RECORD_NAME)
     head = next(Journal.peek(path / JOURNAL_NAME), None)
     if head is not None:
-        return "resume" if may_resume(path, head, plan.head, resume=resume, overwrite=overwrite) else "new"
+        return (
+            "resume"
+            if may_resume(path, head, plan.head, resume=resume, overwrite=overwrite)
+            else "new"
+        )
     if overwrite or record is None:
         return "new"
     if record.get("plan") == plan.digest:
@@ -714,7 +822,9 @@ def _refuse_foreign(plan: OutputPlan, own: Sequence[OldFile], overwrite: bool) -
             what = "was changed since it was written, and a loader would read it as a part of this output"
             raise _foreign(path / name, what)
     is_ours = any((path / name).exists() for name in (RECORD_NAME, JOURNAL_NAME))
-    if not (overwrite or is_ours) and (others := sorted(p.name for p in path.glob("[!.]*") if is_taken(p))):
+    if not (overwrite or is_ours) and (
+        others := sorted(p.name for p in path.glob("[!.]*") if is_taken(p))
+    ):
         do = "choose another directory, or pass --overwrite, which leaves them there"
         raise OutputExistsError(f"{path}: holds other files ({listed(others)}); {do}", path)
 
@@ -751,10 +861,16 @@ class OutputDirectory:
     def finished(self, name: str) -> dict[str, Any] | None:
         """Return the journal's entry of a complete file, checking its digest; None if it must still be written."""
         places = [self.path]
-        if RECORD_NAME in self._entries:  # all files were complete, and some may have been renamed into place
+        if (
+            RECORD_NAME in self._entries
+        ):  # all files were complete, and some may have been renamed into place
             places.append(self._plan.path)
         entry = self._entries.get(name)
-        return entry if any(is_unchanged(place, file) for file in as_files([entry]) for place in places) else None
+        return (
+            entry
+            if any(is_unchanged(place, file) for file in as_files([entry]) for place in places)
+            else None
+        )
 
     def entry(self, name: str) -> dict[str, Any]:
         """Return the journal's entry of a file that this run has written or found finished."""
@@ -780,7 +896,9 @@ class OutputDirectory:
         partial_path = (self.path / name).parent / partial
         found = size_of(partial_path)
         if found != nbytes or nbytes != dict(self._plan.files)[name]:
-            raise StorageError(f"{partial_path}: expected {nbytes} bytes, found {found}; run the same command again")
+            raise StorageError(
+                f"{partial_path}: expected {nbytes} bytes, found {found}; run the same command again"
+            )
         self.announce(name, nbytes, sha256, **detail)
         atomic_file.rename_partial(partial_path, self.path / name)
 
@@ -789,8 +907,16 @@ class OutputDirectory:
 
         The digest is the SHA-256 of the record's file with 64 zeros in the digest's place.
         """
-        written = [{k: self._entries[name][k] for k in ("file", "bytes", "sha256")} for name, _ in self._plan.files]
-        record = {**record, "plan": record.get("plan", self._plan.digest), "files": written, "sha256": "0" * 64}
+        written = [
+            {k: self._entries[name][k] for k in ("file", "bytes", "sha256")}
+            for name, _ in self._plan.files
+        ]
+        record = {
+            **record,
+            "plan": record.get("plan", self._plan.digest),
+            "files": written,
+            "sha256": "0" * 64,
+        }
         record["sha256"] = hashlib.sha256(_record_bytes(record)).hexdigest()
         data = _record_bytes(record)
         with self.file(RECORD_NAME, len(data)) as file:
@@ -824,8 +950,9 @@ def _record_bytes(record: Mapping[str, Any]) -> bytes:
 
 
 @contextlib.contextmanager
-def open_outputs(plans: Sequence[OutputPlan], overwrite: bool = False,
-                 resume: bool = True) -> Iterator[list[OutputDirectory]]:  # fmt: skip
+def open_outputs(
+    plans: Sequence[OutputPlan], overwrite: bool = False, resume: bool = True
+) -> Iterator[list[OutputDirectory]]:
     """Lock the directories, resume interrupted runs or begin new ones, and keep the journals if the block raises.
 
     All are locked and checked before anything in any of them changes, so that a refusal leaves all of them unchanged.
@@ -835,8 +962,9 @@ def open_outputs(plans: Sequence[OutputPlan], overwrite: bool = False,
 
 
 @contextlib.contextmanager
-def locked_outputs(plans: Sequence[OutputPlan], overwrite: bool,
-                   resume: bool) -> Iterator[list[contextlib.AbstractContextManager[OutputDirectory]]]:  # fmt: skip
+def locked_outputs(
+    plans: Sequence[OutputPlan], overwrite: bool, resume: bool
+) -> Iterator[list[contextlib.AbstractContextManager[OutputDirectory]]]:
     """Lock and check the directories. Entering a context begins or resumes its output's run; until then the old files stay unchanged.
 
     Raises
@@ -856,7 +984,9 @@ def locked_outputs(plans: Sequence[OutputPlan], overwrite: bool,
             stack.enter_context(files.locked(plan.path / LOCK_NAME))
             states.append(inspect_output(plan, overwrite, resume))
             if states[-1] == "done":
-                raise OutputError(f"{plan.path}: another run has just finished this; run the command again to see it")
+                raise OutputError(
+                    f"{plan.path}: another run has just finished this; run the command again to see it"
+                )
         for path in (path for plan in plans for path in own_partials(plan)):
             files.remove_file(path)
         yield [_begun(plan, state) for plan, state in zip(plans, states, strict=True)]

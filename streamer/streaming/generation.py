@@ -63,7 +63,9 @@ class Sampler:
                 chosen[row] = -torch.inf
                 chosen[row, prompt[position]] = 0
             else:
-                waiting = np.random.default_rng([self.seed, number, position]).standard_exponential(scores.shape[1])
+                waiting = np.random.default_rng([self.seed, number, position]).standard_exponential(
+                    scores.shape[1]
+                )
                 chosen[row] -= torch.from_numpy(np.log(waiting)).to(chosen.dtype)
         self.after(torch.cat([ids.cpu(), chosen.argmax(-1, keepdim=True)], 1))
         return chosen.to(scores.device)
@@ -179,9 +181,13 @@ def write_text(
             snapshot.save(so_far, cache)
         after(tokens)
 
-    network.generation_config = transformers.GenerationConfig()  # without the stops and filters of the base's config
+    network.generation_config = (
+        transformers.GenerationConfig()
+    )  # without the stops and filters of the base's config
     uses_cache = _takes_cache(network)
-    config = transformers.GenerationConfig(max_length=length, do_sample=False, use_cache=uses_cache, pad_token_id=0)
+    config = transformers.GenerationConfig(
+        max_length=length, do_sample=False, use_cache=uses_cache, pad_token_id=0
+    )
     sampler = Sampler(prompts, seed, name, step)
     # The keyword was renamed within version 5.
     known = inspect.signature(transformers.GenerationMixin.prepare_inputs_for_generation).parameters
@@ -191,7 +197,9 @@ def write_text(
     with model.alone(Group(ids, variant), checkpoint):
         out: Tensor = network.generate(
             ids.to(model.job.device),
-            attention_mask=torch.ones_like(ids, device=model.job.device),  # or it would take a token for padding
+            attention_mask=torch.ones_like(
+                ids, device=model.job.device
+            ),  # or it would take a token for padding
             generation_config=config,
             logits_processor=[sampler],
             **caches,

@@ -25,7 +25,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from streamer.errors import FormatError, MissingInputError, NumericError, StreamerError, UnsupportedError
+from streamer.errors import (
+    FormatError,
+    MissingInputError,
+    NumericError,
+    StreamerError,
+    UnsupportedError,
+)
 from streamer.packages import require_package
 from streamer.plan.plan import Plan
 from streamer.storage.files import storage_error
@@ -45,7 +51,9 @@ ERROR_LENGTH = 120
 
 def require_transformers() -> Any:
     """Import transformers; see `require_package`."""
-    return require_package("transformers", (5,), "evaluate and repair need transformers 5", "evaluate")
+    return require_package(
+        "transformers", (5,), "evaluate and repair need transformers 5", "evaluate"
+    )
 
 
 def first_line(error: Exception) -> str:
@@ -75,12 +83,21 @@ def refused_errors(path: Path, model: nn.Module) -> Iterator[None]:
         raise
     except Exception as e:  # the model's own modules may raise anything
         frames = [frame for frame, _ in traceback.walk_tb(e.__traceback__)]
-        if frames[-1].f_globals.get("__name__", "").startswith("streamer."):  # our own bugs keep their traceback
+        if (
+            frames[-1].f_globals.get("__name__", "").startswith("streamer.")
+        ):  # our own bugs keep their traceback
             raise
         if "DefaultCPUAllocator" in str(e) or isinstance(e, torch.cuda.OutOfMemoryError):
             raise MemoryError(first_line(e)) from e
         names = {id(module): name for name, module in model.named_modules()}
-        where = next((names[at] for frame in reversed(frames) if (at := id(frame.f_locals.get("self"))) in names), "")
+        where = next(
+            (
+                names[at]
+                for frame in reversed(frames)
+                if (at := id(frame.f_locals.get("self"))) in names
+            ),
+            "",
+        )
         raise UnsupportedError(
             f"{path}: {f'module {where!r} of ' if where else ''}{type(model).__name__} raises {type(e).__name__}: "
             f"{first_line(e)[:ERROR_LENGTH]}; try a smaller --length, or measure merged models"
@@ -109,7 +126,11 @@ def unreadable(path: Path, what: str, e: Exception) -> StreamerError:
     while cause is not None:
         number = re.search(r"\(os error (\d+)\)", str(cause))
         error = OSError(int(number[1]), os.strerror(int(number[1]))) if number else cause
-        if isinstance(error, OSError) and error.errno and not isinstance(error, FileNotFoundError | IsADirectoryError):
+        if (
+            isinstance(error, OSError)
+            and error.errno
+            and not isinstance(error, FileNotFoundError | IsADirectoryError)
+        ):
             return storage_error(path, "read", error)
         cause = cause.__cause__ or cause.__context__
     return FormatError(f"{path}: {what}: {first_line(e)}")
@@ -161,10 +182,20 @@ def build_skeleton(plan: Plan, device: torch.device) -> nn.Module:
         try:
             cls = getattr(transformers, name, None) if isinstance(name, str) else None
         except Exception as e:  # this imports the class, with every package that transformers finds
-            encoding = "set PYTHONUTF8=1" if isinstance(e, UnicodeError) else "mend the package, or remove it"
-            hint = "run Python without -OO, which removes docstrings" if sys.flags.optimize > 1 else encoding
+            encoding = (
+                "set PYTHONUTF8=1"
+                if isinstance(e, UnicodeError)
+                else "mend the package, or remove it"
+            )
+            hint = (
+                "run Python without -OO, which removes docstrings"
+                if sys.flags.optimize > 1
+                else encoding
+            )
             what = f"{name}: {type(e).__name__}: {first_line(e)[:ERROR_LENGTH]}"
-            raise UnsupportedError(f"{plan.base.path}: transformers cannot import {what}; {hint}") from e
+            raise UnsupportedError(
+                f"{plan.base.path}: transformers cannot import {what}; {hint}"
+            ) from e
         if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
             raise UnsupportedError(
                 f"{path}: names the class {name!r}, which transformers {transformers.__version__} does not have; "
@@ -173,7 +204,9 @@ def build_skeleton(plan: Plan, device: torch.device) -> nn.Module:
                 else f"{path}: names no class; name it with --architecture, such as LlamaForCausalLM"
             )
         try:
-            config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            config = transformers.AutoConfig.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=False
+            )
         except (OSError, ValueError, KeyError, TypeError) as e:
             plan.check_unchanged()
             raise unreadable(path, "transformers cannot read it", e) from e
@@ -181,23 +214,36 @@ def build_skeleton(plan: Plan, device: torch.device) -> nn.Module:
             raise UnsupportedError(
                 f"{path}: {name} does not predict the next token of a text; evaluate and repair need a causal language model"
             )
-        config._experts_implementation = "eager"  # loops over experts, so that one is in memory at a time
+        config._experts_implementation = (
+            "eager"  # loops over experts, so that one is in memory at a time
+        )
         config.use_cache = False
         try:
             with _parameters_on_meta(), no_init_weights():
                 model: nn.Module = cls(config)
-        except Exception as e:  # a model class may raise anything for a config that does not suit it
+        except (
+            Exception
+        ) as e:  # a model class may raise anything for a config that does not suit it
             why = first_line(e)[:ERROR_LENGTH]
-            raise UnsupportedError(f"{path}: transformers cannot build {name} from it: {why}") from e
+            raise UnsupportedError(
+                f"{path}: transformers cannot build {name} from it: {why}"
+            ) from e
     for module in model.modules():
-        module._buffers |= {name: buffer.to(device) for name, buffer in module._buffers.items() if buffer is not None}
+        module._buffers |= {
+            name: buffer.to(device)
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        }
     return model.eval()
 
 
 def _predicts_next(name: str) -> bool:
     from transformers.models.auto import modeling_auto as auto
 
-    tables = (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    tables = (
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
     return any(name == cls or name in cls for table in tables for cls in table.values())
 
 
@@ -300,13 +346,19 @@ class LoadedModel:
         prefix = getattr(self._model, "base_model_prefix", "")
         self._head = self._model.get_output_embeddings()  # type: ignore[operator]  # a model of transformers, typed as a Module
         kind = require_transformers().PreTrainedModel
-        self._inner = [m for m in self._model.modules() if isinstance(m, kind) and self._head not in m.modules()]
+        self._inner = [
+            m
+            for m in self._model.modules()
+            if isinstance(m, kind) and self._head not in m.modules()
+        ]
         if not self._inner or not isinstance(self._head, nn.Linear):
             name = type(self._model).__name__
             raise UnsupportedError(
                 f"{job.plan.base.path}: {name} has no linear head behind a model of its own; evaluate and repair do not support it"
             )
-        named = itertools.chain(self._model.named_parameters(remove_duplicate=False), self._buffers())
+        named = itertools.chain(
+            self._model.named_parameters(remove_duplicate=False), self._buffers()
+        )
         state = {n: tuple(t.shape) for n, t in named}
         tensors = match_run_time(job.plan, state, {n for n, _ in self._buffers()}, prefix)
         for n, buffer in self._buffers():
@@ -315,14 +367,22 @@ class LoadedModel:
         self.modules: list[RunTimeModule] = []
         inner: list[RunTimeTensor] = []
         for path, module in self._model.named_modules():
-            params = {n: tensors[f"{path}.{n}" if path else n] for n, p in module._parameters.items() if p is not None}
+            params = {
+                n: tensors[f"{path}.{n}" if path else n]
+                for n, p in module._parameters.items()
+                if p is not None
+            }
             if params:
                 self.modules.append(RunTimeModule(module, params))
             if not isinstance(module, nn.Embedding):
                 inner += [tensor for tensor in params.values() if len(tensor.shape) > 1]
         self.vocabulary = self._head.out_features
         config = self._model.config.get_text_config()  # type: ignore[operator, union-attr]  # as above
-        tables = [m for path, m in self._model.named_modules() if isinstance(m, nn.Embedding) and "position" in path]
+        tables = [
+            m
+            for path, m in self._model.named_modules()
+            if isinstance(m, nn.Embedding) and "position" in path
+        ]
         # XLNet states -1 for any number; a position table with a padding row, like RoBERTa's, starts after that row.
         stated = getattr(config, "max_position_embeddings", None)
         padded = max((m.padding_idx + 1 for m in tables if m.padding_idx is not None), default=0)
@@ -330,7 +390,9 @@ class LoadedModel:
         # Rotary embeddings without a table have frequencies; those of dynamic NTK and LongRoPE depend on the length.
         rotary = any(name.endswith("inv_freq") for name, _ in self._model.named_buffers())
         kind = str(getattr(config, "rope_parameters", None))
-        self.strict_positions = bool(tables) or not rotary or "dynamic" in kind or "longrope" in kind
+        self.strict_positions = (
+            bool(tables) or not rotary or "dynamic" in kind or "longrope" in kind
+        )
         self.size = self._size(config, inner, tensors.values())
 
     @property
@@ -343,36 +405,68 @@ class LoadedModel:
         """Return what the class reads of the config, as transformers writes it, so that another spelling makes no difference."""
         text = self._model.config.to_json_string()  # type: ignore[operator, union-attr]  # as above
         quantization = self.job.plan.config.quantization  # perhaps of another file
-        tree = {**({"quantization_config": quantization} if quantization else {}), **json.loads(text)}
+        tree = {
+            **({"quantization_config": quantization} if quantization else {}),
+            **json.loads(text),
+        }
         # Readers of records refuse NaN and lone surrogates, which a config may hold.
         readable = json.dumps(tree, ensure_ascii=False).encode(errors="replace")
-        return cast(dict[str, Any], json.loads(readable, parse_constant=str, object_pairs_hook=lambda pairs: {
-            key: value for key, value in pairs if key not in UNREAD}))  # fmt: skip
+        return cast(
+            dict[str, Any],
+            json.loads(
+                readable,
+                parse_constant=str,
+                object_pairs_hook=lambda pairs: {
+                    key: value for key, value in pairs if key not in UNREAD
+                },
+            ),
+        )
 
-    def _size(self, config: Any, inner: Sequence[RunTimeTensor], tensors: Collection[RunTimeTensor]) -> ModelSize:
+    def _size(
+        self, config: Any, inner: Sequence[RunTimeTensor], tensors: Collection[RunTimeTensor]
+    ) -> ModelSize:
         chosen = getattr(config, "num_experts_per_tok", None) or 1
         run_all = {
-            t.name for m in self.modules if type(m.module).__name__ in RUN_ALL_EXPERTS for t in m.parameters.values()
+            t.name
+            for m in self.modules
+            if type(m.module).__name__ in RUN_ALL_EXPERTS
+            for t in m.parameters.values()
         }
 
         def used(t: RunTimeTensor) -> int:
             """Count the matrices of a tensor that a token passes."""
-            return 1 if not t.stacked else t.shape[0] if t.name in run_all else min(chosen, t.shape[0])
+            return (
+                1 if not t.stacked else t.shape[0] if t.name in run_all else min(chosen, t.shape[0])
+            )
 
         layers = [t for t in inner if t.shape != self._head.weight.shape]
         held_whole = [*filter(self.values.dense, tensors), *(t for t in inner if t.stacked)]
-        targets = [t for pairs in self.values.plan.by_weight.values() for t, _ in pairs if t.module.low_rank]
+        targets = [
+            t
+            for pairs in self.values.plan.by_weight.values()
+            for t, _ in pairs
+            if t.module.low_rank
+        ]
         return ModelSize(
-            widest=max((max(t.shape[-2:]) * (used(t) if t.name in run_all else 1) for t in layers), default=0),
+            widest=max(
+                (max(t.shape[-2:]) * (used(t) if t.name in run_all else 1) for t in layers),
+                default=0,
+            ),
             hidden=int(getattr(config, "hidden_size", 0)),
             vocabulary=self.vocabulary,
             attention=_attention_values(config),
             dense=16 * max((math.prod(t.shape[t.stacked :]) for t in held_whole), default=0),
-            factors=FACTOR_BYTES * max((t.module.factor_rank * sum(t.module.shape) for t in targets), default=0),
+            factors=FACTOR_BYTES
+            * max((t.module.factor_rank * sum(t.module.shape) for t in targets), default=0),
             products={t.name: math.prod(t.shape[t.stacked :]) * used(t) for t in inner},
-            read=sum(self.values.plan.weights[weight].nbytes for weight in {w for t in tensors for w in t.weights}),
+            read=sum(
+                self.values.plan.weights[weight].nbytes
+                for weight in {w for t in tensors for w in t.weights}
+            ),
             short=_short_length(config),
-            keys=next((keys for name in CHOSEN_KEYS if (keys := getattr(config, name, None))), None),
+            keys=next(
+                (keys for name in CHOSEN_KEYS if (keys := getattr(config, name, None))), None
+            ),
             cached=_cached_bytes(config),
         )
 
@@ -387,7 +481,9 @@ class LoadedModel:
                 f"{self.job.plan.adapter.path}: changes {name!r}, a buffer; evaluate and repair do not support that"
             )
         stored = self.job.plan.weights.stored.get(tensor.base[0].slices[0].weight)
-        if stored is not None and not buffer.is_floating_point():  # DeepSeek-V4's experts of each token, for example
+        if (
+            stored is not None and not buffer.is_floating_point()
+        ):  # DeepSeek-V4's experts of each token, for example
             buffer.copy_(stored.tensors["weight"].whole())
         else:
             buffer.copy_(self.values.whole(tensor, 0))
@@ -407,13 +503,18 @@ def _attention_values(config: Any) -> int:
     if config._attn_implementation == "eager":
         return 3 * int(getattr(config, "num_attention_heads", 1))
     kinds = getattr(config, "layer_types", None) or ()
-    windowed = getattr(config, "sliding_window", None) or any("sliding" in kind or "chunked" in kind for kind in kinds)
+    windowed = getattr(config, "sliding_window", None) or any(
+        "sliding" in kind or "chunked" in kind for kind in kinds
+    )
     return MASK_VALUES if windowed else 0
 
 
 def _cached_bytes(config: Any) -> int:
     """Return the bytes of a token's keys and values in all layers, in float32."""
-    hidden, heads = getattr(config, "hidden_size", 0), getattr(config, "num_attention_heads", None) or 1
+    hidden, heads = (
+        getattr(config, "hidden_size", 0),
+        getattr(config, "num_attention_heads", None) or 1,
+    )
     groups = getattr(config, "num_key_value_heads", None) or heads
     width = groups * (getattr(config, "head_dim", None) or hidden // heads)
     return 2 * 4 * width * (getattr(config, "num_hidden_layers", None) or 1)
@@ -424,7 +525,11 @@ def _short_length(config: Any) -> int | None:
     rope = getattr(config, "rope_parameters", None) or {}
     # Some models have separate parameters for each kind of layer.
     kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
-    stated = [kind.get("original_max_position_embeddings") for kind in kinds if kind.get("rope_type") == "longrope"]
+    stated = [
+        kind.get("original_max_position_embeddings")
+        for kind in kinds
+        if kind.get("rope_type") == "longrope"
+    ]
     default = getattr(config, "original_max_position_embeddings", None) if stated else None
     length = next((n for n in stated if n), default)
     return None if length is None else int(length)

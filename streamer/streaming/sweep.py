@@ -42,9 +42,22 @@ from streamer.plan.name_matching import TensorSlice, renames_for
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
 from streamer.plan.tied_embeddings import find_ties
-from streamer.storage.files import MAX_CALL_BYTES, drop_cached, give_freed_memory_back, read_at, storage_errors
+from streamer.storage.files import (
+    MAX_CALL_BYTES,
+    drop_cached,
+    give_freed_memory_back,
+    read_at,
+    storage_errors,
+)
 from streamer.streaming.model import LoadedModel, quiet_transformers, refused_errors
-from streamer.streaming.values import LazyTensor, Reader, RunTimeTensor, VariantSet, WeightSource, layer_modules
+from streamer.streaming.values import (
+    LazyTensor,
+    Reader,
+    RunTimeTensor,
+    VariantSet,
+    WeightSource,
+    layer_modules,
+)
 
 LINEAR_BY_NAME = {"FalconLinear", "Conv1D"}
 """Classes with a `forward` of their own that computes exactly ``x Wᵀ + b``, or ``x W + b``."""
@@ -101,7 +114,11 @@ class Spool:
         StorageError
             If the disk has no room for them.
         """
-        start = self.end if over is None or over.nbytes != sum(t.nbytes for t in tensors) else over.start
+        start = (
+            self.end
+            if over is None or over.nbytes != sum(t.nbytes for t in tensors)
+            else over.start
+        )
         at = start
         for tensor in tensors:
             data = _bytes(tensor.detach().cpu().contiguous())
@@ -189,7 +206,9 @@ class Group:
 
     def bring_back(self, spool: Spool) -> None:
         """Read the tensors that were moved."""
-        for bits, read in zip(self._state, spool.read(self._place) if self._place and self._state else (), strict=True):
+        for bits, read in zip(
+            self._state, spool.read(self._place) if self._place and self._state else (), strict=True
+        ):
             bits.untyped_storage().resize_(read.nbytes)
             bits.copy_(read)
         self._state.clear()
@@ -199,9 +218,15 @@ class Group:
         if self._first is None:
             self._first = [weakref.ref(leaf) for leaf in args if isinstance(leaf, Tensor)]
             return True
-        known = {leaf.untyped_storage()._cdata for leaf in tree_flatten(self.out)[0] if isinstance(leaf, Tensor)}
+        known = {
+            leaf.untyped_storage()._cdata
+            for leaf in tree_flatten(self.out)[0]
+            if isinstance(leaf, Tensor)
+        }
         first = [tensor for ref in self._first if (tensor := ref()) is not None]
-        others = [state for state in self._states(args) if state.untyped_storage()._cdata not in known]
+        others = [
+            state for state in self._states(args) if state.untyped_storage()._cdata not in known
+        ]
         return all(any(state is tensor for tensor in first) for state in others)
 
     @contextlib.contextmanager
@@ -217,9 +242,14 @@ class Group:
 
     def enter(self, args: Any) -> None:
         """Note the states of tokens with which the group enters a layer, as bytes of their whole storage."""
-        storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in self._states(tree_flatten(args)[0])}
+        storages = {
+            t.untyped_storage()._cdata: t.untyped_storage()
+            for t in self._states(tree_flatten(args)[0])
+        }
         resizable = [s for s in storages.values() if s.resizable()]
-        self._state = [torch.empty(0, dtype=torch.uint8, device=s.device).set_(s) for s in resizable]
+        self._state = [
+            torch.empty(0, dtype=torch.uint8, device=s.device).set_(s) for s in resizable
+        ]
 
     def _states(self, leaves: Sequence[Any]) -> list[Tensor]:
         """List the states of the group's tokens among a layer's arguments."""
@@ -285,9 +315,14 @@ class States:
         if time.monotonic() - self._saved < SECONDS or not plain:
             return
         values = model.values
-        tree = {"sweep": self.sweep, "layer": layer, "applied": sorted(values.applied), "read": sorted(values.read),
-                "whole": sorted(model.otherwise_used),
-                "outs": [isinstance(group.out, Tensor) or len(group.out) for group in groups]}  # fmt: skip
+        tree = {
+            "sweep": self.sweep,
+            "layer": layer,
+            "applied": sorted(values.applied),
+            "read": sorted(values.read),
+            "whole": sorted(model.otherwise_used),
+            "outs": [isinstance(group.out, Tensor) or len(group.out) for group in groups],
+        }
 
         def read(group: Group, leaf: Tensor) -> Tensor:
             with group.at_hand(model.spool):
@@ -295,8 +330,15 @@ class States:
 
         factors, leaves = self.factors(), dict[str, tuple[Group, Tensor]]()
         for number, group in enumerate(groups):
-            leaves |= {f"{number}.{i}": (group, leaf) for i, leaf in enumerate(group.leaves) if leaf is not None}
-        arrays = OnDemand([*factors, *leaves], lambda name: read(*leaves[name]) if name in leaves else factors[name])
+            leaves |= {
+                f"{number}.{i}": (group, leaf)
+                for i, leaf in enumerate(group.leaves)
+                if leaf is not None
+            }
+        arrays = OnDemand(
+            [*factors, *leaves],
+            lambda name: read(*leaves[name]) if name in leaves else factors[name],
+        )
         STATES_FILE.save(self.path, tree, arrays, overwrite=True)
         self._saved = time.monotonic()
 
@@ -344,7 +386,10 @@ class Site:
 def same_inputs(before: Sequence[Tensor], now: Sequence[Tensor]) -> bool:
     """Test whether inputs are the same memory, unchanged; those before are still referenced, so their memory is not reused."""
     return len(before) == len(now) and all(
-        a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a._version == b._version
+        a.data_ptr() == b.data_ptr()
+        and a.shape == b.shape
+        and a.stride() == b.stride()
+        and a._version == b._version
         for a, b in zip(before, now, strict=True)
     )
 
@@ -359,17 +404,25 @@ class TargetWatch:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
 
-    def matrices(self, tensor: RunTimeTensor, slice_: TensorSlice, crossed: bool) -> Sequence[Target]:
+    def matrices(
+        self, tensor: RunTimeTensor, slice_: TensorSlice, crossed: bool
+    ) -> Sequence[Target]:
         """List the targets in a slice whose inputs are multiplied with its columns, or with its rows if `crossed`.
 
         A tied head has the other side: it multiplies with the transpose of an embedding's delta.
         """
         pairs = self._plan.by_weight.get(slice_.weight, ())
-        return [t for t, part in pairs if slice_.index in (None, part.index) and t.transposed == crossed]
+        return [
+            t for t, part in pairs if slice_.index in (None, part.index) and t.transposed == crossed
+        ]
 
     def tables(self, tensor: RunTimeTensor) -> Sequence[tuple[Target, int]]:
         """List the targets that are looked up by one-hot inputs, each with the number of possible inputs."""
-        return [(t, t.module.shape[1]) for t, part in tensor.targets(self._plan) if t.transposed and part.rows is None]
+        return [
+            (t, t.module.shape[1])
+            for t, part in tensor.targets(self._plan)
+            if t.transposed and part.rows is None
+        ]
 
     def names(self, tensor: RunTimeTensor) -> Iterable[str]:
         """Return the names of the targets."""
@@ -400,13 +453,21 @@ class BaseWatch:
     """Watches all matrices of a base."""
 
     def __init__(self, plan: Plan) -> None:
-        ties = find_ties(plan.base.weight_map, architecture_for(plan.config), renames_for(plan.config))
+        ties = find_ties(
+            plan.base.weight_map, architecture_for(plan.config), renames_for(plan.config)
+        )
         self._ties = {tie.stored: tie.others for tie in ties if tie.stored}
 
-    def matrices(self, tensor: RunTimeTensor, slice_: TensorSlice, crossed: bool) -> Sequence[BaseMatrix]:
+    def matrices(
+        self, tensor: RunTimeTensor, slice_: TensorSlice, crossed: bool
+    ) -> Sequence[BaseMatrix]:
         """Return the slice's matrix."""
         name = _name(slice_)
-        expert = [f"{tensor.name}[{e}]" for e, s in enumerate(tensor.adapted) if tensor.stacked and slice_ in s.slices]
+        expert = [
+            f"{tensor.name}[{e}]"
+            for e, s in enumerate(tensor.adapted)
+            if tensor.stacked and slice_ in s.slices
+        ]
         return [BaseMatrix(name, tuple(dict.fromkeys((name, *expert, *self._ties.get(name, ())))))]
 
     def tables(self, tensor: RunTimeTensor) -> Sequence[tuple[BaseMatrix, int]]:
@@ -467,12 +528,16 @@ class SweepModel(LoadedModel):
         for module, parameters in self.modules:
             for name, tensor in parameters.items():
                 rounded = name == "weight" and self._is_rounded(module, tensor)
-                reader = _Reader(self, tensor, next(positions), head=module is self._head, rounded=rounded)
+                reader = _Reader(
+                    self, tensor, next(positions), head=module is self._head, rounded=rounded
+                )
                 module._parameters[name] = LazyTensor.of(reader)  # type: ignore[assignment]  # torch types a Parameter, which this stands in for
         layers = layer_modules(self._model)
         self.layers = list(layers)
         for layer in layers.values():
-            layer.register_forward_pre_hook(lambda module, *args: self._enter(args), with_kwargs=True)
+            layer.register_forward_pre_hook(
+                lambda module, *args: self._enter(args), with_kwargs=True
+            )
             layer.register_forward_hook(lambda module, args, out: setattr(self.group, "out", out))
             layer.forward = partial(self._layer, layer.forward)
         for module in self._inner:
@@ -496,15 +561,25 @@ class SweepModel(LoadedModel):
 
         A weight that the adapter replaces or changes by a dense delta is not rounded: rounding would erase its difference from the base.
         """
-        linear = type(module).forward is nn.Linear.forward or type(module).__name__ in LINEAR_BY_NAME
-        return self.job.rounds_products and linear and not (self.values.dense(weight) or self.values.edited(weight))
+        linear = (
+            type(module).forward is nn.Linear.forward or type(module).__name__ in LINEAR_BY_NAME
+        )
+        return (
+            self.job.rounds_products
+            and linear
+            and not (self.values.dense(weight) or self.values.edited(weight))
+        )
 
     @contextlib.contextmanager
     def _running(self, checkpoint: Checkpoint) -> Iterator[None]:
         """Compute without gradients, in silence, and turn errors of the model's own code into ours."""
         self._checkpoint = checkpoint
         try:
-            with torch.no_grad(), quiet_transformers(), refused_errors(self.job.plan.base.path, self._model):
+            with (
+                torch.no_grad(),
+                quiet_transformers(),
+                refused_errors(self.job.plan.base.path, self._model),
+            ):
                 yield
         finally:
             self.block, self._checkpoint = None, _nothing
@@ -521,8 +596,15 @@ class SweepModel(LoadedModel):
         with self._running(checkpoint):
             yield
 
-    def run(self, groups: Sequence[Group], checkpoint: Checkpoint, solve: Solve | None = None, watch: Watch | None = None,
-                after: Callable[[str], None] = _nothing, states: States | None = None) -> None:  # fmt: skip
+    def run(
+        self,
+        groups: Sequence[Group],
+        checkpoint: Checkpoint,
+        solve: Solve | None = None,
+        watch: Watch | None = None,
+        after: Callable[[str], None] = _nothing,
+        states: States | None = None,
+    ) -> None:
         """Run groups through all layers.
 
         Parameters
@@ -538,7 +620,9 @@ class SweepModel(LoadedModel):
         states
             File from which a killed run resumes.
         """
-        greenlet = require_package("greenlet", (3,), "evaluate, repair and map need greenlet", "evaluate")
+        greenlet = require_package(
+            "greenlet", (3,), "evaluate, repair and map need greenlet", "evaluate"
+        )
         main, runs, stops = greenlet.getcurrent(), dict[Group, Any](), dict[Group, Site | None]()
         done = 0 if states is None else states.load(self, groups)
         layers = iter(["embeddings", *self.layers][done:])
@@ -557,7 +641,9 @@ class SweepModel(LoadedModel):
             runs[group] = greenlet.greenlet(self._forward, main)
             runs[group].gr_context = contextvars.copy_context()
         with self._running(checkpoint), contextlib.ExitStack() as stopped:
-            stopped.callback(self._end, runs)  # within the context, whose grad mode the groups leave as they found it
+            stopped.callback(
+                self._end, runs
+            )  # within the context, whose grad mode the groups leave as they found it
             self.pause, self._watch = main.switch, watch
             while not all(run.dead for run in runs.values()):
                 moving = [group for group in fitted if not runs[group].dead]
@@ -569,7 +655,11 @@ class SweepModel(LoadedModel):
                     give_freed_memory_back()
                     if sites:
                         first = min(sites, key=lambda site: site.order)
-                        inputs = {g: site.x for g in fitted if (site := stops[g]) and site.order == first.order}
+                        inputs = {
+                            g: site.x
+                            for g in fitted
+                            if (site := stops[g]) and site.order == first.order
+                        }
                         if solve is not None:
                             solve(first, inputs)
                         moving = list(inputs)
@@ -597,7 +687,9 @@ class SweepModel(LoadedModel):
         self.group.skips -= 1
         if not self.group.skips:  # the file's memory cannot be written to
             move = partial(torch.Tensor.to, device=self.job.device, copy=True)
-            self.group.out = tree_map(lambda leaf: leaf if leaf is None else move(leaf), self.group.out)
+            self.group.out = tree_map(
+                lambda leaf: leaf if leaf is None else move(leaf), self.group.out
+            )
         return self.group.out
 
     def _enter(self, args: Any) -> None:
@@ -613,8 +705,12 @@ class SweepModel(LoadedModel):
     def _forward(self) -> None:
         self._model(input_ids=self.group.ids.to(self.job.device), use_cache=False)
 
-    def logits(self, parts: Sequence[Sequence[Group]], block: int | Iterable[tuple[int, int]],
-               checkpoint: Checkpoint) -> Iterator[tuple[int, int, int, Tensor]]:  # fmt: skip
+    def logits(
+        self,
+        parts: Sequence[Sequence[Group]],
+        block: int | Iterable[tuple[int, int]],
+        checkpoint: Checkpoint,
+    ) -> Iterator[tuple[int, int, int, Tensor]]:
         """Compute the logits of riders that have run, one block of the vocabulary at a time.
 
         Parameters
@@ -635,7 +731,11 @@ class SweepModel(LoadedModel):
             If the model does not compute all logits with its head alone, token by token.
         """
         size = self.vocabulary
-        blocks = [(i, min(size, i + block)) for i in range(0, size, block)] if isinstance(block, int) else block
+        blocks = (
+            [(i, min(size, i + block)) for i in range(0, size, block)]
+            if isinstance(block, int)
+            else block
+        )
         for i, j in blocks:
             for number, part in enumerate(parts):
                 with self._running(checkpoint):
@@ -685,9 +785,22 @@ class _Reader(Reader):
         Whether the base's weight, and the inputs and results of its products, are rounded to bfloat16.
     """
 
-    def __init__(self, model: SweepModel, tensor: RunTimeTensor, position: int, *, head: bool, rounded: bool) -> None:
-        self.model, self.tensor, self.position, self.head, self.rounded = model, tensor, position, head, rounded
-        self.name, self.shape, self.values, self.device = tensor.name, tensor.shape, model.values, model.values.device
+    def __init__(
+        self, model: SweepModel, tensor: RunTimeTensor, position: int, *, head: bool, rounded: bool
+    ) -> None:
+        self.model, self.tensor, self.position, self.head, self.rounded = (
+            model,
+            tensor,
+            position,
+            head,
+            rounded,
+        )
+        self.name, self.shape, self.values, self.device = (
+            tensor.name,
+            tensor.shape,
+            model.values,
+            model.values.device,
+        )
 
     @property
     def variant(self) -> int:
@@ -715,7 +828,9 @@ class _Reader(Reader):
         if self.watch is not None:
             self.model.otherwise_used.update(self.watch.names(self.tensor))
         i, j = self._rows()
-        if self.values.row_access(self.tensor) and not self.values.changes(self.sources[0].slices[0], self.variant):
+        if self.values.row_access(self.tensor) and not self.values.changes(
+            self.sources[0].slices[0], self.variant
+        ):
             rows = [rows for *_, rows in self.values.blocks(self.sources[0], self.variant, i, j)]
             return torch.cat(rows).view(j - i, *self.shape[1:])
         return self.values.whole(self.tensor, self.variant)[i:j]
@@ -754,7 +869,9 @@ class _Reader(Reader):
         """Compute ``x Wᵀ``, or ``x W`` if `transposed`."""
         return self.multiply(x, None, transposed, self._rows())
 
-    def multiply(self, x: Tensor, index: int | None, transposed: bool, rows: tuple[int, int]) -> Tensor:
+    def multiply(
+        self, x: Tensor, index: int | None, transposed: bool, rows: tuple[int, int]
+    ) -> Tensor:
         """Compute ``x Mᵀ`` (``x M`` if `transposed`); the operand on a watched matrix's input side is a site.
 
         Parameters
@@ -769,8 +886,12 @@ class _Reader(Reader):
             self._stop(self.watch, X, index, transposed)
         self.model._checkpoint()
         changes = [values.changes(slice_, self.variant) for slice_ in source.slices]
-        if not all(isinstance(change, LowRank) for slice_changes in changes for _, change in slice_changes):
-            matrix = values.cache.get((self.name, index, self.variant), lambda: values.matrix(source, self.variant))
+        if not all(
+            isinstance(change, LowRank) for slice_changes in changes for _, change in slice_changes
+        ):
+            matrix = values.cache.get(
+                (self.name, index, self.variant), lambda: values.matrix(source, self.variant)
+            )
             W = matrix[slice(*rows)]
             return (X @ (W if transposed else W.T)).view(*x.shape[:-1], -1)
         shapes = [values.weight_of(slice_, self.variant).matrix for slice_ in source.slices]
@@ -795,9 +916,13 @@ class _Reader(Reader):
         adapted, at = self.tensor.adapted[index or 0], 0
         crossed = transposed != adapted.transposed
         order = index is None, index or 0, self.position
-        slices = [(slice_, watch.matrices(self.tensor, slice_, crossed)) for slice_ in adapted.slices]
+        slices = [
+            (slice_, watch.matrices(self.tensor, slice_, crossed)) for slice_ in adapted.slices
+        ]
         if not crossed:
-            if matrices := tuple(matrix for _, matrices_of_slice in slices for matrix in matrices_of_slice):
+            if matrices := tuple(
+                matrix for _, matrices_of_slice in slices for matrix in matrices_of_slice
+            ):
                 self.model.pause(Site(order, matrices, X))
             return
         for slice_, matrices_of_slice in slices:
@@ -876,14 +1001,18 @@ def check_logits(model: SweepModel, ids: Ids, checkpoint: Checkpoint) -> None:
     group = Group(torch.from_numpy(pair), 0)
     try:
         model.run([group], checkpoint)
-        blocks = model.logits([[group]], [(0, model.vocabulary), (0, cut), (cut, model.vocabulary)], checkpoint)
+        blocks = model.logits(
+            [[group]], [(0, model.vocabulary), (0, cut), (cut, model.vocabulary)], checkpoint
+        )
         logits, *parts = (z[0] for *_, z in blocks)
     except UnsupportedError as e:
         if isinstance(e.__cause__, IndexError):  # the model indexed a token outside the block
             raise _changed_by_number(plan) from e
         raise
     if not bool(logits.isfinite().all()):
-        raise NumericError(f"{plan.base.path}: its logits are NaN or Inf on the texts; check its weights")
+        raise NumericError(
+            f"{plan.base.path}: its logits are NaN or Inf on the texts; check its weights"
+        )
     in_blocks = float((logits - torch.cat(parts, -1)).abs().max())
     largest = TOLERANCE * max(1.0, float(logits.abs().max()))
     if not in_blocks <= largest:
@@ -892,7 +1021,9 @@ def check_logits(model: SweepModel, ids: Ids, checkpoint: Checkpoint) -> None:
         raise _sees_what_follows(plan)
 
 
-def changed_by_padding(model: SweepModel, ids: Ids, shorter: int, block: int, checkpoint: Checkpoint) -> bool:
+def changed_by_padding(
+    model: SweepModel, ids: Ids, shorter: int, block: int, checkpoint: Checkpoint
+) -> bool:
     """Test whether the base's logits of a sequence's first tokens change if the sequence ends after them.
 
     They do in models whose attention selects some of the keys, because the number of all keys decides ties. The sequence runs whole and
@@ -921,7 +1052,10 @@ def changed_by_padding(model: SweepModel, ids: Ids, shorter: int, block: int, ch
             if number == 0:
                 a = z[0, 0, :shorter]
             else:
-                off, largest = max(off, float((a - z[0, 0, :shorter]).abs().max())), max(largest, float(a.abs().max()))
+                off, largest = (
+                    max(off, float((a - z[0, 0, :shorter]).abs().max())),
+                    max(largest, float(a.abs().max())),
+                )
         return off > TOLERANCE * largest
 
     if not differ(ids, ids[:shorter]):

@@ -23,11 +23,27 @@ from streamer.errors import MismatchError, UnsupportedError, UsageError
 from streamer.json_types import Selection
 from streamer.linalg.operators import Delta, LowRank
 from streamer.linalg.torch_state import CPU
-from streamer.methods import METHODS, UNCHANGED, Method, MethodName, NullSpace, RegMean, make_method, options_of
+from streamer.methods import (
+    METHODS,
+    UNCHANGED,
+    Method,
+    MethodName,
+    NullSpace,
+    RegMean,
+    make_method,
+    options_of,
+)
 from streamer.methods.files import Coefficients, InputMap
 from streamer.output.adapter_writer import back_project
 from streamer.plan.architectures import architecture_for, architectures_for
-from streamer.plan.name_matching import MERGE, TRANSPOSE, TRANSPOSE_IF, Loaded, TensorSlice, renames_for
+from streamer.plan.name_matching import (
+    MERGE,
+    TRANSPOSE,
+    TRANSPOSE_IF,
+    Loaded,
+    TensorSlice,
+    renames_for,
+)
 from streamer.plan.plan import Plan
 from streamer.plan.targets import Target
 from streamer.plan.tied_embeddings import TiedNames, find_ties
@@ -109,7 +125,11 @@ def match_run_time(
             "which is not supported by evaluate and repair; use the 16-bit base"
         )
     names, optional = _Names(plan, prefix), set(optional)
-    tensors = {name: tensor for name, shape in shapes.items() if (tensor := names.find(name, shape)) is not None}
+    tensors = {
+        name: tensor
+        for name, shape in shapes.items()
+        if (tensor := names.find(name, shape)) is not None
+    }
     if missing := [name for name in shapes if name not in tensors and name not in optional]:
         raise MismatchError(
             f"{plan.base.path}: lacks {len(missing)} of {len(shapes)} tensors of its class, {listed(map(repr, missing))}; is it of another "
@@ -131,10 +151,15 @@ class _Names:
         self.plan, self.prefix = plan, f"{prefix}." if prefix else ""
         renames, edits = renames_for(plan.config), plan.edits
         self.at: dict[str, list[Loaded]] = defaultdict(list)
-        on_disk = [*plan.weights.stored, *(n for n in edits.sources if n not in plan.weights.stored)]
+        on_disk = [
+            *plan.weights.stored,
+            *(n for n in edits.sources if n not in plan.weights.stored),
+        ]
         for loaded in renames.loaded(on_disk):
             self.at[loaded.name].append(loaded)
-        for name in on_disk:  # transformers skips a rename if the model has no tensor of the new name
+        for (
+            name
+        ) in on_disk:  # transformers skips a rename if the model has no tensor of the new name
             self.at.setdefault(name, [Loaded(name, name)])
         self.ties: dict[str, TiedNames] = {}
         architecture = architecture_for(plan.config)
@@ -152,7 +177,9 @@ class _Names:
             return RunTimeTensor(name, shape, sources, sources, stacked=True)
         weight = loaded[0].tensor if loaded else None
         if weight is None and tie is not None:
-            weight = next((tie.on_disk[s] for s in spellings if s in tie.on_disk), None) or tie.stored
+            weight = (
+                next((tie.on_disk[s] for s in spellings if s in tie.on_disk), None) or tie.stored
+            )
         if weight is None or (tie is None and weight not in self.plan.weights.stored):
             return None
         stands, tied_to = weight in self.plan.weights.stored, weight if tie is None else tie.stored
@@ -171,11 +198,15 @@ class _Names:
                 f"{self.plan.base.path}: {weight!r} has shape {list(stored)}, and its class expects {list(shape)}; is it of another class, "
                 "or another vocabulary, than its config.json says?"
             )
-        if len(shape) == 3 and not weight.endswith(".weight"):  # a name in .weight is a convolution's
+        if len(shape) == 3 and not weight.endswith(
+            ".weight"
+        ):  # a name in .weight is a convolution's
             return tuple(WeightSource((TensorSlice(weight, e),)) for e in range(shape[0]))
         return (WeightSource((TensorSlice(weight),)),)
 
-    def _built(self, name: str, loaded: Sequence[Loaded], shape: tuple[int, ...]) -> tuple[WeightSource, ...]:
+    def _built(
+        self, name: str, loaded: Sequence[Loaded], shape: tuple[int, ...]
+    ) -> tuple[WeightSource, ...]:
         """Collect the pieces of a tensor that loading builds, from each expert's tensors or from stacks."""
         by = loaded[0].by
         assert by is not None
@@ -196,9 +227,13 @@ class _Names:
             )
         shapes = [self.plan.weights[s[0]].shape[0 if numbered else 1 :] for s in sources]
         if any(len(shape) != 2 for shape in shapes) or len({shape[1] for shape in shapes}) != 1:
-            raise MismatchError(f"{self.plan.base.path}: {sources[0][0]!r} and its like do not fit together: {shapes}")
+            raise MismatchError(
+                f"{self.plan.base.path}: {sources[0][0]!r} and its like do not fit together: {shapes}"
+            )
         rows, width = sum(shape[0] for shape in shapes), shapes[0][1]
-        transposed = by.by == (TRANSPOSE,) or (by.by == (TRANSPOSE_IF,) and (rows, width) != shape[1:])
+        transposed = by.by == (TRANSPOSE,) or (
+            by.by == (TRANSPOSE_IF,) and (rows, width) != shape[1:]
+        )
         if ((width, rows) if transposed else (rows, width)) != shape[1:]:
             raise MismatchError(
                 f"{self.plan.base.path}: {name!r} is built on loading of matrices {[rows, width]}, and its class expects {list(shape[1:])}"
@@ -216,7 +251,9 @@ def layer_modules(model: nn.Module) -> dict[str, nn.Module]:
 
     layers: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
-        if isinstance(module, GradientCheckpointingLayer) and not any(path.startswith(f"{outer}.") for outer in layers):
+        if isinstance(module, GradientCheckpointingLayer) and not any(
+            path.startswith(f"{outer}.") for outer in layers
+        ):
             layers[path] = module
     return layers
 
@@ -255,7 +292,9 @@ class Variant:
     @property
     def mitigation_lambda(self) -> float | None:
         """Return λ; None for ``base``, ``adapter`` and a fit."""
-        return self.mitigation.mitigation_lambda if self.mitigation and self.name != ADAPTER else None
+        return (
+            self.mitigation.mitigation_lambda if self.mitigation and self.name != ADAPTER else None
+        )
 
     @property
     def scales_intruders(self) -> bool:
@@ -268,8 +307,14 @@ class Variant:
         return self.mitigation.coefficients.keep if isinstance(self.mitigation, RegMean) else None
 
 
-def make_variants(methods: Sequence[MethodName], lambdas: Sequence[float], select: Selection, coefficients: Coefficients | None = None,
-                  amplify: bool = False, mapped: InputMap | None = None) -> tuple[Variant, ...]:  # fmt: skip
+def make_variants(
+    methods: Sequence[MethodName],
+    lambdas: Sequence[float],
+    select: Selection,
+    coefficients: Coefficients | None = None,
+    amplify: bool = False,
+    mapped: InputMap | None = None,
+) -> tuple[Variant, ...]:
     """List ``base``, ``adapter``, each method at each λ, and last the one with the given coefficients.
 
     If coefficients or a map are given, the method that uses them is listed, whether named or not.
@@ -292,7 +337,11 @@ def make_variants(methods: Sequence[MethodName], lambdas: Sequence[float], selec
     if coefficients is not None:
         methods = (*(name for name in methods if name != RegMean.name), RegMean.name)
     files = {"map": mapped, "coefficients": coefficients}
-    stated = {"select": select, "amplify": amplify, **{name: file for name, file in files.items() if file is not None}}
+    stated = {
+        "select": select,
+        "amplify": amplify,
+        **{name: file for name, file in files.items() if file is not None},
+    }
     mitigations: list[Method] = []
     for name in methods:
         names = options_of(METHODS[name]) if name in METHODS else []
@@ -358,17 +407,26 @@ class LazyTensor(Tensor):
     @classmethod
     def of(cls, reader: Reader) -> LazyTensor:
         """Make the stand-in for a parameter."""
-        lazy: LazyTensor = Tensor._make_subclass(cls, torch.empty(reader.shape, dtype=torch.float32, device="meta"))
+        lazy: LazyTensor = Tensor._make_subclass(
+            cls, torch.empty(reader.shape, dtype=torch.float32, device="meta")
+        )
         lazy.reader = reader
         return lazy
 
     @classmethod
-    def __torch_function__(cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (),
-                           kwargs: Mapping[str, Any] | None = None) -> Any:  # fmt: skip
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
         """Compute an operation on values read for it."""
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            if func == Tensor.device.__get__:  # `__get__` makes a new object each time, so compare with ==
+            if (
+                func == Tensor.device.__get__
+            ):  # `__get__` makes a new object each time, so compare with ==
                 return args[0].reader.device
             if func in _ALIASES:
                 return args[0]
@@ -392,7 +450,9 @@ def _refuse_writing(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     inplace = name in ("__setitem__", "__set__")
     inplace |= name.startswith("__i") and name not in ("__invert__", "__index__", "__int__")
     inplace |= name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
-    if (inplace and args and isinstance(args[0], LazyTensor)) or isinstance(kwargs.get("out"), LazyTensor):
+    if (inplace and args and isinstance(args[0], LazyTensor)) or isinstance(
+        kwargs.get("out"), LazyTensor
+    ):
         target = args[0] if inplace else kwargs["out"]
         raise UnsupportedError(
             f"{target.reader.name!r} is changed by the model as it runs ({name}), not supported by evaluate and repair; measure "
@@ -430,7 +490,9 @@ def _embedding(ids: Tensor, weight: Any, *args: Any, **kwargs: Any) -> Tensor | 
     if not isinstance(weight, LazyTensor) or renormed:
         return None
     count = weight.reader.shape[0]
-    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < count:  # beyond the rows a file has other bytes
+    if (
+        ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < count
+    ):  # beyond the rows a file has other bytes
         raise UnsupportedError(
             f"{weight.reader.name!r}: expected rows 0 to {count - 1}, found {int(ids.min())} to {int(ids.max())} looked up; use a "
             "smaller --length if they are positions"
@@ -442,7 +504,11 @@ def _item(weight: Any, index: Any) -> Tensor | None:
     """Take one matrix of a stack."""
     if not isinstance(weight, LazyTensor):
         return None
-    number = index.item() if isinstance(index, Tensor) and index.ndim == 0 and not index.is_floating_point() else index
+    number = (
+        index.item()
+        if isinstance(index, Tensor) and index.ndim == 0 and not index.is_floating_point()
+        else index
+    )
     return weight.reader.matrix(number) if type(number) is int else None
 
 
@@ -460,10 +526,18 @@ def _addmm(bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1)
 
 def _bmm(input: Any, mat2: Any) -> Tensor | None:  # noqa: A002  # torch's names, by which it may be called
     """Compute ``x_e W_e`` for each matrix of a stack, one at a time."""
-    if isinstance(input, LazyTensor) or not isinstance(mat2, LazyTensor) or len(input) != mat2.shape[0]:
+    if (
+        isinstance(input, LazyTensor)
+        or not isinstance(mat2, LazyTensor)
+        or len(input) != mat2.shape[0]
+    ):
         return None
     matrices = [matrix for e in range(len(input)) if (matrix := mat2.reader.matrix(e)) is not None]
-    return torch.stack([rows @ matrix for rows, matrix in zip(input, matrices, strict=True)]) if matrices else None
+    return (
+        torch.stack([rows @ matrix for rows, matrix in zip(input, matrices, strict=True)])
+        if matrices
+        else None
+    )
 
 
 def _cast(weight: Any, dtype: Any = None, *others: Any, **options: Any) -> Tensor | None:
@@ -514,7 +588,9 @@ class VariantSet:
 
     def __post_init__(self) -> None:
         if self.rounds_products and self.device != CPU:
-            raise UsageError(f"bf16 products run only on the CPU; with --device {self.device}, use --dtype float32")
+            raise UsageError(
+                f"bf16 products run only on the CPU; with --device {self.device}, use --dtype float32"
+            )
 
 
 ROOM = 384 << 20
@@ -532,7 +608,11 @@ class LayerCache:
         if key in self._values:
             return cast(Shared, self._values[key])
         values = read()
-        nbytes = values.nbytes if isinstance(values, Tensor) else sum(t.nbytes for _, t in values.named_tensors())
+        nbytes = (
+            values.nbytes
+            if isinstance(values, Tensor)
+            else sum(t.nbytes for _, t in values.named_tensors())
+        )
         if self._nbytes + nbytes <= self.room:
             self._values[key], self._nbytes = values, self._nbytes + nbytes
         return values
@@ -583,7 +663,13 @@ class Values:
     def dense(self, tensor: RunTimeTensor) -> bool:
         """Test whether the adapter changes a tensor by deltas, and not by one whose factors cover the whole tensor."""
         pairs, source = tensor.targets(self.plan), tensor.adapted[0]
-        if len(pairs) != 1 or tensor.stacked or source.transposed or len(source.slices) > 1 or len(tensor.shape) != 2:
+        if (
+            len(pairs) != 1
+            or tensor.stacked
+            or source.transposed
+            or len(source.slices) > 1
+            or len(tensor.shape) != 2
+        ):
             return bool(pairs)
         ((target, slice_),) = pairs
         return not target.module.low_rank or slice_.index is not None or slice_.rows is not None
@@ -592,14 +678,20 @@ class Values:
         """Compute the change Δ' that a variant's adapter makes to a slice of a weight, in float32 and oriented as the weight is stored."""
         self.applied.add(part.weight)
         key = target.tensor, variant
-        delta = self.cache.get(key, lambda: self._delta(target, variant).to(torch.float32, self.device))
+        delta = self.cache.get(
+            key, lambda: self._delta(target, variant).to(torch.float32, self.device)
+        )
         delta = delta if part.rows is None else delta.row_slice(*part.rows)
         return delta.T if target.transposed else delta
 
     def changes(self, slice_: TensorSlice, variant: int) -> list[tuple[TensorSlice, Delta]]:
         """List a variant's changes to a weight, or to one matrix of it, in the order of targets."""
         pairs = self.plan.by_weight.get(slice_.weight, ()) if self.adapted(variant) else ()
-        return [(part, self.change(t, part, variant)) for t, part in pairs if slice_.index in (None, part.index)]
+        return [
+            (part, self.change(t, part, variant))
+            for t, part in pairs
+            if slice_.index in (None, part.index)
+        ]
 
     def _delta(self, target: Target, variant: int) -> Delta:
         """Compute Δ' (out, in) of one variant."""
@@ -610,7 +702,12 @@ class Values:
         delta = self.cache.get(target.tensor, lambda: self.plan.finite_delta(target))
         after = method.mitigated(delta, detection, target.tensor)
         factors = target.module.factors
-        if self.job.projected and factors is not None and isinstance(after, LowRank) and factors.scaling:
+        if (
+            self.job.projected
+            and factors is not None
+            and isinstance(after, LowRank)
+            and factors.scaling
+        ):
             B, A, _ = back_project(after, factors.rank, factors.scaling)
             return LowRank(B * factors.scaling, A.T)
         return after
@@ -631,8 +728,14 @@ class Values:
         weight = self.weight(slice_.weight, variant)
         return weight if slice_.index is None else weight.slice(slice_.index)
 
-    def blocks(self, source: WeightSource, variant: int, first: int, last: int,
-               dtype: torch.dtype = torch.float32) -> Iterator[tuple[int, int, Tensor]]:  # fmt: skip
+    def blocks(
+        self,
+        source: WeightSource,
+        variant: int,
+        first: int,
+        last: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> Iterator[tuple[int, int, Tensor]]:
         """Read rows of a source's matrix as stored, a few at a time, without deltas; yields (from, to, values).
 
         Parameters
@@ -650,7 +753,9 @@ class Values:
             for i in range(max(0, -at), min(m, last - first - at), step):
                 j = min(i + step, m, last - first - at)
 
-                def read(weight: Weight = weight, slice_: TensorSlice = slice_, i: int = i, j: int = j) -> Tensor:
+                def read(
+                    weight: Weight = weight, slice_: TensorSlice = slice_, i: int = i, j: int = j
+                ) -> Tensor:
                     # They cross to the device as stored, in the fewest bytes.
                     values = weight.rows(i, j).to(self.device).to(dtype, copy=True)
                     if slice_.index is None:
@@ -661,13 +766,23 @@ class Values:
                 yield at + i, at + j, self.cache.get((slice_, i, j, adapted, dtype), read)
             at += m
 
-    def looked_up(self, tensor: RunTimeTensor, variant: int, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def looked_up(
+        self, tensor: RunTimeTensor, variant: int, ids: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Read the looked-up rows of a plain matrix, without deltas; returns their numbers, the rows, and each id's place among them."""
-        unique, at = torch.unique(ids.to(CPU), return_inverse=True)  # files are read by these numbers
+        unique, at = torch.unique(
+            ids.to(CPU), return_inverse=True
+        )  # files are read by these numbers
         ((slice_,),) = (source.slices for source in self.sources(tensor, variant))
         weight, wanted = self.weight(slice_.weight, variant).at_hand(), unique.tolist()
-        some = isinstance(weight, Plain) and not weight.load_bytes  # mapped: only pages of these rows are read
-        rows = weight.rows(0, weight.matrix[0])[unique] if some else torch.cat([weight.rows(i, i + 1) for i in wanted])
+        some = (
+            isinstance(weight, Plain) and not weight.load_bytes
+        )  # mapped: only pages of these rows are read
+        rows = (
+            weight.rows(0, weight.matrix[0])[unique]
+            if some
+            else torch.cat([weight.rows(i, i + 1) for i in wanted])
+        )
         rows = rows.to(torch.float32, copy=True).reshape(-1, *tensor.shape[1:])
         for number, i in enumerate(wanted if slice_.weight in self.edits else ()):
             self._edit(slice_.weight, variant, rows[number : number + 1], i)
@@ -676,7 +791,9 @@ class Values:
     def row_access(self, tensor: RunTimeTensor) -> bool:
         """Test whether a few rows can be read by themselves: the tensor is a vector or matrix that one weight stores unchanged."""
         sources = (*tensor.base, *tensor.adapted)
-        unchanged = (len(s.slices) == 1 and s.slices[0].index is None and not s.transposed for s in sources)
+        unchanged = (
+            len(s.slices) == 1 and s.slices[0].index is None and not s.transposed for s in sources
+        )
         return len(tensor.shape) <= 2 and all(unchanged)
 
     def _piece(self, slice_: TensorSlice, variant: int) -> Tensor:

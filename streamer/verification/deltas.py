@@ -51,7 +51,9 @@ LEAST_EXPONENT = {"F64": -1022, "F32": -126, "F16": -14, "BF16": -126, FP8: -6}
 STACKED = re.compile(r"(.+)\[(\d+)\]")
 """Name of one matrix of a stack: the stack's name and the index."""
 
-_BLOCK = re.compile(r'"(?:weight_block_size|block_structure)"\s*:\s*["\[]\s*([1-9]\d*)\s*[,x]\s*([1-9]\d*)')
+_BLOCK = re.compile(
+    r'"(?:weight_block_size|block_structure)"\s*:\s*["\[]\s*([1-9]\d*)\s*[,x]\s*([1-9]\d*)'
+)
 
 
 class Stored(NamedTuple):
@@ -99,7 +101,9 @@ class TensorFiles:
             self.metadata = header.pop("__metadata__", None) or {}
             for name, tensor in header.items():
                 start, stop = (end + at for at in tensor["data_offsets"])
-                self.stored[name] = Stored(tensor["dtype"], tuple(tensor["shape"]), path, start, stop)
+                self.stored[name] = Stored(
+                    tensor["dtype"], tuple(tensor["shape"]), path, start, stop
+                )
 
     def raw(self, name: str) -> NDArray[np.uint8]:
         """Return the bytes of a tensor."""
@@ -115,7 +119,9 @@ class TensorFiles:
             If there is no such tensor, or its dtype is not decoded here.
         """
         if name not in self.stored:
-            raise NotRecomputed("it is not a tensor by itself, but part of one or built from several")
+            raise NotRecomputed(
+                "it is not a tensor by itself, but part of one or built from several"
+            )
         dtype, shape = self.stored[name][:2]
         if dtype not in ELEMENTS:
             raise NotRecomputed(f"it is stored as {dtype}, which is not decoded here")
@@ -126,14 +132,20 @@ class TensorFiles:
 
 
 _CODES = np.arange(127)
-_E4M3 = np.where(_CODES < 8, _CODES / 8, 1 + _CODES % 8 / 8) * 2.0 ** (np.maximum(_CODES // 8, 1) - 7)
+_E4M3 = np.where(_CODES < 8, _CODES / 8, 1 + _CODES % 8 / 8) * 2.0 ** (
+    np.maximum(_CODES // 8, 1) - 7
+)
 _E4M3 = np.concatenate([_E4M3, [np.nan], -_E4M3, [np.nan]])
 """The values of FP8's codes: sign, 4 bits of exponent (bias 7), 3 of mantissa; all ones are NaN."""
 
 
 def same_bytes(files: TensorFiles, name: str, others: TensorFiles, other: str) -> bool:
     """Test whether two tensors exist and have the same dtype, shape and bytes."""
-    if name not in files.stored or other not in others.stored or files.stored[name][:2] != others.stored[other][:2]:
+    if (
+        name not in files.stored
+        or other not in others.stored
+        or files.stored[name][:2] != others.stored[other][:2]
+    ):
         return False
     first, second = files.raw(name), others.raw(other)
     pieces = (slice(i, i + PIECE_BYTES) for i in range(0, len(first), PIECE_BYTES))
@@ -187,7 +199,9 @@ class Matrix:
         """Read rows i to j."""
         stack, (height, width) = STACKED.fullmatch(self.name), self.stored_shape
         part = (slice(None), slice(i, j)) if self.transposed else (slice(i, j),)
-        values = self.files.values(self.stored_name, part if stack is None else (int(stack[2]), *part))
+        values = self.files.values(
+            self.stored_name, part if stack is None else (int(stack[2]), *part)
+        )
         values = values.reshape((height, j - i) if self.transposed else (j - i, width))
         if self.dtype == FP8:
             values = values * self.scales(i, j)
@@ -208,9 +222,14 @@ class Matrix:
     @cached_property
     def _scales(self) -> tuple[Array, int, int]:
         """Find the scales, and how many rows and columns share one: try the whole matrix, the config's sizes, 128×128, an even division."""
-        beside = next((s for end in ("_scale_inv", "_scale") if (s := self.name + end) in self.files.stored), "")
+        beside = next(
+            (s for end in ("_scale_inv", "_scale") if (s := self.name + end) in self.files.stored),
+            "",
+        )
         grid = self.files.values(beside)
-        grid = grid.reshape(len(grid) if grid.ndim else 1, -1)  # ModelOpt's are (rows, 1, columns, 1)
+        grid = grid.reshape(
+            len(grid) if grid.ndim else 1, -1
+        )  # ModelOpt's are (rows, 1, columns, 1)
         path = self.files.stored[self.name].path.with_name("config.json")
         stated = _BLOCK.findall(path.read_text("utf-8", "replace")) if path.exists() else []
         (m, n), (p, q) = self.shape, grid.shape
@@ -218,7 +237,9 @@ class Matrix:
         for bm, bn in ((int(bm), int(bn)) for bm, bn in sizes):
             if bm and bn and (-(-m // bm), -(-n // bn)) == (p, q) and not self.transposed:
                 return grid, bm, bn
-        raise NotRecomputed(f"it has shape {[m, n]} and scales of shape {[p, q]}, whose blocks are unknown")
+        raise NotRecomputed(
+            f"it has shape {[m, n]} and scales of shape {[p, q]}, whose blocks are unknown"
+        )
 
 
 def blocks(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
@@ -264,10 +285,10 @@ ILL_DEFINED = 0.05
 DECADES = 100 / math.log(10)
 """Search range for ν, in orders of magnitude on each side of the inverse of the largest eigenvalue; ν is clipped to this range."""
 
-_ROLES = (
-    r"lora_(?:embedding_)?[ABE]|ranknum|lora_magnitude_vector|(?:hada|lokr|oft|boft|vera|miss|shira|delora|hra)_\w+"
+_ROLES = r"lora_(?:embedding_)?[ABE]|ranknum|lora_magnitude_vector|(?:hada|lokr|oft|boft|vera|miss|shira|delora|hra)_\w+"
+_FACTOR = re.compile(
+    rf"(?P<module>.+)\.(?P<role>{_ROLES})(?:\.(?!weight$|bias$)[^.]+)?(?:\.weight)?"
 )
-_FACTOR = re.compile(rf"(?P<module>.+)\.(?P<role>{_ROLES})(?:\.(?!weight$|bias$)[^.]+)?(?:\.weight)?")
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
 
 
@@ -282,7 +303,9 @@ class Delta:
         Number of summands of a value.
     """
 
-    def __init__(self, shape: tuple[int, int], rows: Callable[[int, int], tuple[Array, Array]], terms: int) -> None:
+    def __init__(
+        self, shape: tuple[int, int], rows: Callable[[int, int], tuple[Array, Array]], terms: int
+    ) -> None:
         self.shape, self.rows, self.terms = shape, rows, terms
 
     def dense(self) -> Array:
@@ -296,15 +319,23 @@ class LowRank(Delta):
     def __init__(self, L: Array, R: Array) -> None:
         self.L, self.R = L, R
         left, right = (np.linalg.norm(factor, axis=1) for factor in (L, R))
-        super().__init__((len(L), len(R)), lambda i, j: (L[i:j] @ R.T, np.outer(left[i:j], right)), L.shape[1])
+        super().__init__(
+            (len(L), len(R)), lambda i, j: (L[i:j] @ R.T, np.outer(left[i:j], right)), L.shape[1]
+        )
 
 
-def combined(delta: Delta, factor: float, left: Array | None = None, right: Array | None = None) -> Delta:
+def combined(
+    delta: Delta, factor: float, left: Array | None = None, right: Array | None = None
+) -> Delta:
     """Return ``factor · Δ + left · right`` with left (m, q) and right (q, n)."""
     m, n = delta.shape
-    added_product = LowRank(np.zeros((m, 0)) if left is None else left, np.zeros((n, 0)) if right is None else right.T)
+    added_product = LowRank(
+        np.zeros((m, 0)) if left is None else left, np.zeros((n, 0)) if right is None else right.T
+    )
     if isinstance(delta, LowRank):
-        return LowRank(np.hstack([factor * delta.L, added_product.L]), np.hstack([delta.R, added_product.R]))
+        return LowRank(
+            np.hstack([factor * delta.L, added_product.L]), np.hstack([delta.R, added_product.R])
+        )
 
     def rows(i: int, j: int) -> tuple[Array, Array]:
         (values, bound), (added, size) = delta.rows(i, j), added_product.rows(i, j)
@@ -317,7 +348,9 @@ def _dora(W0: Matrix, low: LowRank, magnitude: Array) -> Delta:
     def rows(i: int, j: int) -> tuple[Array, Array]:
         (change, bound), base = low.rows(i, j), W0.rows(i, j)
         factor = (magnitude[i:j] / np.linalg.norm(base + change, axis=1))[:, None]
-        return factor * (base + change) - base, np.abs(base) + np.abs(factor) * (np.abs(base) + bound)
+        return factor * (base + change) - base, np.abs(base) + np.abs(factor) * (
+            np.abs(base) + bound
+        )
 
     return Delta(low.shape, rows, low.terms)
 
@@ -336,17 +369,27 @@ class AdapterFiles(TensorFiles):
         (in, out) as a Conv1D.
     """
 
-    def __init__(self, directory: Path, base: Path | None = None, architecture: str | None = None) -> None:
+    def __init__(
+        self, directory: Path, base: Path | None = None, architecture: str | None = None
+    ) -> None:
         config = read_model_config(base if base is not None and base.is_dir() else None)
         self._architecture = architecture_for(replace(config, architecture=architecture))
         self.is_model = not (directory / CONFIG_NAME).exists()
-        self.options: dict[str, Any] = {} if self.is_model else json.loads((directory / CONFIG_NAME).read_bytes())
-        super().__init__(sorted(directory.glob("*.safetensors")) if self.is_model else [directory / WEIGHTS_NAME])
+        self.options: dict[str, Any] = (
+            {} if self.is_model else json.loads((directory / CONFIG_NAME).read_bytes())
+        )
+        super().__init__(
+            sorted(directory.glob("*.safetensors")) if self.is_model else [directory / WEIGHTS_NAME]
+        )
 
     @staticmethod
     def plain_name(name: str) -> str:
         """Strip PEFT's, DDP's, torch.compile's and FSDP's prefixes from a tensor's name."""
-        plain = re.sub(r"\.+", ".", _WRAPPERS.sub(r"\1", name)).removeprefix(".").removeprefix("module.")
+        plain = (
+            re.sub(r"\.+", ".", _WRAPPERS.sub(r"\1", name))
+            .removeprefix(".")
+            .removeprefix("module.")
+        )
         return plain.removeprefix("base_model.model.")
 
     @cached_property
@@ -364,54 +407,91 @@ class AdapterFiles(TensorFiles):
             return self.modules[module]
         stacked, parts = STACKED.fullmatch(module), {*module.split(".")}
         owner = stacked and stacked[1].rpartition(".")[0]
-        names = {name: {*name.split(".")} for name in self.modules}  # outputs may name modules as at run time
-        fitting = [self.modules[n] for n, p in names.items() if unwrapped(n) == owner or parts <= p or p <= parts]
+        names = {
+            name: {*name.split(".")} for name in self.modules
+        }  # outputs may name modules as at run time
+        fitting = [
+            self.modules[n]
+            for n, p in names.items()
+            if unwrapped(n) == owner or parts <= p or p <= parts
+        ]
         if stacked and len(fitting) > 1:
-            sides = [{self.stored[r["lora_A"]].shape[1], self.stored[r["lora_B"]].shape[0]} for r in fitting]
-            fitting = [roles for roles, side in zip(fitting, sides, strict=True) if side == {*shape}]
+            sides = [
+                {self.stored[r["lora_A"]].shape[1], self.stored[r["lora_B"]].shape[0]}
+                for r in fitting
+            ]
+            fitting = [
+                roles for roles, side in zip(fitting, sides, strict=True) if side == {*shape}
+            ]
         return fitting[0] if len(fitting) == 1 else {}
 
     def factors(self, module: str, shape: tuple[int, int]) -> Factors:
         """Read a module's LoRA; of a stack of N matrices, lora_A is (N·r, in) and lora_B (out, r·N)."""
-        stacked, names, key = STACKED.fullmatch(module), self.names(module, shape), STACKED.sub(r"\1", module)
-        a, b = (f"lora_{'embedding_' if 'lora_embedding_A' in names else ''}{side}" for side in "AB")
+        stacked, names, key = (
+            STACKED.fullmatch(module),
+            self.names(module, shape),
+            STACKED.sub(r"\1", module),
+        )
+        a, b = (
+            f"lora_{'embedding_' if 'lora_embedding_A' in names else ''}{side}" for side in "AB"
+        )
         if not {a, b} <= names.keys():
-            raise NotRecomputed("its factors are not in the adapter under its module's name, or several could be")
-        A, B = (self.values(names[role]).reshape(self.stored[names[role]].shape[0], -1) for role in (a, b))
+            raise NotRecomputed(
+                "its factors are not in the adapter under its module's name, or several could be"
+            )
+        A, B = (
+            self.values(names[role]).reshape(self.stored[names[role]].shape[0], -1)
+            for role in (a, b)
+        )
         if stacked is not None:
             r, expert = int(self.stated("rank_pattern", "r", key)), int(stacked[2])
             A, B = A[expert * r : (expert + 1) * r], B[:, expert :: len(A) // r]
         if B.shape[1] != len(A):
             raise NotRecomputed("its factors are shared by several matrices")
         s = self.scaling(key, len(A))
-        half_B, half_A = (half_spacing(t, self.stored[names[role]].dtype) for t, role in ((B, b), (A, a)))
+        half_B, half_A = (
+            half_spacing(t, self.stored[names[role]].dtype) for t, role in ((B, b), (A, a))
+        )
         return LowRank(s * B, A.T), (abs(s) * half_B, half_A.T), names
 
     def stated(self, pattern: str, default: str, module: str) -> Any:
         """Return what the config states for a module: the value of the first pattern that matches, or the default."""
         patterns = self.options.get(pattern) or {}
-        fitting = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
+        fitting = (
+            value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)
+        )
         return next(fitting, self.options[default])
 
     def scaling(self, module: str, rank: int) -> float:
         """Return a module's scaling."""
         # PEFT looks up a targeted parameter's alpha by the parameter's name.
-        if any(f".{module}.weight".endswith(f".{name}") for name in self.options.get("target_parameters") or ()):
+        if any(
+            f".{module}.weight".endswith(f".{name}")
+            for name in self.options.get("target_parameters") or ()
+        ):
             module = f"{module}.weight"
-        alpha = float(self.stated("alpha_pattern", "alpha" if "alpha" in self.options else "lora_alpha", module))
+        alpha = float(
+            self.stated(
+                "alpha_pattern", "alpha" if "alpha" in self.options else "lora_alpha", module
+            )
+        )
         return alpha / math.sqrt(rank) if self.options.get("use_rslora") else alpha / rank
 
     def added_bias(self, name: str) -> Array:
         """Return a bias that LoRA adds (``lora_bias``), scaled like its module."""
         module = self.plain_name(name).rpartition(".lora_B")[0]
-        return self.scaling(module, self.stored[self.modules[module]["lora_A"]].shape[0]) * self.values(name)
+        return self.scaling(
+            module, self.stored[self.modules[module]["lora_A"]].shape[0]
+        ) * self.values(name)
 
     def token_rows(self, name: str) -> dict[int, Array]:
         """Return trained tokens by the rows that they replace, which are listed for their module or for the input embedding."""
         rows = self.options.get("trainable_token_indices")
         if isinstance(rows, dict):
             module = self.plain_name(name).partition(".token_adapter")[0]
-            rows = next((listed for key, listed in rows.items() if f".{module}".endswith(f".{key}")), None)
+            rows = next(
+                (listed for key, listed in rows.items() if f".{module}".endswith(f".{key}")), None
+            )
         return dict(zip(rows or (), self.values(name), strict=True))
 
     def delta(self, row: Mapping[str, Any], W0: Matrix) -> tuple[Matrix, Delta]:
@@ -430,7 +510,9 @@ class AdapterFiles(TensorFiles):
                 layers = module, row["tensor"].removesuffix(".weight")
                 transposed = any(map(self._architecture.transposed, layers))
             if W0.dtype in ELEMENTS and shape != ((n, m) if transposed else (m, n)):
-                raise NotRecomputed(f"its factors give a matrix of {[m, n]}, but the weight is stored as {[*shape]}")
+                raise NotRecomputed(
+                    f"its factors give a matrix of {[m, n]}, but the weight is stored as {[*shape]}"
+                )
             W0 = replace(W0, shape=low.shape, transposed=transposed)
             magnitude = names.get("lora_magnitude_vector")
             return W0, low if magnitude is None else _dora(W0, low, self.values(magnitude).ravel())
@@ -440,12 +522,20 @@ class AdapterFiles(TensorFiles):
             if W1.stored_shape != shape:
                 raise NotRecomputed("the fine-tuned model has no matrix of this name and shape")
             tuned, base = W1.rows, W0.rows
-            return W0, Delta(W0.shape, lambda i, j: (tuned(i, j) - base(i, j), abs(tuned(i, j)) + abs(base(i, j))), 0)
+            return W0, Delta(
+                W0.shape,
+                lambda i, j: (tuned(i, j) - base(i, j), abs(tuned(i, j)) + abs(base(i, j))),
+                0,
+            )
         if method not in PEFT_METHODS or module not in self.modules:
-            raise NotRecomputed(f"it is changed by a {method} adapter, for which verify has no formula")
+            raise NotRecomputed(
+                f"it is changed by a {method} adapter, for which verify has no formula"
+            )
         # VeRA's projections are shared by all modules.
         names = {**self.modules.get("base_model", {}), **self.modules[module]}
-        return W0, PEFT_METHODS[method](W0, {role: self.values(name) for role, name in names.items()}, self, module)
+        return W0, PEFT_METHODS[method](
+            W0, {role: self.values(name) for role, name in names.items()}, self, module
+        )
 
 
 def unwrapped(module: str) -> str:
@@ -456,12 +546,20 @@ def unwrapped(module: str) -> str:
 Tensors = dict[str, Array]
 
 
-def _by_products(formula: Callable[[Matrix, Tensors], Array]) -> Callable[[Matrix, Tensors, AdapterFiles, str], Delta]:
+def _by_products(
+    formula: Callable[[Matrix, Tensors], Array],
+) -> Callable[[Matrix, Tensors, AdapterFiles, str], Delta]:
     """Make a method whose Δ is ``alpha/r`` times a sum of products of its tensors' values."""
 
     def delta(W0: Matrix, tensors: Tensors, adapter: AdapterFiles, module: str) -> Delta:
-        rank, sizes = int(adapter.stated("rank_pattern", "r", module)), {role: np.abs(t) for role, t in tensors.items()}
-        values, bound = (adapter.scaling(module, rank) * formula(W0, t).reshape(W0.shape) for t in (tensors, sizes))
+        rank, sizes = (
+            int(adapter.stated("rank_pattern", "r", module)),
+            {role: np.abs(t) for role, t in tensors.items()},
+        )
+        values, bound = (
+            adapter.scaling(module, rank) * formula(W0, t).reshape(W0.shape)
+            for t in (tensors, sizes)
+        )
         return Delta(W0.shape, lambda i, j: (values[i:j], bound[i:j]), 2 * rank)
 
     return delta
@@ -481,7 +579,10 @@ def _lokr(W0: Matrix, t: Tensors) -> Array:
 
 def _adalora(W0: Matrix, t: Tensors, adapter: AdapterFiles, module: str) -> Delta:
     """Compute ``B diag(E) A · alpha / (r + 1e-5)`` with the initial rank, or the rank that is stored beside the factors."""
-    alpha, rank = float(adapter.options.get("lora_alpha", 8)), np.array(adapter.options.get("init_r", 12))
+    alpha, rank = (
+        float(adapter.options.get("lora_alpha", 8)),
+        np.array(adapter.options.get("init_r", 12)),
+    )
     s = (alpha if alpha > 0 else len(t["lora_A"])) / (float(t.get("ranknum", rank).item()) + 1e-5)
     return LowRank(s * t["lora_B"] * t["lora_E"].ravel(), t["lora_A"].T)
 
@@ -492,7 +593,12 @@ def _vera(W0: Matrix, t: Tensors, adapter: AdapterFiles, module: str) -> Delta:
     return LowRank(b * t["vera_B"][:m], (d * t["vera_A"][:, :n]).T)
 
 
-PEFT_METHODS = {"LOHA": _by_products(_loha), "LOKR": _by_products(_lokr), "ADALORA": _adalora, "VERA": _vera}
+PEFT_METHODS = {
+    "LOHA": _by_products(_loha),
+    "LOKR": _by_products(_lokr),
+    "ADALORA": _adalora,
+    "VERA": _vera,
+}
 """Deltas of PEFT's methods other than LoRA, by ``peft_type``."""
 
 
@@ -525,7 +631,9 @@ def leading_triplets(W: Array, top_k: float) -> Triplets:
     k = min(side, top_k if isinstance(top_k, int) else max(1, round(top_k * side)))
     if k + MORE < side // 2:
         with contextlib.suppress(ArpackError):
-            triplets = svds(W, k=k + 1 + MORE, v0=np.random.default_rng(0).standard_normal(side), tol=0)
+            triplets = svds(
+                W, k=k + 1 + MORE, v0=np.random.default_rng(0).standard_normal(side), tol=0
+            )
     U, S, Vh = svd(W, full_matrices=False) if triplets is None else triplets
     order = np.argsort(-S, kind="stable")
     U, S, V = U[:, order], S[order], Vh[order].T
@@ -534,8 +642,9 @@ def leading_triplets(W: Array, top_k: float) -> Triplets:
     return Triplets(U[:, :k], S, V[:, :k], ANGLES[bool(slow)])
 
 
-def by_intruders(method: str, lam: float, delta: Delta, triplets: Triplets,
-                 intruders: Sequence[int]) -> tuple[Delta, float]:  # fmt: skip
+def by_intruders(
+    method: str, lam: float, delta: Delta, triplets: Triplets, intruders: Sequence[int]
+) -> tuple[Delta, float]:
     """Compute Δ' for the methods ``paper`` and ``project``, and the norm by which it may differ since vectors in findings may.
 
     Raises
@@ -546,7 +655,9 @@ def by_intruders(method: str, lam: float, delta: Delta, triplets: Triplets,
     chosen = list(intruders)
     angles = triplets.angle_errors(chosen)
     if angles.max() > ILL_DEFINED:
-        raise NotRecomputed(f"its direction {chosen[int(angles.argmax())]} is one of a cluster of directions")
+        raise NotRecomputed(
+            f"its direction {chosen[int(angles.argmax())]} is one of a cluster of directions"
+        )
     U, S, V = triplets.U[:, chosen], triplets.S[chosen], triplets.V[:, chosen]
     left, right, sizes = (lam - 1) * U * S, V.T, S
     if method == "project":
@@ -555,7 +666,9 @@ def by_intruders(method: str, lam: float, delta: Delta, triplets: Triplets,
     return combined(delta, 1.0, left, right), 2 * abs(lam - 1) * float(angles @ sizes)
 
 
-def by_method(record: Mapping[str, Any], row: Mapping[str, Any], W0: Matrix, delta: Delta) -> tuple[Delta, float]:
+def by_method(
+    record: Mapping[str, Any], row: Mapping[str, Any], W0: Matrix, delta: Delta
+) -> tuple[Delta, float]:
     """Compute Δ' of a record's row by the record's method, and the norm by which it may differ; see `by_intruders`."""
     method, lam, intruders = record["method"], record["lambda"], row["intruders"]
     if method == "shrink":
@@ -565,7 +678,9 @@ def by_method(record: Mapping[str, Any], row: Mapping[str, Any], W0: Matrix, del
     if not intruders or lam == 1:
         return delta, 0.0
     W = whole(W0.shape, lambda i, j: W0.rows(i, j) + delta.rows(i, j)[0])
-    return by_intruders(method, lam, delta, leading_triplets(W, record["detection"]["top_k"]), intruders)
+    return by_intruders(
+        method, lam, delta, leading_triplets(W, record["detection"]["top_k"]), intruders
+    )
 
 
 Formula = Callable[[str, Delta], Delta]
@@ -576,11 +691,19 @@ def read_fit(path: Path, record: Mapping[str, Any]) -> Formula:
     """Read the right factors of the fit that a record names, (n, r) by matrix; raise `MismatchError` if it is another file."""
     end = ".right_factor"  # of the names of arrays (1, n, r)
     files, digest, sha256 = TensorFiles([path]), hashlib.sha256(), record["coefficients"]["sha256"]
-    arrays = {n.removesuffix(end) for n, stored in files.stored.items() if n.endswith(end) and any(stored.shape)}
+    arrays = {
+        n.removesuffix(end)
+        for n, stored in files.stored.items()
+        if n.endswith(end) and any(stored.shape)
+    }
     for tensor in sorted(arrays):
-        digest.update(f"{tensor}\n".encode() + files.values(tensor + end, 0).astype("<f4").tobytes())
+        digest.update(
+            f"{tensor}\n".encode() + files.values(tensor + end, 0).astype("<f4").tobytes()
+        )
     if digest.hexdigest() != sha256:
-        raise MismatchError(f"{path}: has no factors with digest {sha256[:16]}; give the output's fit")
+        raise MismatchError(
+            f"{path}: has no factors with digest {sha256[:16]}; give the output's fit"
+        )
 
     def mitigated(tensor: str, delta: Delta) -> Delta:
         R = files.values(tensor + end, 0)
@@ -606,7 +729,9 @@ def read_map(path: Path, record: Mapping[str, Any]) -> Formula:
         first, trace, V, rest = entry["names"][0], float(entry["trace"]), None, 0.0
         values = files.values(first + (".frequencies" if entry["one_hot"] else ".eigenvalues"))
         n = len(values) if entry["one_hot"] else files.stored[f"{first}.vectors"].shape[1]
-        digest.update(f"{tuple(entry['names'])} {entry['tokens']} {n} {trace!r}\n".encode() + values.tobytes())
+        digest.update(
+            f"{tuple(entry['names'])} {entry['tokens']} {n} {trace!r}\n".encode() + values.tobytes()
+        )
         if not entry["one_hot"]:
             digest.update(files.raw(f"{first}.vectors").tobytes())
             V = np.linalg.qr(files.values(f"{first}.vectors").T)[0]
@@ -614,7 +739,9 @@ def read_map(path: Path, record: Mapping[str, Any]) -> Formula:
         for name in entry["names"]:
             known.setdefault((name, n), []).append((values, V, rest))
     if digest.hexdigest() != sha256:
-        raise MismatchError(f"{path}: is not the map with digest {sha256[:16]}; give the output's map")
+        raise MismatchError(
+            f"{path}: is not the map with digest {sha256[:16]}; give the output's map"
+        )
 
     def mitigated(tensor: str, delta: Delta) -> Delta:
         entries = known.get((tensor, delta.shape[1]), [])
@@ -637,7 +764,11 @@ def by_spectrum(delta: Delta, values: Array, V: Array | None, rest: float, share
     for _ in range(200 if share else 0):
         nu = 10 ** ((low + high) / 2) / largest
         left = np.sum(energies / np.sqrt(1 + nu * values)) + others / np.sqrt(1 + nu * rest)
-        low, high = ((low + high) / 2, high) if left > share * (energies.sum() + others) else (low, (low + high) / 2)
+        low, high = (
+            ((low + high) / 2, high)
+            if left > share * (energies.sum() + others)
+            else (low, (low + high) / 2)
+        )
     gains = (1 + nu * values) ** -0.25 if share else (values == 0) * 1.0
     of_rest = (1 + nu * rest) ** -0.25 if share else float(rest == 0)
     if not isinstance(delta, LowRank):

@@ -20,7 +20,15 @@ from streamer.events import Monitor, Progress
 from streamer.json_types import Amount, Count
 from streamer.units import counted
 from streamer.verification import deltas
-from streamer.verification.deltas import FP8, AdapterFiles, Delta, Factors, Matrix, NotRecomputed, TensorFiles
+from streamer.verification.deltas import (
+    FP8,
+    AdapterFiles,
+    Delta,
+    Factors,
+    Matrix,
+    NotRecomputed,
+    TensorFiles,
+)
 
 SCHEMA: Final = "streamer.verification/1"
 RECORD_NAME = "streamer.json"
@@ -92,20 +100,40 @@ class Outcome:
         self.output, self.unmet = output, ""
         totals = cast(TotalsRecord, dict.fromkeys(TotalsRecord.__annotations__, 0))
         self.result: Verification = {
-            "schema": SCHEMA, "output": str(output), "kind": "model", "verified": False, "totals": totals, "recomputed": [],
-            "not_recomputed": [], "not_compared": [], "differences": [],
-        }  # fmt: skip
+            "schema": SCHEMA,
+            "output": str(output),
+            "kind": "model",
+            "verified": False,
+            "totals": totals,
+            "recomputed": [],
+            "not_recomputed": [],
+            "not_compared": [],
+            "differences": [],
+        }
 
     def differ(self, file: Path, expected: str, found: str, tensor: str | None = None) -> None:
         """Note a difference, which becomes one line."""
         line = f"{file}: {'' if tensor is None else f'tensor {tensor!r}: '}expected {expected}, found {found}"
-        record = DifferenceRecord(file=str(file), tensor=tensor, expected=expected, found=found, message=line)
+        record = DifferenceRecord(
+            file=str(file), tensor=tensor, expected=expected, found=found, message=line
+        )
         self.result["differences"].append(record)
 
 
-_SPELLINGS = re.compile(r"\.modules_to_save(?:\.[^.]+(?=\..))?|(?<=_[AB])\.(?!weight$|bias$)[^.]+|(?<=_delta|vector)\.[^.]+$")  # fmt: skip
+_SPELLINGS = re.compile(
+    r"\.modules_to_save(?:\.[^.]+(?=\..))?|(?<=_[AB])\.(?!weight$|bias$)[^.]+|(?<=_delta|vector)\.[^.]+$"
+)
 
-SCALING = ("use_dora", "use_rslora", "init_r", "alpha", "lora_alpha", "alpha_pattern", "r", "rank_pattern")
+SCALING = (
+    "use_dora",
+    "use_rslora",
+    "init_r",
+    "alpha",
+    "lora_alpha",
+    "alpha_pattern",
+    "r",
+    "rank_pattern",
+)
 """Keys of an adapter's config on which its deltas depend, besides its factors."""
 
 Task = tuple[str, Callable[[], float | None]]
@@ -125,9 +153,22 @@ class Check:
         The formula of a method that needs a file.
     """
 
-    def __init__(self, outcome: Outcome, record: dict[str, Any], base: TensorFiles, adapter: AdapterFiles, files: TensorFiles,
-                 formula: deltas.Formula | None) -> None:  # fmt: skip
-        self.outcome, self.record, self.base, self.adapter, self.files = outcome, record, base, adapter, files
+    def __init__(
+        self,
+        outcome: Outcome,
+        record: dict[str, Any],
+        base: TensorFiles,
+        adapter: AdapterFiles,
+        files: TensorFiles,
+        formula: deltas.Formula | None,
+    ) -> None:
+        self.outcome, self.record, self.base, self.adapter, self.files = (
+            outcome,
+            record,
+            base,
+            adapter,
+            files,
+        )
         self._formula, self._rewritten = formula, record.get("to_lora") is not None
         self._rows = {row["tensor"]: row for row in record["matrices"]}
         self._stored = {Matrix(base, tensor).stored_name for tensor in self._rows}
@@ -136,11 +177,17 @@ class Check:
         for entry in record.get("carried", ()):
             self._edits[entry["tensor"]][entry["by"]] = entry["change"]
         plain = deltas.ELEMENTS.keys() - {FP8}
-        self._coded = {name.rpartition(".")[0] for name, tensor in base.stored.items() if tensor.dtype not in plain}
+        self._coded = {
+            name.rpartition(".")[0]
+            for name, tensor in base.stored.items()
+            if tensor.dtype not in plain
+        }
 
     def _differ(self, tensor: str, expected: str, found: str) -> None:
         stored = self.files.stored.get(Matrix(self.files, tensor).stored_name)
-        self.outcome.differ(self.outcome.output if stored is None else stored.path, expected, found, tensor)
+        self.outcome.differ(
+            self.outcome.output if stored is None else stored.path, expected, found, tensor
+        )
 
     def matrix(self, row: dict[str, Any]) -> float:
         """Recompute the matrix of one row of the record, and return the largest error in units of what is permitted."""
@@ -148,16 +195,33 @@ class Check:
         W0, delta = self.adapter.delta(row, self._source(tensor))
         by_file = self._formula and (self._formula(tensor, delta), 0.0)
         mitigated, spread = by_file or deltas.by_method(self.record, row, W0, delta)
-        written = f"base_model.model.{row['module']}.weight" if isinstance(self.files, AdapterFiles) else tensor
+        written = (
+            f"base_model.model.{row['module']}.weight"
+            if isinstance(self.files, AdapterFiles)
+            else tensor
+        )
         if not isinstance(self.files, AdapterFiles) or written in self.files.stored:
             return self._compare(tensor, written, W0, mitigated, spread)
-        mine, theirs = (files.names(row["module"], W0.stored_shape) for files in (self.files, self.adapter))
-        same = (deltas.same_bytes(self.files, name, self.adapter, theirs.get(role, "")) for role, name in mine.items())
-        options = [[files.options.get(key) or None for key in SCALING] for files in (self.files, self.adapter)]
-        copied = bool(mine) and mine.keys() == theirs.keys() and all(same) and options[0] == options[1]
+        mine, theirs = (
+            files.names(row["module"], W0.stored_shape) for files in (self.files, self.adapter)
+        )
+        same = (
+            deltas.same_bytes(self.files, name, self.adapter, theirs.get(role, ""))
+            for role, name in mine.items()
+        )
+        options = [
+            [files.options.get(key) or None for key in SCALING]
+            for files in (self.files, self.adapter)
+        ]
+        copied = (
+            bool(mine) and mine.keys() == theirs.keys() and all(same) and options[0] == options[1]
+        )
         if copied and mitigated is delta and not self._rewritten:
             return 0.0
-        factors, wanted_rank = self.files.factors(row["module"], W0.stored_shape), self.record["to_lora"] or delta.terms
+        factors, wanted_rank = (
+            self.files.factors(row["module"], W0.stored_shape),
+            self.record["to_lora"] or delta.terms,
+        )
         return self._compare_factors(tensor, mitigated, spread, wanted_rank, factors)
 
     def _source(self, tensor: str) -> Matrix:
@@ -174,15 +238,23 @@ class Check:
                 matrix = replace(matrix, files=adapter, name=by)
         return replace(matrix, shape=matrix.stored_shape)
 
-    def _compare(self, tensor: str, name: str, W0: Matrix, delta: Delta | None = None, spread: float = 0.0) -> float:
+    def _compare(
+        self, tensor: str, name: str, W0: Matrix, delta: Delta | None = None, spread: float = 0.0
+    ) -> float:
         """Compare ``W0 + Δ'`` with the written tensor of this name, and return the largest error in units of what is permitted.
 
         Each value may be off by one rounding, and all together by the norm `spread`.
         """
         written = replace(W0, files=self.files, name=name, replaced={}, added=None)
         if W0.dtype not in deltas.ELEMENTS:
-            raise NotRecomputed(f"it is stored as {W0.dtype or 'several tensors'}, which is not decoded here")
-        keeps = delta is not None and self.outcome.result["kind"] == "model" and not self.record["dequantize"]
+            raise NotRecomputed(
+                f"it is stored as {W0.dtype or 'several tensors'}, which is not decoded here"
+            )
+        keeps = (
+            delta is not None
+            and self.outcome.result["kind"] == "model"
+            and not self.record["dequantize"]
+        )
         stored = Matrix(self.base, tensor).dtype if keeps or self._cast else ""
         dtypes = {stored, self._cast} if stored else {written.dtype}
         if written.stored_shape != W0.stored_shape or written.dtype not in dtypes:
@@ -190,7 +262,9 @@ class Check:
             self._differ(tensor, expected, f"{written.dtype} {[*written.stored_shape]}")
             return math.inf
         # A copy or a cast is exact.
-        terms = delta.terms + 8 if delta is not None else 8 * (W0.added is not None or W0.dtype == FP8)
+        terms = (
+            delta.terms + 8 if delta is not None else 8 * (W0.added is not None or W0.dtype == FP8)
+        )
         worst, excess = 0.0, 0.0
         for i, j in deltas.blocks(W0.shape):
             base = W0.rows(i, j)
@@ -198,15 +272,24 @@ class Check:
             slack = terms * 2.0 ** (-53 if W0.dtype == "F64" else -24) * (np.abs(base) + bound)
             error = np.abs(written.rows(i, j) - (base + values))
             rounding = _rounding(written, i, j, np.abs(base + values) + slack) + slack
-            worst = max(worst, float(np.nan_to_num(error / (rounding + spread), nan=np.inf).max(initial=0.0)))
+            worst = max(
+                worst,
+                float(np.nan_to_num(error / (rounding + spread), nan=np.inf).max(initial=0.0)),
+            )
             excess += float(np.sum(np.maximum(error - rounding, 0) ** 2))
         worst = max(worst, math.sqrt(excess) / spread if spread else 0.0)
         if not worst <= 1:
-            expected = "the inputs' values within one rounding" if delta is None else "W0 + Δ' within one rounding"
+            expected = (
+                "the inputs' values within one rounding"
+                if delta is None
+                else "W0 + Δ' within one rounding"
+            )
             self._differ(tensor, expected, f"{worst:.3g} times that")
         return worst
 
-    def _compare_factors(self, tensor: str, delta: Delta, spread: float, wanted: float, factors: Factors) -> float:
+    def _compare_factors(
+        self, tensor: str, delta: Delta, spread: float, wanted: float, factors: Factors
+    ) -> float:
         """Check that the written ``P = s·B·A`` is a nearest matrix of its rank to Δ', and return the largest error as `_compare` does.
 
         The rest ``Δ' − P`` is orthogonal to the rows and the columns of P, and no larger than P's least singular value. P has the rank, or
@@ -214,7 +297,9 @@ class Check:
         """
         P, (half_L, half_R), _ = factors
         if P.shape != delta.shape or not (np.isfinite(P.L).all() and np.isfinite(P.R).all()):
-            self._differ(tensor, f"finite factors of a matrix of {[*delta.shape]}", f"of {[*P.shape]}")
+            self._differ(
+                tensor, f"finite factors of a matrix of {[*delta.shape]}", f"of {[*P.shape]}"
+            )
             return math.inf
         rounding = np.hstack([half_L, np.abs(P.L)]) @ np.hstack([np.abs(P.R) + half_R, half_R]).T
         rest = delta.dense()
@@ -231,12 +316,25 @@ class Check:
         # Factors that do not use their rank must leave nothing.
         used, rank = int(columns.sum()), wanted if isinstance(wanted, int) else 1
         least = 0.0 if used < min(rank, *P.shape) else float(values[-1])
-        beyond, kept = math.sqrt(np.linalg.norm(powers, 2)) - least, np.sum(values**2) / (size or 1.0) ** 2
-        share = float(np.max([np.linalg.norm(rest @ V), np.linalg.norm(Q.T @ rest), beyond]) / permitted)
+        beyond, kept = (
+            math.sqrt(np.linalg.norm(powers, 2)) - least,
+            np.sum(values**2) / (size or 1.0) ** 2,
+        )
+        share = float(
+            np.max([np.linalg.norm(rest @ V), np.linalg.norm(Q.T @ rest), beyond]) / permitted
+        )
         if not share <= 1:
-            self._differ(tensor, "the nearest factors to Δ' within one rounding", f"{share:.3g} times that")
-        elif (P.terms != wanted if isinstance(wanted, int) else size and kept < wanted - 1e-3) and not padded:
-            self._differ(tensor, f"factors of rank {wanted}, or of that share of the energy", f"{P.terms}, {kept:.4g}")
+            self._differ(
+                tensor, "the nearest factors to Δ' within one rounding", f"{share:.3g} times that"
+            )
+        elif (
+            P.terms != wanted if isinstance(wanted, int) else size and kept < wanted - 1e-3
+        ) and not padded:
+            self._differ(
+                tensor,
+                f"factors of rank {wanted}, or of that share of the energy",
+                f"{P.terms}, {kept:.4g}",
+            )
         return share
 
     def others(self) -> Iterator[Task]:
@@ -245,9 +343,14 @@ class Check:
             return self._others_of_adapter(self.files)
         stored = self.base.stored
         coded = {name for name in self._stored if name in stored and stored[name].dtype == FP8}
-        done = self._rows.keys() | {name + end for name in coded for end in ("_scale_inv", "_scale")}
+        done = self._rows.keys() | {
+            name + end for name in coded for end in ("_scale_inv", "_scale")
+        }
         names = sorted((self.files.stored.keys() | stored.keys()) - done)
-        compare = (self._compare_weight, self._compare_stack)  # a stack of which some matrices have no row
+        compare = (
+            self._compare_weight,
+            self._compare_stack,
+        )  # a stack of which some matrices have no row
         return ((name, partial(compare[name in self._stored], name)) for name in names)
 
     def _compare_weight(self, name: str) -> None:
@@ -257,11 +360,17 @@ class Check:
             source = replace(source, files=self.adapter, name=name)
         decoded = self.record["dequantize"] and name.rpartition(".")[0] in self._coded
         if name not in files.stored:
-            copies = (deltas.same_bytes(self.base, name, self.base, other) for other in files.stored)
+            copies = (
+                deltas.same_bytes(self.base, name, self.base, other) for other in files.stored
+            )
             stale = "dropped" in edits.values() and (any(copies) or not self.base.raw(name).any())
             if not decoded and not stale:
                 self._differ(name, "the base's tensor", "none")
-        elif not source.replaced and source.added is None and deltas.same_bytes(files, name, source.files, source.name):
+        elif (
+            not source.replaced
+            and source.added is None
+            and deltas.same_bytes(files, name, source.files, source.name)
+        ):
             return
         elif edits or decoded:
             self._compare(name, name, source)
@@ -270,7 +379,9 @@ class Check:
         elif self._cast:
             self._compare(name, name, source)
         else:
-            self._differ(name, "the base's bytes" if source.dtype else "a tensor of the inputs", "others")
+            self._differ(
+                name, "the base's bytes" if source.dtype else "a tensor of the inputs", "others"
+            )
 
     def _compare_stack(self, name: str) -> None:
         """Compare the matrices of a stack that have no row with the base's."""
@@ -279,13 +390,18 @@ class Check:
             raise NotRecomputed("it is not a tensor of the base and of the output")
         count = stored[0].shape[0]
         mine, theirs = (np.array_split(files.raw(name), count) for files in (self.files, self.base))
-        if not all(f"{name}[{e}]" in self._rows or np.array_equal(mine[e], theirs[e]) for e in range(count)):
+        if not all(
+            f"{name}[{e}]" in self._rows or np.array_equal(mine[e], theirs[e]) for e in range(count)
+        ):
             self._differ(name, "the base's bytes in matrices that have no row", "others")
 
     def _others_of_adapter(self, files: AdapterFiles) -> Iterator[Task]:
         """Compare tensors without a row with the adapter's of the same name, or, in an adapter of another rank, of any name."""
         adapter, rows = self.adapter, self._rows.items()
-        mine, theirs = ({name for roles in of.modules.values() for name in roles.values()} for of in (files, adapter))
+        mine, theirs = (
+            {name for roles in of.modules.values() for name in roles.values()}
+            for of in (files, adapter)
+        )
         shapes = ((row["module"], Matrix(self.base, tensor).stored_shape) for tensor, row in rows)
         own = {name for module, shape in shapes for name in files.names(module, shape).values()}
         saved = {f"base_model.model.{row['module']}.weight" for _, row in rows}
@@ -295,21 +411,35 @@ class Check:
         for name in sorted(adapter.stored):
             if not self._rewritten and _spelling(name) not in spelled:
                 yield name, partial(self._differ, name, "the adapter's tensor", "none")
-            elif self._rewritten and name not in theirs and not re.search(r"original(_module)?(\.|$)", name):
+            elif (
+                self._rewritten
+                and name not in theirs
+                and not re.search(r"original(_module)?(\.|$)", name)
+            ):
                 yield name, partial(self._find, name, adapter, files)
 
-    def _find(self, name: str, files: TensorFiles, others: TensorFiles, factor_names: Collection[str] = ()) -> None:
+    def _find(
+        self, name: str, files: TensorFiles, others: TensorFiles, factor_names: Collection[str] = ()
+    ) -> None:
         """Find a tensor's bytes in the other files; a model's in the base or the rows, a tied module's factor among its names."""
-        places = [(others, other) for other in others.stored if self._rewritten or _spelling(other) == _spelling(name)]
+        places = [
+            (others, other)
+            for other in others.stored
+            if self._rewritten or _spelling(other) == _spelling(name)
+        ]
         if files is self.adapter and self.adapter.is_model:
             places += [(self.base, name), *((files, row) for row in self._rows)]
         if any(deltas.same_bytes(files, name, place, other) for place, other in places):
             return
         sides = [files.values(name), files.values(name).T] if factor_names else []
-        if not any(np.array_equal(side, files.values(other)) for other in factor_names for side in sides):
+        if not any(
+            np.array_equal(side, files.values(other)) for other in factor_names for side in sides
+        ):
             if factor_names:
                 raise NotRecomputed("it is a factor of a module that has no row of its name")
-            self._differ(name, "the adapter's bytes" if files is self.files else "a copy of it", "none")
+            self._differ(
+                name, "the adapter's bytes" if files is self.files else "a copy of it", "none"
+            )
 
 
 def _spelling(name: str) -> str:
@@ -324,7 +454,9 @@ def _rounding(written: Matrix, i: int, j: int, largest: deltas.Array) -> deltas.
     scales = written.scales(i, j)
     codes = largest / scales
     # The scale is rounded too, so the block's largest value may slightly exceed the largest code.
-    beyond = np.where(codes < deltas.LARGEST_FP8 * (1 + 2.0**-8), np.maximum(codes - deltas.LARGEST_FP8, 0), 0)
+    beyond = np.where(
+        codes < deltas.LARGEST_FP8 * (1 + 2.0**-8), np.maximum(codes - deltas.LARGEST_FP8, 0), 0
+    )
     return np.asarray(np.maximum(deltas.half_spacing(codes, FP8) * (1 + 2.0**-20), beyond) * scales)
 
 
@@ -334,7 +466,13 @@ DIGEST = "sha256"
 OUTPUT_SCHEMA = "streamer.output/2"
 JOURNAL_NAME, CARD_NAME = ".streamer.journal", "README.md"
 
-LOADED = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "adapter_model.bin", "adapter_config.json")
+LOADED = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "pytorch_model*.bin",
+    "adapter_model.bin",
+    "adapter_config.json",
+)
 """Files that a loader takes for weights or for a sign of them; an output may contain only recorded ones."""
 
 NEEDS = {"regmean": "coefficients", "nullspace": "map"}
@@ -348,15 +486,28 @@ Inputs = tuple[str | Path | None, str | Path | None]
 Sample = int | Literal["all"]
 
 
-def verify(output: str | Path, inputs: Inputs, sample: Sample, monitor: Monitor, given: Given) -> Verification:
+def verify(
+    output: str | Path, inputs: Inputs, sample: Sample, monitor: Monitor, given: Given
+) -> Verification:
     """Verify an output; `streamer.verify_output` explains the parameters; `given` are files by the options that name them."""
-    path, paths = Path(output), [Path(given_path) for given_path in inputs if given_path is not None]
+    path, paths = (
+        Path(output),
+        [Path(given_path) for given_path in inputs if given_path is not None],
+    )
     if len(paths) == 1:
-        raise errors.UsageError("verify: expected BASE and ADAPTER, found one of them; give both, or neither")
+        raise errors.UsageError(
+            "verify: expected BASE and ADAPTER, found one of them; give both, or neither"
+        )
     if not paths and sample == "all":
-        raise errors.UsageError("sample: 'all' recomputes matrices from BASE and ADAPTER; give both, or leave it out")
+        raise errors.UsageError(
+            "sample: 'all' recomputes matrices from BASE and ADAPTER; give both, or leave it out"
+        )
     record, outcome = read_record(path), Outcome(path)
-    result, totals, differences = outcome.result, outcome.result["totals"], outcome.result["differences"]
+    result, totals, differences = (
+        outcome.result,
+        outcome.result["totals"],
+        outcome.result["differences"],
+    )
     if isinstance(record, str):
         outcome.differ(path / RECORD_NAME, "a file with the SHA-256 that it states", record)
     else:
@@ -367,7 +518,9 @@ def verify(output: str | Path, inputs: Inputs, sample: Sample, monitor: Monitor,
             _run(outcome, _open(outcome, record, base_files, paths, given), sample, monitor)
     for key in ("recomputed", "not_recomputed", "differences"):
         totals[key] = len(result[key])
-    totals["not_compared"] = totals["matrices"] - totals["recomputed"] + totals["tensors"] - totals["compared"]
+    totals["not_compared"] = (
+        totals["matrices"] - totals["recomputed"] + totals["tensors"] - totals["compared"]
+    )
     result["verified"] = not (differences or outcome.unmet)
     if paths:
         result["inputs"] = {"base": str(inputs[0]), "adapter": str(inputs[1])}
@@ -392,10 +545,16 @@ def read_record(path: Path) -> dict[str, Any] | str:
     file = path / RECORD_NAME
     if not file.is_file():
         inside = sorted(p.parent.name for p in path.glob(f"*/{RECORD_NAME}"))
-        found = f"none; name one of the outputs in it: {', '.join(inside[:3])}" if inside else "none; check the path"
+        found = (
+            f"none; name one of the outputs in it: {', '.join(inside[:3])}"
+            if inside
+            else "none; check the path"
+        )
         if (path / JOURNAL_NAME).exists():
             found = "the journal of an interrupted run; run its command again"
-        raise errors.MissingInputError(f"{path}: expected the {RECORD_NAME} of a finished output, found {found}", file)
+        raise errors.MissingInputError(
+            f"{path}: expected the {RECORD_NAME} of a finished output, found {found}", file
+        )
     data = file.read_bytes()
     try:
         record: Any = json.loads(data.decode())
@@ -406,15 +565,23 @@ def read_record(path: Path) -> dict[str, Any] | str:
     if digest != stated:
         return f"SHA-256 {digest}, and {stated} stated"
     if schema != OUTPUT_SCHEMA:
-        by = "is of write_safetensors, which records digests alone; " if str(schema).endswith("/tensors") else ""
-        raise errors.FormatError(f"{file}: {by}found schema {schema}; verify it with the version that wrote it")
+        by = (
+            "is of write_safetensors, which records digests alone; "
+            if str(schema).endswith("/tensors")
+            else ""
+        )
+        raise errors.FormatError(
+            f"{file}: {by}found schema {schema}; verify it with the version that wrote it"
+        )
     return dict(record)
 
 
 def _check_files(record: Mapping[str, Any], outcome: Outcome, monitor: Monitor) -> None:
     """Compare the presence, size and SHA-256 of every file but the model card, which anyone may edit."""
     listed = {outcome.output / entry["file"]: entry for entry in record["files"]}
-    for path in sorted(path for pattern in LOADED for path in outcome.output.glob(pattern) if path not in listed):
+    for path in sorted(
+        path for pattern in LOADED for path in outcome.output.glob(pattern) if path not in listed
+    ):
         outcome.differ(path, f"no such file by {RECORD_NAME}", "one")
     listed.pop(outcome.output / CARD_NAME, None)
     total, totals = sum(entry["bytes"] for entry in listed.values()), outcome.result["totals"]
@@ -423,7 +590,11 @@ def _check_files(record: Mapping[str, Any], outcome: Outcome, monitor: Monitor) 
     for path, entry in listed.items():
         size, digest = path.stat().st_size if path.is_file() else -1, hashlib.sha256()
         if size != entry["bytes"]:
-            outcome.differ(path, f"{entry['bytes']} bytes by {RECORD_NAME}", "no file" if size < 0 else f"{size}")
+            outcome.differ(
+                path,
+                f"{entry['bytes']} bytes by {RECORD_NAME}",
+                "no file" if size < 0 else f"{size}",
+            )
             progress.add(0)
             continue
         with path.open("rb") as file:
@@ -452,7 +623,9 @@ def _check_inputs(paths: Sequence[Path], made: Mapping[str, Any], output: Path) 
     for path, role in zip(paths, ("base", "adapter"), strict=False):
         stated, advice = made[role], f"give the {role} that {output} was made from"
         if not {"files", "config_sha256"} & stated.keys():
-            raise errors.UnsupportedError(f"{output}: outputs of pipelines are not recomputed; leave out BASE ADAPTER")
+            raise errors.UnsupportedError(
+                f"{output}: outputs of pipelines are not recomputed; leave out BASE ADAPTER"
+            )
         own = [{**stated, "file": name} for name in (deltas.CONFIG_NAME, deltas.WEIGHTS_NAME)]
         for entry in stated.get("files", own):
             file = path if path.is_file() else path / entry["file"]
@@ -480,11 +653,19 @@ def _digests(file: Path, of_adapter: bool) -> dict[str, Any]:
         digest = hashlib.sha256(of_header.encode())
         if of_adapter:
             return {"weights_sha256": hashlib.file_digest(f, lambda: digest).hexdigest()}
-        places = (tensor["data_offsets"] for name, tensor in json.loads(header).items() if name != "__metadata__")
+        places = (
+            tensor["data_offsets"]
+            for name, tensor in json.loads(header).items()
+            if name != "__metadata__"
+        )
         for first, last in sorted(places):
             f.seek(start + first + max(0, (last - first - SAMPLE_BYTES) // 2))
             digest.update(f.read(min(SAMPLE_BYTES, last - first)))
-    return {"bytes": file.stat().st_size, "header_sha256": of_header, "sample_sha256": digest.hexdigest()}
+    return {
+        "bytes": file.stat().st_size,
+        "header_sha256": of_header,
+        "sample_sha256": digest.hexdigest(),
+    }
 
 
 def _find_file(record: Mapping[str, Any], output: Path, given: Given) -> Path | None:
@@ -497,12 +678,22 @@ def _find_file(record: Mapping[str, Any], output: Path, given: Given) -> Path | 
     UsageError
         If a file for another method is given.
     """
-    method, name, needed = record["method"], record.get("file") or "recorded file", NEEDS.get(record["method"], "")
+    method, name, needed = (
+        record["method"],
+        record.get("file") or "recorded file",
+        NEEDS.get(record["method"], ""),
+    )
     if wrong := [option for option, path in given.items() if path is not None and option != needed]:
-        raise errors.UsageError(f"{wrong[0]}: is not needed for an output of method {method!r}; leave it out")
+        raise errors.UsageError(
+            f"{wrong[0]}: is not needed for an output of method {method!r}; leave it out"
+        )
     path = Path(given.get(needed) or output.resolve().parent / name)
     if needed and not path.is_file():
-        found = f"expected its {needed}, found no file {path}" if given[needed] else f"found no {name!r} beside it"
+        found = (
+            f"expected its {needed}, found no file {path}"
+            if given[needed]
+            else f"found no {name!r} beside it"
+        )
         raise errors.MissingInputError(f"{output}: {found}; pass the file with --{needed}", path)
     return path if needed else None
 
@@ -512,7 +703,11 @@ Tasks = tuple[list[Task], list[Task]]
 
 
 def _open(
-    outcome: Outcome, record: dict[str, Any], base_files: list[Path], paths: Sequence[Path], given: Given
+    outcome: Outcome,
+    record: dict[str, Any],
+    base_files: list[Path],
+    paths: Sequence[Path],
+    given: Given,
 ) -> Tasks:
     """Open the inputs and the output."""
     path, formula = outcome.output, None
@@ -526,7 +721,9 @@ def _open(
     for module, roles in adapter.modules.items():
         shared = adapter.options.get("ensure_weight_tying") or roles.keys() <= {"vera_A", "vera_B"}
         if deltas.unwrapped(module) not in listed and not shared:
-            outcome.differ(path / RECORD_NAME, f"a row for {module!r}, which the adapter changes", "none")
+            outcome.differ(
+                path / RECORD_NAME, f"a row for {module!r}, which the adapter changes", "none"
+            )
     if file := _find_file(record, path, given):
         formula = (deltas.read_map if "map" in record else deltas.read_fit)(file, record)
     check = Check(outcome, record, TensorFiles(base_files), adapter, files, formula)
@@ -540,7 +737,9 @@ def _spread(rows: Sequence[dict[str, Any]], seed: str) -> list[dict[str, Any]]:
     A kind is a name without its numbers: ``layers.N.mlp.up_proj.weight``.
     """
     kinds, ranked = Counter[str](), list[tuple[int, int, dict[str, Any]]]()
-    for row in sorted(rows, key=lambda row: hashlib.sha256(f"{seed} {row['tensor']}".encode()).digest()):
+    for row in sorted(
+        rows, key=lambda row: hashlib.sha256(f"{seed} {row['tensor']}".encode()).digest()
+    ):
         kind = re.sub(r"\d+", "N", row["tensor"])
         kinds[kind] += 1
         ranked.append((kinds[kind], len(ranked), row))
@@ -552,8 +751,14 @@ def _run(outcome: Outcome, tasks_of: Tasks, sample: Sample, monitor: Monitor) ->
     (matrices, others), result = tasks_of, outcome.result
     count = len(matrices) if sample == "all" else min(sample, len(matrices))
     total = count + (len(others) if sample == "all" else 0)
-    progress, result["totals"]["tensors"] = Progress(monitor, "recompute", total, total), len(others)
-    for tasks, end, skipped in ((matrices, count, result["not_recomputed"]), (others, total, result["not_compared"])):
+    progress, result["totals"]["tensors"] = (
+        Progress(monitor, "recompute", total, total),
+        len(others),
+    )
+    for tasks, end, skipped in (
+        (matrices, count, result["not_recomputed"]),
+        (others, total, result["not_compared"]),
+    ):
         for name, task in tasks:
             if progress.done == end:
                 break
@@ -565,7 +770,9 @@ def _run(outcome: Outcome, tasks_of: Tasks, sample: Sample, monitor: Monitor) ->
                 continue
             progress.add(1)
             result["totals"]["compared"] += error is None
-            result["recomputed"] += [] if error is None else [{"tensor": name, "error": min(error, 1e300)}]
+            result["recomputed"] += (
+                [] if error is None else [{"tensor": name, "error": min(error, 1e300)}]
+            )
         if left := end - progress.done:
             what = counted(left, "matrix" if tasks is matrices else "other tensor")
             outcome.unmet = outcome.unmet or f"{what} cannot be recomputed: {skipped[-1]['reason']}"

@@ -146,7 +146,11 @@ class StoredTensor:
         return as_tensor(self._data(start, stop), torch.uint8, (stop - start,))
 
     def _data(self, start: int = 0, stop: int | None = None) -> memoryview:
-        return self.file.view(self.info, start, stop) if self.prefetched is None else self.prefetched[start:stop]
+        return (
+            self.file.view(self.info, start, stop)
+            if self.prefetched is None
+            else self.prefetched[start:stop]
+        )
 
     def slice(self, index: int) -> StoredTensor:
         """Select one index of the first dimension: (experts, out, in) becomes (out, in)."""
@@ -154,7 +158,9 @@ class StoredTensor:
         size = info.nbytes // info.shape[0]
         at = index * size
         prefetched = None if self.prefetched is None else self.prefetched[at : at + size]
-        matrix = replace(info, shape=info.shape[1:], start=info.start + at, end=info.start + at + size)
+        matrix = replace(
+            info, shape=info.shape[1:], start=info.start + at, end=info.start + at + size
+        )
         return replace(self, info=matrix, prefetched=prefetched)
 
     def load(self) -> StoredTensor:
@@ -168,7 +174,10 @@ def equal(a: StoredTensor, b: StoredTensor) -> bool:
     """Test whether two tensors have the same bytes, dtype and shape."""
     if (a.info.dtype, a.info.shape) != (b.info.dtype, b.info.shape):
         return False
-    return all(x == y for x, y in zip(views(a.file.chunks(a.info)), views(b.file.chunks(b.info)), strict=True))
+    return all(
+        x == y
+        for x, y in zip(views(a.file.chunks(a.info)), views(b.file.chunks(b.info)), strict=True)
+    )
 
 
 @dataclass(frozen=True)
@@ -219,7 +228,9 @@ class Weight(ABC):
     @property
     def load_bytes(self) -> int:
         """Return the bytes of anonymous memory that `load` needs: 0 for mapped files."""
-        return sum(stored.info.nbytes for stored in self.tensors.values() if stored.file.io == "pread")
+        return sum(
+            stored.info.nbytes for stored in self.tensors.values() if stored.file.io == "pread"
+        )
 
     @property
     def remote(self) -> bool:
@@ -232,7 +243,9 @@ class Weight(ABC):
 
     def at_hand(self) -> Self:
         """Prepare for a loop over the rows that must not read any byte twice."""
-        far = any(stored.file.remote and stored.prefetched is None for stored in self.tensors.values())
+        far = any(
+            stored.file.remote and stored.prefetched is None for stored in self.tensors.values()
+        )
         return self.load() if far else self
 
     def steps(self) -> Iterator[tuple[int, int]]:
@@ -273,7 +286,10 @@ class QuantizedWeight(Weight):
 
     def at_hand(self) -> Self:
         """Read the bytes ahead unless files are mapped: a few rows may need part of every stored row."""
-        ready = all(stored.prefetched is not None or stored.file.io == "mmap" for stored in self.tensors.values())
+        ready = all(
+            stored.prefetched is not None or stored.file.io == "mmap"
+            for stored in self.tensors.values()
+        )
         return self if ready else self.load()
 
     @abstractmethod
@@ -297,7 +313,11 @@ class RowConcat(Weight):
     def of(cls, name: str, pieces: Sequence[Weight]) -> Self:
         """Concatenate weights of one width and encoding."""
         first = pieces[0]
-        tensors = {f"{at}.{role}": stored for at, piece in enumerate(pieces) for role, stored in piece.tensors.items()}
+        tensors = {
+            f"{at}.{role}": stored
+            for at, piece in enumerate(pieces)
+            for role, stored in piece.tensors.items()
+        }
         shape = (sum(piece.shape[0] for piece in pieces), *first.shape[1:])
         return cls(name, shape, tensors, first.label, first.compute, first.written, tuple(pieces))
 
@@ -356,4 +376,8 @@ class Plain(Weight):
     def whole(self, device: torch.device) -> Tensor:
         """Copy all values to the computing dtype."""
         # Copy even if the dtype stays: LAPACK's bits depend on the alignment of its input, and a mapped file may have any alignment.
-        return empty_matrix(self.matrix, self.compute, device).reshape(self.shape).copy_(self.tensors["weight"].whole())
+        return (
+            empty_matrix(self.matrix, self.compute, device)
+            .reshape(self.shape)
+            .copy_(self.tensors["weight"].whole())
+        )

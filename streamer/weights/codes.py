@@ -87,7 +87,9 @@ def group_indices(stored: StoredTensor, count: int) -> Tensor:
     """
     group = stored.whole()
     if bool(((group < 0) | (group >= count)).any()):
-        raise FormatError(f"{stored.file.path}: tensor {stored.info.name!r}: names absent groups; get the file again")
+        raise FormatError(
+            f"{stored.file.path}: tensor {stored.info.name!r}: names absent groups; get the file again"
+        )
     return group
 
 
@@ -96,7 +98,9 @@ def where(tensors: Mapping[str, StoredTensor]) -> str:
     return f"{tensors['weight'].file.path}: tensor {tensors['weight'].info.name!r}"
 
 
-def check_fit(fits: bool, tensors: Mapping[str, StoredTensor], also: str = "its config.json") -> None:
+def check_fit(
+    fits: bool, tensors: Mapping[str, StoredTensor], also: str = "its config.json"
+) -> None:
     """Refuse tensors of one weight whose dtypes, shapes or settings contradict each other.
 
     Raises
@@ -105,7 +109,9 @@ def check_fit(fits: bool, tensors: Mapping[str, StoredTensor], also: str = "its 
         If not `fits`; the message lists the tensors.
     """
     if not fits:
-        found = ", ".join(f"{p.info.name} {p.info.dtype} {list(p.info.shape)}" for p in tensors.values())
+        found = ", ".join(
+            f"{p.info.name} {p.info.dtype} {list(p.info.shape)}" for p in tensors.values()
+        )
         fault = f"codes, scales and zero points do not fit: {found}"
         raise FormatError(f"{where(tensors)}: {fault}; get the file again, and {also}")
 
@@ -136,7 +142,9 @@ class Recodable(QuantizedWeight):
 
 def pack(values: Tensor, bits: int) -> Tensor:
     """Pack uint8 values of at most `bits` bits along the rows, lowest bits first, into bytes; the inverse of `unpack`."""
-    streams = np.unpackbits(values.numpy()[..., None], axis=-1, count=bits, bitorder="little").reshape(len(values), -1)
+    streams = np.unpackbits(
+        values.numpy()[..., None], axis=-1, count=bits, bitorder="little"
+    ).reshape(len(values), -1)
     return torch.from_numpy(np.packbits(streams, axis=-1, bitorder="little"))
 
 
@@ -182,14 +190,33 @@ class Scaled(QuantizedWeight):
         check_fit(bool(blocks), tensors)
         mx = quant_scale.dtype in EXPONENTS or config.get("format") == "mxfp8-quantized"
         sizes = [w.get("group_size") for w in stated_weights(config)] or [32]
-        fits = (weight.dtype, quant_scale.dtype, blocks) == ("F8_E4M3", "U8", [(1, 32)]) and 32 in sizes
+        fits = (weight.dtype, quant_scale.dtype, blocks) == (
+            "F8_E4M3",
+            "U8",
+            [(1, 32)],
+        ) and 32 in sizes
         if mx and config.get("quant_method") == "compressed-tensors" and not fits:
             found = f"{weight.dtype} {list(weight.shape)} with {quant_scale.dtype} {list(quant_scale.shape)}"
             raise unsupported(tensors, f"MXFP8 as {found}, for {sizes} inputs by the config,")
         (m, n), (block,) = weight.shape[-2:], blocks
-        kind = "tensor" if block == (m, n) else "channel" if block == (1, n) else f"{block[0]}x{block[1]}"
+        kind = (
+            "tensor"
+            if block == (m, n)
+            else "channel"
+            if block == (1, n)
+            else f"{block[0]}x{block[1]}"
+        )
         powers = quant_scale.dtype in EXPONENTS or config.get("scale_fmt") == "ue8m0"
-        return cls(name, weight.shape, dict(tensors), f"{weight.dtype} ({kind})", torch.float32, None, block, powers)
+        return cls(
+            name,
+            weight.shape,
+            dict(tensors),
+            f"{weight.dtype} ({kind})",
+            torch.float32,
+            None,
+            block,
+            powers,
+        )
 
     def decode(self, i: int, j: int) -> Tensor:
         """Compute ``(q − zero) · scale``."""
@@ -202,10 +229,16 @@ class Scaled(QuantizedWeight):
         """Decode the scales to float32, (block rows, block columns)."""
         stored = self.tensors["quant_scale"]
         (m, n), (bm, bn) = self.shape[-2:], self.block
-        values = exponents(stored.bytes()) if stored.info.dtype in EXPONENTS else stored.whole().to(torch.float32)
+        values = (
+            exponents(stored.bytes())
+            if stored.info.dtype in EXPONENTS
+            else stored.whole().to(torch.float32)
+        )
         return values.reshape(-(-m // bm), -(-n // bn))
 
-    def by_block(self, values: Tensor, grid: Tensor, i: int, act: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def by_block(
+        self, values: Tensor, grid: Tensor, i: int, act: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
         """Apply `act` in place to rows i, i + 1, … and each value's scale."""
         (bm, bn), n = self.block, values.shape[1]
         scales, whole = grid[torch.arange(i, i + len(values)) // bm], n // bn
@@ -224,21 +257,34 @@ def exponents(raw: Tensor) -> Tensor:
 def stated_weights(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """List what the groups of a quantization config state of their weights."""
     groups = config.get("config_groups")
-    weights = [g.get("weights") for g in groups.values() if isinstance(g, dict)] if isinstance(groups, dict) else []
+    weights = (
+        [g.get("weights") for g in groups.values() if isinstance(g, dict)]
+        if isinstance(groups, dict)
+        else []
+    )
     return [w for w in weights if isinstance(w, dict)]
 
 
 def _stated_blocks(config: Mapping[str, Any]) -> list[tuple[int, int]]:
     """List the block sizes that a quantization config of transformers, compressed-tensors or ModelOpt states."""
-    stated = [config.get("weight_block_size"), *(w.get("block_structure") for w in stated_weights(config))]
+    stated = [
+        config.get("weight_block_size"),
+        *(w.get("block_structure") for w in stated_weights(config)),
+    ]
     # compressed-tensors before 0.11 wrote "128x128"; ModelOpt's algorithm has one size.
     sizes = [size.split("x") if isinstance(size, str) else size for size in stated]
     sizes += [["128", "128"]] * (config.get("quant_algo") == "FP8_PB_WO")
     pairs = [[*map(str, size)] for size in sizes if isinstance(size, list) and len(size) == 2]
-    return [(int(m), int(n)) for m, n in pairs if all(re.fullmatch("[1-9][0-9]{0,8}", size) for size in (m, n))]
+    return [
+        (int(m), int(n))
+        for m, n in pairs
+        if all(re.fullmatch("[1-9][0-9]{0,8}", size) for size in (m, n))
+    ]
 
 
-def _blocks(shape: tuple[int, ...], grid: tuple[int, ...], stated: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+def _blocks(
+    shape: tuple[int, ...], grid: tuple[int, ...], stated: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
     """Infer from the shapes which rows and columns share a scale: all sizes that fit.
 
     Stated sizes come first. If none fits, because a checkpoint may mix kinds of blocks, a size that divides evenly and 128×128 are tried.
@@ -258,7 +304,9 @@ def _blocks(shape: tuple[int, ...], grid: tuple[int, ...], stated: Sequence[tupl
     gm, gn = grid[-2:]
     even = [(m // gm, n // gn)] if gm and gn and m % gm == 0 and n % gn == 0 else []
     for sizes in (stated, [*even, (128, 128)]):
-        fits = [(min(bm, m), min(bn, n)) for bm, bn in sizes if (-(-m // bm), -(-n // bn)) == (gm, gn)]
+        fits = [
+            (min(bm, m), min(bn, n)) for bm, bn in sizes if (-(-m // bm), -(-n // bn)) == (gm, gn)
+        ]
         if fits:
             return list(dict.fromkeys(fits))
     return []
@@ -312,13 +360,20 @@ class PackedFP4(_E2M1Codes):
         label, size, shapes = _KINDS.get((scales.dtype, outer), ("", 1, ()))
         check_fit(bool(label) and len(packed.shape) == 2 and 0 not in packed.shape, tensors)
         m, n = packed.shape[0], 2 * packed.shape[1]
-        fits = outer is None or (tensors[outer].info.dtype == "F32" and tensors[outer].info.shape in shapes)
+        fits = outer is None or (
+            tensors[outer].info.dtype == "F32" and tensors[outer].info.shape in shapes
+        )
         check_fit(fits and scales.shape == (m, n / size), tensors)
         keys = ("num_bits", "type", "group_size")
         stated = [(*map(w.get, keys), w.get("symmetric", True)) for w in stated_weights(config)]
-        if (stated and (4, "float", size, True) not in stated) or config.get("group_size", size) != size:
+        if (stated and (4, "float", size, True) not in stated) or config.get(
+            "group_size", size
+        ) != size:
             stated_as = f"(bits, type, group, symmetric) {stated or config['group_size']}"
-            raise unsupported(tensors, f"{label} in groups of {size} that the quantization_config states as {stated_as}")  # fmt: skip
+            raise unsupported(
+                tensors,
+                f"{label} in groups of {size} that the quantization_config states as {stated_as}",
+            )
         return cls(name, (m, n), dict(tensors), label, torch.float32, None, size)
 
     def decode(self, i: int, j: int) -> Tensor:
@@ -338,7 +393,9 @@ class PackedFP4(_E2M1Codes):
 
     def grid(self, i: int, j: int) -> Grid:
         """Return e2m1's values and the scale of each."""
-        return Grid(_E2M1[_ASCENDING.int()], self._scales(i, j).repeat_interleave(self.group_size, 1))
+        return Grid(
+            _E2M1[_ASCENDING.int()], self._scales(i, j).repeat_interleave(self.group_size, 1)
+        )
 
 
 @dataclass(frozen=True)
@@ -355,10 +412,16 @@ class MXFP4(_E2M1Codes):
     def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
         """Check that the tensors fit together, and make the weight that they store."""
         blocks, scales = tensors["weight"].info, tensors["scales"].info
-        fits = len(scales.shape) == 3 and blocks.shape == (*scales.shape, GROUP // 2) and scales.dtype == "U8"
+        fits = (
+            len(scales.shape) == 3
+            and blocks.shape == (*scales.shape, GROUP // 2)
+            and scales.dtype == "U8"
+        )
         check_fit(fits, tensors)
         experts, out, groups, _ = blocks.shape
-        return cls(name, (experts, groups * GROUP, out), dict(tensors), "MXFP4", torch.float32, None)
+        return cls(
+            name, (experts, groups * GROUP, out), dict(tensors), "MXFP4", torch.float32, None
+        )
 
     def decode(self, i: int, j: int) -> Tensor:
         """Compute ``e2m1 · 2^(scale − 127)``, transposed."""
@@ -369,7 +432,10 @@ class MXFP4(_E2M1Codes):
 
     def grid(self, i: int, j: int) -> Grid:
         """Return e2m1's values and the scale of each."""
-        return Grid(_E2M1[_ASCENDING.int()], exponents(self.tensors["scales"].rows(i, j)).repeat_interleave(GROUP, 1))
+        return Grid(
+            _E2M1[_ASCENDING.int()],
+            exponents(self.tensors["scales"].rows(i, j)).repeat_interleave(GROUP, 1),
+        )
 
     def coded_rows(self, i: int, j: int) -> Tensor:
         """Decode outputs i to j of one expert."""
@@ -406,8 +472,14 @@ class FP8(Scaled):
             values = merged(i, j)
             if not all_finite(values):
                 raise NumericError(f"tensor {self.name!r}: {NOT_FINITE}")
-            largest = torch.nn.functional.pad(values.abs(), (0, -n % bn)).view(len(values), -1, bn).amax(2)
-            grid.scatter_reduce_(0, (torch.arange(i, j) // bm)[:, None].expand_as(largest), largest, "amax")
+            largest = (
+                torch.nn.functional.pad(values.abs(), (0, -n % bn))
+                .view(len(values), -1, bn)
+                .amax(2)
+            )
+            grid.scatter_reduce_(
+                0, (torch.arange(i, j) // bm)[:, None].expand_as(largest), largest, "amax"
+            )
         quant_scale = torch.where(grid > 0, grid / LARGEST, 1.0)
         if self.powers:
             quant_scale = exponents(_exponent_bytes(quant_scale))
@@ -457,16 +529,24 @@ class AWQ(QuantizedWeight):
     def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
         """Check that the tensors fit together, and make the weight that they store."""
         version = str(config.get("version") or config.get("format") or "gemm").lower()
-        if version != "gemm" or config.get("bits", 4) != 4 or config.get("zero_point", True) is not True:
+        if (
+            version != "gemm"
+            or config.get("bits", 4) != 4
+            or config.get("zero_point", True) is not True
+        ):
             bits, zero_point = config.get("bits"), config.get("zero_point")
             raise unsupported(tensors, f"AWQ with {bits=!r}, {zero_point=!r}, {version=!r}")
         weight, scales, zeros = (tensors[role].info.shape for role in ("weight", "scales", "zeros"))
         inputs = weight[0] if weight else 0
         size = group_size(config, inputs)
         groups = -(-inputs // size)
-        fits = len(weight) == 2 and scales == (groups, 8 * weight[1]) and zeros == (groups, weight[1])
+        fits = (
+            len(weight) == 2 and scales == (groups, 8 * weight[1]) and zeros == (groups, weight[1])
+        )
         check_fit(fits and has_packed_dtypes(tensors), tensors)
-        return cls(name, (8 * weight[1], inputs), dict(tensors), "AWQ 4 bits", torch.float32, None, size)
+        return cls(
+            name, (8 * weight[1], inputs), dict(tensors), "AWQ 4 bits", torch.float32, None, size
+        )
 
     def decode(self, i: int, j: int) -> Tensor:
         """Compute ``(q − zero) · scale``, transposed."""
@@ -515,14 +595,18 @@ class GPTQ(QuantizedWeight):
     def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
         """Check that the tensors fit together, and make the weight that they store."""
         # transformers prefers the first key, GPTQModel the second, and vLLM reads only the first.
-        formats = {str(config[k]).lower() for k in ("checkpoint_format", "format") if config.get(k)} or {"gptq"}
+        formats = {
+            str(config[k]).lower() for k in ("checkpoint_format", "format") if config.get(k)
+        } or {"gptq"}
         if formats not in ({"gptq"}, {"gptq_v2"}):
             raise unsupported(tensors, f"GPTQ in the format {' and '.join(sorted(formats))}")
         weight, scales, zeros = (tensors[role].info.shape for role in ("weight", "scales", "zeros"))
         config = {**config, **_rule(config, name.removesuffix(".weight"), tensors)}
         bits = config.get("bits")
         check_fit(len(weight) == len(scales) == len(zeros) == 2, tensors)
-        if "groups" in tensors and weight[0]:  # its length is the number of inputs, which gives the bits
+        if (
+            "groups" in tensors and weight[0]
+        ):  # its length is the number of inputs, which gives the bits
             bits = weight[0] * 32 // max(1, math.prod(tensors["groups"].info.shape))
         if bits not in (2, 3, 4, 8):
             raise unsupported(tensors, f"GPTQ with {bits!r} bits")
@@ -532,10 +616,27 @@ class GPTQ(QuantizedWeight):
         fits = scales == (groups, outputs) and zeros == (groups, -(-outputs * bits // 32))
         fits &= weight[0] == -(-inputs * bits // 32) and has_packed_dtypes(tensors)
         if "groups" in tensors:
-            fits &= tensors["groups"].info.shape == (inputs,) and tensors["groups"].info.dtype == "I32"
+            fits &= (
+                tensors["groups"].info.shape == (inputs,) and tensors["groups"].info.dtype == "I32"
+            )
         check_fit(fits, tensors)
-        label, less_one, symmetric = f"GPTQ {bits} bits", formats == {"gptq"}, config.get("sym") is True
-        return cls(name, (outputs, inputs), dict(tensors), label, torch.float32, None, bits, size, less_one, symmetric)
+        label, less_one, symmetric = (
+            f"GPTQ {bits} bits",
+            formats == {"gptq"},
+            config.get("sym") is True,
+        )
+        return cls(
+            name,
+            (outputs, inputs),
+            dict(tensors),
+            label,
+            torch.float32,
+            None,
+            bits,
+            size,
+            less_one,
+            symmetric,
+        )
 
     def decode(self, i: int, j: int) -> Tensor:
         """Compute ``(q − zero) · scale``, transposed."""
@@ -569,18 +670,24 @@ class GPTQ(QuantizedWeight):
             If the stored ones are others, so that kernels differ.
         """
         half = 1 << (self.bits - 1)
-        stored = set(unpack(self.tensors["zeros"].whole().T, self.bits, 0, self.shape[0]).flatten().tolist())
+        stored = set(
+            unpack(self.tensors["zeros"].whole().T, self.bits, 0, self.shape[0]).flatten().tolist()
+        )
         if len(stored) > 1 or not stored <= {half, half - self.less_one}:
             raise unsupported(self.tensors, "a zero point other than that of sym=true")
         return half
 
 
-def _rule(config: Mapping[str, Any], module: str, tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
+def _rule(
+    config: Mapping[str, Any], module: str, tensors: Mapping[str, StoredTensor]
+) -> dict[str, Any]:
     """Read the settings that the first matching rule of ``dynamic`` gives a module."""
     try:
         rules = (config.get("dynamic") or {}).items()
         none: tuple[str, dict[str, Any]] = ("", {})
-        pattern, rule = next(((p, r) for p, r in rules if re.match(re.sub("^[-+]:", "", p), module)), none)
+        pattern, rule = next(
+            ((p, r) for p, r in rules if re.match(re.sub("^[-+]:", "", p), module)), none
+        )
         settings = {key: rule[key] for key in ("bits", "group_size", "sym") if key in rule}
     except (AttributeError, TypeError, OverflowError, RecursionError, re.error):
         fault = 'cannot read "dynamic" in the quantization config; get config.json again'
@@ -614,30 +721,58 @@ class PackedIntegers(Recodable):
         if len(words.shape) != 2 or len(shape) != 2 or shape[0] != words.shape[0] or shape[1] < 1:
             raise unsupported(tensors, f"a packed weight of shape {list(words.shape)}")
         m, n = shape
-        known = {b for w in stated_weights(config) if type(b := w.get("num_bits")) is int and 0 < b <= 8}
-        if old := [b for b in known if 32 % b and n > 32 // b and -(-n // (32 // b)) == words.shape[1]]:
-            raise unsupported(tensors, f"packing of {listed(old)} bits by compressed-tensors up to 0.10")
+        known = {
+            b for w in stated_weights(config) if type(b := w.get("num_bits")) is int and 0 < b <= 8
+        }
+        if old := [
+            b for b in known if 32 % b and n > 32 // b and -(-n // (32 // b)) == words.shape[1]
+        ]:
+            raise unsupported(
+                tensors, f"packing of {listed(old)} bits by compressed-tensors up to 0.10"
+            )
         fitting = [b for b in known or range(1, 9) if -(-n * b // 32) == words.shape[1]]
-        fits = words.dtype == "I32" and len(fitting) == 1 and len(scales.shape) == 2 and scales.shape[0] == m
+        fits = (
+            words.dtype == "I32"
+            and len(fitting) == 1
+            and len(scales.shape) == 2
+            and scales.shape[0] == m
+        )
         check_fit(fits, tensors)
         bits, groups = fitting[0], scales.shape[1]
         sizes = [w.get("group_size") for w in stated_weights(config)]
-        counts = {n // size if n % size == 0 else 0 for size in sizes if type(size) is int and size > 0}
+        counts = {
+            n // size if n % size == 0 else 0 for size in sizes if type(size) is int and size > 0
+        }
         if counts and len(counts) == len(sizes) and groups not in counts:
             raise unsupported(
-                tensors, f"{groups} groups of {n} inputs, which the stated sizes {sizes} do not divide so"
+                tensors,
+                f"{groups} groups of {n} inputs, which the stated sizes {sizes} do not divide so",
             )
         fits = scales.dtype in SCALE_DTYPES and groups > 0 and n % groups == 0
         if "zeros" in tensors:
-            fits &= tensors["zeros"].info.dtype == "I32" and tensors["zeros"].info.shape == (-(-m * bits // 32), groups)
+            fits &= tensors["zeros"].info.dtype == "I32" and tensors["zeros"].info.shape == (
+                -(-m * bits // 32),
+                groups,
+            )
         if "groups" in tensors:
             fits &= tensors["groups"].info.dtype == "I32" and tensors["groups"].info.shape == (n,)
         check_fit(fits, tensors)
-        return cls(name, (m, n), dict(tensors), f"INT{bits} (compressed-tensors)", torch.float32, None, bits)
+        return cls(
+            name,
+            (m, n),
+            dict(tensors),
+            f"INT{bits} (compressed-tensors)",
+            torch.float32,
+            None,
+            bits,
+        )
 
     def decode(self, i: int, j: int) -> Tensor:
         """Compute ``(q − zero) · scale``."""
-        grid, values = self.grid(i, j), unpack(self.tensors["weight"].rows(i, j).T, self.bits, 0, self.shape[1]).T
+        grid, values = (
+            self.grid(i, j),
+            unpack(self.tensors["weight"].rows(i, j).T, self.bits, 0, self.shape[1]).T,
+        )
         return values.to(torch.float32).sub_(grid.zeros).mul_(grid.scales)
 
     def grid(self, i: int, j: int) -> Grid:
@@ -648,7 +783,9 @@ class PackedIntegers(Recodable):
         if stated is not None and not bool((stated.whole() < 0).any()):  # −1 marks an unused g_idx
             group = group_indices(stated, count)
         stored, half = self.tensors.get("zeros"), float(1 << (self.bits - 1))
-        zeros = unpack(stored.whole(), self.bits, i, j)[:, group].to(torch.float32) if stored else half
+        zeros = (
+            unpack(stored.whole(), self.bits, i, j)[:, group].to(torch.float32) if stored else half
+        )
         return Grid(torch.arange(2.0 * half), scales[:, group], zeros)
 
     def packed(self, indices: Tensor) -> Tensor:
@@ -694,7 +831,11 @@ class HQQ(QuantizedWeight):
     def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
         """Check that the tensors fit together, and make the weight that they store."""
         wrong = [f"with {role!r}" for role in UNSUPPORTED if role in tensors]
-        wrong += [f"without {role!r}" for role in ("scale", "zero", "shape", "packing") if role not in tensors]
+        wrong += [
+            f"without {role!r}"
+            for role in ("scale", "zero", "shape", "packing")
+            if role not in tensors
+        ]
         if wrong:
             raise unsupported(tensors, f"HQQ {wrong[0]}")
         parts = {role: tensors[role] for role in ("weight", "scale", "zero", "shape")}
@@ -710,7 +851,9 @@ class HQQ(QuantizedWeight):
         dtype, bits, count = fitting[0]
         info = replace(packed, dtype=dtype, shape=(-(-table[0] // count), table[1]))
         stored = {**tensors, "weight": replace(tensors["weight"], info=info)}
-        return cls(name, (m, n), stored, f"HQQ {bits} bits", torch.float32, None, table, bits, count)
+        return cls(
+            name, (m, n), stored, f"HQQ {bits} bits", torch.float32, None, table, bits, count
+        )
 
     def decode(self, i: int, j: int) -> Tensor:
         """Compute ``(q − zero) · scale``.
@@ -725,24 +868,44 @@ class HQQ(QuantizedWeight):
         first, last = i * n // columns, -(-j * n // columns)
         # Zero points and scales are a column if groups are rows of the table, else one row.
         parts = (self.tensors[role] for role in ("zero", "scale"))
-        zero, scale = (part.whole() if part.info.shape[0] == 1 else part.rows(first, last) for part in parts)
+        zero, scale = (
+            part.whole() if part.info.shape[0] == 1 else part.rows(first, last) for part in parts
+        )
         at, packed = torch.arange(first, last), -(-rows // self.count)
         words = self.tensors["weight"].whole()[at % packed]
         shift = (self.count - 1 - at // packed).mul_(self.bits).to(words.dtype)
-        values = words.bitwise_right_shift_(shift[:, None]).bitwise_and_((1 << self.bits) - 1).to(scale.dtype)
+        values = (
+            words.bitwise_right_shift_(shift[:, None])
+            .bitwise_and_((1 << self.bits) - 1)
+            .to(scale.dtype)
+        )
         start = i * n - first * columns
-        return values.sub_(zero).mul_(scale).to(torch.float32).flatten()[start : start + (j - i) * n].view(j - i, n)
+        return (
+            values.sub_(zero)
+            .mul_(scale)
+            .to(torch.float32)
+            .flatten()[start : start + (j - i) * n]
+            .view(j - i, n)
+        )
 
     def _check_settings(self) -> None:
         axis = int(self.tensors["scale"].info.shape[1] == 1)
         packing = f"{self.bits}bit_{'32' if self.bits == 3 else 'u8'}"
-        for role, expected in {"packing": packing, "axis": axis, "group_size": self.table[axis]}.items():
+        for role, expected in {
+            "packing": packing,
+            "axis": axis,
+            "group_size": self.table[axis],
+        }.items():
             if (stored := self.tensors.get(role)) is not None:
                 raw = bytes(stored.bytes(0, min(stored.info.nbytes, 16)).tolist())
-                found = raw.decode("latin-1") if role == "packing" else int.from_bytes(raw, "little")
+                found = (
+                    raw.decode("latin-1") if role == "packing" else int.from_bytes(raw, "little")
+                )
                 if found != expected:
                     fault = f"expected {expected!r} by the shapes of its HQQ layer, found {found!r}"
-                    raise FormatError(f"{self.where}: tensor {stored.info.name!r}: {fault}; get the file again")
+                    raise FormatError(
+                        f"{self.where}: tensor {stored.info.name!r}: {fault}; get the file again"
+                    )
 
 
 def _holds(packed: TensorInfo, table: tuple[int, int], dtype: str, bits: int, count: int) -> bool:
@@ -750,7 +913,11 @@ def _holds(packed: TensorInfo, table: tuple[int, int], dtype: str, bits: int, co
     rows = -(-table[0] // count)
     whole = bits == 3 or rows * count == table[0]
     size = rows * table[1] * TORCH_DTYPES[dtype].itemsize
-    return whole and (packed.shape[:1], packed.nbytes) == ((rows,), size) and packed.dtype in (dtype, *SCALE_DTYPES)
+    return (
+        whole
+        and (packed.shape[:1], packed.nbytes) == ((rows,), size)
+        and packed.dtype in (dtype, *SCALE_DTYPES)
+    )
 
 
 @dataclass(frozen=True)
@@ -781,7 +948,10 @@ class FourBit(Recodable):
         blocksize, inner = state.get("blocksize"), state.get("nested_blocksize") if nested else 1
         offset = state.get("nested_offset", 0.0)
         if not (_is_count(blocksize) and _is_count(inner) and type(offset) in (int, float)):
-            raise unsupported(tensors, f"a quant_state with {blocksize=!r}, nested_blocksize={inner!r}, {offset=!r}")
+            raise unsupported(
+                tensors,
+                f"a quant_state with {blocksize=!r}, nested_blocksize={inner!r}, {offset=!r}",
+            )
         count = math.prod(shape)
         blocks = -(-count // blocksize)
         wanted = {"weight": -(-count // 2), "absmax": blocks * (1 if nested else 4), "map": 64}
@@ -792,7 +962,17 @@ class FourBit(Recodable):
             info, dtype = tensors[role].info, "U8" if nested and role == "absmax" else "F32"
             check_fit(info.nbytes == size and (role == "weight" or info.dtype == dtype), tensors)
         kind = str(state.get("quant_type")).upper()
-        return cls(name, tuple(shape), dict(tensors), kind, torch.float32, None, blocksize, inner, float(offset))
+        return cls(
+            name,
+            tuple(shape),
+            dict(tensors),
+            kind,
+            torch.float32,
+            None,
+            blocksize,
+            inner,
+            float(offset),
+        )
 
     def decode(self, i: int, j: int) -> Tensor:
         """Compute ``quant_map[q] · absmax``."""
@@ -800,7 +980,9 @@ class FourBit(Recodable):
         a, b = i * n, j * n
         packed = self.tensors["weight"].bytes(a // 2, -(-b // 2))
         quantized = torch.stack([packed >> 4, packed & 15], 1).flatten()[a % 2 :][: b - a]
-        return self.tensors["map"].flat(0, 16)[quantized.int()].view(j - i, n).mul_(self._scales(i, j))
+        return (
+            self.tensors["map"].flat(0, 16)[quantized.int()].view(j - i, n).mul_(self._scales(i, j))
+        )
 
     def _scales(self, i: int, j: int) -> Tensor:
         """Decode the scale of each value of rows i to j."""
@@ -826,7 +1008,9 @@ class FourBit(Recodable):
             return stored.flat(i, j)
         size = self.nested_blocksize
         values = self.tensors["nested_map"].flat(0, 256)[stored.flat(i, j).int()]
-        outer = self.tensors["nested_absmax"].flat(i // size, -(-j // size))[torch.arange(i, j) // size - i // size]
+        outer = self.tensors["nested_absmax"].flat(i // size, -(-j // size))[
+            torch.arange(i, j) // size - i // size
+        ]
         return values.mul_(outer).add_(self.offset)
 
 
@@ -841,16 +1025,28 @@ class EightBit(QuantizedWeight):
     def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
         """Check that the tensors fit together, and make the weight that they store."""
         weight, quant_scale = tensors["weight"].info, tensors["SCB"].info
-        fits = len(weight.shape) == 2 and quant_scale.dtype == "F32" and math.prod(quant_scale.shape) == weight.shape[0]
+        fits = (
+            len(weight.shape) == 2
+            and quant_scale.dtype == "F32"
+            and math.prod(quant_scale.shape) == weight.shape[0]
+        )
         check_fit(fits, tensors)
         if "format" in tensors and bool(tensors["format"].bytes().any()):
-            raise unsupported(tensors, "a weight_format other than 0 (rows), of bitsandbytes before 0.45,")
+            raise unsupported(
+                tensors, "a weight_format other than 0 (rows), of bitsandbytes before 0.45,"
+            )
         return cls(name, weight.shape, dict(tensors), "INT8 (bitsandbytes)", torch.float32, None)
 
     def decode(self, i: int, j: int) -> Tensor:
         """Compute ``q · SCB / 127``, multiplying as the library does."""
         quant_scale = self.tensors["SCB"].flat(i, j)
-        return self.tensors["weight"].rows(i, j).to(torch.float32).mul_(quant_scale[:, None]).mul_(7.874015718698502e-3)
+        return (
+            self.tensors["weight"]
+            .rows(i, j)
+            .to(torch.float32)
+            .mul_(quant_scale[:, None])
+            .mul_(7.874015718698502e-3)
+        )
 
 
 def _is_count(value: object) -> TypeGuard[int]:
@@ -863,5 +1059,7 @@ def _state(tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
     try:
         state = strict_json(stored.bytes(0, min(stored.info.nbytes, 1 << 16)).numpy().tobytes())
     except ValueError as e:
-        raise FormatError(f"{where(tensors)}: its quant_state is not JSON: {e}; get the file again") from None
+        raise FormatError(
+            f"{where(tensors)}: its quant_state is not JSON: {e}; get the file again"
+        ) from None
     return state if isinstance(state, dict) else {}

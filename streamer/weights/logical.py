@@ -33,7 +33,13 @@ from streamer.weights.model_config import ModelConfig
 
 _TORCHAO_OPTIONAL = {"zero_points": ("._weight_zero_point",)} | {
     part: (f"._weight_{part}",)
-    for part in ("scale_and_zero", "per_tensor_scale", "act_pre_scale", "act_quant_scale", "act_quant_zero_point")
+    for part in (
+        "scale_and_zero",
+        "per_tensor_scale",
+        "act_pre_scale",
+        "act_quant_scale",
+        "act_quant_zero_point",
+    )
 }
 """Roles of the tensors that some classes have, and their endings."""
 
@@ -43,7 +49,9 @@ _PARTS = {"qdata": "weight", "scale": "quant_scale", "zero_point": "zero_points"
 }
 
 
-def torchao_weight(name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> QuantizedWeight:
+def torchao_weight(
+    name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]
+) -> QuantizedWeight:
     """Make the weight that these tensors store, by the class that the file's metadata states.
 
     Raises
@@ -62,12 +70,14 @@ def torchao_weight(name: str, tensors: Mapping[str, StoredTensor], config: Mappi
     return _TORCHAO_CLASSES[kind](name, tensors, data)
 
 
-def _stated(name: str, tensors: Mapping[str, StoredTensor]) -> tuple[str, dict[str, Any], list[str]]:
+def _stated(
+    name: str, tensors: Mapping[str, StoredTensor]
+) -> tuple[str, dict[str, Any], list[str]]:
     """Read what the metadata states of a weight: its class, its attributes, and the tensors that it consists of."""
     try:
         match strict_json(tensors["weight"].file.header.metadata[name].encode()):
-            case {"_type": str(kind), "_data": dict(data), "_tensor_data_names": list(parts)} if all(
-                isinstance(part, str) for part in parts
+            case {"_type": str(kind), "_data": dict(data), "_tensor_data_names": list(parts)} if (
+                all(isinstance(part, str) for part in parts)
             ):
                 return kind, data, parts
     except (KeyError, ValueError):
@@ -76,19 +86,24 @@ def _stated(name: str, tensors: Mapping[str, StoredTensor]) -> tuple[str, dict[s
     raise FormatError(f"{codes.where(tensors)}: {fault}; get the file again")
 
 
-def _blocks(cls: type[codes.Scaled], name: str, tensors: Mapping[str, StoredTensor],
-            data: dict[str, Any]) -> codes.Scaled:  # fmt: skip
+def _blocks(
+    cls: type[codes.Scaled], name: str, tensors: Mapping[str, StoredTensor], data: dict[str, Any]
+) -> codes.Scaled:
     """Make a weight with scales of blocks that divide its rows and columns, as the metadata states them."""
     values, scale = (tensors[role].info for role in ("weight", "quant_scale"))
     codes.check_fit(len(values.shape) == 2 == len(scale.shape) and 0 not in scale.shape, tensors)
     block = [m // k for m, k in zip(values.shape, scale.shape, strict=True)]
     fits = [k * b for k, b in zip(scale.shape, block, strict=True)] == [*values.shape]
-    codes.check_fit(fits and data.get("block_size") == block and scale.dtype in codes.SCALE_DTYPES, tensors)
+    codes.check_fit(
+        fits and data.get("block_size") == block and scale.dtype in codes.SCALE_DTYPES, tensors
+    )
     return cls.of(name, tensors, {"weight_block_size": block})
 
 
 def _fp8(name: str, tensors: Mapping[str, StoredTensor], data: dict[str, Any]) -> codes.Scaled:
-    codes.check_fit(tensors["weight"].info.dtype == "F8_E4M3" and "zero_points" not in tensors, tensors)
+    codes.check_fit(
+        tensors["weight"].info.dtype == "F8_E4M3" and "zero_points" not in tensors, tensors
+    )
     return _blocks(codes.FP8, name, tensors, data)
 
 
@@ -100,8 +115,12 @@ def _integers(name: str, tensors: Mapping[str, StoredTensor], data: dict[str, An
     fits &= "zero_points" not in tensors or zeros.shape == tensors["quant_scale"].info.shape
     codes.check_fit(fits, tensors)
     stated = data.get("target_dtype", {"_data": "int8"})
-    codes.check_fit(isinstance(stated, dict) and isinstance(stated.get("_data"), str), tensors, "its metadata")
-    return replace(_blocks(codes.Scaled, name, tensors, data), label=f"{stated['_data'].upper()} (torchao)")
+    codes.check_fit(
+        isinstance(stated, dict) and isinstance(stated.get("_data"), str), tensors, "its metadata"
+    )
+    return replace(
+        _blocks(codes.Scaled, name, tensors, data), label=f"{stated['_data'].upper()} (torchao)"
+    )
 
 
 @dataclass(frozen=True)
@@ -112,14 +131,27 @@ class PackedInt4(QuantizedWeight):
     def of(cls, name: str, tensors: Mapping[str, StoredTensor], data: dict[str, Any]) -> Self:
         """Check that the tensors fit together and to the metadata, and make the weight that they store."""
         packed = tensors["weight"].info
-        fits = {"quant_scale", "zero_points"} <= tensors.keys() and packed.dtype == "I8" and len(packed.shape) == 2
+        fits = (
+            {"quant_scale", "zero_points"} <= tensors.keys()
+            and packed.dtype == "I8"
+            and len(packed.shape) == 2
+        )
         codes.check_fit(fits, tensors)
         (m, half), scale = packed.shape, tensors["quant_scale"].info
-        codes.check_fit(len(scale.shape) == 2 and scale.shape[1] == m and scale.shape[0] > 0 and half > 0, tensors)
+        codes.check_fit(
+            len(scale.shape) == 2 and scale.shape[1] == m and scale.shape[0] > 0 and half > 0,
+            tensors,
+        )
         size = 2 * half // scale.shape[0]
         fits = data.get("shape") == [m, 2 * half] and data.get("block_size") == [1, size]
-        fits &= (tensors["zero_points"].info.dtype, tensors["zero_points"].info.shape) == (scale.dtype, scale.shape)
-        codes.check_fit(fits and scale.dtype in codes.SCALE_DTYPES and size * scale.shape[0] == 2 * half, tensors)
+        fits &= (tensors["zero_points"].info.dtype, tensors["zero_points"].info.shape) == (
+            scale.dtype,
+            scale.shape,
+        )
+        codes.check_fit(
+            fits and scale.dtype in codes.SCALE_DTYPES and size * scale.shape[0] == 2 * half,
+            tensors,
+        )
         return cls(name, (m, 2 * half), dict(tensors), "INT4 (torchao)", torch.float32, None)
 
     def decode(self, i: int, j: int) -> Tensor:
@@ -170,7 +202,9 @@ class QuantizationFormat:
     optional: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     requantizes: bool = False
 
-    def claim(self, tensor: str, tensors: Mapping[str, StoredTensor]) -> tuple[str, dict[str, str]] | None:
+    def claim(
+        self, tensor: str, tensors: Mapping[str, StoredTensor]
+    ) -> tuple[str, dict[str, str]] | None:
         """Recognise a weight's tensor of quantized values by name and dtype, and collect its companions.
 
         For GPTQ: ``layers.0.q_proj.qweight`` → ``layers.0.q_proj.weight`` and ``{"weight": "layers.0.q_proj.qweight",
@@ -274,14 +308,22 @@ def supported_method(quantization: Mapping[str, Any], where: str) -> str | None:
 _VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
     # Keys that can change what the quantized values mean, with the settings that do not.
     "compressed-tensors": {
-        "format": ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized", "dense", "nvfp4-pack-quantized",
-                   "mxfp4-pack-quantized", "mxfp8-quantized"),
+        "format": (
+            "float-quantized",
+            "int-quantized",
+            "naive-quantized",
+            "pack-quantized",
+            "dense",
+            "nvfp4-pack-quantized",
+            "mxfp4-pack-quantized",
+            "mxfp8-quantized",
+        ),
         "sparsity_config": ("dense",),
         "transform_config": (),
     },
     "modelopt": {"quant_algo": ("FP8", "FP8_PB_WO", "NVFP4")},
     "gptq": {"is_marlin_format": (), "rotation": ()},
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,7 +395,11 @@ class WeightView(Mapping[str, Weight]):
         if name not in self.replacements:
             return self._of_base(name)
         weight = Plain.of(self.replacements[name])
-        written = self._of_base(name).written if name in self.stored else self.casts.get(name, weight.written)
+        written = (
+            self._of_base(name).written
+            if name in self.stored
+            else self.casts.get(name, weight.written)
+        )
         return replace(weight, name=name, written=written)
 
     def _of_base(self, name: str) -> Weight:
@@ -361,12 +407,18 @@ class WeightView(Mapping[str, Weight]):
         if stored.format is None:
             weight = Plain.of(stored.tensors["weight"])
             return replace(weight, written=self.casts[name]) if name in self.casts else weight
-        return replace(stored.format.make(name, stored.tensors, self.quantization), written=self.written)
+        return replace(
+            stored.format.make(name, stored.tensors, self.quantization), written=self.written
+        )
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a stored tensor, also of one of integers, which have no `Weight`."""
         stored = None if name in self.replacements or name in self.derived else self.stored[name]
-        return self[name].shape if stored is None or stored.format is not None else stored.tensors["weight"].info.shape
+        return (
+            self[name].shape
+            if stored is None or stored.format is not None
+            else stored.tensors["weight"].info.shape
+        )
 
     def __contains__(self, name: object) -> bool:
         return name in self.stored or name in self.replacements or name in self.derived
@@ -392,7 +444,9 @@ class WeightView(Mapping[str, Weight]):
         """Test whether merged values of this quantized weight are written back quantized."""
         format_, tensors = self.stored[name].format, self.stored[name].tensors
         matrix = len(tensors["weight"].info.shape) == 2
-        return format_ is not None and format_.requantizes and matrix and name not in self.replacements
+        return (
+            format_ is not None and format_.requantizes and matrix and name not in self.replacements
+        )
 
 
 def open_weights(checkpoint: Checkpoint, config: ModelConfig) -> WeightView:
@@ -413,7 +467,9 @@ def open_weights(checkpoint: Checkpoint, config: ModelConfig) -> WeightView:
     quantization = config.quantization
     method = supported_method(quantization, f"{checkpoint.path}")
     formats = [format_ for format_ in FORMATS if method in format_.quant_methods]
-    tensors = {t.name: StoredTensor(f, t) for f in checkpoint.files.values() for t in f.header.tensors}
+    tensors = {
+        t.name: StoredTensor(f, t) for f in checkpoint.files.values() for t in f.header.tensors
+    }
     claimed: dict[str, tuple[QuantizationFormat, str, dict[str, str]]] = {}
     owners: dict[str, tuple[str, str]] = {}
     for name in tensors:
@@ -431,7 +487,9 @@ def open_weights(checkpoint: Checkpoint, config: ModelConfig) -> WeightView:
                 raise FormatError(
                     f"{tensor.file.path}: tensors {name!r} and {logical!r} are the same weight; get the file again"
                 )
-            stored[logical] = StoredWeight(len(stored), {role: tensors[t] for role, t in roles.items()}, format_)
+            stored[logical] = StoredWeight(
+                len(stored), {role: tensors[t] for role, t in roles.items()}, format_
+            )
         elif name not in owners:
             stored[name] = StoredWeight(len(stored), {"weight": tensor}, None)
     return WeightView(checkpoint, quantization, stored, owners)
@@ -441,7 +499,9 @@ STALE = {"quantize_config.json", "quant_config.json", "hf_quant_config.json"}
 """Files that make some loaders treat a model as quantized."""
 
 # Scales of activations and caches.
-_ACTIVATION_SCALE = re.compile(r"(^|[._])(input|output|activation|[qkv]|kv)_(global_scale|scale|zero_point)(_ub)?$")
+_ACTIVATION_SCALE = re.compile(
+    r"(^|[._])(input|output|activation|[qkv]|kv)_(global_scale|scale|zero_point)(_ub)?$"
+)
 
 # Dtypes of quantized values. Integers count only with two or more dimensions; with one they are indices.
 _QUANTIZED = re.compile(r"^(F8_|F6_|F4)")
@@ -455,14 +515,28 @@ def cast_weights(weights: WeightView, dtype: torch.dtype) -> WeightView:
 
     A weight that is stored wider than most of the base's values keeps its dtype: models store in float32 what they need in float32.
     """
-    plain = {name: stored.tensors["weight"].info for name, stored in weights.stored.items() if stored.format is None}
-    floats = {n: i for n, i in plain.items() if i.dtype in FLOATS and not is_activation_scale(n, weights)}
+    plain = {
+        name: stored.tensors["weight"].info
+        for name, stored in weights.stored.items()
+        if stored.format is None
+    }
+    floats = {
+        n: i for n, i in plain.items() if i.dtype in FLOATS and not is_activation_scale(n, weights)
+    }
     counts = Counter[str]()
     for info in floats.values():
         counts[info.dtype] += math.prod(info.shape)
     widest = max((FLOATS[usual].itemsize for usual, _ in counts.most_common(1)), default=0)
-    names = {n for n, i in floats.items() if FLOATS[i.dtype] != dtype and FLOATS[i.dtype].itemsize <= widest}
-    names |= {n for n, new in weights.replacements.items() if n not in weights.stored and new.info.dtype in FLOATS}
+    names = {
+        n
+        for n, i in floats.items()
+        if FLOATS[i.dtype] != dtype and FLOATS[i.dtype].itemsize <= widest
+    }
+    names |= {
+        n
+        for n, new in weights.replacements.items()
+        if n not in weights.stored and new.info.dtype in FLOATS
+    }
     return replace(weights, casts=dict.fromkeys(names, dtype), written=weights.written and dtype)
 
 
@@ -474,19 +548,30 @@ def plain_weights(weights: WeightView, config: ModelConfig) -> WeightView:
     UnsupportedError
         If some quantized values have no known format.
     """
-    for name, info in ((t.name, t) for f in weights.checkpoint.files.values() for t in f.header.tensors):
-        quantized = _QUANTIZED.match(info.dtype) or (info.dtype in _INTEGERS and len(info.shape) > 1)
+    for name, info in (
+        (t.name, t) for f in weights.checkpoint.files.values() for t in f.header.tensors
+    ):
+        quantized = _QUANTIZED.match(info.dtype) or (
+            info.dtype in _INTEGERS and len(info.shape) > 1
+        )
         if quantized and name not in weights.owners and not is_activation_scale(name, weights):
-            what = f"tensor {name!r}: dtype {info.dtype} with no scale or table that could decode it"
+            what = (
+                f"tensor {name!r}: dtype {info.dtype} with no scale or table that could decode it"
+            )
             raise UnsupportedError(f"{weights.checkpoint.path}: {what}; use the 16-bit model")
     # The config states a dtype as ``torch.float16`` or ``float16``.
-    stated = (_DTYPES.get(str(value).removeprefix("torch.")) for value in config.stated("dtype", "torch_dtype"))
+    stated = (
+        _DTYPES.get(str(value).removeprefix("torch."))
+        for value in config.stated("dtype", "torch_dtype")
+    )
     return replace(weights, written=FLOATS[next(filter(None, stated), "BF16")])
 
 
 def plain_metadata(metadata: Mapping[str, str], weights: WeightView) -> dict[str, str]:
     """Remove what torchao states of each tensor from a file's metadata."""
-    return {key: text for key, text in metadata.items() if key != "tensor_names" and key not in weights}
+    return {
+        key: text for key, text in metadata.items() if key != "tensor_names" and key not in weights
+    }
 
 
 def is_activation_scale(name: str, weights: WeightView) -> bool:

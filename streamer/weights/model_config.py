@@ -89,7 +89,9 @@ class ModelConfig:
     @property
     def quantization(self) -> dict[str, Any]:
         """Return the quantization config, or {}."""
-        return next((dict(v) for v in self.stated(*QUANTIZATION_KEYS) if isinstance(v, dict) and v), {})
+        return next(
+            (dict(v) for v in self.stated(*QUANTIZATION_KEYS) if isinstance(v, dict) and v), {}
+        )
 
     def with_vocabulary(self, rows: int, keys: tuple[str, ...]) -> ModelConfig:
         """Set the number of tokens at a path of keys, and also at the top level and in the language model's part if both state it.
@@ -123,7 +125,11 @@ class ModelConfig:
         """State another dtype wherever the config or a part of it states one."""
 
         def stated(part: Mapping[str, Any]) -> dict[str, Any]:
-            inner = {k: stated(v) for k, v in part.items() if k.endswith("_config") and isinstance(v, dict)}
+            inner = {
+                k: stated(v)
+                for k, v in part.items()
+                if k.endswith("_config") and isinstance(v, dict)
+            }
             return {**part, **inner, **dict.fromkeys(part.keys() & {"dtype", "torch_dtype"}, dtype)}
 
         return replace(self, values=stated(self.values))
@@ -132,7 +138,9 @@ class ModelConfig:
         """Remove every statement that the model is quantized."""
         out = {key: value for key, value in self.values.items() if key not in QUANTIZATION_KEYS}
         if isinstance(out.get("text_config"), dict):
-            out["text_config"] = {key: value for key, value in self.text.items() if key not in QUANTIZATION_KEYS}
+            out["text_config"] = {
+                key: value for key, value in self.text.items() if key not in QUANTIZATION_KEYS
+            }
         return replace(self, values=out)
 
 
@@ -159,7 +167,10 @@ def read_model_config(directory: Path | None) -> ModelConfig:
     values = _read(directory / MODEL_CONFIG) if directory else {}
     if directory and values and not ModelConfig(values).quantization:
         match _read(directory / "hf_quant_config.json"):
-            case {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": str()} as stated}:
+            case {
+                "producer": {"name": "modelopt"},
+                "quantization": {"quant_algo": str()} as stated,
+            }:
                 values |= {"quantization_config": {"quant_method": "modelopt", **stated}}
     return ModelConfig(values)
 

@@ -14,7 +14,8 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("s3fs") is None, reason="s3fs is not installed"),
     pytest.mark.skipif(
-        None in map(importlib.util.find_spec, ("moto", "flask_cors")), reason="moto[server] is not installed"
+        None in map(importlib.util.find_spec, ("moto", "flask_cors")),
+        reason="moto[server] is not installed",
     ),
 ]
 
@@ -30,7 +31,11 @@ def test_outputs_are_those_of_the_files(tmp_path: Path, mode: str) -> None:
     moto.start()
     try:
         host, port = moto.get_host_and_port()
-        keys = {"aws_access_key_id": "testing", "aws_secret_access_key": "testing", "region_name": "us-east-1"}
+        keys = {
+            "aws_access_key_id": "testing",
+            "aws_secret_access_key": "testing",
+            "region_name": "us-east-1",
+        }
         client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", **keys)
         client.create_bucket(Bucket="models")
         for path in (p for p in (tmp_path / "w").rglob("*") if p.is_file()):
@@ -43,11 +48,17 @@ def test_outputs_are_those_of_the_files(tmp_path: Path, mode: str) -> None:
         home.mkdir()
         for command in COMMANDS:
             done = server().run(
-                *argv(command, "s3://models/base", "s3://models/adapter", home, "--remote", mode), before=before
+                *argv(command, "s3://models/base", "s3://models/adapter", home, "--remote", mode),
+                before=before,
             )
             assert done.code == 0, done
         done = server().run(
-            "detect", "s3://models/none", "s3://models/adapter", "-o", home / "f.safetensors", before=before
+            "detect",
+            "s3://models/none",
+            "s3://models/adapter",
+            "-o",
+            home / "f.safetensors",
+            before=before,
         )
         assert (done.code, done.err.count("\n")) == (3, 1), done
     finally:

@@ -37,7 +37,9 @@ def test_the_demo_repairs_an_adapter_that_forgets(tmp_path: Path) -> None:
     assert commands(tree) == ["inspect", "detect", "repair", "merge", "verify", "report"]
     assert tree["missing"] is None
     for step, schema in zip(
-        tree["steps"], ("plan", "findings", "repair", "output", "verification", "output"), strict=True
+        tree["steps"],
+        ("plan", "findings", "repair", "output", "verification", "output"),
+        strict=True,
     ):
         assert step["record"]["schema"].split("/")[0] == f"streamer.{schema}"
     repair = tree["steps"][2]["record"]
@@ -45,7 +47,10 @@ def test_the_demo_repairs_an_adapter_that_forgets(tmp_path: Path) -> None:
     assert repair["chosen"] == "repair"
     assert rows["repair"]["kept"] > 0.85
     assert rows["repair"]["divergence"] < 0.8 * rows["shrink"]["divergence"]
-    base, merged = (transformers.AutoModelForCausalLM.from_pretrained(kept / name) for name in ("base", "merged"))
+    base, merged = (
+        transformers.AutoModelForCausalLM.from_pretrained(kept / name)
+        for name in ("base", "merged")
+    )
     repaired = peft.PeftModel.from_pretrained(base, kept / "repaired")
     ids = torch.arange(40)[None]
     with torch.no_grad():
@@ -69,7 +74,9 @@ def test_the_demo_fits_a_screen_and_leaves_nothing(tmp_path: Path) -> None:
 
 def test_without_transformers_the_demo_shrinks(server: Server, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
-    tree = check(server.run("demo", "-o", kept, "--json", before=WITHOUT_TRANSFORMERS), "streamer.demo/2")
+    tree = check(
+        server.run("demo", "-o", kept, "--json", before=WITHOUT_TRANSFORMERS), "streamer.demo/2"
+    )
     assert commands(tree) == ["inspect", "detect", "mitigate", "merge", "verify", "report"]
     assert tree["missing"].endswith("pip install 'intruder-streamer[evaluate]'")
     assert tree["directory"] == str(kept)
@@ -87,7 +94,9 @@ def test_the_demos_commands_can_be_typed(server: Server, tmp_path: Path) -> None
     done = server.run("demo", "-o", kept, before=WITHOUT_TRANSFORMERS)
     assert done.code == 0, done.err
     assert (kept / "report.html").as_uri() in done.out
-    lines = [line.removeprefix("$ ") for line in done.out.splitlines() if line.startswith("$ streamer")]
+    lines = [
+        line.removeprefix("$ ") for line in done.out.splitlines() if line.startswith("$ streamer")
+    ]
     assert len(lines) == 6
     for line in lines:
         again = server.run(*shlex.split(line)[1:], before=f"os.chdir({str(kept)!r})")
@@ -96,15 +105,22 @@ def test_the_demos_commands_can_be_typed(server: Server, tmp_path: Path) -> None
 
 def test_the_demo_refuses_a_directory_that_exists(server: Server, tmp_path: Path) -> None:
     done = server.run("demo", "-o", tmp_path)
-    assert (done.code, done.err) == (4, f"streamer: {tmp_path}: exists; name a directory that does not\n")
+    assert (done.code, done.err) == (
+        4,
+        f"streamer: {tmp_path}: exists; name a directory that does not\n",
+    )
 
 
 def test_the_wheel_has_the_demos_data() -> None:
     """Every file of the package that is no module is package data; the demo's are small."""
-    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["streamer"]
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
+        "package-data"
+    ]["streamer"]
     declared = {path for pattern in patterns for path in PACKAGE.glob(pattern) if path.is_file()}
     left_out = {".py", ".pyc"}
-    assert {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in left_out} == declared
+    assert {
+        path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in left_out
+    } == declared
     files = [path for path in declared if path.relative_to(PACKAGE).parts[0] == "demo"]
     assert len(files) > 8
     assert sum(path.stat().st_size for path in files) < 3e6

@@ -18,15 +18,35 @@ from test_schemas import check, faults
 
 def test_a_failure_is_an_object_too(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     cases = [
-        (("merge", tmp_path / "no", inputs[1], "-o", tmp_path / "o"), 3, "MissingInputError", str(tmp_path / "no")),
+        (
+            ("merge", tmp_path / "no", inputs[1], "-o", tmp_path / "o"),
+            3,
+            "MissingInputError",
+            str(tmp_path / "no"),
+        ),
         (("merge", *inputs, "-o", inputs[0]), 4, "OutputError", str(inputs[0])),
         (("merge", *inputs, "-o", tmp_path / "o", "--lambda", "7"), 2, "UsageError", None),
         (("merge", *inputs, "-o", tmp_path / "o", "--threads", "0"), 2, "UsageError", None),
         (("detect", *inputs, "-o", "f.st"), 2, "UsageError", "f.st"),
-        (("inspect", inputs[1], inputs[0]), 3, "MissingInputError", str(inputs[1] / "model.safetensors")),
-        (("mitigate", *inputs, "-o", tmp_path / "o", "--max-memory", "201M"), 2, "UsageError", None),
+        (
+            ("inspect", inputs[1], inputs[0]),
+            3,
+            "MissingInputError",
+            str(inputs[1] / "model.safetensors"),
+        ),
+        (
+            ("mitigate", *inputs, "-o", tmp_path / "o", "--max-memory", "201M"),
+            2,
+            "UsageError",
+            None,
+        ),
         (("detect", *inputs, "-o", "s3://b/o.safetensors"), 2, "UsageError", "s3:/b/o.safetensors"),
-        (("report", tmp_path / "no.safetensors"), 3, "MissingInputError", str(tmp_path / "no.safetensors")),
+        (
+            ("report", tmp_path / "no.safetensors"),
+            3,
+            "MissingInputError",
+            str(tmp_path / "no.safetensors"),
+        ),
     ]
     for argv, code, kind, path in cases:
         done = server().run(*argv, "--json")
@@ -35,7 +55,10 @@ def test_a_failure_is_an_object_too(inputs: tuple[Path, Path], tmp_path: Path) -
         assert done.err == f"streamer: {error['message']}\n"
 
 
-@pytest.mark.parametrize("argv", [["--json"], ["merge", "--json"], ["detect", "b", "a", "-o", "x", "--top-k", "x", "--json"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv",
+    [["--json"], ["merge", "--json"], ["detect", "b", "a", "-o", "x", "--top-k", "x", "--json"]],
+)
 def test_wrong_arguments_are_an_object_too(argv: list[str]) -> None:
     done = server().run(*argv)
     (error,) = check(done, "streamer.error/1", 2)["errors"]
@@ -46,13 +69,23 @@ def test_wrong_arguments_are_an_object_too(argv: list[str]) -> None:
 def test_a_fault_of_ours_is_an_object_and_a_traceback(inputs: tuple[Path, Path]) -> None:
     before = "import streamer.cli.main as m\ndef broken(*_): raise RuntimeError('impossible')\nm.run_command = broken"
     done = subprocess.run(
-        [sys.executable, "-c", f"import sys; {before}\nsys.argv = ['streamer', 'verify', 'x', '--json']\nm.main()"],
-        capture_output=True, text=True, env=ENV, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            f"import sys; {before}\nsys.argv = ['streamer', 'verify', 'x', '--json']\nm.main()",
+        ],
+        capture_output=True,
+        text=True,
+        env=ENV,
+        check=False,
+    )
     (error,) = json.loads(done.stdout)["errors"]
     assert (done.returncode, error["kind"], error["exit_code"], error["message"]) == (
-        1, "RuntimeError", 1, "impossible",
-    )  # fmt: skip
+        1,
+        "RuntimeError",
+        1,
+        "impossible",
+    )
     assert "Traceback" in done.stderr
 
 
@@ -83,7 +116,12 @@ def test_events_of_what_goes_wrong(inputs: tuple[Path, Path], tmp_path: Path) ->
     out = tmp_path / "out"
     done = server().run("merge", base, inputs[1], "-o", out, "--json-events", "--lambda", "nan")
     (error,) = lines(done.err)
-    assert (done.code, error["event"], error["kind"], error["exit_code"]) == (2, "error", "UsageError", 2)
+    assert (done.code, error["event"], error["kind"], error["exit_code"]) == (
+        2,
+        "error",
+        "UsageError",
+        2,
+    )
     warned = lines(server().run("inspect", base, inputs[1], "--json-events").err)
     assert [e["event"] for e in warned if e["event"] != "progress"] == ["warning", "done"]
     (usage,) = lines(server().run("merge", "--json-events").err)
@@ -105,7 +143,9 @@ def test_what_python_warns_of_is_an_event() -> None:
         "import warnings; from streamer.cli.main import JsonEvents\n"
         "e = JsonEvents(); warnings.warn('odd', stacklevel=1); e.close(); warnings.warn('even', stacklevel=1)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=ENV, check=True
+    )
     first, *rest = done.stderr.splitlines()
     assert json.loads(first)["message"] == "odd"
     assert "UserWarning: even" in rest[0]
@@ -126,10 +166,14 @@ progress(Event("detect", "", 100, 100, 4, 4))
 progress.close()
 progress.finish("4 matrices")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=ENV, check=True
+    )
     first, *between, last = done.stderr.splitlines()
     assert re.fullmatch(r"streamer: detect: after 00:\d\d, 0 of 4 matrices, 0%, poems", first)
     halfway = [line for line in between if ", 2 of 4 matrices, 50%, poems, 00:" in line]
     assert len(halfway) >= 2  # one when an event came, and one when none did
-    assert all(re.fullmatch(r"streamer: detect: after 00:\d\d, .* 00:\d\d left", line) for line in halfway)
+    assert all(
+        re.fullmatch(r"streamer: detect: after 00:\d\d, .* 00:\d\d left", line) for line in halfway
+    )
     assert re.fullmatch(r"streamer: detect: 4 matrices, in [\d.]+ s", last)

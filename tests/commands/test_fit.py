@@ -32,7 +32,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 SEQUENCES = "--sequences", 24
 
 
-def run(server: Server, home: Path, output: object, *options: object, before: str = "", **inputs: Path) -> Outcome:
+def run(
+    server: Server, home: Path, output: object, *options: object, before: str = "", **inputs: Path
+) -> Outcome:
     line = [
         "repair",
         inputs.get("base", home / "base"),
@@ -59,9 +61,15 @@ def test_an_adapter_that_saves_a_module_is_not_the_base_without_its_deltas(tmp_p
     assert (steps[-1].done, steps[-1].items) == (steps[-1].total, steps[-1].of)
     (tmp_path / "held").mkdir()
     found = streamer.evaluate_variants(
-        home / "base", home / "adapter", **held_apart(home, tmp_path / "held"), methods=["shrink"],
-        lambdas=(*SHRINKS, one["shrink"]["lambda"], 0.0), keep=1.0, coefficients=made, on_event=lambda event: None,
-    )  # fmt: skip
+        home / "base",
+        home / "adapter",
+        **held_apart(home, tmp_path / "held"),
+        methods=["shrink"],
+        lambdas=(*SHRINKS, one["shrink"]["lambda"], 0.0),
+        keep=1.0,
+        coefficients=made,
+        on_event=lambda event: None,
+    )
     assert (
         found["shrink 0"]["divergence"] > 1e-3
     )  # a sum of what cannot be negative, whereas differences of losses may cancel
@@ -69,7 +77,10 @@ def test_an_adapter_that_saves_a_module_is_not_the_base_without_its_deltas(tmp_p
         {figure: one[figure] for figure in FIGURES}, rel=1e-3
     )
     # A fit knows no shrink of λ 0, which would lose the saved module too.
-    variants = tuple(replace(v, mitigation_lambda=None) if v.mitigation_lambda == 0 else v for v in found.variants)
+    variants = tuple(
+        replace(v, mitigation_lambda=None) if v.mitigation_lambda == 0 else v
+        for v in found.variants
+    )
     compared = against_shrink(replace(found, variants=variants), len(variants) - 1)
     assert (compared is None) == (one["shrink"] is None)
     if compared is not None:
@@ -87,10 +98,20 @@ def test_an_evaluation_warns_of_files_that_were_fitted_to_however_they_are_cut(
     def warnings(**texts: Path) -> list[str]:
         said: list[str] = []
         streamer.evaluate_variants(
-            home / "base", home / "adapter", **{**others, **texts}, methods=["regmean"], coefficients=output, sequences=7,
-            length=6, on_event=lambda event: said.append(event.name) if event.stage == "warning" else None,
-        )  # fmt: skip
-        return [" ".join(line.split()[:4]) for line in said if "was used to fit the coefficients" in line]
+            home / "base",
+            home / "adapter",
+            **{**others, **texts},
+            methods=["regmean"],
+            coefficients=output,
+            sequences=7,
+            length=6,
+            on_event=lambda event: said.append(event.name) if event.stage == "warning" else None,
+        )
+        return [
+            " ".join(line.split()[:4])
+            for line in said
+            if "was used to fit the coefficients" in line
+        ]
 
     assert warnings() == []
     assert warnings(general=tmp_path / "copied.npy") == ["the general text, copied.npy,"]
@@ -107,16 +128,24 @@ def test_a_dry_run_writes_nothing(server: Server, home: Path, tmp_path: Path) ->
     run(server, home, tmp_path / "c")
     size = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
     assert size / 2 < tree["forecast"]["write_bytes"] < 3 * size
-    assert tree["files"] == 1 + sum(path.name != "streamer.json" for path in (tmp_path / "c").iterdir())
+    assert tree["files"] == 1 + sum(
+        path.name != "streamer.json" for path in (tmp_path / "c").iterdir()
+    )
     assert tree["forecast"]["read_bytes"] > 0
     assert tree["forecast"]["temporary_bytes"] > 0
-    assert tree["forecast"]["seconds"] > START_SECONDS, "what every run and every module takes, however small"
+    assert tree["forecast"]["seconds"] > START_SECONDS, (
+        "what every run and every module takes, however small"
+    )
     done = check(run(server, home, tmp_path / "c", "--dry-run", "--json"), "streamer.dry-run/1")
     assert (done["state"], done["forecast"]) == ("done", None)
 
 
-def test_texts_that_are_short_are_told_of_before_the_first_pass(server: Server, home: Path, tmp_path: Path) -> None:
-    done = run(server, home, tmp_path / "c.safetensors", "--dry-run", "--sequences", 4, "--length", 3)
+def test_texts_that_are_short_are_told_of_before_the_first_pass(
+    server: Server, home: Path, tmp_path: Path
+) -> None:
+    done = run(
+        server, home, tmp_path / "c.safetensors", "--dry-run", "--sequences", 4, "--length", 3
+    )
     assert done.code == 0
     *held, line = done.err.splitlines()
     assert "text has 4 tokens to fit on, fewer than the 32 inputs of the widest matrix" in line
@@ -132,16 +161,22 @@ def test_swapped_texts_are_asked_about(server: Server, home: Path, tmp_path: Pat
     done = run(server, home, tmp_path / "c.safetensors", "-qq", **swapped)
     assert (done.code, done.out) == (3, "")
     (line,) = done.err.splitlines()
-    assert line.startswith("streamer: general.npy: the adapter's loss on the task's text is above the base's, by ")
+    assert line.startswith(
+        "streamer: general.npy: the adapter's loss on the task's text is above the base's, by "
+    )
     assert line.endswith(": are the two texts swapped?")
     assert list(tmp_path.iterdir()) == [], "nothing of it is to be taken up"
     events = list[Event]()
     with pytest.raises(MismatchError, match="are the two texts swapped"):
-        streamer.repair_adapter(home / "base", home / "adapter", tmp_path / "c", on_event=events.append, **swapped)
+        streamer.repair_adapter(
+            home / "base", home / "adapter", tmp_path / "c", on_event=events.append, **swapped
+        )
     assert [event.name for event in events].count("embeddings") == 1, "before the sweep that fits"
 
 
-def test_the_least_budget_that_is_named_is_enough(server: Server, home: Path, tmp_path: Path) -> None:
+def test_the_least_budget_that_is_named_is_enough(
+    server: Server, home: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "c.safetensors"
     refused = run(server, home, output, "--max-memory", budget := f"{process_mib() + 100}M")
     assert (refused.code, refused.out) == (2, "")
@@ -149,7 +184,10 @@ def test_the_least_budget_that_is_named_is_enough(server: Server, home: Path, tm
     assert line.startswith(f"streamer: --max-memory: {budget} is not enough for a sweep of ")
     assert line.endswith("M, and less with a smaller --length or fewer --sequences")
     least = line.partition("it needs ")[2].partition(",")[0]
-    tree = check(run(server, home, output, "--max-memory", least, "--dry-run", "--json"), "streamer.dry-run/1")
+    tree = check(
+        run(server, home, output, "--max-memory", least, "--dry-run", "--json"),
+        "streamer.dry-run/1",
+    )
     assert 300 << 20 < tree["forecast"]["peak_memory_bytes"] <= int(least.removesuffix("M")) << 20
     assert run(server, home, output, "--max-memory", least, "-qq").code == 0
 
@@ -159,13 +197,23 @@ def test_a_line_for_each_thing_that_is_wrong(server: Server, home: Path, tmp_pat
     np.save(one := tmp_path / "one.npy", np.full((1, 8), 5))
     cases: list[tuple[list[object], dict[str, Path], int, str]] = [
         ([], {"task": tmp_path / "absent.npy"}, 3, f"{tmp_path}/absent.npy: no such file"),
-        (["--length", "8"], {"general": short}, 3, f"{short}: expected 4 sequences of 8 tokens at least, found 30 tokens; give more text"),
-        ([], {"task": one}, 3, f"{one}: expected at least 2 sequences, whose difference gives the error, found 1; give more text"),
+        (
+            ["--length", "8"],
+            {"general": short},
+            3,
+            f"{short}: expected 4 sequences of 8 tokens at least, found 30 tokens; give more text",
+        ),
+        (
+            [],
+            {"task": one},
+            3,
+            f"{one}: expected at least 2 sequences, whose difference gives the error, found 1; give more text",
+        ),
         (["--keep", "90"], {}, 2, "--keep: expected a share in (0, 1], found 90.0"),
         (["--mu", "6,1"], {}, 2, "--mu: expected rising numbers above 0, found [6.0, 1.0]"),
         (["--mu", "0"], {}, 2, "--mu: expected rising numbers above 0, found [0.0]"),
         ([], {"adapter": home}, 3, f"{home}: "),
-    ]  # fmt: skip
+    ]
     for options, inputs, code, message in cases:
         done = run(server, home, tmp_path / "c.safetensors", *options, **inputs)
         assert (done.code, done.out) == (code, ""), (message, done.err)
@@ -176,7 +224,14 @@ def test_a_line_for_each_thing_that_is_wrong(server: Server, home: Path, tmp_pat
     done = run(server, home, tmp_path / "n")
     assert (done.code, done.out) == (4, "")
     assert "exists and is not coefficients, and no other file is replaced" in done.err
-    texts = "--task", home / "task.npy", "--general", home / "general.npy", "--prompts", home / "task.npy"
+    texts = (
+        "--task",
+        home / "task.npy",
+        "--general",
+        home / "general.npy",
+        "--prompts",
+        home / "task.npy",
+    )
     done = server.run("repair", home / "base", home / "adapter", *texts, "-o", tmp_path / "c")
     words = "prompts: applies only to text that the adapter writes, found task too; leave one of them out"
     assert (done.code, words in done.err) == (2, True)
@@ -206,7 +261,11 @@ def fit(
     steps = [e for e in events if e.stage == "fit"]
     assert [e.done for e in steps] == sorted(e.done for e in steps)
     assert (steps[-1].done, steps[-1].items) == (steps[-1].total, steps[-1].of)
-    return made, sum(e.name == "embeddings" for e in steps), [e.name for e in events if e.stage == "warning"]
+    return (
+        made,
+        sum(e.name == "embeddings" for e in steps),
+        [e.name for e in events if e.stage == "warning"],
+    )
 
 
 def missed(said: list[str]) -> list[str]:
@@ -221,7 +280,12 @@ def test_the_share_is_a_floor(large: Path) -> None:
     """Candidates that keep it all are told apart by their divergence, and nothing is given away."""
     made, sweeps, said = fit(large, (0.1, 1.0), 0.3)
     (one,) = made.facts["sets"]
-    assert (sweeps, missed(said), one["missed"], one["mu"]) == (3, [], False, 1.0)  # what was learned, fit, shrink
+    assert (sweeps, missed(said), one["missed"], one["mu"]) == (
+        3,
+        [],
+        False,
+        1.0,
+    )  # what was learned, fit, shrink
     assert one["kept"] > 0.6
     apart = [fit(large, (mu,), 0.3)[0] for mu in (0.1, 1.0)]
     assert one["divergence"] == min(each.facts["sets"][0]["divergence"] for each in apart)
@@ -249,7 +313,9 @@ def test_if_no_candidate_keeps_the_share_the_adapter_is_an_end(large: Path) -> N
     plan, end = make_plan(large / "base", large / "adapter"), factors(fit(large, (64.0,), 0.001)[0])
     for target in plan.targets:
         start = factors_of(plan, target).R.float()
-        torch.testing.assert_close(factors(made)[target.tensor], torch.lerp(start, end[target.tensor], one["mu"] / 64))
+        torch.testing.assert_close(
+            factors(made)[target.tensor], torch.lerp(start, end[target.tensor], one["mu"] / 64)
+        )
 
 
 def test_a_file_of_another_algorithm_or_a_damaged_one_is_not_this_fit(
@@ -269,25 +335,37 @@ def test_a_file_of_another_algorithm_or_a_damaged_one_is_not_this_fit(
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(FormatError, match=r"f\.fit\.safetensors: is damaged: expected SHA-256"):
         streamer.load_coefficients(path)
-    with pytest.raises(OutputExistsError, match=r"make coefficients with `streamer repair`, or pass --overwrite$"):
+    with pytest.raises(
+        OutputExistsError, match=r"make coefficients with `streamer repair`, or pass --overwrite$"
+    ):
         again()
     again(overwrite=True)
     assert again().facts == streamer.load_coefficients(path).facts
-    path.write_bytes(sealed(path.read_bytes().replace(b"streamer.coefficients/3", b"streamer.coefficients/2")))
+    path.write_bytes(
+        sealed(path.read_bytes().replace(b"streamer.coefficients/3", b"streamer.coefficients/2"))
+    )
     with pytest.raises(
-        OutputExistsError, match=r"expected streamer\.coefficients/3, found 'streamer\.coefficients/2'; .*--overwrite$"
+        OutputExistsError,
+        match=r"expected streamer\.coefficients/3, found 'streamer\.coefficients/2'; .*--overwrite$",
     ):
         again()
 
 
 @pytest.mark.parametrize(
-    ("options", "words"), [({"keep": 0.95}, "--keep"), ({"weights": (1.0, 8.0)}, "--mu"), ({"seed": 1}, "--seed")]
+    ("options", "words"),
+    [({"keep": 0.95}, "--keep"), ({"weights": (1.0, 8.0)}, "--mu"), ({"seed": 1}, "--seed")],
 )
-def test_a_rerun_with_another_option_names_it(home: Path, tmp_path: Path, options: dict[str, Any], words: str) -> None:
+def test_a_rerun_with_another_option_names_it(
+    home: Path, tmp_path: Path, options: dict[str, Any], words: str
+) -> None:
     given = {"general": home / "general.npy", "task": home / "task.npy", "on_event": str}
     streamer.repair_adapter(home / "base", home / "adapter", tmp_path / "out", **given)
-    with pytest.raises(OutputExistsError, match=rf"holds coefficients of other inputs or options \({words}\)"):
-        streamer.repair_adapter(home / "base", home / "adapter", tmp_path / "out", **given, **options)
+    with pytest.raises(
+        OutputExistsError, match=rf"holds coefficients of other inputs or options \({words}\)"
+    ):
+        streamer.repair_adapter(
+            home / "base", home / "adapter", tmp_path / "out", **given, **options
+        )
 
 
 def test_a_finished_run_needs_no_budget_of_its_own(home: Path, tmp_path: Path) -> None:
@@ -295,7 +373,14 @@ def test_a_finished_run_needs_no_budget_of_its_own(home: Path, tmp_path: Path) -
     given = {"general": home / "general.npy", "on_event": str}
     for max_memory, state in ((None, "written"), ("2G", "present")):
         record = streamer.repair_adapter(
-            home / "base", home / "adapter", tmp_path / "out", task=home / "task.npy", max_memory=max_memory, **given
+            home / "base",
+            home / "adapter",
+            tmp_path / "out",
+            task=home / "task.npy",
+            max_memory=max_memory,
+            **given,
         )
         assert record["state"] == state
-        streamer.map_inputs(home / "base", tmp_path / "map.safetensors", max_memory=max_memory, **given)
+        streamer.map_inputs(
+            home / "base", tmp_path / "map.safetensors", max_memory=max_memory, **given
+        )

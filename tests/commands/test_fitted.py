@@ -30,7 +30,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
 
 
 @pytest.mark.parametrize("command", ["mitigate", "merge"])
-def test_an_output_says_how_it_was_made(inputs: tuple[Path, Path, Path], tmp_path: Path, command: str) -> None:
+def test_an_output_says_how_it_was_made(
+    inputs: tuple[Path, Path, Path], tmp_path: Path, command: str
+) -> None:
     base, adapter, file = inputs
     out = tmp_path / "out"
     line = (command, base, adapter, "-o", out, "--coefficients", file)
@@ -46,7 +48,10 @@ def test_an_output_says_how_it_was_made(inputs: tuple[Path, Path, Path], tmp_pat
     assert record["file"] == "c.safetensors"
     assert "--coefficients c.safetensors" in (out / "README.md").read_text()
     # `--method regmean` says no more than the coefficients do, and a λ of another run stands in the way of nothing.
-    assert check(server().run(*line, "--method", "regmean", "--json"), "streamer.output/2")["state"] == "present"
+    assert (
+        check(server().run(*line, "--method", "regmean", "--json"), "streamer.output/2")["state"]
+        == "present"
+    )
     other = fitted.coefficients_file(tmp_path / "c.safetensors", base, adapter, 0.95)
     line = (command, base, adapter, "-o", out, "--coefficients", other)
     done = server().run(*line)
@@ -58,10 +63,15 @@ def test_an_output_says_how_it_was_made(inputs: tuple[Path, Path, Path], tmp_pat
     assert "method regmean, to keep 95% of the learning: 9 of 9 matrices mitigated" in text
 
 
-def test_a_fitted_adapter_is_known_as_mitigated(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_a_fitted_adapter_is_known_as_mitigated(
+    inputs: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
     base, adapter, file = inputs
     streamer.reduce_intruder_dimension(base, adapter, tmp_path / "a", coefficients=file)
-    with pytest.warns(streamer.StreamerWarning, match="mitigated already, by `streamer mitigate` with method regmean:"):
+    with pytest.warns(
+        streamer.StreamerWarning,
+        match="mitigated already, by `streamer mitigate` with method regmean:",
+    ):
         streamer.reduce_intruder_dimension(base, tmp_path / "a", tmp_path / "b", method="shrink")
 
 
@@ -93,17 +103,45 @@ def test_refusals(inputs: tuple[Path, Path, Path], tmp_path: Path, command: str)
         del tree["base"]
 
     cases: list[tuple[int, list[object], str]] = [
-        (3, [findings], f"{findings}: expected coefficients (streamer.coefficients/3), found findings; make"),
-        (3, [adapter / "adapter_model.safetensors"], "found another safetensors file; make coefficients with `streamer repair`"),
+        (
+            3,
+            [findings],
+            f"{findings}: expected coefficients (streamer.coefficients/3), found findings; make",
+        ),
+        (
+            3,
+            [adapter / "adapter_model.safetensors"],
+            "found another safetensors file; make coefficients with `streamer repair`",
+        ),
         (3, [files / "none.safetensors"], "none.safetensors: no such file"),
         (3, [of_other], f"streamer: {of_other}: coefficients of another base ("),
-        (3, [of_tuned], f"streamer: {of_tuned}: coefficients of another adapter (weights_sha256 differ); give the"),
-        (3, [helpers.tampered(file, files / "base", FIT.key, another_base)], "of another base (the content of model-00001-of-"),
-        (3, [helpers.tampered(file, files / "no", FIT.key, nothing)], "do not say which base they were fitted to"),
-        (2, [file, "--lambda", "0.5"], "--lambda: method 'regmean' has no such option; leave it out"),
-        (2, [file, "--lambda", "0.75"], "--lambda: method 'regmean' has no such option; leave it out"),
+        (
+            3,
+            [of_tuned],
+            f"streamer: {of_tuned}: coefficients of another adapter (weights_sha256 differ); give the",
+        ),
+        (
+            3,
+            [helpers.tampered(file, files / "base", FIT.key, another_base)],
+            "of another base (the content of model-00001-of-",
+        ),
+        (
+            3,
+            [helpers.tampered(file, files / "no", FIT.key, nothing)],
+            "do not say which base they were fitted to",
+        ),
+        (
+            2,
+            [file, "--lambda", "0.5"],
+            "--lambda: method 'regmean' has no such option; leave it out",
+        ),
+        (
+            2,
+            [file, "--lambda", "0.75"],
+            "--lambda: method 'regmean' has no such option; leave it out",
+        ),
         (2, [file, "--method", "project"], "--coefficients: method 'project' has no such option"),
-    ]  # fmt: skip
+    ]
     for code, options, words in cases:
         line = refuse(command, base, adapter, home, code, "--coefficients", *options)
         assert words in line, line
@@ -116,13 +154,19 @@ def test_refusals(inputs: tuple[Path, Path, Path], tmp_path: Path, command: str)
     assert refuse(command, base, adapter, home, 2, "--method", "regmean") == words
 
 
-def test_factors_that_are_not_finite_are_refused_in_memory_too(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_factors_that_are_not_finite_are_refused_in_memory_too(
+    inputs: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
     base, adapter, file = inputs
     made = streamer.load_coefficients(file)
     next(iter(made.matrices.values()))[0, 0] = float("nan")
-    with pytest.raises(UsageError, match="is not a matrix of finite numbers; use the factors of a fit"):
+    with pytest.raises(
+        UsageError, match="is not a matrix of finite numbers; use the factors of a fit"
+    ):
         streamer.reduce_intruder_dimension(base, adapter, tmp_path / "out", coefficients=made)
-    with pytest.raises(UsageError, match="is not a matrix of finite numbers; use the factors of a fit"):
+    with pytest.raises(
+        UsageError, match="is not a matrix of finite numbers; use the factors of a fit"
+    ):
         made.save(tmp_path / "c.safetensors")
     assert list(tmp_path.iterdir()) == []
 

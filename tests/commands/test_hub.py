@@ -29,14 +29,22 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def local(served: Path) -> dict[str, str]:
     """What is written from paths, in directories as the hub's cache has them, which tell model and commit."""
     cache = served.parent / "cache"
-    base, adapter = (cache / f"models--owner--{name}" / "snapshots" / COMMIT for name in ("base", "adapter"))
+    base, adapter = (
+        cache / f"models--owner--{name}" / "snapshots" / COMMIT for name in ("base", "adapter")
+    )
     shutil.copytree(served / "owner" / "base", base, ignore=shutil.ignore_patterns("*.bin"))
     shutil.copytree(served / "owner" / "adapter", adapter)
     return contents(run_all(base, adapter, served.parent / "local"))
 
 
 def hub_run(
-    site: RangeServer, home: Path, command: str, base: str, adapter: str, *options: object, offline: bool = False
+    site: RangeServer,
+    home: Path,
+    command: str,
+    base: str,
+    adapter: str,
+    *options: object,
+    offline: bool = False,
 ) -> Outcome:
     home.mkdir(exist_ok=True)
     before = (
@@ -50,16 +58,22 @@ def hub_run(
 
 @pytest.mark.long
 @pytest.mark.parametrize("mode", ["cache", "stream"])
-def test_outputs_of_names_on_the_hub(served: Path, local: dict[str, str], tmp_path: Path, mode: str) -> None:
+def test_outputs_of_names_on_the_hub(
+    served: Path, local: dict[str, str], tmp_path: Path, mode: str
+) -> None:
     with serving(served, HubHandler) as site:
         for command in remote_jobs.COMMANDS:
-            done = hub_run(site, tmp_path, command, "owner/base@v1", "owner/adapter", "--remote", mode)
+            done = hub_run(
+                site, tmp_path, command, "owner/base@v1", "owner/adapter", "--remote", mode
+            )
             assert done.code == 0, done
             assert "secret" not in done.err + done.out
         record = json.loads((tmp_path / "out" / "model" / "streamer.json").read_text())
         assert (record["base"]["model_id"], record["base"]["revision"]) == ("owner/base", COMMIT)
         assert contents(tmp_path / "out") == local
-        assert "pytorch_model.bin" not in {request.path.rpartition("/")[2] for request in site.requests}
+        assert "pytorch_model.bin" not in {
+            request.path.rpartition("/")[2] for request in site.requests
+        }
         storage = [r for r in site.requests if r.path.startswith("owner/")]
         assert storage
         assert not any("authorization" in r.headers for r in storage)
@@ -73,12 +87,17 @@ def test_outputs_of_names_on_the_hub(served: Path, local: dict[str, str], tmp_pa
             assert (done.code, site.requests) == (0, []), done
     if mode == "cache":  # the server is gone
         done = hub_run(site, tmp_path, "detect", "owner/base@v1", "owner/adapter")
-        assert (done.code, "owner/base@v1: the hub cannot be reached; its cache is used" in done.err) == (0, True), done
+        assert (
+            done.code,
+            "owner/base@v1: the hub cannot be reached; its cache is used" in done.err,
+        ) == (0, True), done
 
 
 def test_a_directory_in_a_repository(served: Path, tmp_path: Path) -> None:
     with serving(served, HubHandler) as site:
-        done = hub_run(site, tmp_path, "detect", "hf://owner/base", "owner/several/one", "--dry-run", "--json")
+        done = hub_run(
+            site, tmp_path, "detect", "hf://owner/base", "owner/several/one", "--dry-run", "--json"
+        )
         assert done.code == 0, done
         assert json.loads(done.out)["forecast"]["network_bytes"] > 0
         whole = sum(p.stat().st_size for p in (served / "owner" / "base").glob("*.safetensors"))
@@ -98,7 +117,9 @@ def test_a_directory_in_a_repository(served: Path, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_the_hub_does_not_have(served: Path, tmp_path: Path, name: str, code: int, words: str) -> None:
+def test_what_the_hub_does_not_have(
+    served: Path, tmp_path: Path, name: str, code: int, words: str
+) -> None:
     with serving(served, HubHandler) as site:
         done = hub_run(site, tmp_path, "detect", name, str(served / "owner" / "adapter"))
     assert (done.code, done.err.count("\n")) == (code, 1), done
@@ -106,7 +127,9 @@ def test_what_the_hub_does_not_have(served: Path, tmp_path: Path, name: str, cod
 
 
 @pytest.mark.parametrize("name", ["model.safetensors.index.json", "tokenizer.json"])
-def test_a_small_file_that_is_large_is_not_downloaded(served: Path, tmp_path: Path, name: str) -> None:
+def test_a_small_file_that_is_large_is_not_downloaded(
+    served: Path, tmp_path: Path, name: str
+) -> None:
     root = Path(shutil.copytree(served, tmp_path / "served"))
     with (root / "owner" / "base" / name).open("wb") as f:
         f.truncate(300_000_000)
@@ -118,7 +141,9 @@ def test_a_small_file_that_is_large_is_not_downloaded(served: Path, tmp_path: Pa
 
 
 def test_a_token_that_is_refused(served: Path, tmp_path: Path) -> None:
-    with serving(served, HubHandler, fault=lambda path, n: "401" if path.startswith("info") else None) as site:
+    with serving(
+        served, HubHandler, fault=lambda path, n: "401" if path.startswith("info") else None
+    ) as site:
         done = hub_run(site, tmp_path, "detect", "owner/base", str(served / "owner" / "adapter"))
     assert (done.code, done.err.count("\n")) == (3, 1), done
     assert "log in" in done.err

@@ -26,17 +26,31 @@ def test_every_problem_is_told_at_once(job: tuple[Path, Path], tmp_path: Path) -
             tensors[f"{prefix}9.extra_{i}.lora_B.weight"] = torch.ones(5, 4)
 
     edit_adapter(adapter, change)
-    refuse_everywhere(base, adapter, tmp_path, 3, "22 of 29 modules do not fit", "[50, 96]",
-                      "expected shape [48, 47] in the base, found [48, 48]",
-                      "; and 20 more; is this")  # fmt: skip
+    refuse_everywhere(
+        base,
+        adapter,
+        tmp_path,
+        3,
+        "22 of 29 modules do not fit",
+        "[50, 96]",
+        "expected shape [48, 47] in the base, found [48, 48]",
+        "; and 20 more; is this",
+    )
 
 
 def test_inputs_that_are_not_there_or_exchanged(job: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = job
     refuse_everywhere(
-        base, tmp_path / "no", tmp_path, 3, f"{tmp_path / 'no'}: no such directory", "path of the adapter"
+        base,
+        tmp_path / "no",
+        tmp_path,
+        3,
+        f"{tmp_path / 'no'}: no such directory",
+        "path of the adapter",
     )
-    refuse_everywhere(tmp_path / "no", adapter, tmp_path, 3, f"{tmp_path / 'no'}: no such directory", "base model")
+    refuse_everywhere(
+        tmp_path / "no", adapter, tmp_path, 3, f"{tmp_path / 'no'}: no such directory", "base model"
+    )
     words = (
         "expected model.safetensors, found adapter_config.json, adapter_model.safetensors;",
         "in the order BASE ADAPTER",
@@ -45,7 +59,11 @@ def test_inputs_that_are_not_there_or_exchanged(job: tuple[Path, Path], tmp_path
     refuse_everywhere(adapter, adapter, tmp_path, 3, *words)
     (adapter / "adapter_model.safetensors").unlink()
     refuse_everywhere(
-        base, adapter, tmp_path, 3, "expected adapter_model.safetensors, found adapter_config.json; name an adapter"
+        base,
+        adapter,
+        tmp_path,
+        3,
+        "expected adapter_model.safetensors, found adapter_config.json; name an adapter",
     )
 
 
@@ -70,7 +88,10 @@ def test_outputs_that_would_touch_an_input(job: tuple[Path, Path], tmp_path: Pat
     ]
     for command, out, words in cases:
         for options in ([], ["--overwrite"], ["--dry-run"]):
-            if linked in (out, out.parent):  # another name of an input: known as one where it would be replaced
+            if linked in (
+                out,
+                out.parent,
+            ):  # another name of an input: known as one where it would be replaced
                 words = "is the input" if options == ["--overwrite"] else "exists"  # noqa: PLW2901
             done = server().run(command, base, adapter, "-o", out, *options)
             assert (done.code, done.out, done.calls) == (4, "", []), (command, out, options, done)
@@ -113,7 +134,9 @@ def test_findings_over_a_foreign_file(job: tuple[Path, Path], tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("command", ["merge", "mitigate"])
-def test_copies_of_inputs_are_not_overwritten(job: tuple[Path, Path], tmp_path: Path, command: str) -> None:
+def test_copies_of_inputs_are_not_overwritten(
+    job: tuple[Path, Path], tmp_path: Path, command: str
+) -> None:
     """An adapter in a copy of a base, a model in one of an adapter: a loader's other choice is someone's weights."""
     base, adapter = job
     out = shutil.copytree({"merge": adapter, "mitigate": base}[command], tmp_path / "out")
@@ -145,9 +168,14 @@ def test_findings_of_something_else(job: tuple[Path, Path], tmp_path: Path, comm
     name = "model.layers.1.mlp.up_proj.weight"
     save_file(tensors | {name: tensors[name] * 2}, shard, metadata={"format": "pt"})
     line = refuse(command, base, adapter, tmp_path, 3, *use)
-    assert f"{findings}: made with another base (the content of {shard.name} differs); run detect again" in line
+    assert (
+        f"{findings}: made with another base (the content of {shard.name} differs); run detect again"
+        in line
+    )
     save_file(tensors, shard, metadata={"format": "pt"})
-    edit_adapter(adapter, lambda t: t.update({k: v * 1.01 for k, v in t.items() if "layers.0" in k}))
+    edit_adapter(
+        adapter, lambda t: t.update({k: v * 1.01 for k, v in t.items() if "layers.0" in k})
+    )
     line = refuse(command, base, adapter, tmp_path, 3, *use)
     assert f"{findings}: made with another adapter (weights_sha256" in line
     assert "run detect again on this one" in line
@@ -158,7 +186,9 @@ def test_findings_that_are_none(job: tuple[Path, Path], tmp_path: Path, command:
     base, adapter = job
     shard = base / "model-00001-of-00003.safetensors"
     line = refuse(command, base, adapter, tmp_path, 3, "--findings", shard)
-    assert f"{shard}: expected findings (streamer.findings/1), found another safetensors file" in line
+    assert (
+        f"{shard}: expected findings (streamer.findings/1), found another safetensors file" in line
+    )
     assert "make them with `streamer detect`" in line
     line = refuse(command, base, adapter, tmp_path, 3, "--findings", tmp_path / "no")
     assert f"{tmp_path / 'no'}: no such file" in line
@@ -182,19 +212,21 @@ def test_a_name_that_is_not_utf_8(job: tuple[Path, Path], tmp_path: Path) -> Non
         if command in ("mitigate", "merge"):
             assert json.loads(done.out)["adapter"]["name"] == "ad\\xffapter"
     findings = tmp_path / "detect.safetensors"
-    assert server().run("merge", base, odd, "-o", tmp_path / "again", "--findings", findings).code == 0
+    assert (
+        server().run("merge", base, odd, "-o", tmp_path / "again", "--findings", findings).code == 0
+    )
 
 
-WARNING = (
-    "'use_tomorrow', 'use_hyper' of adapter_config.json are ignored: the result relies on them not changing the delta"
-)
+WARNING = "'use_tomorrow', 'use_hyper' of adapter_config.json are ignored: the result relies on them not changing the delta"
 IGNORE = ("--ignore-key", "use_tomorrow", "--ignore-key", "use_hyper")
 
 
 @pytest.fixture
 def keyed(job: tuple[Path, Path]) -> tuple[Path, Path]:
     config = job[1] / "adapter_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "use_tomorrow": True, "use_hyper": 2}))
+    config.write_text(
+        json.dumps({**json.loads(config.read_text()), "use_tomorrow": True, "use_hyper": 2})
+    )
     return job
 
 
@@ -216,7 +248,10 @@ def test_ignored_keys_are_a_warning(keyed: tuple[Path, Path], tmp_path: Path) ->
     ]
     for command in ("merge", "mitigate"):
         made = output / command
-        assert WARNING in run_ignoring(command, base, adapter, "-o", made, "--method", "shrink")["warnings"]
+        assert (
+            WARNING
+            in run_ignoring(command, base, adapter, "-o", made, "--method", "shrink")["warnings"]
+        )
         assert WARNING in json.loads((made / "streamer.json").read_text())["warnings"]
     silent = server().run("inspect", base, adapter, *IGNORE, "-qq")
     assert (silent.code, silent.err + silent.last) == (0, "")

@@ -29,7 +29,11 @@ def run_cell(source: str, namespace: dict[str, Any]) -> Any:
     tree = ast.parse(source)
     last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
     exec(compile(tree, "live-model.ipynb", "exec"), namespace)
-    return None if last is None else eval(compile(ast.Expression(last.value), "live-model.ipynb", "eval"), namespace)
+    return (
+        None
+        if last is None
+        else eval(compile(ast.Expression(last.value), "live-model.ipynb", "eval"), namespace)
+    )
 
 
 @pytest.mark.long
@@ -44,8 +48,12 @@ def test_the_notebook_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.Monk
     assert not namespace["home"].exists()
     kinds = [type(value) for value in shown]
     assert kinds == [
-        str, streamer.Findings, str, tuple, pandas.DataFrame,
-    ]  # fmt: skip
+        str,
+        streamer.Findings,
+        str,
+        tuple,
+        pandas.DataFrame,
+    ]
     measured = shown[-1]
     moved = measured["moved from the base"]
     assert moved["base"] < moved["paper 0.5"] < moved["adapter"]
@@ -68,8 +76,12 @@ def run_notebook(directory: Path, *sources: str) -> tuple[list[Any], list[Any]]:
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
     pytest.importorskip("ipywidgets")
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
-    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(directory)}}).execute()
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(source) for source in sources]
+    )
+    nbclient.NotebookClient(
+        notebook, timeout=600, resources={"metadata": {"path": str(directory)}}
+    ).execute()
     widgets = notebook.metadata.widgets["application/vnd.jupyter.widget-state+json"]["state"]
     return [cell.outputs for cell in notebook.cells], [one["state"] for one in widgets.values()]
 
@@ -79,14 +91,19 @@ def test_a_call_in_a_notebook_shows_a_bar(job: tuple[Path, Path], tmp_path: Path
     """By default; not if the caller takes the events, and not if it is declined."""
     call = f"streamer.detect_intruder_dimensions({str(job[0])!r}, {str(job[1])!r}"
     (default, heard, declined), widgets = run_notebook(
-        tmp_path, f"import streamer; _ = {call})", f"_ = {call}, on_event=print)", f"_ = {call}, progress=False)"
+        tmp_path,
+        f"import streamer; _ = {call})",
+        f"_ = {call}, on_event=print)",
+        f"_ = {call}, progress=False)",
     )
     (bar,) = [output.data for output in default if output.output_type == "display_data"]
     assert "application/vnd.jupyter.widget-view+json" in bar
     assert re.match(r"detect \d/9 matrices +\d+%\|", bar["text/plain"])
     (drawn,) = [one for one in widgets if one["_model_name"] == "FloatProgressModel"]
     assert (drawn["value"], drawn["max"], drawn["bar_style"]) == (9, 9, "success")
-    texts = [re.sub(r"\s", " ", one["value"]) for one in widgets if one["_model_name"] == "HTMLModel"]
+    texts = [
+        re.sub(r"\s", " ", one["value"]) for one in widgets if one["_model_name"] == "HTMLModel"
+    ]
     assert "detect 9/9 matrices 100%" in texts
     assert any(re.fullmatch(r" 00:0\d&lt;00:00, +\S+matrix/s", text) for text in texts)
     assert [output.output_type for output in heard] == ["stream"]
@@ -128,7 +145,9 @@ def test_make_runs_what_is_needed_and_then_nothing(tmp_path: Path) -> None:
     def make() -> int:
         """How many commands `make -j2` ran."""
         line = ["make", "-j2", "--no-print-directory"]
-        done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, env=QUIET, check=False)
+        done = subprocess.run(
+            line, cwd=tmp_path, capture_output=True, text=True, env=QUIET, check=False
+        )
         assert (done.returncode, done.stderr) == (0, ""), done
         return done.stdout.count(STREAMER)
 
@@ -153,7 +172,9 @@ def test_snakemake_runs_what_is_needed_and_then_nothing(tmp_path: Path) -> None:
     def snakemake(*options: str) -> str:
         line = [sys.executable, "-m", "snakemake", "--cores", "2", *options]
         env = {**QUIET, "XDG_CACHE_HOME": str(tmp_path / "cache"), "HOME": str(tmp_path)}
-        done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, env=env, check=False)
+        done = subprocess.run(
+            line, cwd=tmp_path, capture_output=True, text=True, env=env, check=False
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 

@@ -18,48 +18,91 @@ from streamer.cli.parser import COMMANDS
 # Options --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    (["--top-k", "0"], "streamer: --top-k: expected a count from 1, or a share in (0, 1] with a decimal point, found 0"),
-    (["--epsilon", "0"], "streamer: --epsilon: expected a number in (0, 1], found 0.0"),
-    (["--threads", "0"], "--threads: expected a number from 1 to 1024, found 0"),
-    (["--device", "abacus"], "streamer: --device: expected auto, cpu, cuda or cuda:i, found 'abacus'"),
-    (["--device", "cuda:99"], "streamer: --device: cuda:99 is not available; use cpu"),
-])  # fmt: skip
-def test_options_that_make_no_sense(job: tuple[Path, Path], tmp_path: Path, options: list[str], words: str) -> None:
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            ["--top-k", "0"],
+            "streamer: --top-k: expected a count from 1, or a share in (0, 1] with a decimal point, found 0",
+        ),
+        (["--epsilon", "0"], "streamer: --epsilon: expected a number in (0, 1], found 0.0"),
+        (["--threads", "0"], "--threads: expected a number from 1 to 1024, found 0"),
+        (
+            ["--device", "abacus"],
+            "streamer: --device: expected auto, cpu, cuda or cuda:i, found 'abacus'",
+        ),
+        (["--device", "cuda:99"], "streamer: --device: cuda:99 is not available; use cpu"),
+    ],
+)
+def test_options_that_make_no_sense(
+    job: tuple[Path, Path], tmp_path: Path, options: list[str], words: str
+) -> None:
     for command in WRITING:
         for dry in ([], ["--dry-run"]):
             assert words in refuse(command, *job, tmp_path, 2, *options, *dry)
 
 
-@pytest.mark.parametrize(("argv", "words"), [
-    ([], "COMMAND"),
-    (["fly"], "COMMAND: expected one of inspect, detect, "),
-    (["mrege", "b", "a", "-o", "x"], "found 'mrege'; did you mean merge?"),
-    (["--verison"], "unknown option '--verison'; did you mean --version?"),
-    (["merge", "b", "a", "--ouput", "x"], "unknown option '--ouput'; did you mean --output?"),
-    (["merge", "b", "a", "-o", "x", "--lambda", "75%"], "--lambda: expected a number like 0.75, found '75%'; did you mean 0.75?"),
-    (["merge", "b", "a", "-o", "x", "--lambda", "0,75"], "--lambda: expected a number like 0.75, found '0,75'; did you mean 0.75?"),
-    (["repair", "b", "a", "-o", "x", "--mu", "0.9,85%"], "--mu: expected a number like 0.75, found '85%'; did you mean 0.85?"),
-    (["merge", "b", "a", "-o", "x", "--lambda=75 %"], "--lambda: expected a number like 0.75, found '75 %'; did you mean 0.75?"),
-    (["detect", "b", "a"], "the following arguments are required: -o/--output"),
-    (["merge", "b", "-o", "x"], "the following arguments are required: ADAPTER"),
-    (
-        ["detect", "b", "a", "-o", "x", "--top-k", "some"],
-        "--top-k: expected a count like 10 or a share like 0.1, found 'some'; see `streamer detect --help-all`",
-    ),
-    (["merge", "b", "a", "-o", "x", "--lambda", "much"], "--lambda: expected a number like 0.75, found 'much'; see `streamer merge"),
-    (["merge", "b", "a", "-o", "x", "--method", "paperr"], "regmean, nullspace, found 'paperr'; did you mean paper?"),
-    (["detect", "b", "a", "-o", "x", "--lambda", "1"], "unknown option '--lambda'; see `streamer detect --help-all`"),
-    (["demo", "more"], "streamer: unexpected argument 'more'; see `streamer demo --help-all`"),
-    (["merge", "b", "a", "-m", "paper", "-o", "x"], "streamer: unknown option '-m'; see `streamer merge --help-all`"),
-    (["detect", "b", "a", "-o", "x", "--threads", "two"], "--threads: expected a whole number, found 'two'; see"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "COMMAND"),
+        (["fly"], "COMMAND: expected one of inspect, detect, "),
+        (["mrege", "b", "a", "-o", "x"], "found 'mrege'; did you mean merge?"),
+        (["--verison"], "unknown option '--verison'; did you mean --version?"),
+        (["merge", "b", "a", "--ouput", "x"], "unknown option '--ouput'; did you mean --output?"),
+        (
+            ["merge", "b", "a", "-o", "x", "--lambda", "75%"],
+            "--lambda: expected a number like 0.75, found '75%'; did you mean 0.75?",
+        ),
+        (
+            ["merge", "b", "a", "-o", "x", "--lambda", "0,75"],
+            "--lambda: expected a number like 0.75, found '0,75'; did you mean 0.75?",
+        ),
+        (
+            ["repair", "b", "a", "-o", "x", "--mu", "0.9,85%"],
+            "--mu: expected a number like 0.75, found '85%'; did you mean 0.85?",
+        ),
+        (
+            ["merge", "b", "a", "-o", "x", "--lambda=75 %"],
+            "--lambda: expected a number like 0.75, found '75 %'; did you mean 0.75?",
+        ),
+        (["detect", "b", "a"], "the following arguments are required: -o/--output"),
+        (["merge", "b", "-o", "x"], "the following arguments are required: ADAPTER"),
+        (
+            ["detect", "b", "a", "-o", "x", "--top-k", "some"],
+            "--top-k: expected a count like 10 or a share like 0.1, found 'some'; see `streamer detect --help-all`",
+        ),
+        (
+            ["merge", "b", "a", "-o", "x", "--lambda", "much"],
+            "--lambda: expected a number like 0.75, found 'much'; see `streamer merge",
+        ),
+        (
+            ["merge", "b", "a", "-o", "x", "--method", "paperr"],
+            "regmean, nullspace, found 'paperr'; did you mean paper?",
+        ),
+        (
+            ["detect", "b", "a", "-o", "x", "--lambda", "1"],
+            "unknown option '--lambda'; see `streamer detect --help-all`",
+        ),
+        (["demo", "more"], "streamer: unexpected argument 'more'; see `streamer demo --help-all`"),
+        (
+            ["merge", "b", "a", "-m", "paper", "-o", "x"],
+            "streamer: unknown option '-m'; see `streamer merge --help-all`",
+        ),
+        (
+            ["detect", "b", "a", "-o", "x", "--threads", "two"],
+            "--threads: expected a whole number, found 'two'; see",
+        ),
+    ],
+)
 def test_usage(argv: list[str], words: str) -> None:
     done = server().run(*argv)
     assert (done.code, done.out, done.calls) == (2, "", [])
     (line,) = done.err.splitlines()
     assert words in line
-    assert re.fullmatch(r"streamer: .*(; see `streamer( \w+)? --help-all`|; did you mean \S+\?)", line)
+    assert re.fullmatch(
+        r"streamer: .*(; see `streamer( \w+)? --help-all`|; did you mean \S+\?)", line
+    )
     assert len(line) <= 300
 
 
@@ -74,18 +117,27 @@ def test_usage_quotes_what_it_was_given_in_one_line() -> None:
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_is_short_and_says_where_all_of_it_is(command: str) -> None:
     before = "os.environ['COLUMNS'] = '80'"
-    short, full = (server().run(*command.split(), option, before=before) for option in ("--help", "--help-all"))
+    short, full = (
+        server().run(*command.split(), option, before=before) for option in ("--help", "--help-all")
+    )
     for done in (short, full):
         assert (done.code, done.told) == (0, "")
         assert not [line for line in done.out.splitlines() if len(line) > 80]
         for words in ("--help-all", *(["--json", "--quiet"] if command else COMMANDS)):
             assert words in done.out
     assert len(short.out.splitlines()) <= 45
-    for words in ("2 usage", "5 locked by another run", "8 input changed during the run", "128+N stopped by signal N"):
+    for words in (
+        "2 usage",
+        "5 locked by another run",
+        "8 input changed during the run",
+        "128+N stopped by signal N",
+    ):
         assert words in full.out
         assert words not in short.out
     options = (
-        {option for action in subparsers()[command]._actions for option in action.option_strings} if command else set()
+        {option for action in subparsers()[command]._actions for option in action.option_strings}
+        if command
+        else set()
     )
     assert all(option in full.out for option in options)
 
@@ -110,7 +162,9 @@ def test_a_completion_script(shell: str, tmp_path: Path) -> None:
 
         def complete(*words: str) -> list[str]:
             text = ask.format(words=" ".join(words), at=len(words) - 1)
-            return subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=True).stdout.split()
+            return subprocess.run(
+                ["bash", "-c", text], capture_output=True, text=True, check=True
+            ).stdout.split()
 
         assert complete("streamer", "mit") == ["mitigate"]
         assert "--lambda" in complete("streamer", "merge", "--l")
@@ -119,7 +173,9 @@ def test_a_completion_script(shell: str, tmp_path: Path) -> None:
 
 def test_completion_without_its_library() -> None:
     code = "import sys; sys.modules['shtab'] = None; from streamer.cli.main import run; run(['--print-completion', 'bash'])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=ENV, check=False
+    )
     assert done.returncode == 2
     assert (
         "needs shtab, which is not installed: pip install 'intruder-streamer[completion]'"
@@ -138,10 +194,17 @@ def test_a_man_page(tmp_path: Path) -> None:
     page = tmp_path / "streamer.1"
     subprocess.run([sys.executable, tool, "-o", page], check=True, env=ENV)
     text = page.read_text()
-    for words in ("streamer merge", r"\-\-to\-lora", "exit codes", "streamer report findings.safetensors"):
+    for words in (
+        "streamer merge",
+        r"\-\-to\-lora",
+        "exit codes",
+        "streamer report findings.safetensors",
+    ):
         assert words in text, words
     if shutil.which("groff"):
-        done = subprocess.run(["groff", "-man", "-Tutf8", "-ww", page], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["groff", "-man", "-Tutf8", "-ww", page], capture_output=True, text=True, check=True
+        )
         assert done.stderr == ""
         assert "allow a lambda outside" in " ".join(done.stdout.split())
 
@@ -157,10 +220,22 @@ def test_without_a_method_each_is_named_and_nothing_is_written(
     done = server().run(command, *job, "-o", tmp_path / "out", *options, as_given=True)
     assert (done.code, done.out, done.calls) == (2, "", [])
     first, *lines = done.err.splitlines()
-    assert first == f"streamer: --method: {command} needs one; these are the choices, with what each kept and left"
-    for words in ("streamer repair", "--method shrink", "--map", "--method paper", "--coefficients", "--lambda 1"):
+    assert (
+        first
+        == f"streamer: --method: {command} needs one; these are the choices, with what each kept and left"
+    )
+    for words in (
+        "streamer repair",
+        "--method shrink",
+        "--map",
+        "--method paper",
+        "--coefficients",
+        "--lambda 1",
+    ):
         assert any(line.strip().startswith(words) for line in lines), words
-    assert server().run(command, *job, "-o", tmp_path / "out", "--lambda", 1, as_given=True).code == 0
+    assert (
+        server().run(command, *job, "-o", tmp_path / "out", "--lambda", 1, as_given=True).code == 0
+    )
 
 
 def test_only_commands_that_divide_their_work_have_workers(tmp_path: Path) -> None:

@@ -20,7 +20,11 @@ from streamer.detection.findings import Findings
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 DRIVER = shutil.which("chromedriver")
 
-MISSING = None if BROWSER and DRIVER and find_spec("selenium") else "needs chromium, chromedriver and selenium"
+MISSING = (
+    None
+    if BROWSER and DRIVER and find_spec("selenium")
+    else "needs chromium, chromedriver and selenium"
+)
 """Why there is no browser; None where there is one."""
 
 OPTIONS = (
@@ -47,10 +51,14 @@ def browser(profile: Path) -> Iterator[Any]:
         driver.quit()
 
 
-def look(driver: Any, page: Path, width: int = 1400, scheme: str = "light", media: str = "") -> list[str]:
+def look(
+    driver: Any, page: Path, width: int = 1400, scheme: str = "light", media: str = ""
+) -> list[str]:
     """Open a page on a screen of a width, light or dark; return what the console says."""
-    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
-                           {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False})  # fmt: skip
+    driver.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False},
+    )
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": features})
     driver.get(page.as_uri())
@@ -70,7 +78,9 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Findings:
-    return streamer.detect_intruder_dimensions(*helpers.three_shards(tmp_path_factory.mktemp("inputs")))
+    return streamer.detect_intruder_dimensions(
+        *helpers.three_shards(tmp_path_factory.mktemp("inputs"))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -95,15 +105,21 @@ def rows(driver: Any, table: str, column: int) -> list[str]:
 
 def click(driver: Any, selector: str) -> None:
     driver.execute_script(
-        "document.querySelector(arguments[0]).dispatchEvent(new MouseEvent('click', {bubbles: true}))", selector
+        "document.querySelector(arguments[0]).dispatchEvent(new MouseEvent('click', {bubbles: true}))",
+        selector,
     )
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [400, 1400])
-def test_every_figure_is_drawn_and_fits(driver: Any, page: Path, measured: Path, width: int, scheme: str) -> None:
+def test_every_figure_is_drawn_and_fits(
+    driver: Any, page: Path, measured: Path, width: int, scheme: str
+) -> None:
     maps = {"map of intruders", "map of energy", "all directions", "thresholds", "lambdas"}
-    for path, names, matrices in ((page, maps, 7), (measured, {"trade-off forgetting", "trade-off divergence"}, 0)):
+    for path, names, matrices in (
+        (page, maps, 7),
+        (measured, {"trade-off forgetting", "trade-off divergence"}, 0),
+    ):
         assert look(driver, path, width, scheme) == []
         assert driver.execute_script("return document.documentElement.dataset.drawn") == "yes"
         drawn = driver.execute_script(
@@ -116,7 +132,10 @@ def test_every_figure_is_drawn_and_fits(driver: Any, page: Path, measured: Path,
         assert min(count for _, count in drawn) > 10
         assert driver.execute_script("return document.documentElement.scrollWidth") <= width
         assert "NaN" not in driver.execute_script("return document.querySelector('main').outerHTML")
-        dark = driver.execute_script("return getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
+        dark = (
+            driver.execute_script("return getComputedStyle(document.body).backgroundColor")
+            != "rgb(255, 255, 255)"
+        )
         assert dark == (scheme == "dark")
 
 
@@ -144,18 +163,28 @@ return found;
 
 
 @pytest.mark.parametrize("width", [400, 1400])
-def test_no_name_in_a_trade_off_lies_on_a_point_or_another_name(driver: Any, measured: Path, width: int) -> None:
+def test_no_name_in_a_trade_off_lies_on_a_point_or_another_name(
+    driver: Any, measured: Path, width: int
+) -> None:
     look(driver, measured, width)
     assert driver.execute_script(COVERED) == []
 
 
 def test_a_print_is_light_and_has_no_controls(driver: Any, page: Path) -> None:
     assert look(driver, page, 800, "dark", "print") == []
-    assert driver.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-    assert driver.execute_script("return getComputedStyle(document.querySelector('.tools')).display") == "none"
+    assert (
+        driver.execute_script("return getComputedStyle(document.body).backgroundColor")
+        == "rgb(255, 255, 255)"
+    )
+    assert (
+        driver.execute_script("return getComputedStyle(document.querySelector('.tools')).display")
+        == "none"
+    )
 
 
-def test_tables_sort_by_numbers_and_names(driver: Any, page: Path, measured: Path, found: Findings) -> None:
+def test_tables_sort_by_numbers_and_names(
+    driver: Any, page: Path, measured: Path, found: Findings
+) -> None:
     look(driver, page)
     head = "#matrices thead th:nth-child({}) button"
     assert len(rows(driver, "matrices", 0)) == len(found)
@@ -171,23 +200,33 @@ def test_tables_sort_by_numbers_and_names(driver: Any, page: Path, measured: Pat
     click(driver, head.format(1))
     assert rows(driver, "matrices", 0) == original
     look(driver, measured)
-    heads = driver.execute_script("return [...document.querySelectorAll('#variants th')].map((th) => th.textContent)")
+    heads = driver.execute_script(
+        "return [...document.querySelectorAll('#variants th')].map((th) => th.textContent)"
+    )
     at = [re.sub(r"\W+$", "", head) for head in heads].index("kept")
     click(driver, f"#variants thead th:nth-child({at + 1}) button")
     kept = [float(cell.partition("%")[0]) for cell in rows(driver, "variants", at)]
     assert kept == sorted(kept, reverse=True)
 
 
-def test_figures_in_the_table_are_those_of_the_findings(driver: Any, page: Path, found: Findings) -> None:
+def test_figures_in_the_table_are_those_of_the_findings(
+    driver: Any, page: Path, found: Findings
+) -> None:
     look(driver, page)
     for i, name in enumerate(rows(driver, "matrices", 0)):
         m = found[name]
         assert int(rows(driver, "matrices", 3)[i]) == len(m.detection.intruders)
-        assert float(rows(driver, "matrices", 5)[i]) == pytest.approx(min(m.detection.similarity), abs=6e-4)
-        assert float(rows(driver, "matrices", 6)[i]) == pytest.approx(m.detection.singular_values[0], rel=1e-3)
+        assert float(rows(driver, "matrices", 5)[i]) == pytest.approx(
+            min(m.detection.similarity), abs=6e-4
+        )
+        assert float(rows(driver, "matrices", 6)[i]) == pytest.approx(
+            m.detection.singular_values[0], rel=1e-3
+        )
 
 
-def test_a_click_draws_a_matrix_and_narrows_the_table(driver: Any, page: Path, found: Findings) -> None:
+def test_a_click_draws_a_matrix_and_narrows_the_table(
+    driver: Any, page: Path, found: Findings
+) -> None:
     look(driver, page)
     chosen = "return document.querySelector('.card.chosen h3').textContent"
     click(driver, "#matrices tbody tr:nth-child(5) button")
@@ -214,11 +253,17 @@ def test_a_command_is_copied_whole(driver: Any, page: Path) -> None:
 
 
 def test_hostile_names_are_text(driver: Any, found: Findings, tmp_path: Path) -> None:
-    matrices = tuple(dataclasses.replace(m, tensor=f"{EVIL}.{i}.weight") for i, m in enumerate(found))
-    evil = dataclasses.replace(found, matrices=matrices, sources={"base": {"name": EVIL}, "adapter": {"name": EVIL}})
+    matrices = tuple(
+        dataclasses.replace(m, tensor=f"{EVIL}.{i}.weight") for i, m in enumerate(found)
+    )
+    evil = dataclasses.replace(
+        found, matrices=matrices, sources={"base": {"name": EVIL}, "adapter": {"name": EVIL}}
+    )
     streamer.write_report(evil, tmp_path / "evil.html")
     assert look(driver, tmp_path / "evil.html") == []
-    assert driver.execute_script("return window.evil === undefined && document.querySelector('img') === null")
+    assert driver.execute_script(
+        "return window.evil === undefined && document.querySelector('img') === null"
+    )
     assert rows(driver, "matrices", 0)[0] == f"{EVIL}.0.weight"
 
 
@@ -235,7 +280,13 @@ INTRUDERS, NORMS, LOSSES = "map of intruders", "map of norms", "map of losses"
     ids=["mitigate", "merge", "shrink"],
 )
 def test_the_page_of_an_output(
-    driver: Any, found: Findings, tmp_path: Path, write: Any, options: dict[str, Any], maps: list[str], heads: list[str]
+    driver: Any,
+    found: Findings,
+    tmp_path: Path,
+    write: Any,
+    options: dict[str, Any],
+    maps: list[str],
+    heads: list[str],
 ) -> None:
     """It shows what there is: a merge is not cut to a rank, a shrink scales no intruders and loses nothing."""
     base, adapter = helpers.three_shards(tmp_path)
@@ -245,17 +296,26 @@ def test_the_page_of_an_output(
     assert len(rows(driver, "matrices", 0)) == 9
     named = "return [...document.querySelectorAll('figure')].map((f) => f.dataset.figure)"
     assert driver.execute_script(named) == maps
-    titles = driver.execute_script("return [...document.querySelectorAll('#matrices th')].map((t) => t.textContent)")
+    titles = driver.execute_script(
+        "return [...document.querySelectorAll('#matrices th')].map((t) => t.textContent)"
+    )
     assert [head for head in ("scaled", "lost") if any(head in title for title in titles)] == heads
 
 
-def test_the_page_of_a_repair_leads_with_what_it_keeps_and_leaves(driver: Any, tmp_path: Path) -> None:
+def test_the_page_of_a_repair_leads_with_what_it_keeps_and_leaves(
+    driver: Any, tmp_path: Path
+) -> None:
     home = make_learned(tmp_path, 24, 32)
     texts = {name: home / f"{name}.npy" for name in ("general", "task")}
-    record = streamer.repair_adapter(home / "base", home / "adapter", tmp_path / "out", **texts, on_event=str)
+    record = streamer.repair_adapter(
+        home / "base", home / "adapter", tmp_path / "out", **texts, on_event=str
+    )
     streamer.write_report(tmp_path / "out", tmp_path / "out.html")
     assert look(driver, tmp_path / "out.html") == []
-    assert driver.execute_script("return document.querySelector('h1').textContent") == "Repair of adapter"
+    assert (
+        driver.execute_script("return document.querySelector('h1').textContent")
+        == "Repair of adapter"
+    )
     first = "return document.querySelector('figure').dataset.figure"
     assert driver.execute_script(first) == "trade-off divergence"
     points = "return [...document.querySelectorAll('figure:first-of-type g title')].map((t) => t.textContent)"

@@ -32,7 +32,9 @@ def write_base(directory: Path, seed: int, more: float = 0.0) -> Path:
     """A base of a seed; with as much of another as a further training adds."""
     tensors = {}
     for i in range(MATRICES):
-        W = helpers.power_law(M, M, seed=100 * seed + i) + more * helpers.power_law(M, M, seed=900 + i)
+        W = helpers.power_law(M, M, seed=100 * seed + i) + more * helpers.power_law(
+            M, M, seed=900 + i
+        )
         tensors[f"layers.{i}.weight"] = W.float()
     directory.mkdir()
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
@@ -51,7 +53,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         W = helpers.power_law(M, M, seed=100 + i)
         g = torch.Generator().manual_seed(vary(i))
         lean = torch.linalg.svd(W).U[:, 4 : 4 + STRONG]
-        away = torch.linalg.qr(torch.cat([lean, torch.randn(M, STRONG, generator=g, dtype=torch.float64)], 1)).Q
+        away = torch.linalg.qr(
+            torch.cat([lean, torch.randn(M, STRONG, generator=g, dtype=torch.float64)], 1)
+        ).Q
         B = (0.42 * lean + (1 - 0.42**2) ** 0.5 * away[:, STRONG:]) * torch.tensor([3.0, 2.5, 2.0])
         A = torch.linalg.qr(torch.randn(M, STRONG, generator=g, dtype=torch.float64)).Q.T
         factors[f"layers.{i}"] = (A.float(), B.float())
@@ -65,14 +69,23 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("solver", ["dense", "certified"])
 @pytest.mark.parametrize(
     ("base", "adapter", "random"),
-    [("own", "adapter", False), ("further", "adapter", False), ("other", "adapter", True), ("other", "planted", False)],
+    [
+        ("own", "adapter", False),
+        ("further", "adapter", False),
+        ("other", "adapter", True),
+        ("other", "planted", False),
+    ],
 )
-def test_the_base_of_another_seed_is_recognised(home: Path, solver: str, base: str, adapter: str, random: bool) -> None:
+def test_the_base_of_another_seed_is_recognised(
+    home: Path, solver: str, base: str, adapter: str, random: bool
+) -> None:
     said: list[str] = []
     found = streamer.detect_intruder_dimensions(
-        home / base, home / adapter, solver=solver,
+        home / base,
+        home / adapter,
+        solver=solver,
         on_event=lambda e: said.append(e.name) if e.stage == "warning" else None,
-    )  # fmt: skip
+    )
     assert all(len(m.detection.intruders) >= (STRONG if adapter == "adapter" else 1) for m in found)
     assert found.totals["looks_like_another_base"] is random
     assert [text.startswith(SAYS) for text in said] == [True] * random

@@ -18,14 +18,18 @@ import streamer
 
 
 @pytest.mark.parametrize("mode", ["stream", "cache"])
-def test_outputs_are_those_of_the_files(served: Path, local: dict[str, str], tmp_path: Path, mode: str) -> None:
+def test_outputs_are_those_of_the_files(
+    served: Path, local: dict[str, str], tmp_path: Path, mode: str
+) -> None:
     with serving(served) as site:
         base, adapter = f"{site.address}/base", f"{site.address}/adapter"
         home = run_all(base, adapter, tmp_path / "out", "--remote", mode)
         assert contents(home) == local
         record = json.loads((home / "model" / "streamer.json").read_text())
         assert (record["base"]["address"], record["adapter"]["address"]) == (base, adapter)
-        checked = server().run("verify", home / "model", base, adapter, before=cached(tmp_path / "out-cache"))
+        checked = server().run(
+            "verify", home / "model", base, adapter, before=cached(tmp_path / "out-cache")
+        )
         assert checked.code == 0, checked
 
 
@@ -41,7 +45,10 @@ def test_what_crosses_the_network(tmp_path: Path) -> None:
     """By detect the adapted matrices, by mitigate from findings none, by merge each tensor once; forecasts read none, and say so."""
     served = remote_jobs.world(tmp_path, hidden=256)
     base, adapter = served / "base", served / "adapter"
-    factors = {f"model.layers.{i}.self_attn.q_proj": helpers.intruding_factors(256, 256, 4, seed=i) for i in range(3)}
+    factors = {
+        f"model.layers.{i}.self_attn.q_proj": helpers.intruding_factors(256, 256, 4, seed=i)
+        for i in range(3)
+    }
     shutil.rmtree(adapter)
     helpers.write_adapter(adapter, factors, r=4)
     size = sum(p.stat().st_size for p in base.glob("*.safetensors"))
@@ -49,7 +56,9 @@ def test_what_crosses_the_network(tmp_path: Path) -> None:
     with serving(served) as site:
         small = 3 * 5 * 4096 + 3 * 1000  # samples, headers and the first byte
         home = tmp_path / "out"
-        dry = run("detect", f"{site.address}/base", f"{site.address}/adapter", home, "--dry-run", "--json")
+        dry = run(
+            "detect", f"{site.address}/base", f"{site.address}/adapter", home, "--dry-run", "--json"
+        )
         told = json.loads(dry.out)["forecast"]["network_bytes"]
         assert sum(r.sent for r in site.requests if r.path.startswith("base/model-")) < small
         detected = bytes_of(site, "detect", home)
@@ -88,9 +97,13 @@ def test_from_python(served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     events = []
     with serving(served) as site:
         base, adapter = f"{site.address}/base", f"{site.address}/adapter"
-        found = streamer.detect_intruder_dimensions(base, adapter, remote="cache", on_event=events.append)
+        found = streamer.detect_intruder_dimensions(
+            base, adapter, remote="cache", on_event=events.append
+        )
         assert {event.stage for event in events} == {"download", "detect"}
-        names = [name for name, _ in streamer.iter_merged(base, adapter, findings=found, remote="stream")]
+        names = [
+            name for name, _ in streamer.iter_merged(base, adapter, findings=found, remote="stream")
+        ]
         several = streamer.detect_intruder_dimensions(base, [adapter], remote="stream")
     assert len(names) == 15
     assert list(several) == ["adapter"]
@@ -107,7 +120,9 @@ def test_from_python(served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("base/other.safetensors", 3, "base/other.safetensors: no such file; check the address"),
     ],
 )
-def test_addresses_where_nothing_is(served: Path, tmp_path: Path, place: str, code: int, words: str) -> None:
+def test_addresses_where_nothing_is(
+    served: Path, tmp_path: Path, place: str, code: int, words: str
+) -> None:
     with serving(served) as site:
         done = run("detect", f"{site.address}/{place}", served / "adapter", tmp_path / "out")
     assert (done.code, done.err.count("\n")) == (code, 1)
@@ -116,7 +131,9 @@ def test_addresses_where_nothing_is(served: Path, tmp_path: Path, place: str, co
 
 @pytest.mark.parametrize("asked", ["peek", "data"])
 @pytest.mark.parametrize("name", ["model-00002-of-00003.safetensors", "tokenizer.json"])
-def test_what_is_compressed_on_the_way_is_refused(served: Path, tmp_path: Path, asked: str, name: str) -> None:
+def test_what_is_compressed_on_the_way_is_refused(
+    served: Path, tmp_path: Path, asked: str, name: str
+) -> None:
     """It would be copied as weights, or as a tokenizer."""
 
     def encoded(path: str, part: str) -> bool:
@@ -136,25 +153,47 @@ def test_what_is_compressed_on_the_way_is_refused(served: Path, tmp_path: Path, 
 PAGE = ("text/html; charset=utf-8", b"<!doctype html><title>Not found</title>")
 
 
-def test_a_page_in_place_of_what_is_absent_is_none(served: Path, local: dict[str, str], tmp_path: Path) -> None:
+def test_a_page_in_place_of_what_is_absent_is_none(
+    served: Path, local: dict[str, str], tmp_path: Path
+) -> None:
     with serving(served, page=PAGE) as site:
-        assert contents(run_all(f"{site.address}/base", f"{site.address}/adapter", tmp_path / "far")) == local
+        assert (
+            contents(run_all(f"{site.address}/base", f"{site.address}/adapter", tmp_path / "far"))
+            == local
+        )
         done = run("detect", f"{site.address}/nothing", served / "adapter", tmp_path / "out")
-        assert (done.code, "nothing: expected a model or an adapter, found neither" in done.err) == (3, True)
+        assert (
+            done.code,
+            "nothing: expected a model or an adapter, found neither" in done.err,
+        ) == (3, True)
 
 
 @pytest.mark.parametrize(
     ("name", "data", "words"),
     [
-        ("model.safetensors.index.json", b"<html>", "expected JSON, found something else ('Expecting value: line 1"),
-        ("model.safetensors.index.json", b"[]", "expected a JSON object, found list; check the address"),
-        ("model.safetensors.index.json", b'{"weight_map": {"a": "../x"}}', "weight_map names '../x': expected a plain"),
+        (
+            "model.safetensors.index.json",
+            b"<html>",
+            "expected JSON, found something else ('Expecting value: line 1",
+        ),
+        (
+            "model.safetensors.index.json",
+            b"[]",
+            "expected a JSON object, found list; check the address",
+        ),
+        (
+            "model.safetensors.index.json",
+            b'{"weight_map": {"a": "../x"}}',
+            "weight_map names '../x': expected a plain",
+        ),
         ("config.json", b"<html>", "expected JSON, found something else ("),
         ("tokenizer.json", b"{", "expected JSON, found something else ("),
         ("README.md", None, "expected at most 200.0 MB for such a file, found "),
     ],
 )
-def test_small_files_that_are_none(served: Path, tmp_path: Path, name: str, data: bytes | None, words: str) -> None:
+def test_small_files_that_are_none(
+    served: Path, tmp_path: Path, name: str, data: bytes | None, words: str
+) -> None:
     """The message names the address: no file of a cache, nor one that is gone."""
     root = Path(shutil.copytree(served, tmp_path / "served"))
     with (root / "base" / name).open("wb") as f:

@@ -39,29 +39,46 @@ def texts(home: Path) -> list[object]:
 @pytest.fixture(scope="module")
 def fitted(server: Server, home: Path) -> Path:
     tree = check(
-        server.run("repair", home / "base", home / "adapter", *texts(home), "-o", home / "f", "--json"),
+        server.run(
+            "repair", home / "base", home / "adapter", *texts(home), "-o", home / "f", "--json"
+        ),
         "streamer.repair/1",
     )
     assert tree["fit"] == str(home / "f.fit.safetensors")
     return Path(tree["fit"])
 
 
-def test_an_adapter_of_new_right_factors(server: Server, home: Path, fitted: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_new_right_factors(
+    server: Server, home: Path, fitted: Path, tmp_path: Path
+) -> None:
     """lora_B is the adapter's to the bit, PEFT loads it, and it is measured as the fit said."""
     out = tmp_path / "out"
     line = [home / "base", home / "adapter", "-o", out, "--coefficients", fitted]
     record = check(server.run("mitigate", *line, "--json"), "streamer.output/2")
-    assert (record["method"], record["lambda"], record["detection"], record["totals"]["changed"]) == (
-        "regmean", None, None, 8,
-    )  # fmt: skip
+    assert (
+        record["method"],
+        record["lambda"],
+        record["detection"],
+        record["totals"]["changed"],
+    ) == (
+        "regmean",
+        None,
+        None,
+        8,
+    )
     assert record["file"] == fitted.name
     assert (
         f"streamer verify OUTPUT base adapter --sample all --coefficients {fitted.name}"
         in (out / "README.md").read_text()
     )
     ((_, check_command),) = headline(open_subject(out))[1]
-    assert check_command == f"streamer verify OUTPUT BASE ADAPTER --sample all --coefficients {fitted.name}"
-    before, after = (load_file(path / "adapter_model.safetensors") for path in (home / "adapter", out))
+    assert (
+        check_command
+        == f"streamer verify OUTPUT BASE ADAPTER --sample all --coefficients {fitted.name}"
+    )
+    before, after = (
+        load_file(path / "adapter_model.safetensors") for path in (home / "adapter", out)
+    )
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]) == ("lora_B" in name), name
     found = streamer.load_coefficients(fitted)
@@ -69,14 +86,25 @@ def test_an_adapter_of_new_right_factors(server: Server, home: Path, fitted: Pat
         if "lora_A" in name:
             matrix = name.removeprefix("base_model.model.").replace("lora_A.weight", "weight")
             torch.testing.assert_close(tensor, found.matrices[matrix].T)
-    model = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(home / "base"), out)
+    model = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(home / "base"), out
+    )
     assert model.active_adapter == "default"
-    held = streamer.evaluate_variants(home / "base", home / "adapter", general=home / "general.npy", task=home / "task.npy",
-                                      coefficients=fitted, methods=["regmean"], on_event=lambda event: None)  # fmt: skip
+    held = streamer.evaluate_variants(
+        home / "base",
+        home / "adapter",
+        general=home / "general.npy",
+        task=home / "task.npy",
+        coefficients=fitted,
+        methods=["regmean"],
+        on_event=lambda event: None,
+    )
     assert [v.name for v in held.variants] == ["base", "adapter", "regmean 0.9"]
 
 
-def test_verify_takes_the_file_of_the_fit(server: Server, home: Path, fitted: Path, tmp_path: Path) -> None:
+def test_verify_takes_the_file_of_the_fit(
+    server: Server, home: Path, fitted: Path, tmp_path: Path
+) -> None:
     inputs = home / "base", home / "adapter"
     for command, out in (("mitigate", tmp_path / "a"), ("merge", tmp_path / "m")):
         assert server.run(command, *inputs, "-o", out, "--coefficients", fitted, "-q").code == 0
@@ -118,18 +146,27 @@ def test_the_repair_is_never_what_is_not_better(server: Server, home: Path, tmp_
     assert strengths == sorted(strengths, reverse=True)
     assert {0.8, 0.5} <= {*strengths}
     assert [row["what"] for row in tree["rows"] if row["written"]] == [tree["chosen"]]
-    assert (len(record["measured"]), record["repair"]["rows"]) == (1 + len(tree["rows"]), tree["rows"])
+    assert (len(record["measured"]), record["repair"]["rows"]) == (
+        1 + len(tree["rows"]),
+        tree["rows"],
+    )
     card = (out / "README.md").read_text()
     assert all(line in card for line in record["measured"])
     assert record["measured"][0] == tree["why"]
     page = tmp_path / "page.html"
     report = server.run("report", out, "-o", page)
     assert report.code == 0
-    assert report.out.rstrip().split("\n\n")[-2].splitlines()[-len(record["measured"]) :] == record["measured"]
+    assert (
+        report.out.rstrip().split("\n\n")[-2].splitlines()[-len(record["measured"]) :]
+        == record["measured"]
+    )
     assert html.escape(tree["why"][1:]) in page.read_text()
-    peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(home / "base"), out)
+    peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(home / "base"), out
+    )
     again = check(
-        server.run("repair", home / "base", home / "adapter", *texts(home), "-o", out, "--json"), "streamer.repair/1"
+        server.run("repair", home / "base", home / "adapter", *texts(home), "-o", out, "--json"),
+        "streamer.repair/1",
     )
     assert again == {**tree, "state": "present"}
     shown = server.run("repair", home / "base", home / "adapter", *texts(home), "-o", out)
@@ -153,12 +190,21 @@ def test_the_repair_is_never_what_is_not_better(server: Server, home: Path, tmp_
         "shrink": f"--method shrink --lambda {record['lambda']}",
         "adapter": "",
     }
-    then = [line for line in shown.out.splitlines() if line.startswith("next, on text that nothing was")]
-    assert [line.partition("-o FILE ")[2] for line in then] == [what[tree["chosen"]]] * (tree["chosen"] != "adapter")
+    then = [
+        line for line in shown.out.splitlines() if line.startswith("next, on text that nothing was")
+    ]
+    assert [line.partition("-o FILE ")[2] for line in then] == [what[tree["chosen"]]] * (
+        tree["chosen"] != "adapter"
+    )
     assert server.run("verify", out, home / "base", home / "adapter").code == 0
     if tree["chosen"] != "repair":
-        done = server.run("verify", out, home / "base", home / "adapter", "--coefficients", tree["fit"])
-        assert (done.code, "is not needed for an output of method 'shrink'" in done.err) == (2, True)
+        done = server.run(
+            "verify", out, home / "base", home / "adapter", "--coefficients", tree["fit"]
+        )
+        assert (done.code, "is not needed for an output of method 'shrink'" in done.err) == (
+            2,
+            True,
+        )
 
 
 def choose(
@@ -169,14 +215,24 @@ def choose(
     first: Any = found.facts["sets"][0]
     trades = [{**first["trade"], "worth_it": worth_it} for worth_it in worth]
     other = {**first["shrink"], "lambda": 0.5, "trade": trades[1], **shrink}
-    changed: Any = {**found.facts, "sets": [{**first, "trade": trades[0], "shrink": other}], **facts}
+    changed: Any = {
+        **found.facts,
+        "sets": [{**first, "trade": trades[0], "shrink": other}],
+        **facts,
+    }
     return choice.choose(replace(found, facts=changed))
 
 
-@pytest.mark.parametrize(("verdict", "forgotten", "chosen", "method"), [
-    ("better", True, "repair", "regmean"), ("not told apart", True, "shrink", "shrink"), ("worse", True, "shrink", "shrink"),
-    ("better", False, "adapter", "shrink"), ("the adapter", True, "adapter", "shrink"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("verdict", "forgotten", "chosen", "method"),
+    [
+        ("better", True, "repair", "regmean"),
+        ("not told apart", True, "shrink", "shrink"),
+        ("worse", True, "shrink", "shrink"),
+        ("better", False, "adapter", "shrink"),
+        ("the adapter", True, "adapter", "shrink"),
+    ],
+)
 def test_the_choice(fitted: Path, verdict: str, forgotten: bool, chosen: str, method: str) -> None:
     """The adapter is the shrink by 1, with which a repair that keeps more is compared."""
     whole = {"lambda": 1.0} if verdict == "the adapter" else {}
@@ -190,7 +246,9 @@ def test_an_empty_name_is_not_the_built_in_text(home: Path, tmp_path: Path) -> N
     """The command line refuses every empty argument; the library must not take this one for None."""
     words = "expected the name of a text to end in .txt, .jsonl, .npy, found ''"
     with pytest.raises(streamer.StreamerError, match=words):
-        streamer.repair_adapter(home / "base", home / "adapter", tmp_path / "r", task=home / "task.npy", general="")
+        streamer.repair_adapter(
+            home / "base", home / "adapter", tmp_path / "r", task=home / "task.npy", general=""
+        )
     with pytest.raises(streamer.StreamerError, match=words):
         streamer.map_inputs(home / "base", general="")
 
@@ -200,7 +258,9 @@ def adapted(home: Path, path: Path, **options: Any) -> Path:
     return make_adapter(transformers.LlamaForCausalLM, home / "base", path, **options)
 
 
-def test_what_cannot_be_written_is_refused_before_the_fit(server: Server, home: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_written_is_refused_before_the_fit(
+    server: Server, home: Path, tmp_path: Path
+) -> None:
     inputs = home / "base", home / "adapter"
     dora = adapted(home, tmp_path / "dora", targets=["q_proj"], use_dora=True)
     for more in ([], ["--merge"]):
@@ -213,23 +273,36 @@ def test_what_cannot_be_written_is_refused_before_the_fit(server: Server, home: 
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     done = server.run("repair", *inputs, *texts(home), "-o", tmp_path / "full")
-    assert (done.code, "full: holds mine.txt, and " in done.err, "does not exist; choose another" in done.err) == (
+    assert (
+        done.code,
+        "full: holds mine.txt, and " in done.err,
+        "does not exist; choose another" in done.err,
+    ) == (
         4,
         True,
         True,
     )
     for options in ([], ["--overwrite"]):
-        done = server.run("repair", *inputs, *texts(home), "-o", tmp_path / "full" / "mine.txt", *options)
-        assert (done.code, "mine.txt: is a file, not a directory; choose another output" in done.err) == (4, True)
+        done = server.run(
+            "repair", *inputs, *texts(home), "-o", tmp_path / "full" / "mine.txt", *options
+        )
+        assert (
+            done.code,
+            "mine.txt: is a file, not a directory; choose another output" in done.err,
+        ) == (4, True)
     done = server.run("repair", *inputs, *texts(home), "-o", tmp_path / "q", "--dequantize")
     assert (done.code, "applies only to a model, which `--merge` writes" in done.err) == (2, True)
     assert not [p for p in tmp_path.iterdir() if "fit" in p.name]
 
 
 @pytest.mark.parametrize("kind", ["DoRA", "a model"])
-def test_an_adapter_without_factors_is_converted_first(server: Server, tmp_path: Path, kind: str) -> None:
+def test_an_adapter_without_factors_is_converted_first(
+    server: Server, tmp_path: Path, kind: str
+) -> None:
     """The conversion is what `mitigate` writes, the fit and the output belong to it, and a run that stands stays."""
-    home = make_learned(tmp_path / "home", sequences=48, **({"use_dora": True} if kind == "DoRA" else {}))
+    home = make_learned(
+        tmp_path / "home", sequences=48, **({"use_dora": True} if kind == "DoRA" else {})
+    )
     base, adapter, out = home / "base", home / "adapter", tmp_path / "r"
     if kind == "a model":
         adapter = home / "model"
@@ -238,35 +311,61 @@ def test_an_adapter_without_factors_is_converted_first(server: Server, tmp_path:
         )
     line = ["repair", base, adapter, *texts(home), "-o", out, "--to-lora", 4]
     first = server.run(*line, "--dry-run")
-    assert (first.code, f"forecast only of {out}.lora, which the fit needs" in first.err) == (0, True)
+    assert (first.code, f"forecast only of {out}.lora, which the fit needs" in first.err) == (
+        0,
+        True,
+    )
     assert not [*tmp_path.glob("r*")]
     tree = check(server.run(*line, "--json"), "streamer.repair/1")
-    assert (tree["lora"], tree["fit"], tree["output"]) == (f"{out}.lora", f"{out}.fit.safetensors", str(out))
+    assert (tree["lora"], tree["fit"], tree["output"]) == (
+        f"{out}.lora",
+        f"{out}.fit.safetensors",
+        str(out),
+    )
     alone = streamer.reduce_intruder_dimension(
         base, adapter, tmp_path / "a", method="shrink", mitigation_lambda=1, to_lora=4
     )
     weights = "adapter_model.safetensors"
-    assert load_file(Path(tree["lora"]) / weights).keys() == load_file(tmp_path / "a" / weights).keys()
+    assert (
+        load_file(Path(tree["lora"]) / weights).keys() == load_file(tmp_path / "a" / weights).keys()
+    )
     for name, tensor in load_file(tmp_path / "a" / weights).items():
         assert torch.equal(tensor, load_file(Path(tree["lora"]) / weights)[name])
     record = json.loads((out / "streamer.json").read_text())
     assert record["adapter"]["name"] == "r.lora"
-    assert alone["adapter"]["digest"] != record["adapter"]["digest"] == streamer.detect_intruder_dimensions(
-        base, tree["lora"], top_k=1).record()["adapter"]["digest"]  # fmt: skip
+    assert (
+        alone["adapter"]["digest"]
+        != record["adapter"]["digest"]
+        == streamer.detect_intruder_dimensions(base, tree["lora"], top_k=1).record()["adapter"][
+            "digest"
+        ]
+    )
     peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), out)
     again = server.run(*line)
     assert f"{out} exists already" in again.out
-    assert f"converted first: {out}.lora is {adapter} as a LoRA adapter, and was repaired in its place" in again.out
+    assert (
+        f"converted first: {out}.lora is {adapter} as a LoRA adapter, and was repaired in its place"
+        in again.out
+    )
     assert again.last.startswith("streamer: repair: exists already, in ")
     (done,) = [json.loads(server.run(*line, "--dry-run", "--json").out)]
     assert (done["command"], done["state"]) == ("repair", "done")
 
 
-def test_adapters_of_other_methods_are_refused_by_name(server: Server, home: Path, tmp_path: Path) -> None:
+def test_adapters_of_other_methods_are_refused_by_name(
+    server: Server, home: Path, tmp_path: Path
+) -> None:
     model = transformers.LlamaForCausalLM.from_pretrained(home / "base")
-    peft.get_peft_model(model, peft.LoKrConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "lokr")
-    done = server.run("repair", home / "base", tmp_path / "lokr", *texts(home), "-o", tmp_path / "d", "--merge")
-    assert (done.code, "lokr: is LoKr, and repair needs LoRA factors; pass --to-lora RANK" in done.err) == (
+    peft.get_peft_model(model, peft.LoKrConfig(r=2, target_modules=["q_proj"])).save_pretrained(
+        tmp_path / "lokr"
+    )
+    done = server.run(
+        "repair", home / "base", tmp_path / "lokr", *texts(home), "-o", tmp_path / "d", "--merge"
+    )
+    assert (
+        done.code,
+        "lokr: is LoKr, and repair needs LoRA factors; pass --to-lora RANK" in done.err,
+    ) == (
         3,
         True,
     )
@@ -274,7 +373,12 @@ def test_adapters_of_other_methods_are_refused_by_name(server: Server, home: Pat
 
 def test_without_a_general_text_the_built_in_one_serves(home: Path, tmp_path: Path) -> None:
     """Each of its documents is another, and longer than the sequences of a map; a map and a fit record it by name and digest."""
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     config = transformers.LlamaConfig(vocab_size=600, **shape)
     model = transformers.LlamaForCausalLM(config)
     for parameter in model.parameters():
@@ -291,48 +395,70 @@ def test_without_a_general_text_the_built_in_one_serves(home: Path, tmp_path: Pa
     adapter = adapted(tmp_path, tmp_path / "adapter", lora_alpha=4)
     write_texts(tmp_path, tmp_path / "base", adapter, 24, 32)
     made = streamer.repair_adapter(
-        tmp_path / "base", adapter, tmp_path / "r", task=tmp_path / "task.npy", on_event=lambda event: None
+        tmp_path / "base",
+        adapter,
+        tmp_path / "r",
+        task=tmp_path / "task.npy",
+        on_event=lambda event: None,
     )
     used = streamer.load_coefficients(made["fit"]).facts["texts"]["general"]
     assert (used["name"], used["sample_sha256"]) == told
-    with pytest.raises(streamer.StreamerError, match=r"has no tokenizer, which built-in.jsonl needs"):
-        streamer.repair_adapter(home / "base", home / "adapter", tmp_path / "n", task=home / "task.npy")
+    with pytest.raises(
+        streamer.StreamerError, match=r"has no tokenizer, which built-in.jsonl needs"
+    ):
+        streamer.repair_adapter(
+            home / "base", home / "adapter", tmp_path / "n", task=home / "task.npy"
+        )
 
 
 def test_chats_of_the_built_in_text_are_written_by_the_chat_template(tmp_path: Path) -> None:
     save(tmp_path, start=False)
     plain = read_text(BUILT_IN, tmp_path, sequences=1000, length=96)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    template = "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '\n' }}{% endfor %}"
+    template = (
+        "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '\n' }}{% endfor %}"
+    )
     documents = [json.loads(line) for line in BUILT_IN.read_text().splitlines()]
     for refused in ("", "{{ raise_exception('no chat') }}"):
         tokenizer.chat_template = refused + template
         tokenizer.save_pretrained(tmp_path)
         read = read_text(BUILT_IN, tmp_path, sequences=1000, length=96)
-        chats = [number for number, document in enumerate(documents) if "as_chat" in document and not refused]
+        chats = [
+            number
+            for number, document in enumerate(documents)
+            if "as_chat" in document and not refused
+        ]
         pairs = zip(read.ids, plain.ids, strict=True)
         assert [number for number, (a, b) in enumerate(pairs) if not np.array_equal(a, b)] == chats
         for number in chats:
-            assert tokenizer.decode(read.ids[number]).startswith(f"<{documents[number]['as_chat'][0]['role']}>")
+            assert tokenizer.decode(read.ids[number]).startswith(
+                f"<{documents[number]['as_chat'][0]['role']}>"
+            )
             assert read.counted[number][1:].all()
 
 
 @pytest.mark.parametrize(
-    ("worth", "chosen"), [((False, False), "adapter"), ((False, True), "shrink"), ((True, False), "shrink")]
+    ("worth", "chosen"),
+    [((False, False), "adapter"), ((False, True), "shrink"), ((True, False), "shrink")],
 )
-def test_what_is_not_worth_it_is_not_written(fitted: Path, worth: tuple[bool, bool], chosen: str) -> None:
+def test_what_is_not_worth_it_is_not_written(
+    fitted: Path, worth: tuple[bool, bool], chosen: str
+) -> None:
     what, why, made = choose(fitted, {"verdict": "worse"}, worth=worth)
     assert (what, made["mitigation_lambda"] == 1) == (chosen, chosen == "adapter")
     rule = "a written variant regains over 0.5 of what it gives up, by two standard errors"
-    assert (why.startswith("the adapter as it is: regmean 0.9 regains ") and why.endswith(rule)) == (
-        chosen == "adapter"
-    )
+    assert (
+        why.startswith("the adapter as it is: regmean 0.9 regains ") and why.endswith(rule)
+    ) == (chosen == "adapter")
 
 
 def test_a_share_of_a_change_too_small_to_measure_is_not_stated(fitted: Path) -> None:
     """What is kept of the behaviour, which needs no labels, is stated in its place."""
     reliable = {"kept": False, "forgetting": True, "top1_kept": True}
-    for verdict, start in (("better", "regmean 0.9: it keeps "), ("worse", "shrink 0.5: it keeps ")):
+    for verdict, start in (
+        ("better", "regmean 0.9: it keeps "),
+        ("worse", "shrink 0.5: it keeps "),
+    ):
         why = choose(fitted, {"verdict": verdict}, reliable=reliable).why
         assert why.startswith(start)
         assert " of its behaviour on the task and leaves " in why
@@ -343,21 +469,34 @@ def test_the_command_that_follows_measures_what_was_written(home: Path, tmp_path
     row: Any = {"what": "repair", "name": "regmean 0.9", "written": True}
     row |= dict.fromkeys(choice.FIGURES, 0.5) | {f"{name}_se": 0.01 for name in choice.FIGURES}
     record: Any = {
-        "schema": "streamer.repair/1", "why": "", "rows": [row], "fit": "o.fit.safetensors", "output": "o",
-        "reliable": {"kept": True, "forgetting": True, "top1_kept": True}, "state": "written",
-    }  # fmt: skip
+        "schema": "streamer.repair/1",
+        "why": "",
+        "rows": [row],
+        "fit": "o.fit.safetensors",
+        "output": "o",
+        "reliable": {"kept": True, "forgetting": True, "top1_kept": True},
+        "state": "written",
+    }
     written = streamer.reduce_intruder_dimension(
         home / "base", home / "adapter", tmp_path / "o", method="shrink", mitigation_lambda=0.8125
     )
     for chosen, ends in (
-        ("repair", "-o FILE --coefficients o.fit.safetensors"), ("shrink", "-o FILE --method shrink --lambda 0.8125"), ("adapter", None),
-    ):  # fmt: skip
-        shown = repair_table({**record, "chosen": chosen}, written, ("BASE", "ADAPTER"), NO_LIMIT).splitlines()
-        assert [line for line in shown if "streamer evaluate" in line] == [line for line in shown[-1:] if ends]
+        ("repair", "-o FILE --coefficients o.fit.safetensors"),
+        ("shrink", "-o FILE --method shrink --lambda 0.8125"),
+        ("adapter", None),
+    ):
+        shown = repair_table(
+            {**record, "chosen": chosen}, written, ("BASE", "ADAPTER"), NO_LIMIT
+        ).splitlines()
+        assert [line for line in shown if "streamer evaluate" in line] == [
+            line for line in shown[-1:] if ends
+        ]
         assert ends is None or shown[-1].endswith(ends)
 
 
-def test_an_adapter_that_improves_general_text_is_repaired(server: Server, home: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_improves_general_text_is_repaired(
+    server: Server, home: Path, tmp_path: Path
+) -> None:
     """As on an instruction-tuned base: the loss on general text falls, and the divergence from the base says what is forgotten."""
     ids = np.load(home / "task.npy")
     np.save(tmp_path / "near.npy", ids[::-1])

@@ -33,12 +33,24 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path, di
         "report": server().run("report", findings, "--json"),
     }
     for command in ("merge", "mitigate"):
-        runs[command] = server().run(command, base, adapter, "-o", home / command, "--findings", findings,
-                                     "--lambda", "0.5", "--json")  # fmt: skip
+        runs[command] = server().run(
+            command,
+            base,
+            adapter,
+            "-o",
+            home / command,
+            "--findings",
+            findings,
+            "--lambda",
+            "0.5",
+            "--json",
+        )
     return base, adapter, findings, runs
 
 
-def test_json_is_one_object_on_a_silent_terminal(said: tuple[Path, Path, Path, dict[str, Outcome]]) -> None:
+def test_json_is_one_object_on_a_silent_terminal(
+    said: tuple[Path, Path, Path, dict[str, Outcome]],
+) -> None:
     for name, done in said[3].items():
         assert (done.code, done.told) == (0, ""), name
         assert faults(json.loads(done.out)) == []
@@ -52,9 +64,16 @@ def test_json_of_findings(said: tuple[Path, Path, Path, dict[str, Outcome]]) -> 
     detected, reported = json.loads(runs["detect"].out), json.loads(runs["report"].out)
     for tree in (detected, reported):
         assert tree["schema"] == "streamer.findings/1"
-        assert tree["options"] == {"top_k": 10, "threshold_epsilon": 0.5, "solver": "auto", "max_memory": None}
+        assert tree["options"] == {
+            "top_k": 10,
+            "threshold_epsilon": 0.5,
+            "solver": "auto",
+            "max_memory": None,
+        }
         assert tree["totals"]["matrices"] == len(tree["matrices"]) == 9
-        assert tree["totals"]["intruders"] == sum(len(m["intruders"]) for m in tree["matrices"]) >= 9
+        assert (
+            tree["totals"]["intruders"] == sum(len(m["intruders"]) for m in tree["matrices"]) >= 9
+        )
         assert [m["tensor"] for m in tree["matrices"]] == [
             name
             for shard in sorted(base.glob("*.safetensors"))
@@ -79,14 +98,18 @@ def tensors_in_order(file: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("command", ["merge", "mitigate"])
-def test_json_of_what_was_written(said: tuple[Path, Path, Path, dict[str, Outcome]], command: str) -> None:
+def test_json_of_what_was_written(
+    said: tuple[Path, Path, Path, dict[str, Outcome]], command: str
+) -> None:
     tree = json.loads(said[3][command].out)
     out = Path(tree["output"])
     assert (tree["schema"], tree["command"], tree["lambda"]) == ("streamer.output/2", command, 0.5)
     assert tree["state"] == "written"
     assert (tree["method"], tree["scale"]) == ("paper", "all")
     digests = tree_digest(out)
-    assert {f["file"]: f["sha256"] for f in tree["files"]} == {k: v for k, v in digests.items() if k != "streamer.json"}
+    assert {f["file"]: f["sha256"] for f in tree["files"]} == {
+        k: v for k, v in digests.items() if k != "streamer.json"
+    }
     assert all(f["bytes"] == (out / f["file"]).stat().st_size for f in tree["files"])
     assert tree["totals"]["bytes"] == sum(f["bytes"] for f in tree["files"])
     assert len(tree["matrices"]) == tree["totals"]["matrices"] == tree["totals"]["changed"] == 9
@@ -118,13 +141,17 @@ def test_a_shrunk_adapter_has_no_intruders_to_count(job: tuple[Path, Path], tmp_
         shutil.copytree(job[1], several / name)
     for command, adapter in (("merge", job[1]), ("mitigate", job[1]), ("merge", several)):
         options = ("--method", "shrink", "--lambda", "0.5")
-        done = server().run(command, job[0], adapter, "-o", tmp_path / f"{command}-{adapter.name}", *options)
+        done = server().run(
+            command, job[0], adapter, "-o", tmp_path / f"{command}-{adapter.name}", *options
+        )
         assert done.code == 0, done.err
         assert "scaled" not in done.out
         assert "9 of 9 matrices mitigated, each as a whole" in done.out or adapter == several
 
 
-def test_quiet_leaves_warnings_and_twice_says_nothing(job: tuple[Path, Path], tmp_path: Path) -> None:
+def test_quiet_leaves_warnings_and_twice_says_nothing(
+    job: tuple[Path, Path], tmp_path: Path
+) -> None:
     base, adapter = job
     index = base / "model.safetensors.index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"metadata": {"total_size": 1}}))
@@ -141,18 +168,27 @@ def test_quiet_leaves_warnings_and_twice_says_nothing(job: tuple[Path, Path], tm
     for argv in runs:
         done = server().run(*argv, "-q")
         assert (done.code, done.out, done.last) == (0, "", ""), argv
-        assert re.fullmatch(r"streamer: warning: [^\n]*total_size says 1, [^\n]*\n", done.err) or argv[0] == "report"
+        assert (
+            re.fullmatch(r"streamer: warning: [^\n]*total_size says 1, [^\n]*\n", done.err)
+            or argv[0] == "report"
+        )
         done = server().run(*argv, *(["-qq"] if argv[0] == "merge" else ["--quiet", "-q"]))
         assert (done.code, done.out, done.err, done.last) == (0, "", "", ""), argv
     lossy = ("mitigate", base, adapter, "-o", tmp_path / "lossy", "--lambda", "0")
-    assert server().run(*lossy, "-q").last.startswith("streamer: warning: lost in projection: more than 1 %")
+    assert (
+        server()
+        .run(*lossy, "-q")
+        .last.startswith("streamer: warning: lost in projection: more than 1 %")
+    )
     assert server().run(*lossy, "-qq").err == ""
     refused = server().run("merge", base, adapter, "-o", base, "-qq")
     assert refused.code == 4
     assert refused.err.count("\n") == 1  # an error is told all the same
 
 
-def test_a_reader_that_leaves_is_no_fault(said: tuple[Path, Path, Path, dict[str, Outcome]]) -> None:
+def test_a_reader_that_leaves_is_no_fault(
+    said: tuple[Path, Path, Path, dict[str, Outcome]],
+) -> None:
     closed = "r, w = os.pipe(); os.close(r); os.dup2(w, 1)"
     done = server().run("report", said[2], "--json", before=closed)
     assert (done.code, done.told) == (0, "")
@@ -168,7 +204,9 @@ def files(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = streamer.detect_intruder_dimensions(*inputs)
     found.save(home / "f.safetensors")
     (home / "e.json").write_text(of_findings(found).to_json())
-    streamer.reduce_intruder_dimension(*inputs, home / "half", findings=found, mitigation_lambda=0.5, method="project")
+    streamer.reduce_intruder_dimension(
+        *inputs, home / "half", findings=found, mitigation_lambda=0.5, method="project"
+    )
     streamer.detect_intruder_dimensions(inputs[0], home / "half").save(home / "after.safetensors")
     return home
 
@@ -188,14 +226,16 @@ def test_a_page_of_findings(files: Path, tmp_path: Path) -> None:
     assert server().run("report", files / "e.json", "-o", out, "--overwrite", "-q").code == 0
 
 
-def test_the_last_lines_are_the_commands_to_run_next(files: Path, inputs: Inputs, tmp_path: Path) -> None:
+def test_the_last_lines_are_the_commands_to_run_next(
+    files: Path, inputs: Inputs, tmp_path: Path
+) -> None:
     base, adapter = map(str, inputs)
     found = files / "f.safetensors"
     for line, expected in (
         (("detect", base, adapter, "-o", tmp_path / "it's.safetensors"), (base, adapter)),
         (("report", found), ("BASE", "ADAPTER")),
         (("report", found, "-o", tmp_path / "page.html"), ("BASE", "ADAPTER")),
-    ):  # fmt: skip
+    ):
         *_, empty, repair = server().run(*line).out.splitlines()
         assert empty == ""
         args = build_parser().parse_args(shlex.split(repair.removeprefix("next: streamer ")))
@@ -233,7 +273,10 @@ def test_an_output(files: Path, tmp_path: Path) -> None:
     assert check(server().run("report", files / "half", "--json"), "streamer.output/2") == record
     done = server().run("report", files / "half")
     assert "method project, select all, lambda 0.5: 9 of 9 matrices mitigated" in done.out
-    tree = check(server().run("report", files / "half", "-o", tmp_path / "r.html", "--json"), "streamer.output/2")
+    tree = check(
+        server().run("report", files / "half", "-o", tmp_path / "r.html", "--json"),
+        "streamer.output/2",
+    )
     assert tree == {**record, "output": str(tmp_path / "r.html"), "state": "written"}
 
 
@@ -242,10 +285,14 @@ def test_refusals(files: Path, inputs: Inputs, tmp_path: Path) -> None:
     for line, code, words in [
         (("report", f, e), 2, f"unexpected argument '{e}'"),
         (("report", files), 3, f"{files}: expected a findings file, found a directory"),
-        (("report", f, "-o", tmp_path / "figures"), 2, f"expected a name that ends in .html, such as {tmp_path}/figures.html"),
+        (
+            ("report", f, "-o", tmp_path / "figures"),
+            2,
+            f"expected a name that ends in .html, such as {tmp_path}/figures.html",
+        ),
         (("report", tmp_path / "no.json"), 3, "no such file"),
         (("report", inputs[0]), 3, "expected a findings file, found a directory"),
-    ]:  # fmt: skip
+    ]:
         done = server().run(*line)
         assert (done.code, done.out) == (code, ""), done
         assert words in done.err, done.err

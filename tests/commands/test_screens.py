@@ -33,7 +33,9 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     home = tmp_path_factory.mktemp("many")
     factors, tensors = {}, {}
     for layer in range(15):
-        for j, name in enumerate(("mlp.down_proj", "mlp.up_proj", "self_attn.k_proj", "self_attn.q_proj")):
+        for j, name in enumerate(
+            ("mlp.down_proj", "mlp.up_proj", "self_attn.k_proj", "self_attn.q_proj")
+        ):
             module = f"model.layers.{layer}.{name}"
             seed = 4 * layer + j
             if name == "self_attn.q_proj":
@@ -53,7 +55,9 @@ def findings(many: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.mark.long
 @pytest.mark.parametrize("columns", WIDTHS)
-def test_the_last_screen_of_every_command(job: tuple[Path, Path], columns: int, tmp_path: Path) -> None:
+def test_the_last_screen_of_every_command(
+    job: tuple[Path, Path], columns: int, tmp_path: Path
+) -> None:
     """The result, clean; one line at the end; and not a trace of the bar that was there."""
     runs = {
         "demo": ["demo"],
@@ -71,17 +75,25 @@ def test_the_last_screen_of_every_command(job: tuple[Path, Path], columns: int, 
         assert not [line for line in shown.last if BAR.search(line) or "%|" in line]
         assert not any(re.search(r", *$", line) for line in bars)
         # A line as long as the terminal is wide might have wrapped; only a path, which stays whole, is longer.
-        wide = [line for line in shown.last if len(line) >= columns and str(tmp_path)[:10] not in line]
+        wide = [
+            line for line in shown.last if len(line) >= columns and str(tmp_path)[:10] not in line
+        ]
         assert all(len(line) == columns for line in wide), wide
         # What a bar overwrites ends with a bare carriage return; what is left are lines of results.
         result = re.sub(r"[^\r\n]*\r(?!\n)|\x1b\[K", "", shown.drawn.decode()).replace("\r\n", "\n")
         # Words stay whole: paths, and names of tensors.
-        long = [line for line in result.split("\n") if len(line) > columns and "/" not in line and " " in line.strip()]
+        long = [
+            line
+            for line in result.split("\n")
+            if len(line) > columns and "/" not in line and " " in line.strip()
+        ]
         assert not long, long
         assert re.fullmatch(rf"streamer: {command}: done in \d.* s", shown.last[-1]), shown.last[-1]
 
 
-def test_the_bar_names_its_unit_and_gives_up_the_name_first(many: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_bar_names_its_unit_and_gives_up_the_name_first(
+    many: tuple[Path, Path], tmp_path: Path
+) -> None:
     for columns in (*WIDTHS, 36):
         shown = terminal.show(columns, "detect", *many, "-o", tmp_path / f"{columns}.safetensors")
         assert shown.code == 0, shown.last
@@ -91,7 +103,9 @@ def test_the_bar_names_its_unit_and_gives_up_the_name_first(many: tuple[Path, Pa
         assert all(("matrix/s" in line) == (columns >= 80) for line in bars)
         assert all(bool(re.search(r"_proj|…\S", line)) == (columns >= 80) for line in bars), bars
         assert all(re.search(r"\d\d:\d\d<(\?|\d\d:\d\d)(,|$)", line) for line in bars), bars
-        assert all(len(line) <= columns - 2 for line in bars)  # so that a terminal's ^C does not wrap
+        assert all(
+            len(line) <= columns - 2 for line in bars
+        )  # so that a terminal's ^C does not wrap
 
 
 def test_several_adapters_are_named(tmp_path: Path) -> None:
@@ -101,15 +115,17 @@ def test_several_adapters_are_named(tmp_path: Path) -> None:
         os.symlink(adapter, tmp_path / "several" / name)
     shown = terminal.show(120, "detect", base, tmp_path / "several", "-o", tmp_path / "found")
     assert shown.code == 0
-    assert [line for line in shown.during if re.search(r"detect +\d+/18 .*, (poems|legal): \S+_proj$", line)]
+    assert [
+        line
+        for line in shown.during
+        if re.search(r"detect +\d+/18 .*, (poems|legal): \S+_proj$", line)
+    ]
     done = server().run("detect", base, tmp_path / "several", "-o", tmp_path / "again")
     assert done.code == 0, done.err
     head, _, *rows = (line.split() for line in done.out.splitlines()[:5])
     assert head == ["adapter", "matrices", "with", "any", "intruders", "certified"]
     assert [row[:2] for row in rows] == [["legal", "9"], ["poems", "9"], ["all", "together"]]
-    shown = (
-        f"\n--all shows each adapter's matrices\n\nwrote {tmp_path / 'again'}\n\nnext: streamer repair {base} ADAPTER "
-    )
+    shown = f"\n--all shows each adapter's matrices\n\nwrote {tmp_path / 'again'}\n\nnext: streamer repair {base} ADAPTER "
     assert shown in done.out
     full = server().run("merge", base, tmp_path / "several", "-o", tmp_path / "merged", "--all")
     assert full.code == 0, full.err
@@ -124,7 +140,9 @@ def test_several_adapters_are_named(tmp_path: Path) -> None:
 def test_a_probe_shows_progress(job: tuple[Path, Path], tmp_path: Path) -> None:
     shown = terminal.show(80, "merge", *job, "-o", tmp_path / "m", "--dry-run")
     assert shown.code == 0, shown.last
-    assert [line for line in shown.during if re.match(r"probe: \w.* \d\d:\d\d$", line)], shown.during
+    assert [line for line in shown.during if re.match(r"probe: \w.* \d\d:\d\d$", line)], (
+        shown.during
+    )
 
 
 @pytest.mark.parametrize("mode", ["none", "plain", "bar"])
@@ -141,7 +159,9 @@ def test_progress_as_asked_for(job: tuple[Path, Path], mode: str, tmp_path: Path
 
 
 def test_a_dumb_terminal_has_no_bar(job: tuple[Path, Path], tmp_path: Path) -> None:
-    shown = terminal.show(80, "detect", *job, "-o", tmp_path / "f.safetensors", env={"TERM": "dumb"})
+    shown = terminal.show(
+        80, "detect", *job, "-o", tmp_path / "f.safetensors", env={"TERM": "dumb"}
+    )
     assert shown.code == 0, shown.last
     assert not [line for line in shown.during if BAR.search(line)]
     assert b"\x1b" not in shown.drawn
@@ -164,7 +184,9 @@ def test_a_log_reads_well(tmp_path: Path) -> None:
         done = server().run(*argv, before=WITHOUT_TRANSFORMERS)
         assert done.code == 0, done.err
         *notes, last = (done.err + done.last).splitlines()
-        assert all(re.fullmatch(r"streamer: (note|warning): .{20,300}", line) for line in notes), notes
+        assert all(re.fullmatch(r"streamer: (note|warning): .{20,300}", line) for line in notes), (
+            notes
+        )
         assert re.fullmatch(rf"streamer: {argv[0]}: .*in \d.* s", last), last
 
 
@@ -217,7 +239,9 @@ def test_an_iteration_draws_a_bar(job: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.parametrize("progress", [False, None])
-def test_a_call_outside_of_a_notebook_draws_no_bar_unasked(job: tuple[Path, Path], progress: bool | None) -> None:
+def test_a_call_outside_of_a_notebook_draws_no_bar_unasked(
+    job: tuple[Path, Path], progress: bool | None
+) -> None:
     assert called(job, progress).last[0] == "after"
 
 
@@ -234,7 +258,9 @@ def test_warnings_of_a_call_stand_between_its_bars() -> None:
 # Many matrices --------------------------------------------------------------------------------------------------------
 
 
-def test_many_matrices_end_with_ten_and_totals(many: tuple[Path, Path], findings: Path, tmp_path: Path) -> None:
+def test_many_matrices_end_with_ten_and_totals(
+    many: tuple[Path, Path], findings: Path, tmp_path: Path
+) -> None:
     """In a pipe as on a terminal; the ten are those whose intruders have most of the delta."""
     runs = [
         ["report", findings],
@@ -249,12 +275,17 @@ def test_many_matrices_end_with_ten_and_totals(many: tuple[Path, Path], findings
         assert len(rows) == 10
         assert all("q_proj.weight " in row for row in rows)  # in full: scripts may look for it
         assert re.search(
-            r"^the 10 with the (most energy|largest change), of 60 matrices; --all shows every one$", done.out, re.M
+            r"^the 10 with the (most energy|largest change), of 60 matrices; --all shows every one$",
+            done.out,
+            re.M,
         )
     every = server().run("report", findings, "--all")
     assert every.code == 0, every.err
     rows = [line.split()[0] for line in every.out.splitlines() if line.startswith("model.layers.")]
-    inside = [f"{name}.weight" for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.down_proj")]
+    inside = [
+        f"{name}.weight"
+        for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.down_proj")
+    ]
     assert rows == [f"model.layers.{layer}.{name}" for layer in range(15) for name in inside]
 
 
@@ -269,7 +300,9 @@ def test_inspect_puts_layers_together(many: tuple[Path, Path]) -> None:
     assert sum(line.startswith("model.layers.") for line in every.out.splitlines()) == 60
 
 
-def test_inspect_says_that_an_adapter_was_trained_on_4_bits(many: tuple[Path, Path], tmp_path: Path) -> None:
+def test_inspect_says_that_an_adapter_was_trained_on_4_bits(
+    many: tuple[Path, Path], tmp_path: Path
+) -> None:
     base, adapter = many
     assert "4 bits" not in server().run("inspect", *many).out
     shutil.copytree(adapter, tmp_path / "a")
@@ -314,13 +347,17 @@ def test_a_closed_stdout(job: tuple[Path, Path], findings: Path, tmp_path: Path)
     expected = tmp_path / "expected"
     assert server().run("merge", *job, "-o", expected).code == 0
     # Nothing was printed into a file that got number 1; the record's norms depend on the number of threads.
-    digests = [{k: v for k, v in helpers.tree_digest(d).items() if k != "streamer.json"} for d in (out, expected)]
+    digests = [
+        {k: v for k, v in helpers.tree_digest(d).items() if k != "streamer.json"}
+        for d in (out, expected)
+    ]
     assert digests[0] == digests[1]
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("streams", "words"), [(">/dev/full", "No space left on device"), ("1</dev/null", "Bad file descriptor")]
+    ("streams", "words"),
+    [(">/dev/full", "No space left on device"), ("1</dev/null", "Bad file descriptor")],
 )
 def test_a_stdout_that_takes_nothing(findings: Path, streams: str, words: str) -> None:
     for argv in (["report", findings], ["--help"]):
@@ -331,7 +368,9 @@ def test_a_stdout_that_takes_nothing(findings: Path, streams: str, words: str) -
 
 @pytest.mark.long
 @pytest.mark.parametrize("streams", ["2>/dev/full", "2>&- <&-"])
-def test_a_stderr_that_takes_nothing_ends_no_job(job: tuple[Path, Path], streams: str, tmp_path: Path) -> None:
+def test_a_stderr_that_takes_nothing_ends_no_job(
+    job: tuple[Path, Path], streams: str, tmp_path: Path
+) -> None:
     done = closed(streams, "detect", *job, "-o", tmp_path / "f.safetensors", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     assert '"matrices"' in done.stdout
@@ -339,6 +378,8 @@ def test_a_stderr_that_takes_nothing_ends_no_job(job: tuple[Path, Path], streams
 
 def test_a_reader_of_stderr_that_leaves_ends_no_job(job: tuple[Path, Path], tmp_path: Path) -> None:
     gone = "r, w = os.pipe(); os.close(r); os.dup2(w, 2)"
-    done = server().run("detect", *job, "-o", tmp_path / "f.safetensors", "--progress", "bar", before=gone)
+    done = server().run(
+        "detect", *job, "-o", tmp_path / "f.safetensors", "--progress", "bar", before=gone
+    )
     assert done.code == 0
     assert (tmp_path / "f.safetensors").exists()

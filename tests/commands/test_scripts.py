@@ -45,7 +45,9 @@ def test_a_finished_output_that_is_asked_for_again_gets_the_time_of_now(
     assert all(p.stat().st_mtime > OLD for p in [*out.rglob("*"), out] if p.is_file() or p == out)
 
 
-def test_of_several_outputs_those_that_stand_are_counted(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_of_several_outputs_those_that_stand_are_counted(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
     base, adapter = inputs
     for name in ("a", "b"):
         shutil.copytree(adapter, tmp_path / "adapters" / name)
@@ -59,7 +61,9 @@ def test_of_several_outputs_those_that_stand_are_counted(inputs: tuple[Path, Pat
     assert ": 2 of 2 exist already, in " in all_.last
 
 
-def test_what_does_not_stand_is_made_and_nothing_else_gets_a_time(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_what_does_not_stand_is_made_and_nothing_else_gets_a_time(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     ok("merge", *inputs, "-o", out)
     (out / "notes.txt").write_text("mine")
@@ -85,7 +89,9 @@ def test_a_time_that_cannot_be_set_is_told(inputs: tuple[Path, Path], tmp_path: 
 
 @pytest.mark.parametrize("command", ["merge", "mitigate"])
 @pytest.mark.parametrize("value", ["75", "1.01", "-0.5"])
-def test_lambda_that_does_not_mitigate(inputs: tuple[Path, Path], tmp_path: Path, command: str, value: str) -> None:
+def test_lambda_that_does_not_mitigate(
+    inputs: tuple[Path, Path], tmp_path: Path, command: str, value: str
+) -> None:
     line = (command, *inputs, "-o", tmp_path / "out", f"--lambda={value}")
     done = server().run(*line)
     assert (done.code, done.out, done.calls) == (2, "", [])
@@ -96,13 +102,19 @@ def test_lambda_that_does_not_mitigate(inputs: tuple[Path, Path], tmp_path: Path
         ok(*line, "--amplify")
 
 
-@pytest.mark.parametrize(("value", "words"), [
-    (75, r"be between 0 \(remove\) and 1 \(keep\), got 75; `amplify=True` allows other values$"),
-    (np.float32(75), r"got 75; "),
-    (-0.5, r"got -0.5; `amplify=True` allows other values$"),
-    ("75%", r"be a finite number, got '75%'$"),
-    ("0.5", r"be a finite number, got '0.5'$"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (
+            75,
+            r"be between 0 \(remove\) and 1 \(keep\), got 75; `amplify=True` allows other values$",
+        ),
+        (np.float32(75), r"got 75; "),
+        (-0.5, r"got -0.5; `amplify=True` allows other values$"),
+        ("75%", r"be a finite number, got '75%'$"),
+        ("0.5", r"be a finite number, got '0.5'$"),
+    ],
+)
 def test_the_library_refuses_what_the_command_refuses(
     inputs: tuple[Path, Path], tmp_path: Path, value: object, words: str
 ) -> None:
@@ -114,19 +126,28 @@ def test_the_library_refuses_what_the_command_refuses(
         lambda: streamer.iter_merged(*inputs, **lam),
         lambda: streamer.evaluate_variants(*inputs, lambdas=[value], **texts),  # type: ignore[arg-type, list-item]
         lambda: streamer.peft.reduce_intruder_dimension(torch.nn.Linear(2, 2), **lam),
-        lambda: streamer.peft.merge_and_unload_with_reduced_intruder_dimensions(torch.nn.Linear(2, 2), **lam),
+        lambda: streamer.peft.merge_and_unload_with_reduced_intruder_dimensions(
+            torch.nn.Linear(2, 2), **lam
+        ),
     ]
     for call in calls:
         with pytest.raises(UsageError, match=f"^lambda must .*{words}"):
             call()
 
 
-@pytest.mark.parametrize(("output", "words"), [
-    ("-", "-: expected a path, found the sign for stdout"),
-    ("s3://bucket/name.safetensors", "is an address, and outputs are written to disks"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("-", "-: expected a path, found the sign for stdout"),
+        ("s3://bucket/name.safetensors", "is an address, and outputs are written to disks"),
+    ],
+)
 def test_outputs_that_are_no_paths(
-    inputs: tuple[Path, Path], tmp_path: Path, output: str, words: str, monkeypatch: pytest.MonkeyPatch
+    inputs: tuple[Path, Path],
+    tmp_path: Path,
+    output: str,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for command in WRITING:
@@ -139,29 +160,59 @@ def test_outputs_that_are_no_paths(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["findings", "findings.json", "findings.safetensors.bak", "findings.SAFETENSORS"])
-def test_findings_have_a_name_that_says_what_they_are(inputs: tuple[Path, Path], tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["findings", "findings.json", "findings.safetensors.bak", "findings.SAFETENSORS"]
+)
+def test_findings_have_a_name_that_says_what_they_are(
+    inputs: tuple[Path, Path], tmp_path: Path, name: str
+) -> None:
     done = server().run("detect", *inputs, "-o", tmp_path / name)
     assert (done.code, done.calls) == (2, [])
-    assert f"{name}: expected a name that ends in .safetensors, such as {tmp_path / name}.safetensors" in done.err
+    assert (
+        f"{name}: expected a name that ends in .safetensors, such as {tmp_path / name}.safetensors"
+        in done.err
+    )
     with pytest.raises(UsageError, match=r"ends in \.safetensors"):
         streamer.detect_intruder_dimensions(*inputs, tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("name", "code", "words"), [
-    ("meta-llama/no-such-model", 3, "no such path, nor is it in the hub's cache, and HF_HUB_OFFLINE is set"),
-    ("https://huggingface.co/user/model/tree/main", 3, "nor is it in the hub's cache, and HF_HUB_OFFLINE is set"),
-    ("hf://user/model@main", 3, "nor is it in the hub's cache, and HF_HUB_OFFLINE is set"),
-    ("http://127.0.0.1:9/model", 6, "cannot read in 4 attempts: nothing answers; run the same command again"),
-    ("ftp://example.org/model", 2, "a name on the hub, or an address that begins with one of hf://, https://, s3://, gs://, az://"),
-    ("here/missing", 3, "here/missing: no such directory; check the path of the "),
-    ("missing", 3, "missing: no such directory; check the path of the "),
-    ("./a/b", 3, "no such directory; check the path of the "),
-])  # fmt: skip
-def test_inputs_that_are_not_here(inputs: tuple[Path, Path], tmp_path: Path, name: str, code: int, words: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "code", "words"),
+    [
+        (
+            "meta-llama/no-such-model",
+            3,
+            "no such path, nor is it in the hub's cache, and HF_HUB_OFFLINE is set",
+        ),
+        (
+            "https://huggingface.co/user/model/tree/main",
+            3,
+            "nor is it in the hub's cache, and HF_HUB_OFFLINE is set",
+        ),
+        ("hf://user/model@main", 3, "nor is it in the hub's cache, and HF_HUB_OFFLINE is set"),
+        (
+            "http://127.0.0.1:9/model",
+            6,
+            "cannot read in 4 attempts: nothing answers; run the same command again",
+        ),
+        (
+            "ftp://example.org/model",
+            2,
+            "a name on the hub, or an address that begins with one of hf://, https://, s3://, gs://, az://",
+        ),
+        ("here/missing", 3, "here/missing: no such directory; check the path of the "),
+        ("missing", 3, "missing: no such directory; check the path of the "),
+        ("./a/b", 3, "no such directory; check the path of the "),
+    ],
+)
+def test_inputs_that_are_not_here(
+    inputs: tuple[Path, Path], tmp_path: Path, name: str, code: int, words: str
+) -> None:
     (tmp_path / "here").mkdir()
-    at_once = "import streamer.storage.remote_source as access; access._sleep = lambda seconds: None"
+    at_once = (
+        "import streamer.storage.remote_source as access; access._sleep = lambda seconds: None"
+    )
     there = f"os.chdir({str(tmp_path)!r}); {at_once}"
     for base, adapter in ((name, inputs[1]), (inputs[0], name)):
         done = server().run("detect", base, adapter, "-o", tmp_path / "f.safetensors", before=there)
@@ -173,7 +224,12 @@ def test_inputs_that_are_not_here(inputs: tuple[Path, Path], tmp_path: Path, nam
 def test_an_address_is_no_directory_of_that_name(tmp_path: Path, inputs: tuple[Path, Path]) -> None:
     """A directory that is really called so is taken."""
     (tmp_path / "s3:").mkdir()
-    assert server().run("mitigate", *inputs, "-o", "s3:/out", before=f"os.chdir({str(tmp_path)!r})").code == 0
+    assert (
+        server()
+        .run("mitigate", *inputs, "-o", "s3:/out", before=f"os.chdir({str(tmp_path)!r})")
+        .code
+        == 0
+    )
 
 
 def test_findings_in_a_directory_that_is_a_link(inputs: tuple[Path, Path], tmp_path: Path) -> None:
@@ -182,7 +238,17 @@ def test_findings_in_a_directory_that_is_a_link(inputs: tuple[Path, Path], tmp_p
     other = shutil.copytree(adapter, tmp_path / "other")
     ok("detect", base, adapter, other, "-o", tmp_path / "found")
     (tmp_path / "link").symlink_to("found")
-    ok("merge", base, adapter, other, "-o", tmp_path / "models", "--findings", tmp_path / "link", "--dry-run")
+    ok(
+        "merge",
+        base,
+        adapter,
+        other,
+        "-o",
+        tmp_path / "models",
+        "--findings",
+        tmp_path / "link",
+        "--dry-run",
+    )
     done = server().run("detect", base, adapter, other, "-o", tmp_path / "link")
     assert (done.code, "is a symlink" in done.err) == (4, True)
     with pytest.raises(OutputError):
@@ -193,7 +259,9 @@ def test_findings_in_a_directory_that_is_a_link(inputs: tuple[Path, Path], tmp_p
 
 
 @pytest.mark.parametrize("command", WRITING)
-def test_an_empty_file_is_taken_like_nothing(inputs: tuple[Path, Path], tmp_path: Path, command: str) -> None:
+def test_an_empty_file_is_taken_like_nothing(
+    inputs: tuple[Path, Path], tmp_path: Path, command: str
+) -> None:
     out = target(tmp_path, command)
     out.touch()
     assert ok(command, *inputs, "-o", out, "--dry-run")["state"] == "new"
@@ -202,7 +270,9 @@ def test_an_empty_file_is_taken_like_nothing(inputs: tuple[Path, Path], tmp_path
     assert out.is_dir() == (command != "detect")
 
 
-def test_empty_files_of_an_output_are_taken_like_none(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_empty_files_of_an_output_are_taken_like_none(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
     """As a workflow system touches targets; a loader would still read an empty file of another kind of model."""
     ok("merge", *inputs, "-o", tmp_path / "whole")
     out = tmp_path / "out"
@@ -233,8 +303,12 @@ def test_files_that_only_the_old_output_had_go(inputs: tuple[Path, Path], tmp_pa
     assert not (out / "1_Pooling").exists()
 
 
-@pytest.mark.parametrize("name", ["../victim", "/{home}/victim", "link/victim", "sub/../../victim", "a\0b"])
-def test_a_record_that_names_files_elsewhere_removes_none(inputs: tuple[Path, Path], tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["../victim", "/{home}/victim", "link/victim", "sub/../../victim", "a\0b"]
+)
+def test_a_record_that_names_files_elsewhere_removes_none(
+    inputs: tuple[Path, Path], tmp_path: Path, name: str
+) -> None:
     import hashlib
 
     out, victim = tmp_path / "out", tmp_path / "victim"
@@ -257,7 +331,9 @@ def content(path: Path) -> dict[str, str] | bytes:
     return tree_digest(path) if path.is_dir() else path.read_bytes()
 
 
-def test_a_run_of_another_version_is_not_finished_by_this_one(job: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_run_of_another_version_is_not_finished_by_this_one(
+    job: tuple[Path, Path], tmp_path: Path
+) -> None:
     out, found = tmp_path / "out", tmp_path / "f.safetensors"
     for line, made in ((("merge", *job), out), (("detect", *job), found)):
         whole = tmp_path / f"whole-{made.name}"
@@ -267,14 +343,18 @@ def test_a_run_of_another_version_is_not_finished_by_this_one(job: tuple[Path, P
         left = tree_digest(out)
         done = server().run(*line, "-o", made)
         assert done.code == OutputError.exit_code
-        assert "a run that version 0.10.0-rc1 began, and this is" in done.err.replace("is of a run", "a run")
+        assert "a run that version 0.10.0-rc1 began, and this is" in done.err.replace(
+            "is of a run", "a run"
+        )
         assert "pass --no-resume to start it over" in done.err
         assert tree_digest(out) == left
         assert server().run(*line, "-o", made, "--no-resume").code == 0
         assert content(made) == content(whole)
 
 
-def test_a_finished_output_of_another_version_is_there_already(job: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_finished_output_of_another_version_is_there_already(
+    job: tuple[Path, Path], tmp_path: Path
+) -> None:
     for command in ("merge", "mitigate"):
         out = tmp_path / command
         assert server().run(command, *job, "-o", out, before=OTHER).code == 0

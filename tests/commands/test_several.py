@@ -30,7 +30,9 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Several:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_together_they_give_what_each_gives_alone(several: Several, way: str, tmp_path: Path) -> None:
+def test_together_they_give_what_each_gives_alone(
+    several: Several, way: str, tmp_path: Path
+) -> None:
     expected = tree_digest(several.alone(way))
     assert len(expected) >= len(NAMES)
     run(*several.line(way, tmp_path / "directory"))
@@ -40,7 +42,9 @@ def test_together_they_give_what_each_gives_alone(several: Several, way: str, tm
     run(*several.line(way, tmp_path / "list", *paths), "--io", "pread")
     assert tree_digest(tmp_path / "list") == expected
     # Again there is nothing to do; with one of them gone, that one is made again.
-    shutil.rmtree(tmp_path / "list" / "lora") if way != "detect" else (tmp_path / "list/lora.safetensors").unlink()
+    shutil.rmtree(tmp_path / "list" / "lora") if way != "detect" else (
+        tmp_path / "list/lora.safetensors"
+    ).unlink()
     for _ in range(2):
         run(*several.line(way, tmp_path / "list"))
         assert tree_digest(tmp_path / "list") == expected
@@ -51,15 +55,21 @@ def test_a_directory_of_one_adapter_gives_a_directory(several: Several, tmp_path
     shutil.copytree(several.adapters / "lora", tmp_path / "some" / "lora")
     (tmp_path / "some" / "logs").mkdir()
     run("detect", several.base, tmp_path / "some", "-o", tmp_path / "found")
-    assert tree_digest(tmp_path / "found") == {"lora.safetensors": tree_digest(several.findings)["lora.safetensors"]}
+    assert tree_digest(tmp_path / "found") == {
+        "lora.safetensors": tree_digest(several.findings)["lora.safetensors"]
+    }
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_an_output_that_is_a_link_is_not_followed(several: Several, way: str, tmp_path: Path) -> None:
+def test_an_output_that_is_a_link_is_not_followed(
+    several: Several, way: str, tmp_path: Path
+) -> None:
     (tmp_path / "real").mkdir()
     for target in ("real", "nowhere"):
         (tmp_path / "link").symlink_to(tmp_path / target)
-        assert "link: is a symlink, and writing never follows one" in run(*several.line(way, tmp_path / "link"), code=4)
+        assert "link: is a symlink, and writing never follows one" in run(
+            *several.line(way, tmp_path / "link"), code=4
+        )
         (tmp_path / "link").unlink()
     assert list((tmp_path / "real").iterdir()) == []
 
@@ -69,7 +79,9 @@ def test_an_output_stays_out_of_the_inputs_of_the_others(several: Several, tmp_p
     shutil.copytree(several.adapters / "dora", inside)
     error = run(*several.line(WAYS[1], tmp_path / "out", several.adapters / "lora", inside), code=4)
     assert f"lora: contains the input {inside}" in error
-    assert tree_digest(tmp_path / "out") == {f"lora/dora/{k}": v for k, v in tree_digest(inside).items()}
+    assert tree_digest(tmp_path / "out") == {
+        f"lora/dora/{k}": v for k, v in tree_digest(inside).items()
+    }
 
 
 def test_two_of_one_name_are_refused(several: Several, tmp_path: Path) -> None:
@@ -111,11 +123,18 @@ def test_one_of_a_directory_that_is_not_whole_is_refused_by_name(
         (adapters / "dora" / name).unlink()
 
 
-def test_too_long_a_name_is_refused_before_a_byte_is_written(several: Several, tmp_path: Path) -> None:
-    for length in (250, 230):  # too long for its lock, and only for the partial file at the very end
+def test_too_long_a_name_is_refused_before_a_byte_is_written(
+    several: Several, tmp_path: Path
+) -> None:
+    for length in (
+        250,
+        230,
+    ):  # too long for its lock, and only for the partial file at the very end
         long = tmp_path / ("n" * length)
         shutil.copytree(several.adapters / "lora", long)
-        error = run(*several.line("detect", tmp_path / "out", several.adapters / "dora", long), code=4)
+        error = run(
+            *several.line("detect", tmp_path / "out", several.adapters / "dora", long), code=4
+        )
         assert f"{long.name}.safetensors: its name is too long" in error
     for way in WAYS:
         error = run(*several.line(way, tmp_path / ("o" * 256)), code=2)
@@ -131,7 +150,8 @@ def test_what_to_do_where_descriptors_run_out(several: Several) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 2, hard))
     try:
         with pytest.raises(
-            StorageError, match="Too many open files; take fewer adapters at once, or raise `ulimit -n`"
+            StorageError,
+            match="Too many open files; take fewer adapters at once, or raise `ulimit -n`",
         ):
             make_batch(several.base, [several.adapters / name for name in NAMES])
     finally:
@@ -155,21 +175,28 @@ def test_of_several_the_output_is_no_file(several: Several, way: str, tmp_path: 
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_one_that_is_bad_stops_all_before_a_byte_is_written(several: Several, way: str, tmp_path: Path) -> None:
+def test_one_that_is_bad_stops_all_before_a_byte_is_written(
+    several: Several, way: str, tmp_path: Path
+) -> None:
     bad = tmp_path / "bad"
     shutil.copytree(several.adapters / "lora", bad)
     config = json.loads((bad / "adapter_config.json").read_text())
     (bad / "adapter_config.json").write_text(json.dumps({**config, "alora_invocation_tokens": [1]}))
     shutil.copytree(several.findings, tmp_path / "findings")
     shutil.copy(tmp_path / "findings/lora.safetensors", tmp_path / "findings/bad.safetensors")
-    line = [tmp_path / "findings" if a == several.findings else a for a in several.line(way, tmp_path / "out")]
+    line = [
+        tmp_path / "findings" if a == several.findings else a
+        for a in several.line(way, tmp_path / "out")
+    ]
     error = run(*line[:2], several.adapters / "lora", bad, *line[3:], code=3)
     assert f"{bad / 'adapter_config.json'}: refused" in error
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_an_output_in_an_input_or_in_anothers_place_is_refused(several: Several, way: str, tmp_path: Path) -> None:
+def test_an_output_in_an_input_or_in_anothers_place_is_refused(
+    several: Several, way: str, tmp_path: Path
+) -> None:
     adapters = tmp_path / "adapters"
     shutil.copytree(several.adapters, adapters)
     before = tree_digest(adapters)
@@ -178,7 +205,9 @@ def test_an_output_in_an_input_or_in_anothers_place_is_refused(several: Several,
     assert "lies inside the input" in run(*several.line(way, adapters / "lora", adapters), code=4)
     assert tree_digest(adapters) == before
     out = tmp_path / "out"
-    foreign = out / ("saved.safetensors" if way == "detect" else "saved/model.safetensors.index.json")
+    foreign = out / (
+        "saved.safetensors" if way == "detect" else "saved/model.safetensors.index.json"
+    )
     foreign.parent.mkdir(parents=True)
     foreign.write_text("mine")
     run(*several.line(way, out, adapters), code=4)
@@ -196,7 +225,10 @@ def test_findings_are_a_directory_with_those_on_each(several: Several, tmp_path:
     line[line.index(some)] = some / "lora.safetensors"
     assert "expected findings on several adapters: the directory" in run(*line, code=2)
     line = ["merge", several.base, several.adapters / "lora", "--findings", some, "-o", out]
-    assert f"{some}: expected a findings file, found a directory; name the findings file in it" in run(*line, code=3)
+    assert (
+        f"{some}: expected a findings file, found a directory; name the findings file in it"
+        in run(*line, code=3)
+    )
     assert not out.exists()
 
 
@@ -204,16 +236,26 @@ def test_what_is_lost_in_projection_is_said_of_each(several: Several, tmp_path: 
     twice = tmp_path / "twice"
     for name in ("first", "second"):
         shutil.copytree(several.adapters / "lora", twice / name)
-    done = server().run("mitigate", several.base, twice, "-o", tmp_path / "out", "--lambda", "0", "-q")
+    done = server().run(
+        "mitigate", several.base, twice, "-o", tmp_path / "out", "--lambda", "0", "-q"
+    )
     lost = [
-        line for line in (done.err + done.last).splitlines() if line.startswith("streamer: warning: lost in projection")
+        line
+        for line in (done.err + done.last).splitlines()
+        if line.startswith("streamer: warning: lost in projection")
     ]
-    assert [line.partition(" loses nothing ")[2] for line in lost] == ["(adapter 'first')", "(adapter 'second')"]
+    assert [line.partition(" loses nothing ")[2] for line in lost] == [
+        "(adapter 'first')",
+        "(adapter 'second')",
+    ]
 
 
 def test_inspect_takes_one(several: Several) -> None:
     line = run("inspect", several.base, several.adapters, code=3)
-    assert f"{several.adapters}: expected adapter_config.json, found dora, lora, saved; name an adapter" in line
+    assert (
+        f"{several.adapters}: expected adapter_config.json, found dora, lora, saved; name an adapter"
+        in line
+    )
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -253,7 +295,9 @@ def one_thread() -> Iterator[None]:
 def test_the_library_gives_a_dict(several: Several, tmp_path: Path) -> None:
     paths = [several.adapters / name for name in NAMES]
     found = streamer.detect_intruder_dimensions(several.base, paths)
-    written = streamer.detect_intruder_dimensions(several.base, [several.adapters], tmp_path / "found")
+    written = streamer.detect_intruder_dimensions(
+        several.base, [several.adapters], tmp_path / "found"
+    )
     assert list(found) == list(written) == NAMES
     assert [found[n].digest() for n in NAMES] == [written[n].digest() for n in NAMES]
     for name, path in zip(NAMES, paths, strict=True):
@@ -270,13 +314,22 @@ def test_the_library_gives_a_dict(several: Several, tmp_path: Path) -> None:
         stands = json.loads((out / "streamer.json").read_text())
         assert records[name] == {**stands, "output": str(out), "state": "written"}
     reduced = streamer.reduce_intruder_dimension(
-        several.base, [several.adapters], tmp_path / "reduced", findings=found, mitigation_lambda=0.5, to_lora=3
+        several.base,
+        [several.adapters],
+        tmp_path / "reduced",
+        findings=found,
+        mitigation_lambda=0.5,
+        to_lora=3,
     )
     assert list(reduced) == NAMES
     assert tree_digest(tmp_path / "reduced") == tree_digest(several.alone(WAYS[3]))
     del found["saved"]
-    with pytest.raises(UsageError, match="findings: has none for adapter 'saved'; run detect on it"):
-        streamer.merge_with_reduced_intruder_dimensions(several.base, paths, tmp_path / "no", findings=found)
+    with pytest.raises(
+        UsageError, match="findings: has none for adapter 'saved'; run detect on it"
+    ):
+        streamer.merge_with_reduced_intruder_dimensions(
+            several.base, paths, tmp_path / "no", findings=found
+        )
     with pytest.raises(UsageError, match="expected at least one, found none"):
         streamer.detect_intruder_dimensions(several.base, [])
 
@@ -286,7 +339,10 @@ def test_a_fine_tuned_model_goes_along(several: Several, tmp_path: Path) -> None
     names = ["saved", "lora"]
     found = streamer.detect_intruder_dimensions(several.base, [several.adapters / "saved", tuned])
     assert list(found) == names
-    alone = [streamer.detect_intruder_dimensions(several.base, path) for path in (several.adapters / "saved", tuned)]
+    alone = [
+        streamer.detect_intruder_dimensions(several.base, path)
+        for path in (several.adapters / "saved", tuned)
+    ]
     assert [found[n].digest() for n in names] == [findings.digest() for findings in alone]
 
 
@@ -299,13 +355,19 @@ OPTIONS = {"solver": "certified"}
 
 def make_base(home: Path) -> Path:
     """A base of `SHAPES`."""
-    tensors = {f"{name}.weight": power_law(*shape, seed=i).bfloat16() for i, (name, shape) in enumerate(SHAPES.items())}
+    tensors = {
+        f"{name}.weight": power_law(*shape, seed=i).bfloat16()
+        for i, (name, shape) in enumerate(SHAPES.items())
+    }
     return write_sharded(home / "base", [tensors])
 
 
 def make_adapter(path: Path, seed: int, modules: Sequence[str] = tuple(SHAPES)) -> Path:
     """An adapter on some modules."""
-    factors = {name: intruding_factors(*SHAPES[name], 4, seed=seed, sigma=0.7 + 0.05 * seed) for name in modules}
+    factors = {
+        name: intruding_factors(*SHAPES[name], 4, seed=seed, sigma=0.7 + 0.05 * seed)
+        for name in modules
+    }
     return write_adapter(path, factors, 4)
 
 
@@ -345,18 +407,27 @@ def test_an_error_names_its_adapter(base: Path, adapters: list[Path], tmp_path: 
     events, out = [], tmp_path / "out"
     with pytest.raises(NumericError, match=r"module 'a.1': lora_A holds NaN or Inf") as e:
         detect(base, [adapters[0], bad, adapters[2]], out, on_event=events.append)
-    assert str(e.value).startswith(f"{bad / 'adapter_model.safetensors'}: tensor 'a.1.weight' with ")
-    assert [(e.name, e.adapter) for e in events][-2:] == [("a.1.weight", "n0"), ("a.1.weight", "bad")]
+    assert str(e.value).startswith(
+        f"{bad / 'adapter_model.safetensors'}: tensor 'a.1.weight' with "
+    )
+    assert [(e.name, e.adapter) for e in events][-2:] == [
+        ("a.1.weight", "n0"),
+        ("a.1.weight", "bad"),
+    ]
     assert not list(out.glob("*.safetensors"))
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_an_error_of_the_base_names_the_base(base: Path, adapters: list[Path], tmp_path: Path) -> None:
+def test_an_error_of_the_base_names_the_base(
+    base: Path, adapters: list[Path], tmp_path: Path
+) -> None:
     bad = Path(shutil.copytree(base, tmp_path / "bad"))
     (shard,) = bad.glob("*.safetensors")
     tensors = load_file(shard)
     tensors["a.1.weight"][0, 0] = float("nan")
     save_file(tensors, shard, metadata={"format": "pt"})
     for several in (adapters[:3], adapters[:1]):
-        with pytest.raises(NumericError, match=rf"^{shard}: tensor 'a.1.weight' .* the base matrix"):
+        with pytest.raises(
+            NumericError, match=rf"^{shard}: tensor 'a.1.weight' .* the base matrix"
+        ):
             detect(bad, several)

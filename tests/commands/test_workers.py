@@ -50,10 +50,16 @@ def test_threads_give_the_same_bytes(small: WorkerBench, tmp_path: Path) -> None
     events: list[Event] = []
     with ThreadPoolExecutor(3) as pool, threads(1):
         streamer.detect_intruder_dimensions(
-            small.base, small.adapter, tmp_path / "f.safetensors", solver="certified", executor=pool,
+            small.base,
+            small.adapter,
+            tmp_path / "f.safetensors",
+            solver="certified",
+            executor=pool,
             on_event=events.append,
-        )  # fmt: skip
-        inside = streamer.detect_intruder_dimensions(small.base, small.adapter, solver="certified", executor=pool)
+        )
+        inside = streamer.detect_intruder_dimensions(
+            small.base, small.adapter, solver="certified", executor=pool
+        )
     assert (tmp_path / "f.safetensors").read_bytes() == small.alone
     assert inside.digest() == streamer.load_findings(tmp_path / "f.safetensors").digest()
     steps = [e for e in events if e.stage == "detect"]
@@ -88,20 +94,30 @@ def test_workers_share_the_memory(bench: WorkerBench, tmp_path: Path) -> None:
     line = ["detect", bench.base, bench.adapter, "--threads", 1]
     few = run_cli(*line, "-o", out, "--workers", 2, "--max-memory", "450M")
     assert few.returncode == 2
-    assert "streamer: --max-memory: 450M is not enough for tensor 'a.0.weight' (600x700); it needs" in few.stderr
+    assert (
+        "streamer: --max-memory: 450M is not enough for tensor 'a.0.weight' (600x700); it needs"
+        in few.stderr
+    )
     least = few.stderr.split()[-1]
     assert run_cli(*line, "-o", out, "--workers", 2, "--max-memory", least, "-q").returncode == 0
     found = streamer.load_findings(out)
     share = found.options.max_memory or 0
     assert share < int(least[:-1]) << 19
-    assert run_cli(*line, "-o", tmp_path / "one.safetensors", "--max-memory", f"{share >> 20}M", "-q").returncode == 0
+    assert (
+        run_cli(
+            *line, "-o", tmp_path / "one.safetensors", "--max-memory", f"{share >> 20}M", "-q"
+        ).returncode
+        == 0
+    )
     assert (tmp_path / "one.safetensors").read_bytes() == out.read_bytes()
 
 
 def test_several_adapters_on_workers(tmp_path: Path) -> None:
     base, adapters = jobs.several(tmp_path / "in")
     with ThreadPoolExecutor(2) as pool:
-        found = streamer.detect_intruder_dimensions(base, [adapters], tmp_path / "found", executor=pool)
+        found = streamer.detect_intruder_dimensions(
+            base, [adapters], tmp_path / "found", executor=pool
+        )
     for name, findings in found.items():
         path = tmp_path / f"{name}.safetensors"
         streamer.detect_intruder_dimensions(base, adapters / name, path)
@@ -110,12 +126,20 @@ def test_several_adapters_on_workers(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("options", "said"), [
-    (["--workers", "0"], "--workers: expected a number from 1, found 0"),
-    (["--executor", "slurm:1"], "--executor: expected dask:ADDRESS or ray:ADDRESS, found 'slurm:1'"),
-    (["--executor", "dask:127.0.0.1:9", "--workers", "2"], "give one of them"),
-])  # fmt: skip
-def test_options_that_make_no_sense(bench: WorkerBench, options: list[str], said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--workers", "0"], "--workers: expected a number from 1, found 0"),
+        (
+            ["--executor", "slurm:1"],
+            "--executor: expected dask:ADDRESS or ray:ADDRESS, found 'slurm:1'",
+        ),
+        (["--executor", "dask:127.0.0.1:9", "--workers", "2"], "give one of them"),
+    ],
+)
+def test_options_that_make_no_sense(
+    bench: WorkerBench, options: list[str], said: str, tmp_path: Path
+) -> None:
     done = run_cli("detect", bench.base, bench.adapter, "-o", tmp_path / "f.safetensors", *options)
     assert done.returncode == 2
     assert said in done.stderr
@@ -146,7 +170,9 @@ def test_dask_gives_the_same_bytes(command: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", BENCHES)
-def test_ray_gives_the_same_bytes(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_gives_the_same_bytes(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with ray_cluster(monkeypatch, 2) as address:
         on_engine(BENCHES[command](tmp_path), tmp_path / "out", f"ray:{address}")
 
@@ -154,9 +180,19 @@ def test_ray_gives_the_same_bytes(command: str, tmp_path: Path, monkeypatch: pyt
 @pytest.mark.long
 def test_a_dry_run_counts_all_workers(bench: WorkerBench, tmp_path: Path) -> None:
     line = [
-        "detect", bench.base, bench.adapter, "-o", tmp_path / "f.safetensors", "--threads", 1, "--dry-run", "--json",
-    ]  # fmt: skip
-    one, two = (json.loads(run_cli(*line, *more).stdout)["forecast"] for more in ([], ["--workers", 2]))
+        "detect",
+        bench.base,
+        bench.adapter,
+        "-o",
+        tmp_path / "f.safetensors",
+        "--threads",
+        1,
+        "--dry-run",
+        "--json",
+    ]
+    one, two = (
+        json.loads(run_cli(*line, *more).stdout)["forecast"] for more in ([], ["--workers", 2])
+    )
     assert 2 * one["peak_memory_bytes"] < two["peak_memory_bytes"] < 3 * one["peak_memory_bytes"]
     assert two["read_bytes"] == one["read_bytes"]
     assert not list(tmp_path.iterdir())

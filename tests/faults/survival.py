@@ -66,7 +66,12 @@ class Table:
             return
         began = time.monotonic()
         tally = inject()
-        print(row(fault, command, tally, time.monotonic() - began), *tally.problems[:5], sep="\n    ", flush=True)
+        print(
+            row(fault, command, tally, time.monotonic() - began),
+            *tally.problems[:5],
+            sep="\n    ",
+            flush=True,
+        )
         self.passed = self.passed and tally.passed
         self.total.add(tally)
 
@@ -84,7 +89,9 @@ def disturb_calls(table: Table, home: Path, every: int, kills: int, seed: str) -
         table.run(
             RANDOM,
             command,
-            lambda trial=trial: survival_calls.killed_at_random(trial.case, trial.home, kills, trial.rng),
+            lambda trial=trial: survival_calls.killed_at_random(
+                trial.case, trial.home, kills, trial.rng
+            ),
         )
 
 
@@ -95,8 +102,14 @@ def disturb_servers(table: Table, home: Path, every: int, kills: int, seed: str)
         for command, service in services:
             for fault, inject in survival_servers.KINDS.items():
                 if fault not in survival_servers.NOT_THERE.get(command, ()):
-                    table.run(fault, command, lambda inject=inject, service=service: inject(service))
-            table.run(RANDOM, command, lambda service=service: survival_servers.killed_at_random(service, kills))
+                    table.run(
+                        fault, command, lambda inject=inject, service=service: inject(service)
+                    )
+            table.run(
+                RANDOM,
+                command,
+                lambda service=service: survival_servers.killed_at_random(service, kills),
+            )
 
 
 def disturb_workers(table: Table, home: Path, kills: int, seed: str) -> None:
@@ -116,23 +129,38 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    machine, servers, workers = ([f.replace(",", "") for f in faults] for faults in (
-        [*survival_calls.FAULTS, RANDOM], survival_servers.KINDS, survival_workers.KINDS))  # fmt: skip
+    machine, servers, workers = (
+        [f.replace(",", "") for f in faults]
+        for faults in (
+            [*survival_calls.FAULTS, RANDOM],
+            survival_servers.KINDS,
+            survival_workers.KINDS,
+        )
+    )
     commands = [
         *LOCAL,
         *(c.replace(",", "") for c in survival_servers.COMMANDS),
         *(f"{command} on workers" for command in BENCHES),
     ]
     parser.add_argument("--runs", type=int, default=20, help="random kills of each command")
-    parser.add_argument("--worker-runs", type=int, default=20, help="random kills of each kind among workers")
-    parser.add_argument("--every", type=int, default=1, help="of the calls and requests, only each n-th is disturbed")
+    parser.add_argument(
+        "--worker-runs", type=int, default=20, help="random kills of each kind among workers"
+    )
+    parser.add_argument(
+        "--every",
+        type=int,
+        default=1,
+        help="of the calls and requests, only each n-th is disturbed",
+    )
     parser.add_argument("--commands", default=",".join(commands))
     parser.add_argument("--faults", default=",".join((*machine, *servers, *workers)))
     parser.add_argument("--seed", default="0")
     args = parser.parse_args()
     faults = set(args.faults.split(","))
     if faults & {*machine} and not shim.AVAILABLE:
-        raise SystemExit("survival.py needs a C compiler: install one, or set PATH so that cc is found")
+        raise SystemExit(
+            "survival.py needs a C compiler: install one, or set PATH so that cc is found"
+        )
     with tempfile.TemporaryDirectory(prefix="survival-") as place:
         table, home = Table(args.faults.split(","), args.commands.split(",")), Path(place)
         if faults & {*machine}:

@@ -43,7 +43,11 @@ def refused(trial: Trial, number: int, ops: str) -> Tally:
         out, what = trial.home / f"out-{n}", f"call {n} ({op})"
         done = trial.run(out, shim.FAIL, n, number)
         tally.begin(done.code, {0, 6} if op == "u" else {6}, what)
-        wrong = done.err.count("\n") != 1 or os.strerror(number) not in done.err or "the same command" not in done.err
+        wrong = (
+            done.err.count("\n") != 1
+            or os.strerror(number) not in done.err
+            or "the same command" not in done.err
+        )
         if done.code and wrong:
             tally.problems.append(f"{what}: said {done.err!r}")
         if partials(out) and op != "u":
@@ -77,11 +81,17 @@ def unreadable(trial: Trial) -> Tally:
             trial.case.run(out, *options, before=shim.arm(source, shim.FAIL_READ, record=record))
             shutil.rmtree(out)
             reads = len(shim.read_record(record))
-            for n in range(1 + trial.rng.randrange(min(reads, trial.every)), reads + 1, trial.every):
+            for n in range(
+                1 + trial.rng.randrange(min(reads, trial.every)), reads + 1, trial.every
+            ):
                 what = f"read {n} of {source.name} {' '.join(options)}"
-                done = trial.case.run(out, *options, before=shim.arm(source, shim.FAIL_READ, n, errno.EIO))
+                done = trial.case.run(
+                    out, *options, before=shim.arm(source, shim.FAIL_READ, n, errno.EIO)
+                )
                 tally.begin(done.code, {6}, what)
-                if done.code == 6 and (done.err.count("\n") != 1 or os.strerror(errno.EIO) not in done.err):
+                if done.code == 6 and (
+                    done.err.count("\n") != 1 or os.strerror(errno.EIO) not in done.err
+                ):
                     tally.problems.append(f"{what}: said {done.err!r}")
                 tally.end(trial.case, out, what)
     return tally
@@ -106,9 +116,14 @@ def limited(trial: Trial) -> Tally:
     largest = max(call.offset + call.length for call in trial.calls if call.op in "ew")
     for limit in range(500, largest, max(1, largest // 12) * trial.every):
         out, what = trial.home / f"out-{limit}", f"limit {limit}"
-        done = trial.case.run(out, before=f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))")
+        done = trial.case.run(
+            out, before=f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
+        )
         tally.begin(done.code, {6}, what)
-        if done.err.count("\n") != 1 or "free some space, then run the same command again" not in done.err:
+        if (
+            done.err.count("\n") != 1
+            or "free some space, then run the same command again" not in done.err
+        ):
             tally.problems.append(f"{what}: said {done.err!r}")
         if partials(out):
             tally.problems.append(f"{what}: left {partials(out)}")
@@ -152,7 +167,11 @@ def changed(trial: Trial) -> Tally:
     """An input changes in mid-run: exit 8 and no commit point, or the whole output, where all had been read. Put back, it goes on."""
     tally = Tally()
     case = trial.case
-    found = [p for source in case.inputs for p in sorted([*source.iterdir(), *source.glob("*/adapter_*")])]
+    found = [
+        p
+        for source in case.inputs
+        for p in sorted([*source.iterdir(), *source.glob("*/adapter_*")])
+    ]
     inputs = [p for p in found if p.suffix in (".safetensors", ".json")]
     for i, n in enumerate(range(2, len(case.calls), 2 * trial.every)):
         path, (how, code) = trial.rng.choice(inputs), list(CHANGES.items())[i % len(CHANGES)]
@@ -233,7 +252,9 @@ def killed_at_random(
     afresh()
     while tally.injected < kills:
         # The kernel's alarm, for which the command has no handler, ends a process as SIGKILL does.
-        done = case.run(out, before=f"signal.setitimer(signal.ITIMER_REAL, {rng.uniform(0.01, 1.0) * seconds})")
+        done = case.run(
+            out, before=f"signal.setitimer(signal.ITIMER_REAL, {rng.uniform(0.01, 1.0) * seconds})"
+        )
         what = f"kill {tally.injected + 1}"
         if done.code == 0:
             tally.runs += 1

@@ -38,9 +38,7 @@ COMMANDS = {
 FEW_TRIES = "import streamer.storage.remote_source as access; access.TRIES = access.FIRST_TRIES = 2"
 """Code that lets a run give a server up in a second."""
 
-SHORT_WAITS = (
-    "import streamer.storage.remote_source as access; sleep = access._sleep; access._sleep = lambda s: sleep(s / 10)"
-)
+SHORT_WAITS = "import streamer.storage.remote_source as access; sleep = access._sleep; access._sleep = lambda s: sleep(s / 10)"
 """Code that lets a run try again sooner."""
 
 STALL = 1.0
@@ -78,14 +76,20 @@ class Service:
     def places(self, first: int = 1) -> Iterator[tuple[int, Path]]:
         """Give every n-th request from `first` on, and an output for it; the cache is empty each time."""
         span = self.asked - first + 1
-        for n in range(first + self.rng.randrange(max(1, min(self.every, span))), self.asked + 1, self.every):
+        for n in range(
+            first + self.rng.randrange(max(1, min(self.every, span))), self.asked + 1, self.every
+        ):
             self.empty_cache()
             yield n, self.home / f"out-{n}"
 
     @property
     def files(self) -> Path:
         """The directory of the base."""
-        return next(path for path in (self.site.root / "base", self.site.root / "owner" / "base") if path.is_dir())
+        return next(
+            path
+            for path in (self.site.root / "base", self.site.root / "owner" / "base")
+            if path.is_dir()
+        )
 
     def empty_cache(self) -> None:
         """Let the next run download what it needs."""
@@ -105,7 +109,11 @@ class Disturbance:
     """A fault of one request for files of the base, or of all from it on; what else is to happen then is done once."""
 
     def __init__(
-        self, kind: str | None, first: int, lasts: bool = False, act: Callable[[str], None] | None = None
+        self,
+        kind: str | None,
+        first: int,
+        lasts: bool = False,
+        act: Callable[[str], None] | None = None,
     ) -> None:
         self.hits = 0
         self._kind, self._first, self._lasts, self._act = kind, first, lasts, act
@@ -144,7 +152,11 @@ def passing(service: Service, kind: str) -> Tally:
         with disturbed(service.site, Disturbance(kind, n)):
             done = service.case.run(out, before=IMPATIENT if kind == "stall" else "")
         # A hub's answer for a shard may be the first that is seen of it.
-        refused_at_once = kind == "whole" and service.site.root.name == "hub" and "gives whole files only" in done.told
+        refused_at_once = (
+            kind == "whole"
+            and service.site.root.name == "hub"
+            and "gives whole files only" in done.told
+        )
         tally.begin(done.code, {3} if refused_at_once else {0}, what)
         if done.told and not refused_at_once:
             tally.problems.append(f"{what}: said {done.told!r}")
@@ -158,7 +170,9 @@ def lasting(service: Service, kind: str) -> Tally:
     for n, out in service.places():
         what, disturbance = f"{kind} from request {n} on", Disturbance(kind, n, lasts=True)
         with disturbed(service.site, disturbance):
-            done = service.case.run(out, before="; ".join([FEW_TRIES, *[IMPATIENT] * (kind == "stall")]))
+            done = service.case.run(
+                out, before="; ".join([FEW_TRIES, *[IMPATIENT] * (kind == "stall")])
+            )
         passed = {0} if kind in OF_DATA or not disturbance.hits else set()
         tally.begin(done.code, {6, *passed, *({3} if kind == "whole" else ())}, what)
         tally.refused(done.code, done.told, what)
@@ -208,7 +222,9 @@ def changed(service: Service, how: str) -> Tally:
 
     for n, out in service.places(service.listed + 1):
         what = f"another {how} at request {n}"
-        disturbance = Disturbance("changed", n) if how == "ETag" else Disturbance(None, n, act=replace)
+        disturbance = (
+            Disturbance("changed", n) if how == "ETag" else Disturbance(None, n, act=replace)
+        )
         with disturbed(service.site, disturbance):
             done = service.case.run(out)
         tally.begin(done.code, {0, 8}, what)
@@ -225,10 +241,17 @@ def other_bytes(service: Service) -> Tally:
     """After a kill the server gives other bytes of the same ETag and size: where samples see them, exit 4, and no file is touched."""
     tally, files, aside = Tally(), service.files, service.home / "aside"
     shutil.copytree(files, aside, dirs_exist_ok=True)
-    tags = {f"base/{path.name}": service.site.tag(path, f"base/{path.name}") for path in files.iterdir()}
+    tags = {
+        f"base/{path.name}": service.site.tag(path, f"base/{path.name}") for path in files.iterdir()
+    }
     for n, out in service.places(service.listed + 1):
         what = f"other bytes after call {n}"
-        if service.case.run(out, at=max(2, n * len(service.case.calls) // service.asked), code=KILL).code == 0:
+        if (
+            service.case.run(
+                out, at=max(2, n * len(service.case.calls) // service.asked), code=KILL
+            ).code
+            == 0
+        ):
             shutil.rmtree(out)
             continue
         service.site.tags.update(tags)
@@ -251,7 +274,11 @@ def other_bytes(service: Service) -> Tally:
 
 def _named(out: Path) -> dict[str, str]:
     """Digests of the files under final names."""
-    return {name: digest for name, digest in tree_digest(out).items() if not Path(name).name.startswith(".")}
+    return {
+        name: digest
+        for name, digest in tree_digest(out).items()
+        if not Path(name).name.startswith(".")
+    }
 
 
 def killed(service: Service) -> Tally:
@@ -273,7 +300,12 @@ def killed(service: Service) -> Tally:
 def killed_at_random(service: Service, kills: int) -> Tally:
     """Kill at random moments, of downloads too."""
     return survival_calls.killed_at_random(
-        service.case, service.home, kills, service.rng, partial(Service.end, service), service.empty_cache
+        service.case,
+        service.home,
+        kills,
+        service.rng,
+        partial(Service.end, service),
+        service.empty_cache,
     )
 
 
@@ -304,7 +336,9 @@ NOT_THERE = {
 
 
 @contextlib.contextmanager
-def services(home: Path, every: int, seed: str, commands: list[str]) -> Iterator[Iterator[tuple[str, Service]]]:
+def services(
+    home: Path, every: int, seed: str, commands: list[str]
+) -> Iterator[Iterator[tuple[str, Service]]]:
     """Serve a small base and an adapter, and give the commands on them, each with what an uninterrupted run writes."""
     files = remote_jobs.world(home / "files")
     hub = home / "hub"
@@ -315,7 +349,10 @@ def services(home: Path, every: int, seed: str, commands: list[str]) -> Iterator
         def made() -> Iterator[tuple[str, Service]]:
             for command in commands:
                 site = models if command.endswith("hub") else web
-                yield command, _service(command, site, home / command.replace(" ", "-"), every, seed)
+                yield (
+                    command,
+                    _service(command, site, home / command.replace(" ", "-"), every, seed),
+                )
 
         yield made()
 
@@ -323,16 +360,25 @@ def services(home: Path, every: int, seed: str, commands: list[str]) -> Iterator
 def _service(command: str, site: RangeServer, home: Path, every: int, seed: str) -> Service:
     cache = home / "cache"
     environment = {
-        "XDG_CACHE_HOME": str(cache), "STREAMER_REMOTE_TIMEOUT": "20", "HF_HOME": str(cache / "hf"), "HF_ENDPOINT": site.address,
-        "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0",
-    }  # fmt: skip
+        "XDG_CACHE_HOME": str(cache),
+        "STREAMER_REMOTE_TIMEOUT": "20",
+        "HF_HOME": str(cache / "hf"),
+        "HF_ENDPOINT": site.address,
+        "HF_TOKEN": TOKEN,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+    }
     inputs = (
         ("owner/base", "owner/adapter")
         if command.endswith("hub")
         else (f"{site.address}/base", f"{site.address}/adapter")
     )
     verb, *options = COMMANDS[command].split()
-    case = Case((verb, *inputs, *options), server(), before=f"os.environ.update({environment}); {SHORT_WAITS}")
+    case = Case(
+        (verb, *inputs, *options),
+        server(),
+        before=f"os.environ.update({environment}); {SHORT_WAITS}",
+    )
     out = home / "whole"
     home.mkdir(parents=True)
     site.reset()

@@ -46,9 +46,13 @@ class Crew:
             out.mkdir()
             yield f"run {i + 1}", out
         if tally.injected < self.kills:
-            tally.problems.append(f"{tally.injected} of {self.kills} faults came before the end of their run")
+            tally.problems.append(
+                f"{tally.injected} of {self.kills} faults came before the end of their run"
+            )
 
-    def start(self, out: Path, *options: object) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
+    def start(
+        self, out: Path, *options: object
+    ) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
         """Start the command, which writes one file into a directory."""
         return self.bench.start(out / self.bench.name, *(options or self.options), "-qq")
 
@@ -70,9 +74,17 @@ class Crew:
     def unfinished(self, out: Path) -> list[str]:
         """What goes wrong when the same command runs again (P2, P3)."""
         again = self.run(out)
-        wrong = [f"exit {again.returncode}: {again.stderr}"] if (again.returncode, again.stderr) != (0, "") else []
+        wrong = (
+            [f"exit {again.returncode}: {again.stderr}"]
+            if (again.returncode, again.stderr) != (0, "")
+            else []
+        )
         left = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
-        return [*wrong, *self.lost(out), *([f"left {left}"] if left != sorted(self.bench.files) else [])]
+        return [
+            *wrong,
+            *self.lost(out),
+            *([f"left {left}"] if left != sorted(self.bench.files) else []),
+        ]
 
 
 def kill(pids: list[int]) -> None:
@@ -87,7 +99,9 @@ def wait_until_begun(crew: Crew, out: Path, process: subprocess.Popen[str]) -> N
     wait_until(lambda: has_begun(out / crew.bench.name) or process.poll() is not None)
 
 
-def ended_well(tally: Tally, crew: Crew, code: int, said: str, out: Path, what: str, hit: bool) -> None:
+def ended_well(
+    tally: Tally, crew: Crew, code: int, said: str, out: Path, what: str, hit: bool
+) -> None:
     """Look at a run that is to end as if nothing had been, with code 0 and no word; it counts if the fault came before its end."""
     if hit:
         tally.begin(code, {0}, what)
@@ -149,7 +163,9 @@ def told_to_end(crew: Crew, signum: signal.Signals) -> Tally:
         if ended:
             tally.runs += 1
         else:
-            tally.begin(process.returncode, {-signum if signum == signal.SIGKILL else 128 + signum}, what)
+            tally.begin(
+                process.returncode, {-signum if signum == signal.SIGKILL else 128 + signum}, what
+            )
         with contextlib.suppress(AssertionError):
             wait_until(lambda pid=process.pid: not workers_in(pid), 20)
         if left := workers_in(process.pid):
@@ -232,6 +248,9 @@ KINDS: dict[str, Callable[[Crew], Tally]] = {
     "command killed": lambda crew: told_to_end(crew, signal.SIGKILL),
     "command and workers: SIGINT": lambda crew: told_to_end(crew, signal.SIGINT),
     "two commands on workers": two_at_once,
-    **({"Dask: worker killed": dask_worker_killed, "Dask: scheduler killed": dask_scheduler_killed}
-       if importlib.util.find_spec("distributed") else {}),
-}  # fmt: skip
+    **(
+        {"Dask: worker killed": dask_worker_killed, "Dask: scheduler killed": dask_scheduler_killed}
+        if importlib.util.find_spec("distributed")
+        else {}
+    ),
+}

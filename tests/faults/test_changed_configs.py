@@ -37,13 +37,19 @@ def edit(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(dict(reversed(tree.items()))))
 
 
-def evaluate(home: Path, output: Path, lambdas: tuple[float, ...] = (0.5,), **options: Any) -> streamer.Evaluation:
+def evaluate(
+    home: Path, output: Path, lambdas: tuple[float, ...] = (0.5,), **options: Any
+) -> streamer.Evaluation:
     given = {"methods": ["shrink"], "lambdas": lambdas, "sequences": 24, "keep": 1.0}
-    return streamer.evaluate_variants(home / "base", home / "adapter", output, **texts(home), **given, **options)
+    return streamer.evaluate_variants(
+        home / "base", home / "adapter", output, **texts(home), **given, **options
+    )
 
 
 def repair(home: Path, output: Path, **options: Any) -> None:
-    streamer.repair_adapter(home / "base", home / "adapter", output, **texts(home), sequences=48, **options)
+    streamer.repair_adapter(
+        home / "base", home / "adapter", output, **texts(home), sequences=48, **options
+    )
 
 
 def make_map(home: Path, output: Path, text: str = "general", **options: Any) -> None:
@@ -55,14 +61,27 @@ def texts(home: Path) -> dict[str, Path]:
 
 
 def files(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
 
 
 CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "norm": (lambda home: edit(home / "base" / "config.json", **NORM), "the base's config: rms_norm_eps"),
-    "rope": (lambda home: edit(home / "base" / "config.json", **ROPE), "the base's config: rope_parameters"),
-    "alpha": (lambda home: edit(home / "adapter" / "adapter_config.json", lora_alpha=8), "the adapter's config: lora_alpha"),
-}  # fmt: skip
+    "norm": (
+        lambda home: edit(home / "base" / "config.json", **NORM),
+        "the base's config: rms_norm_eps",
+    ),
+    "rope": (
+        lambda home: edit(home / "base" / "config.json", **ROPE),
+        "the base's config: rope_parameters",
+    ),
+    "alpha": (
+        lambda home: edit(home / "adapter" / "adapter_config.json", lora_alpha=8),
+        "the adapter's config: lora_alpha",
+    ),
+}
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -98,7 +117,12 @@ def test_an_evaluation_without_configs_is_not_added_to(home: Path) -> None:
 def spell_differently(home: Path) -> None:
     """Save the config by transformers, then in another order; change what does not determine losses."""
     AutoConfig.from_pretrained(home / "base").save_pretrained(home / "base")
-    edit(home / "base" / "config.json", transformers_version="5.0.0", use_cache=False, _name_or_path="x/y")
+    edit(
+        home / "base" / "config.json",
+        transformers_version="5.0.0",
+        use_cache=False,
+        _name_or_path="x/y",
+    )
     (home / "base" / "generation_config.json").write_text('{"top_k": 3}')
 
 
@@ -107,9 +131,16 @@ def test_another_spelling_changes_nothing(home: Path) -> None:
         added = evaluate(home, home / "e.json", lambdas, monitor=Monitor())
         fresh = evaluate(home, home / "fresh.json", lambdas, overwrite=True, monitor=Monitor())
         for name in ("base", "adapter", *(f"shrink {lam}" for lam in lambdas)):
-            assert added[name]["general"]["loss"] == pytest.approx(fresh[name]["general"]["loss"], rel=1e-6)
+            assert added[name]["general"]["loss"] == pytest.approx(
+                fresh[name]["general"]["loss"], rel=1e-6
+            )
         spell_differently(home)
-        edit(home / "adapter" / "adapter_config.json", inference_mode=False, revision="main", new_key=None)
+        edit(
+            home / "adapter" / "adapter_config.json",
+            inference_mode=False,
+            revision="main",
+            new_key=None,
+        )
 
 
 RESUMED = {
@@ -128,7 +159,8 @@ def test_an_interrupted_run_goes_on_with_its_own_config_alone(home: Path, comman
     own = (home / "base" / "config.json").read_text()
     edit(home / "base" / "config.json", **NORM)
     with pytest.raises(
-        OutputExistsError, match=r"interrupted run .* \(the base's config: rms_norm_eps\) has its journal"
+        OutputExistsError,
+        match=r"interrupted run .* \(the base's config: rms_norm_eps\) has its journal",
     ):
         run(home, home / "out" / name, monitor=Monitor())
     (home / "base" / "config.json").write_text(own)
@@ -140,13 +172,18 @@ def test_an_interrupted_run_goes_on_with_its_own_config_alone(home: Path, comman
 
 
 @pytest.mark.parametrize(("run", "beside"), [(repair, ".fit.safetensors"), (make_map, "")])
-def test_a_result_of_another_model_is_refused(home: Path, run: Callable[..., None], beside: str) -> None:
+def test_a_result_of_another_model_is_refused(
+    home: Path, run: Callable[..., None], beside: str
+) -> None:
     output = home / "o.safetensors"
     run(home, output, monitor=Monitor())
     spell_differently(home)
     run(home, output, monitor=Monitor())
     edit(home / "base" / "config.json", **ROPE)
-    with pytest.raises(OutputExistsError, match=rf"^{output}{beside}: holds .* \(the base's config: rope_parameters\)"):
+    with pytest.raises(
+        OutputExistsError,
+        match=rf"^{output}{beside}: holds .* \(the base's config: rope_parameters\)",
+    ):
         run(home, output, monitor=Monitor())
 
 

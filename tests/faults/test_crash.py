@@ -92,7 +92,10 @@ def test_two_runs_at_once(bench: Bench, command: str, tmp_path: Path) -> None:
     assert second.code == 5
     assert second.err.count("\n") == 1
     target = out / "findings.safetensors" if case.argv[0] == "detect" else out
-    assert f"{target}: another run is writing here; wait for it, or choose another output" in second.err
+    assert (
+        f"{target}: another run is writing here; wait for it, or choose another output"
+        in second.err
+    )
     assert tree_digest(out) == before
     assert server().resume(first.pid).code == 0
     assert tree_digest(out) == case.whole
@@ -134,7 +137,10 @@ def test_an_input_changes_in_mid_run(command: str, change: str, tmp_path: Path) 
     assert path in changed.err
     assert "start again" in changed.err
     assert partials(out) == []
-    assert not {"f.safetensors", "model.safetensors.index.json", "adapter_config.json"} & tree_digest(out).keys()
+    assert (
+        not {"f.safetensors", "model.safetensors.index.json", "adapter_config.json"}
+        & tree_digest(out).keys()
+    )
 
 
 @pytest.mark.parametrize("command", ["detect", "merge", "mitigate"])
@@ -150,7 +156,10 @@ def test_an_input_changes_between_kill_and_resume(command: str, tmp_path: Path) 
     changed = server().run(*argv)
     assert changed.code == 8
     assert changed.err.count("\n") == 1
-    assert "an input was modified since this run was interrupted; --no-resume starts it over" in changed.err
+    assert (
+        "an input was modified since this run was interrupted; --no-resume starts it over"
+        in changed.err
+    )
     assert tree_digest(out).keys() <= before.keys()
     fresh = server().run(*argv, "--no-resume")
     assert (fresh.code, fresh.told) == (0, "")
@@ -165,18 +174,24 @@ def test_no_room_is_known_before_anything_is_written(bench: Bench, tmp_path: Pat
     assert full.code == 6
     needed = json.loads(case.run(tmp_path / "out", "--dry-run", "--json").out)["bytes"]
     assert needed > sum(p.stat().st_size for p in bench.base.glob("*.safetensors"))
-    assert f"{tmp_path / 'out'}: needs {format_size(needed)}, the disk has 9 B free; free some space" in full.err
+    assert (
+        f"{tmp_path / 'out'}: needs {format_size(needed)}, the disk has 9 B free; free some space"
+        in full.err
+    )
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("command", ["detect", "merge", "mitigate"])
-def test_no_room_for_findings_is_known_before_anything_is_written(bench: Bench, command: str, tmp_path: Path) -> None:
+def test_no_room_for_findings_is_known_before_anything_is_written(
+    bench: Bench, command: str, tmp_path: Path
+) -> None:
     """Their size is not known yet: room is asked for as if every direction were an intruder, for the journal beside them too."""
     case, out = bench.case(command), tmp_path / "out"
     full = case.run(out, before=FREE.format(9))
     assert full.code == 6
     words = re.search(
-        r"needs up to ([\d.]+) kB, the disk has 9 B free; free some space, or choose another disk\n", full.err
+        r"needs up to ([\d.]+) kB, the disk has 9 B free; free some space, or choose another disk\n",
+        full.err,
     )
     assert words, full.err
     assert not out.exists() or list(out.iterdir()) == []
@@ -244,7 +259,9 @@ def wait_for_journal(out: Path, process: subprocess.Popen[str]) -> None:
 
     def begun() -> bool:
         with contextlib.suppress(FileNotFoundError):
-            return any(p.stat().st_size > 10_000 for p in out.glob(".*findings.safetensors.journal"))
+            return any(
+                p.stat().st_size > 10_000 for p in out.glob(".*findings.safetensors.journal")
+            )
         return False
 
     wait_until(lambda: begun() or process.poll() is not None)
@@ -257,7 +274,9 @@ def wait_for_journal(out: Path, process: subprocess.Popen[str]) -> None:
     [("detect", signal.SIGINT), ("merge", signal.SIGTERM), ("merge", signal.SIGKILL)],
     ids=["detect SIGINT", "merge SIGTERM", "merge SIGKILL"],
 )
-def test_a_process_is_told_to_stop(long_bench: Bench, verb: str, signum: signal.Signals, tmp_path: Path) -> None:
+def test_a_process_is_told_to_stop(
+    long_bench: Bench, verb: str, signum: signal.Signals, tmp_path: Path
+) -> None:
     case, out = long_bench.case(verb), tmp_path / "out"
     with case.start(out) as process:
         wait_for_journal(out, process)
@@ -269,7 +288,9 @@ def test_a_process_is_told_to_stop(long_bench: Bench, verb: str, signum: signal.
         assert process.returncode == 128 + signum
         assert stdout == ""
         assert "Traceback" not in stderr
-        assert stderr.endswith(f"streamer: stopped by signal {int(signum)}; the same command resumes\n")
+        assert stderr.endswith(
+            f"streamer: stopped by signal {int(signum)}; the same command resumes\n"
+        )
         assert partials(out) == []
     assert list(out.glob(".*findings.safetensors.journal"))
     with case.start(out) as process:
@@ -277,7 +298,10 @@ def test_a_process_is_told_to_stop(long_bench: Bench, verb: str, signum: signal.
     assert process.returncode == 0
     *notes, last = stderr.splitlines(keepends=True)
     assert LAST.fullmatch(last)
-    assert all(re.fullmatch(r"streamer: note: resuming: \d+ of \d+ (matrices|tensors) are done\n", n) for n in notes)
+    assert all(
+        re.fullmatch(r"streamer: note: resuming: \d+ of \d+ (matrices|tensors) are done\n", n)
+        for n in notes
+    )
     assert notes
     assert tree_digest(out) == case.whole
 
@@ -285,7 +309,10 @@ def test_a_process_is_told_to_stop(long_bench: Bench, verb: str, signum: signal.
 @pytest.mark.parametrize("second", [1, 3])
 def test_an_interrupted_detection_goes_on_with_its_threads(tmp_path: Path, second: int) -> None:
     """The last bits of findings depend on them, and what is resumed is to be what an uninterrupted run writes."""
-    bench, events = worker_bench(tmp_path, 3), list[Event]()  # matrices that are large enough for more than one thread
+    bench, events = (
+        worker_bench(tmp_path, 3),
+        list[Event](),
+    )  # matrices that are large enough for more than one thread
     whole, path = tmp_path / "whole.safetensors", tmp_path / "f.safetensors"
 
     def stop(event: Event) -> None:

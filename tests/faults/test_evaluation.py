@@ -51,10 +51,19 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "evaluate": Kind(streamer.evaluate_variants, {"methods": ("paper", "shrink"), "lambdas": (0.5,)},
-                     ["--method", "paper,shrink", "--lambda", "0.5"], (24, 12), {"lambdas": (0.25,)}, "an evaluation", (4, "evaluate")),
-    "repair": Kind(streamer.repair_adapter, {}, [], (48, 16), {"seed": 1}, "coefficients", (2, "fit")),
-}  # fmt: skip
+    "evaluate": Kind(
+        streamer.evaluate_variants,
+        {"methods": ("paper", "shrink"), "lambdas": (0.5,)},
+        ["--method", "paper,shrink", "--lambda", "0.5"],
+        (24, 12),
+        {"lambdas": (0.25,)},
+        "an evaluation",
+        (4, "evaluate"),
+    ),
+    "repair": Kind(
+        streamer.repair_adapter, {}, [], (48, 16), {"seed": 1}, "coefficients", (2, "fit")
+    ),
+}
 
 
 class Job(NamedTuple):
@@ -70,19 +79,44 @@ class Job(NamedTuple):
 
     def file(self, output: Path) -> Path:
         """Return the path of the evaluation, or of the fit beside the output."""
-        return output if self.command == "evaluate" else output.with_name(f"{output.name}.fit.safetensors")
+        return (
+            output
+            if self.command == "evaluate"
+            else output.with_name(f"{output.name}.fit.safetensors")
+        )
 
     def run(self, output: Path, **options: Any) -> Any:
         home, (sequences, length) = self.home, self.kind.text
-        given = {"general": home / "general.npy", "task": home / "task.npy", "sequences": sequences, "length": length}
+        given = {
+            "general": home / "general.npy",
+            "task": home / "task.npy",
+            "sequences": sequences,
+            "length": length,
+        }
         given |= {"findings": home / "f.safetensors"} if self.command == "evaluate" else {}
-        return self.kind.run(home / "base", home / "adapter", output, **{**given, **self.kind.keywords, **options})
+        return self.kind.run(
+            home / "base", home / "adapter", output, **{**given, **self.kind.keywords, **options}
+        )
 
     def line(self, output: Path) -> list[object]:
         home, (sequences, length) = self.home, self.kind.text
-        return [self.command, home / "base", home / "adapter", "--general", home / "general.npy", "--task", home / "task.npy", "-o", output,
-                "--sequences", sequences, "--length", length, *self.kind.options,
-                *(("--findings", home / "f.safetensors") if self.command == "evaluate" else ())]  # fmt: skip
+        return [
+            self.command,
+            home / "base",
+            home / "adapter",
+            "--general",
+            home / "general.npy",
+            "--task",
+            home / "task.npy",
+            "-o",
+            output,
+            "--sequences",
+            sequences,
+            "--length",
+            length,
+            *self.kind.options,
+            *(("--findings", home / "f.safetensors") if self.command == "evaluate" else ()),
+        ]
 
     def stop(self, output: Path) -> None:
         """Run it to the middle."""
@@ -93,7 +127,9 @@ class Job(NamedTuple):
 @pytest.fixture(scope="module", params=KINDS)
 def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Job:
     home = make_learned(tmp_path_factory.mktemp(request.param), *KINDS[request.param].text)
-    streamer.detect_intruder_dimensions(home / "base", home / "adapter", home / "f.safetensors", on_event=str)
+    streamer.detect_intruder_dimensions(
+        home / "base", home / "adapter", home / "f.safetensors", on_event=str
+    )
     job = Job(request.param, home, b"")
     job.run(home / "whole", on_event=str)
     return job._replace(whole=job.file(home / "whole").read_bytes())
@@ -106,7 +142,9 @@ repairs = pytest.mark.parametrize("job", ["repair"], indirect=True)
 # Both -------------------------------------------------------------------------------------------------------------------
 
 
-def kill_everywhere(job: Job, server: Server, home: Path, old: bytes | None, *options: object) -> None:
+def kill_everywhere(
+    job: Job, server: Server, home: Path, old: bytes | None, *options: object
+) -> None:
     """Kill a run where nothing stands, or an old file, at some calls: that or the new one is there, and the command finishes."""
 
     def begin(name: str) -> Path:
@@ -137,11 +175,16 @@ def test_killed_while_it_adds(job: Job, server: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_by_a_signal(job: Job, server: Server, tmp_path: Path, signum: signal.Signals) -> None:
+def test_stopped_by_a_signal(
+    job: Job, server: Server, tmp_path: Path, signum: signal.Signals
+) -> None:
     output, ask = tmp_path / "out", f"os.kill(os.getpid(), {int(signum)}); time.sleep(0.1)"
     stopped = server.run(*job.line(output), at=6 if job.command == "evaluate" else 3, code=ask)
     assert stopped.code == 128 + signum
-    assert stopped.err.splitlines()[-1] == f"streamer: stopped by signal {int(signum)}; the same command resumes"
+    assert (
+        stopped.err.splitlines()[-1]
+        == f"streamer: stopped by signal {int(signum)}; the same command resumes"
+    )
     assert server.run(*job.line(output)).code == 0
     assert job.file(output).read_bytes() == job.whole
 
@@ -158,27 +201,36 @@ def test_sums_of_another_torch_are_not_mixed_with_those_to_come(
     assert job.file(output).read_bytes() == job.whole
 
 
-@pytest.mark.parametrize(("prepare", "error", "message"), [
-    (lambda path: path.write_text("notes"), OutputExistsError, "exists and is not {}"),
-    (Path.mkdir, OutputError, "is a directory; name a file in it"),
-    (lambda path: path.symlink_to("elsewhere"), OutputError, "is a symlink"),
-])  # fmt: skip
-def test_what_is_not_its_own_is_never_replaced(prepare: Callable[[Path], None], error: type[Exception], message: str, job: Job,
-                                               tmp_path: Path) -> None:  # fmt: skip
+@pytest.mark.parametrize(
+    ("prepare", "error", "message"),
+    [
+        (lambda path: path.write_text("notes"), OutputExistsError, "exists and is not {}"),
+        (Path.mkdir, OutputError, "is a directory; name a file in it"),
+        (lambda path: path.symlink_to("elsewhere"), OutputError, "is a symlink"),
+    ],
+)
+def test_what_is_not_its_own_is_never_replaced(
+    prepare: Callable[[Path], None], error: type[Exception], message: str, job: Job, tmp_path: Path
+) -> None:
     prepare(job.file(tmp_path / "out"))
     with pytest.raises(error, match=message.format(job.kind.file)):
         job.run(tmp_path / "out", overwrite=True)
 
 
 @evaluations
-@pytest.mark.parametrize("name", ["base/config.json", "adapter/adapter_model.safetensors", "general.npy"])
+@pytest.mark.parametrize(
+    "name", ["base/config.json", "adapter/adapter_model.safetensors", "general.npy"]
+)
 def test_inputs_are_not_replaced(job: Job, name: str) -> None:
     with pytest.raises(OutputError, match=rf"is the input|exists and is not {job.kind.file}"):
         job.run(job.home / name, overwrite=name != "general.npy")
 
 
 def test_two_runs_on_one_output(job: Job, tmp_path: Path) -> None:
-    with locked(lock_of(job.file(tmp_path / "out"))), pytest.raises(LockedError, match="another run is writing here"):
+    with (
+        locked(lock_of(job.file(tmp_path / "out"))),
+        pytest.raises(LockedError, match="another run is writing here"),
+    ):
         job.run(tmp_path / "out")
 
 
@@ -196,7 +248,9 @@ def test_an_interrupted_run_of_other_options(job: Job, tmp_path: Path) -> None:
 
 
 def test_an_input_that_changes_on_the_way(job: Job, tmp_path: Path) -> None:
-    weights = job.home / ("base/model.safetensors" if job.command == "repair" else "adapter/adapter_model.safetensors")
+    weights = job.home / (
+        "base/model.safetensors" if job.command == "repair" else "adapter/adapter_model.safetensors"
+    )
 
     def on_event(event: Event) -> None:
         if event.stage == job.kind.middle[1] and event.items == 2:
@@ -236,7 +290,9 @@ def test_resumed_from_anywhere_it_gives_the_same_bytes(job: Job, tmp_path: Path)
 def test_a_finished_one_stays(job: Job, tmp_path: Path) -> None:
     output = tmp_path / "e.json"
     output.write_bytes(job.whole)
-    others = streamer.detect_intruder_dimensions(job.home / "base", job.home / "adapter", top_k=2, on_event=str)
+    others = streamer.detect_intruder_dimensions(
+        job.home / "base", job.home / "adapter", top_k=2, on_event=str
+    )
     monitor = Monitor()
     assert job.run(output, monitor=monitor).to_dict() == json.loads(job.whole)
     assert monitor.outputs[output] == "present"
@@ -246,7 +302,8 @@ def test_a_finished_one_stays(job: Job, tmp_path: Path) -> None:
     ):
         job.run(output, sequences=3)
     with pytest.raises(
-        OutputExistsError, match=r"\(--projected, --top-k, findings\); choose another output, or pass --overwrite"
+        OutputExistsError,
+        match=r"\(--projected, --top-k, findings\); choose another output, or pass --overwrite",
     ):
         job.run(output, projected=True, findings=others)
     assert output.read_bytes() == job.whole
@@ -255,7 +312,10 @@ def test_a_finished_one_stays(job: Job, tmp_path: Path) -> None:
 
 
 def variants_of(raw: bytes) -> dict[str, dict[str, Any]]:
-    return {v["name"]: {text: v[text]["sums"] for text in ("general", "task")} for v in json.loads(raw)["variants"]}
+    return {
+        v["name"]: {text: v[text]["sums"] for text in ("general", "task")}
+        for v in json.loads(raw)["variants"]
+    }
 
 
 @evaluations
@@ -272,7 +332,9 @@ def test_another_share_places_another_shrink_once(job: Job, tmp_path: Path) -> N
     assert {name: new[name] for name in old} == old
     tree = json.loads(output.read_bytes())
     (placed,) = (variant for variant in tree["variants"] if variant["name"] not in old)
-    off = {v["name"]: abs(v["kept"] - 0.3) for v in tree["variants"] if v["method"] in (None, "shrink")}
+    off = {
+        v["name"]: abs(v["kept"] - 0.3) for v in tree["variants"] if v["method"] in (None, "shrink")
+    }
     assert min(off, key=lambda name: off[name]) == placed["name"]
     assert tree["suggestion"]["keep"] == 0.3
     assert list(tmp_path.iterdir()) == [output]
@@ -290,11 +352,15 @@ def test_variants_join_a_file_that_stands(job: Job, tmp_path: Path) -> None:
     joined = new.keys() - old.keys()
     assert joined >= {"paper 0.25", "shrink 0.25"}
     assert len(joined) <= 3, "one is placed"
-    assert [e.name for e in events if e.stage == "note"] == [f"{added}: adds to the {len(old)} variants in it"]
+    assert [e.name for e in events if e.stage == "note"] == [
+        f"{added}: adds to the {len(old)} variants in it"
+    ]
     together = job.run(tmp_path / "together.json", lambdas=(0.5, 0.25))
     for name in ("paper 0.25", "shrink 0.25"):
         for text in ("general", "task"):
-            np.testing.assert_allclose(new[name][text]["loss"], together[name][text]["sums"]["loss"], rtol=1e-6)
+            np.testing.assert_allclose(
+                new[name][text]["loss"], together[name][text]["sums"]["loss"], rtol=1e-6
+            )
     for number in (len(events) // 3, len(events) * 2 // 3):
         output.write_bytes(job.whole)
         with pytest.raises(Interrupted):
@@ -329,7 +395,9 @@ def test_it_goes_on_with_its_threads(job: Job, tmp_path: Path) -> None:
         assert torch.get_num_threads() == count + 1
     assert job.file(output).read_bytes() == job.whole
     word = "thread" if count == 1 else "threads"
-    assert f"goes on with {count} {word}, as it began; --no-resume starts over" in [e.name for e in events]
+    assert f"goes on with {count} {word}, as it began; --no-resume starts over" in [
+        e.name for e in events
+    ]
 
 
 @repairs
@@ -371,8 +439,10 @@ def test_an_adapter_that_holds_nan_or_nothing(job: Job, tmp_path: Path) -> None:
     def nothing(values: dict[str, np.ndarray]) -> None:
         values.update({name: np.zeros_like(value) for name, value in values.items()})
 
-    for name, spoil, error, message in (("a", hole, NumericError, "holds NaN or Inf; check the adapter"),
-                                        ("b", nothing, UnsupportedError, "all of its deltas are zero")):  # fmt: skip
+    for name, spoil, error, message in (
+        ("a", hole, NumericError, "holds NaN or Inf; check the adapter"),
+        ("b", nothing, UnsupportedError, "all of its deltas are zero"),
+    ):
         adapter = spoilt(job, tmp_path / name, spoil)
         with pytest.raises(error, match=message):
             repaired(job.home, tmp_path / "c", adapter=adapter, sequences=48, length=16)

@@ -62,7 +62,9 @@ def test_killed_at_random_moments(found: dict[str, Service], command: str) -> No
 
 
 def test_every_fault_of_the_server_is_tried() -> None:
-    assert {fault for fault in FAULTS if not any(fault in kind for kind in KINDS)} == {"changed"}  # as "other ETag"
+    assert {fault for fault in FAULTS if not any(fault in kind for kind in KINDS)} == {
+        "changed"
+    }  # as "other ETag"
 
 
 @pytest.mark.long
@@ -126,13 +128,20 @@ def test_what_is_refused_beside_files_that_are_absent_is_not_left_out(
     assert (done.code, done.err.count("\n")) == (3, 1), done
     assert "base/tokenizer.json: the server refuses to give it (status 403)" in done.err
     with serving(served, Unlisted) as site:
-        assert contents(run_all(f"{site.address}/base", f"{site.address}/adapter", tmp_path / "unlisted")) == local
+        assert (
+            contents(
+                run_all(f"{site.address}/base", f"{site.address}/adapter", tmp_path / "unlisted")
+            )
+            == local
+        )
 
 
 def test_code_of_a_model_that_is_refused_is_not_left_out(served: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(served, tmp_path / "served"))
     config = json.loads((root / "base" / "config.json").read_text())
-    (root / "base" / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "modeling_own.Own"}}))
+    (root / "base" / "config.json").write_text(
+        json.dumps(config | {"auto_map": {"AutoModel": "modeling_own.Own"}})
+    )
     (root / "base" / "modeling_own.py").write_text("")
 
     def refuse(path: str, before: int) -> str | None:
@@ -145,7 +154,9 @@ def test_code_of_a_model_that_is_refused_is_not_left_out(served: Path, tmp_path:
 
 
 @pytest.mark.parametrize("sampled", [True, False])
-def test_other_bytes_of_the_same_version_are_seen_by_samples_alone(tmp_path: Path, sampled: bool) -> None:
+def test_other_bytes_of_the_same_version_are_seen_by_samples_alone(
+    tmp_path: Path, sampled: bool
+) -> None:
     """The middle 4096 bytes of each tensor are looked at; what is before them is merged as it comes."""
     root = remote_jobs.world(tmp_path / "w")
     with serving(root) as site:

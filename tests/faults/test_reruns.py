@@ -34,7 +34,9 @@ def test_a_finished_output_is_left_alone(bench: Bench, command: str, tmp_path: P
     for options in ((), ("--no-resume",)):
         again = case.run(out, "--json", *options)
         note = (
-            "" if case.argv[0] == "detect" else f"streamer: note: {out} holds this very output already; nothing to do\n"
+            ""
+            if case.argv[0] == "detect"
+            else f"streamer: note: {out} holds this very output already; nothing to do\n"
         )
         assert (again.code, again.told, again.calls) == (0, "", [])
         assert again.err.startswith(note)
@@ -71,7 +73,9 @@ def test_a_run_that_takes_up_another_says_so(bench: Bench, command: str, tmp_pat
     done = case.run(out, "--json-events", "--json")
     assert json.loads(done.out)["state"] == "resumed"
     events = [json.loads(line) for line in done.err.splitlines()]
-    notes = [e["message"] for e in events if e["event"] == "note" and e["message"].startswith("resuming")]
+    notes = [
+        e["message"] for e in events if e["event"] == "note" and e["message"].startswith("resuming")
+    ]
     first = next(e for e in events if e.get("stage") == stage)
     items = "matrices" if command == "detect" else "tensors"
     assert first["items"] > 0
@@ -79,11 +83,17 @@ def test_a_run_that_takes_up_another_says_so(bench: Bench, command: str, tmp_pat
     assert case.run(tmp_path / "fresh").told == ""
 
 
-OTHER = {"detect": ("--top-k", "3"), "merge": ("--lambda", "0.25"), "mitigate": ("--method", "project")}
+OTHER = {
+    "detect": ("--top-k", "3"),
+    "merge": ("--lambda", "0.25"),
+    "mitigate": ("--method", "project"),
+}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_another_plan_is_refused_unless_told_to_overwrite(bench: Bench, command: str, tmp_path: Path) -> None:
+def test_another_plan_is_refused_unless_told_to_overwrite(
+    bench: Bench, command: str, tmp_path: Path
+) -> None:
     case = bench.case(command)
     out = tmp_path / "out"
     other = OTHER[case.argv[0]]
@@ -100,7 +110,9 @@ def test_another_plan_is_refused_unless_told_to_overwrite(bench: Bench, command:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_interrupted_run_of_another_plan_is_refused(bench: Bench, command: str, tmp_path: Path) -> None:
+def test_the_interrupted_run_of_another_plan_is_refused(
+    bench: Bench, command: str, tmp_path: Path
+) -> None:
     case = bench.case(command)
     out = tmp_path / "out"
     other = OTHER[case.argv[0]]
@@ -140,9 +152,15 @@ def test_a_dry_run_writes_nothing(bench: Bench, command: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_inputs_never_change(bench: Bench, command: str, tmp_path: Path) -> None:
-    before = {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in (*bench.base.rglob("*"), *bench.adapter.rglob("*"))}
+    before = {
+        p: (p.stat().st_mtime_ns, p.stat().st_ino)
+        for p in (*bench.base.rglob("*"), *bench.adapter.rglob("*"))
+    }
     bench.case(command).run(tmp_path / "out")
-    after = {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in (*bench.base.rglob("*"), *bench.adapter.rglob("*"))}
+    after = {
+        p: (p.stat().st_mtime_ns, p.stat().st_ino)
+        for p in (*bench.base.rglob("*"), *bench.adapter.rglob("*"))
+    }
     assert after == before
 
 
@@ -156,17 +174,26 @@ def test_files_from_before_a_killed_overwrite_go_as_well(
     copy = shutil.copytree(out, tmp_path / "copy")
     other = ("--method", "shrink", "--lambda", "0.3", "--overwrite")
     calls = server().run("merge", *inputs, "-o", copy, *other).calls
-    at = next(i for i in range(len(calls)) if calls[i : i + 6] == ["write"] * 6) + 3  # amid the first shard
-    assert server().run("merge", *inputs, "-o", out, *other, at=at, code=KILL).code == -signal.SIGKILL
+    at = (
+        next(i for i in range(len(calls)) if calls[i : i + 6] == ["write"] * 6) + 3
+    )  # amid the first shard
+    assert (
+        server().run("merge", *inputs, "-o", out, *other, at=at, code=KILL).code == -signal.SIGKILL
+    )
     if option == "--no-resume":
-        assert server().run("merge", *inputs, "-o", out, *other, option, at=at, code=KILL).code == -signal.SIGKILL
+        assert (
+            server().run("merge", *inputs, "-o", out, *other, option, at=at, code=KILL).code
+            == -signal.SIGKILL
+        )
     assert len(list(out.glob("model-*.safetensors"))) == 3
     ok("mitigate", *inputs, "-o", out, "--overwrite")
     ok("mitigate", *inputs, "-o", tmp_path / "fresh")
     assert tree_digest(out) == tree_digest(tmp_path / "fresh")
 
 
-def test_a_full_disk_leaves_no_journal(job: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_no_journal(
+    job: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "some" / "f.safetensors"
     monkeypatch.setattr(os, "pwrite", failing(errno.ENOSPC))
     with pytest.raises(StorageError, match="No space left on device"):
@@ -189,7 +216,11 @@ def test_a_killed_save_leaves_the_old_file(job: tuple[Path, Path], tmp_path: Pat
         for name in ("write", "pwrite", "fsync", "rename", "replace", "unlink"):
             real = getattr(os, name)
             setattr(
-                os, name, lambda *given, real=real, **more: os._exit(9) if next(calls) == at else real(*given, **more)
+                os,
+                name,
+                lambda *given, real=real, **more: (
+                    os._exit(9) if next(calls) == at else real(*given, **more)
+                ),
             )
         findings.save(out, overwrite=True)
         os._exit(0)
@@ -242,7 +273,9 @@ def test_each_output_is_locked(several: Several, tmp_path: Path) -> None:
         assert tree_digest(out) == tree_digest(several.alone(way))
 
 
-def test_one_that_is_locked_leaves_the_others_as_they_were(several: Several, tmp_path: Path) -> None:
+def test_one_that_is_locked_leaves_the_others_as_they_were(
+    several: Several, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     run(*several.line(WAYS[1], out))
     before = tree_digest(out)

@@ -39,16 +39,32 @@ try:
 except InputChangedError as e:
     print(e)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False
+    )
     expected = f"{base / SHARDS[1]}: shrank to 0 B during the run; get the file again\n"
     assert (done.returncode, done.stdout, done.stderr) == (0, expected, "")
 
 
 @pytest.mark.long
-def test_users_run_without_checks_of_buffers_and_get_the_same_bytes(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "streamer", "merge", *map(str, inputs), "--method", "shrink", "--quiet", "-o"]
+def test_users_run_without_checks_of_buffers_and_get_the_same_bytes(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "streamer",
+        "merge",
+        *map(str, inputs),
+        "--method",
+        "shrink",
+        "--quiet",
+        "-o",
+    ]
     for name, checked in (("checked", {"STREAMER_CHECK_BUFFERS": "1"}), ("plain", {})):
-        env = {key: value for key, value in os.environ.items() if key != "STREAMER_CHECK_BUFFERS"} | checked
+        env = {
+            key: value for key, value in os.environ.items() if key != "STREAMER_CHECK_BUFFERS"
+        } | checked
         subprocess.run([*command, str(tmp_path / name)], env=env, check=True)
     assert tree_digest(tmp_path / "checked") == tree_digest(tmp_path / "plain")
 
@@ -62,7 +78,17 @@ MISSING = (
 """Calls of Python's `os` on Linux that macOS has not, or only since version 11."""
 
 PREFIXES = ("POSIX_FADV_", "MFD_", "EFD_", "GRND_", "RWF_", "SPLICE_", "XATTR_", "CLONE_")
-FLAGS = ("O_DIRECT", "O_LARGEFILE", "O_NOATIME", "O_PATH", "O_RSYNC", "O_TMPFILE", "P_PIDFD", "SEEK_DATA", "SEEK_HOLE")
+FLAGS = (
+    "O_DIRECT",
+    "O_LARGEFILE",
+    "O_NOATIME",
+    "O_PATH",
+    "O_RSYNC",
+    "O_TMPFILE",
+    "P_PIDFD",
+    "SEEK_DATA",
+    "SEEK_HOLE",
+)
 
 ELSEWHERE = f"""
 import fcntl, os, resource, runpy, signal, sys
@@ -118,8 +144,12 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("command", "io"), [("detect", "mmap"), ("mitigate", "mmap"), ("merge", "pread")])
-def test_the_job_without_what_macos_lacks(bench: Bench, command: str, io: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("command", "io"), [("detect", "mmap"), ("mitigate", "mmap"), ("merge", "pread")]
+)
+def test_the_job_without_what_macos_lacks(
+    bench: Bench, command: str, io: str, tmp_path: Path
+) -> None:
     """Killed at its second new name and taken up again, it writes the bytes that it writes here."""
     case, out = bench.case(command), tmp_path / "out"
     line = [*case.line(out), "--io", io, "--json"]
@@ -134,7 +164,9 @@ def test_the_job_without_what_macos_lacks(bench: Bench, command: str, io: str, t
 
 @pytest.mark.long
 @pytest.mark.parametrize("command", ["detect", "merge"])
-def test_a_full_disk_where_nothing_can_be_reserved(bench: Bench, command: str, tmp_path: Path) -> None:
+def test_a_full_disk_where_nothing_can_be_reserved(
+    bench: Bench, command: str, tmp_path: Path
+) -> None:
     """The write that no longer fits says so; the run is taken up where there is room."""
     case, out = bench.case(command), tmp_path / "out"
     full = elsewhere(case.line(out), limit=15_000)
@@ -154,9 +186,17 @@ def test_what_macos_lacks_is_called_in_one_place() -> None:
         (path.relative_to(home).as_posix(), node.attr)
         for path in home.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Attribute) and (node.attr in names or node.attr.startswith(PREFIXES))
+        if isinstance(node, ast.Attribute)
+        and (node.attr in names or node.attr.startswith(PREFIXES))
     }
-    called = {"posix_fallocate", "posix_fadvise", "preadv", "sched_getaffinity", "F_FULLFSYNC", "fsync"}
+    called = {
+        "posix_fallocate",
+        "posix_fadvise",
+        "preadv",
+        "sched_getaffinity",
+        "F_FULLFSYNC",
+        "fsync",
+    }
     assert found == {("storage/files.py", name) for name in called}
 
 
@@ -180,7 +220,9 @@ def test_reading(monkeypatch: pytest.MonkeyPatch, fd: int, there: bool) -> None:
     assert files.read_at(fd, out, 90) == 10
     assert bytes(out) == bytes(range(90, 100)) + bytes(10)
     assert files.read_at(fd, out, 100) == 0
-    monkeypatch.setattr(files, "MAX_CALL_BYTES", 7)  # a call is asked for no more than every system takes
+    monkeypatch.setattr(
+        files, "MAX_CALL_BYTES", 7
+    )  # a call is asked for no more than every system takes
     assert files.read_at(fd, out, 0) == 7
 
 
@@ -197,7 +239,12 @@ def test_advice_where_none_is_taken(monkeypatch: pytest.MonkeyPatch, fd: int) ->
 
 @pytest.mark.parametrize(
     ("fault", "calls"),
-    [(0, ["full"]), (errno.ENOTSUP, ["full", "fsync"]), (errno.ENOTTY, ["full", "fsync"]), (errno.EIO, ["full"])],
+    [
+        (0, ["full"]),
+        (errno.ENOTSUP, ["full", "fsync"]),
+        (errno.ENOTTY, ["full", "fsync"]),
+        (errno.EIO, ["full"]),
+    ],
 )
 def test_a_sync_goes_through_the_disks_own_cache(
     monkeypatch: pytest.MonkeyPatch, fd: int, fault: int, calls: list[str]

@@ -47,7 +47,9 @@ EVERYWHERE = ("kill before a call", "kill inside a write", "EIO", "limit on file
 SOME = [
     (fault, command)
     for fault in FAULTS
-    for command in (COMMANDS if fault in EVERYWHERE else ["detect" if fault == "SIGINT" else "merge"])
+    for command in (
+        COMMANDS if fault in EVERYWHERE else ["detect" if fault == "SIGINT" else "merge"]
+    )
 ]
 
 
@@ -69,7 +71,9 @@ def test_other_outputs_survive_some(bench: Bench, command: str, tmp_path: Path) 
 @pytest.mark.long
 @pytest.mark.parametrize("command", ["merge", "mitigate"])
 @pytest.mark.parametrize("way", WAYS)
-def test_a_power_cut_while_an_output_is_replaced(bench: Bench, tmp_path: Path, command: str, way: str) -> None:
+def test_a_power_cut_while_an_output_is_replaced(
+    bench: Bench, tmp_path: Path, command: str, way: str
+) -> None:
     """What can be loaded is the old output or the new one, and the same command finishes."""
     case, rng = bench.case(command), random.Random(vary(command))
     (commit,) = case.commits()
@@ -134,7 +138,9 @@ def test_nothing_of_a_run_is_missed(bench: Bench, tmp_path: Path) -> None:
     disk.safe_names = disk.names
     disk.leave("nothing", random.Random(vary(0)), tmp_path / "out")
     assert one.case.lost(tmp_path / "out") == []
-    assert {p.name for p in (tmp_path / "out").rglob("*") if p.is_file()} == {Path(n).name for n in one.case.whole}
+    assert {p.name for p in (tmp_path / "out").rglob("*") if p.is_file()} == {
+        Path(n).name for n in one.case.whole
+    }
 
 
 def test_a_disk_forgets_what_is_not_synced(tmp_path: Path) -> None:
@@ -170,10 +176,14 @@ def test_the_table_can_fail(bench: Bench, without: str, tmp_path: Path) -> None:
     if without == "r":
         final = {c.path: c.to for c in calls if c.op == "r"}
         calls = tuple(
-            Call(c.op, final.get(c.path, c.path), "", c.offset, c.length, c.data) for c in calls if c.op != "r"
+            Call(c.op, final.get(c.path, c.path), "", c.offset, c.length, c.data)
+            for c in calls
+            if c.op != "r"
         )
     else:
-        calls = tuple(c for c in calls if c.op != "s" or c.path not in {w.path for w in calls if w.op == "w"})
+        calls = tuple(
+            c for c in calls if c.op != "s" or c.path not in {w.path for w in calls if w.op == "w"}
+        )
     tally = FAULTS["power cut, kept: names"](Trial(one.case, tmp_path, calls, 12, one.rng))
     assert tally.lost > 0
 
@@ -183,6 +193,10 @@ def test_a_wrong_code_is_counted(bench: Bench, tmp_path: Path) -> None:
     one = trial(bench, "detect", tmp_path, 1)
     tally = Tally()
     tally.begin(one.run(tmp_path / "out", shim.FAIL, 9, 5).code, {0}, "call 9")
-    tally.end(Case(one.case.argv, server(), {"findings.safetensors": "another"}), tmp_path / "out", "call 9")
+    tally.end(
+        Case(one.case.argv, server(), {"findings.safetensors": "another"}),
+        tmp_path / "out",
+        "call 9",
+    )
     assert (tally.injected, tally.wrong_codes, tally.identical) == (1, 1, 0)
     assert len(tally.problems) == 2

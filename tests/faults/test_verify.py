@@ -40,14 +40,24 @@ def test_one_flipped_bit_anywhere_is_one_line(job: Job, tmp_path: Path, kind: st
     generator = np.random.default_rng(vary(0))
     for path in sorted(p for p in output.rglob("*") if p.is_file()):
         whole = path.read_bytes()
-        positions = {0, 7, 8, 9, len(whole) // 2, len(whole) - 1, *generator.integers(0, len(whole), 12).tolist()}
+        positions = {
+            0,
+            7,
+            8,
+            9,
+            len(whole) // 2,
+            len(whole) - 1,
+            *generator.integers(0, len(whole), 12).tolist(),
+        }
         for at in sorted(p for p in positions if p < len(whole)):
             changed = bytearray(whole)
             changed[at] ^= 1 << int(generator.integers(8))
             path.write_bytes(changed)
             found = lines(output)
             assert len(found) == (path.name != "README.md"), (at, found)  # anyone may edit the card
-            assert all(line.startswith(f"{path}: expected ") and ", found " in line for line in found), (at, found)
+            assert all(
+                line.startswith(f"{path}: expected ") and ", found " in line for line in found
+            ), (at, found)
         path.write_bytes(whole)
     assert lines(output) == []
 
@@ -94,7 +104,9 @@ def test_missing_truncated_swapped_and_extra_files(job: Job, tmp_path: Path) -> 
     shutil.copytree(job.home / "model", output, dirs_exist_ok=True)
     for name in ("model-00004-of-00003.safetensors", "pytorch_model.bin", "adapter_config.json"):
         (output / name).write_bytes(b"")
-        assert lines(output) == [f"{output / name}: expected no such file by streamer.json, found one"]
+        assert lines(output) == [
+            f"{output / name}: expected no such file by streamer.json, found one"
+        ]
         (output / name).unlink()
     for name in ("notes.txt", "optimizer.bin"):
         (output / name).write_bytes(b"one's own")
@@ -107,7 +119,9 @@ def test_a_record_that_is_none(job: Job, tmp_path: Path, text: str) -> None:
     output = job.copy("adapter", tmp_path)
     (output / "streamer.json").write_text(text)
     (line,) = lines(output)
-    assert line.startswith(f"{output / 'streamer.json'}: expected a file with the SHA-256 that it states, found ")
+    assert line.startswith(
+        f"{output / 'streamer.json'}: expected a file with the SHA-256 that it states, found "
+    )
 
 
 def test_a_record_of_another_schema(job: Job, tmp_path: Path) -> None:
@@ -116,7 +130,9 @@ def test_a_record_of_another_schema(job: Job, tmp_path: Path) -> None:
     edit_record(output, lambda tree: tree.update(later=[1]))
     assert lines(output, job.base, job.adapter) == []
     edit_record(output, lambda tree: tree.update(schema="streamer.output/3"))
-    with pytest.raises(streamer.StreamerError, match="verify it with the version that wrote it") as e:
+    with pytest.raises(
+        streamer.StreamerError, match="verify it with the version that wrote it"
+    ) as e:
         streamer.verify_output(output)
     assert e.value.exit_code == 3
 
@@ -127,7 +143,11 @@ def test_a_record_of_another_schema(job: Job, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["model", "adapter"])
 @pytest.mark.parametrize("method", ["paper", "project", "shrink"])
 def test_another_lambda_than_recorded(job: Job, tmp_path: Path, kind: str, method: Any) -> None:
-    write = streamer.merge_with_reduced_intruder_dimensions if kind == "model" else streamer.reduce_intruder_dimension
+    write = (
+        streamer.merge_with_reduced_intruder_dimensions
+        if kind == "model"
+        else streamer.reduce_intruder_dimension
+    )
     write(job.base, job.adapter, tmp_path / kind, method=method, mitigation_lambda=0.5)
     assert lines(tmp_path / kind, job.base, job.adapter, sample="all") == []
     edit_record(tmp_path / kind, lambda tree: tree.update({"lambda": 0.55}))
@@ -154,12 +174,20 @@ def test_other_intruders_than_recorded(job: Job, tmp_path: Path) -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Job:
     """Outputs of a PEFT adapter that has factors, biases, a saved norm and trained tokens."""
     home = tmp_path_factory.mktemp("trained")
-    LlamaForCausalLM(llama_config(attention_bias=True, tie_word_embeddings=False)).bfloat16().save_pretrained(
-        home / "base"
+    LlamaForCausalLM(
+        llama_config(attention_bias=True, tie_word_embeddings=False)
+    ).bfloat16().save_pretrained(home / "base")
+    lora = peft.LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "up_proj"],
+        bias="all",
+        modules_to_save=["model.norm"],
+        trainable_token_indices={"embed_tokens": [3, 5]},
     )
-    lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], bias="all", modules_to_save=["model.norm"],
-                           trainable_token_indices={"embed_tokens": [3, 5]})  # fmt: skip
-    model = peft.get_peft_model(LlamaForCausalLM.from_pretrained(home / "base", dtype=torch.float32), lora)
+    model = peft.get_peft_model(
+        LlamaForCausalLM.from_pretrained(home / "base", dtype=torch.float32), lora
+    )
     for parameter in (p for p in model.parameters() if p.requires_grad):
         torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(home / "trained", save_embedding_layers=False)
@@ -200,15 +228,23 @@ def test_a_changed_tensor(trained: Job, tmp_path: Path, name: str) -> None:
     assert line.startswith(f"{where}: tensor {tensor!r}: {said}"), line
 
 
-@pytest.mark.parametrize(("kind", "lost"), [
-    ("model", "model.layers.1.input_layernorm.weight"), ("model", "model.layers.1.mlp.up_proj.weight"),
-    ("adapter", "base_model.model.model.norm.weight"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "lost"),
+    [
+        ("model", "model.layers.1.input_layernorm.weight"),
+        ("model", "model.layers.1.mlp.up_proj.weight"),
+        ("adapter", "base_model.model.model.norm.weight"),
+    ],
+)
 def test_a_missing_and_an_extra_tensor(trained: Job, tmp_path: Path, kind: str, lost: str) -> None:
     output = trained.copy(kind, tmp_path)
     (weights,) = output.glob("*.safetensors")
     tensors = load_file(weights)
-    save_file({"more.weight" if name == lost else name: t for name, t in tensors.items()}, weights, {"format": "pt"})
+    save_file(
+        {"more.weight" if name == lost else name: t for name, t in tensors.items()},
+        weights,
+        {"format": "pt"},
+    )
     agree(output, weights.name)
     found = lines(output, trained.base, trained.adapter, sample="all")
     assert sorted(line.split("'")[1] for line in found) == sorted([lost, "more.weight"]), found
@@ -217,14 +253,18 @@ def test_a_missing_and_an_extra_tensor(trained: Job, tmp_path: Path, kind: str, 
 def test_a_matrix_of_another_dtype(trained: Job, tmp_path: Path) -> None:
     output, tensor = trained.copy("model", tmp_path), "model.layers.1.mlp.up_proj.weight"
     tensors = load_file(output / "model.safetensors")
-    save_file({**tensors, tensor: tensors[tensor].float()}, output / "model.safetensors", {"format": "pt"})
+    save_file(
+        {**tensors, tensor: tensors[tensor].float()}, output / "model.safetensors", {"format": "pt"}
+    )
     agree(output, "model.safetensors")
     (line,) = lines(output, trained.base, trained.adapter, sample="all")
     assert line.endswith(f"tensor {tensor!r}: expected BF16 [80, 48], found F32 [80, 48]")
 
 
 @pytest.mark.parametrize(("key", "value"), [("lora_alpha", 16), ("use_rslora", True)])
-def test_another_scaling_of_unchanged_factors(trained: Job, tmp_path: Path, key: str, value: object) -> None:
+def test_another_scaling_of_unchanged_factors(
+    trained: Job, tmp_path: Path, key: str, value: object
+) -> None:
     out = tmp_path / "out"
     streamer.reduce_intruder_dimension(trained.base, trained.adapter, out, mitigation_lambda=1.0)
     assert lines(out, trained.base, trained.adapter, sample="all") == []
@@ -259,7 +299,10 @@ def test_rows_struck_from_a_record(trained: Job, tmp_path: Path) -> None:
     output, tensor = trained.copy("model", tmp_path), "model.layers.0.self_attn.q_proj.weight"
     base = load_file(trained.base / "model.safetensors")[tensor]
     edit_tensor(output / "model.safetensors", tensor, lambda t: t.copy_(base))
-    edit_record(output, lambda tree: tree.update(matrices=[m for m in tree["matrices"] if m["tensor"] != tensor]))
+    edit_record(
+        output,
+        lambda tree: tree.update(matrices=[m for m in tree["matrices"] if m["tensor"] != tensor]),
+    )
     agree(output, "model.safetensors")
     words = "expected a row for 'model.layers.0.self_attn.q_proj', which the adapter changes, found none"
     assert lines(output, trained.base, trained.adapter) == [f"{output / 'streamer.json'}: {words}"]

@@ -67,7 +67,9 @@ def begun(bench: WorkerBench, out: Path, *options: object) -> Iterator[subproces
     with bench.start(out, "--workers", 2, *options) as process:
         try:
             wait_until(lambda: has_begun(out) or process.poll() is not None, 120)
-            assert process.poll() is None, f"ended with {process.returncode} before it was seen at work"
+            assert process.poll() is None, (
+                f"ended with {process.returncode} before it was seen at work"
+            )
             yield process
         except BaseException:
             with contextlib.suppress(ProcessLookupError):
@@ -141,7 +143,9 @@ def held_back() -> Iterator[tuple[Executor, Gate]]:
 
 
 @pytest.mark.parametrize("what", ["another", "another config", "missing"])
-def test_a_worker_with_other_inputs_is_refused(bench: WorkerBench, what: str, tmp_path: Path) -> None:
+def test_a_worker_with_other_inputs_is_refused(
+    bench: WorkerBench, what: str, tmp_path: Path
+) -> None:
     """The same path leads elsewhere by the time that the worker opens it."""
     link, out, other = tmp_path / "base", tmp_path / "f.safetensors", tmp_path / "other"
     link.symlink_to(bench.base)
@@ -165,7 +169,9 @@ def test_a_worker_with_other_inputs_is_refused(bench: WorkerBench, what: str, tm
             gate.set()
 
     with held_back() as (pool, gate), pytest.raises(MismatchError) as refused:
-        streamer.detect_intruder_dimensions(link, bench.adapter, out, executor=pool, on_event=lead_elsewhere)
+        streamer.detect_intruder_dimensions(
+            link, bench.adapter, out, executor=pool, on_event=lead_elsewhere
+        )
     message = str(refused.value)
     assert f"process {os.getpid()}" in message
     assert str(link) in message
@@ -181,7 +187,8 @@ def test_a_worker_of_another_version_is_refused(bench: WorkerBench) -> None:
     inputs = Inputs.of(make_batch(bench.base, [bench.adapter]), Run(torch.device("cpu")))
     task = Task(replace(inputs, version="0.0"), 1, "nothing", print)
     assert re.fullmatch(
-        r"worker .*: has version \S+, expected 0\.0, the caller.s version; .*", str(perform(task).error)
+        r"worker .*: has version \S+, expected 0\.0, the caller.s version; .*",
+        str(perform(task).error),
     )
 
 
@@ -198,10 +205,17 @@ def test_an_engine_that_takes_nothing_is_named(bench: WorkerBench, tmp_path: Pat
     out = tmp_path / "f.safetensors"
     with (
         threads(2),
-        pytest.raises(WorkerError, match=r"was lost \(ConnectionError: no route to host\) for the second time"),
+        pytest.raises(
+            WorkerError, match=r"was lost \(ConnectionError: no route to host\) for the second time"
+        ),
     ):
         streamer.detect_intruder_dimensions(
-            bench.base, bench.adapter, out, solver="certified", executor=Failing(), on_event=events.append
+            bench.base,
+            bench.adapter,
+            out,
+            solver="certified",
+            executor=Failing(),
+            on_event=events.append,
         )
     warnings = [e.name for e in events if e.stage == "warning"]
     assert len(warnings) == 10
@@ -210,7 +224,9 @@ def test_an_engine_that_takes_nothing_is_named(bench: WorkerBench, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_scheduler_without_workers_is_waited_for_and_said(bench: WorkerBench, tmp_path: Path) -> None:
+def test_a_scheduler_without_workers_is_waited_for_and_said(
+    bench: WorkerBench, tmp_path: Path
+) -> None:
     pytest.importorskip("distributed")
     out, file = tmp_path / "f.safetensors", tmp_path / "scheduler.json"
     said = f"streamer: warning: dask:{file}: has no workers; the run waits for them\n"
@@ -243,7 +259,11 @@ def test_a_ray_task_that_fits_on_no_node_is_refused(
 
 def test_two_runs_on_one_output(bench: WorkerBench, tmp_path: Path) -> None:
     out = tmp_path / "f.safetensors"
-    with ThreadPoolExecutor(2) as pool, locked(lock_of(out), out), pytest.raises(LockedError, match="another run"):
+    with (
+        ThreadPoolExecutor(2) as pool,
+        locked(lock_of(out), out),
+        pytest.raises(LockedError, match="another run"),
+    ):
         streamer.detect_intruder_dimensions(bench.base, bench.adapter, out, executor=pool)
 
 

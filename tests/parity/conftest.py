@@ -12,13 +12,17 @@ from minilm import Trained
 import streamer
 
 
-@pytest.fixture(scope="session", params=[8, pytest.param(1, marks=pytest.mark.long)], ids=["r8", "r1"])
+@pytest.fixture(
+    scope="session", params=[8, pytest.param(1, marks=pytest.mark.long)], ids=["r8", "r1"]
+)
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     directory = tmp_path_factory.mktemp(f"minilm-r{request.param}")
     lr = {8: 6e-3, 1: 1e-2}[request.param]
     adapter = minilm.train(directory / "adapter", request.param, lr=lr)
     findings, certified = (
-        streamer.detect_intruder_dimensions(minilm.BASE, adapter, directory / f"{solver}.safetensors", solver=solver)
+        streamer.detect_intruder_dimensions(
+            minilm.BASE, adapter, directory / f"{solver}.safetensors", solver=solver
+        )
         for solver in ("auto", "certified")
     )
     return Trained(request.param, adapter, findings, certified)

@@ -59,16 +59,27 @@ def fitted(plan: Plan, ids: torch.Tensor, device: torch.device) -> Arrays:
     """Right factors of all candidates."""
     sweep = make_sweep(plan.base.path, plan.adapter.path, ids, ids.flip(1), device=device)
     sweep.run()
-    return {f"{name} {k}": R.cpu().numpy() for name, own in sweep.rights.items() for k, R in enumerate(own)}
+    return {
+        f"{name} {k}": R.cpu().numpy()
+        for name, own in sweep.rights.items()
+        for k, R in enumerate(own)
+    }
 
 
 def mapped(plan: Plan, ids: torch.Tensor, device: torch.device) -> Arrays:
     """Eigenvalues of the base's inputs, or frequencies."""
     np.save(text := plan.adapter.path.parent / "g.npy", ids.numpy())
     prepared = prepare_map(
-        plan.base.path, text, MapRequest(base=plan.base.path, vectors=4), None, Run(CPU, model_device=device)
+        plan.base.path,
+        text,
+        MapRequest(base=plan.base.path, vectors=4),
+        None,
+        Run(CPU, model_device=device),
     )
-    return {f"{one.names[0]} {one.vectors is None}": one.values.numpy() for one in prepared.result(None).inputs}
+    return {
+        f"{one.names[0]} {one.vectors is None}": one.values.numpy()
+        for one in prepared.result(None).inputs
+    }
 
 
 COMMANDS = {"evaluate": evaluated, "fit": fitted, "map": mapped}
@@ -86,7 +97,9 @@ def plan(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_architectures(plan: Plan, command: str) -> None:
     ids = token_ids(64)
     with threads():
-        expected, found = (COMMANDS[command](plan, ids, device) for device in (torch.device("cpu"), DEVICE))
+        expected, found = (
+            COMMANDS[command](plan, ids, device) for device in (torch.device("cpu"), DEVICE)
+        )
     assert found.keys() == expected.keys()
     for name, values in expected.items():
         atol = TOLERANCE * float(np.abs(values).max())
@@ -95,7 +108,11 @@ def test_architectures(plan: Plan, command: str) -> None:
 
 def test_the_device_tells_what_is_mixed() -> None:
     there = torch.ones(2, device=DEVICE)
-    for mixed in (lambda: there + torch.ones(2), lambda: torch.ones(2, 2) @ there, lambda: there[torch.ones(2).bool()]):
+    for mixed in (
+        lambda: there + torch.ones(2),
+        lambda: torch.ones(2, 2) @ there,
+        lambda: there[torch.ones(2).bool()],
+    ):
         with pytest.raises(MixedDevices):
             mixed()
 
@@ -103,13 +120,26 @@ def test_the_device_tells_what_is_mixed() -> None:
 @pytest.mark.parametrize("tokens", [50, 450], ids=["fewer tokens than inputs", "more"])
 def test_wide_inputs_are_solved_for_there(tokens: int) -> None:
     torch.manual_seed(vary(0))
-    x, L, R = torch.randn(4, tokens, 600) * torch.arange(1, 601) ** -0.5, torch.randn(8, 2), torch.randn(600, 2)
-    (Q, T), W, found = basis(L), torch.randn(8, 600).double(), list[tuple[torch.Tensor, torch.Tensor]]()
+    x, L, R = (
+        torch.randn(4, tokens, 600) * torch.arange(1, 601) ** -0.5,
+        torch.randn(8, 2),
+        torch.randn(600, 2),
+    )
+    (Q, T), W, found = (
+        basis(L),
+        torch.randn(8, 600).double(),
+        list[tuple[torch.Tensor, torch.Tensor]](),
+    )
     for device in (CPU, DEVICE):
         task, general, *now = x.to(device)
         delta = Refit(R, T, (R.double() @ T.T).to(device), (W.T @ Q).to(device))
-        system, texts = System([now[0]], [now[1]], (tokens, tokens), 0.5), zip((task, general), now, strict=True)
-        refitted = refit(delta, *(TextInputs(*([x] for x in pair), tokens) for pair in texts), 0.5, system)
+        system, texts = (
+            System([now[0]], [now[1]], (tokens, tokens), 0.5),
+            zip((task, general), now, strict=True),
+        )
+        refitted = refit(
+            delta, *(TextInputs(*([x] for x in pair), tokens) for pair in texts), 0.5, system
+        )
         assert refitted is not None
         found.append((refitted.cpu(), leading_vectors([general], tokens, 4)[0].cpu()))
     for one, other in zip(*found, strict=True):
@@ -129,17 +159,23 @@ def test_weights_cross_once_a_sweep_and_memory_there_is_as_forecast(
     }
     transformers.LlamaForCausalLM(config("Llama", **sizes)).save_pretrained(tmp_path / "base")
     plan = make_plan(
-        tmp_path / "base", make_adapter(transformers.LlamaForCausalLM, tmp_path / "base", tmp_path / "adapter", LINEAR)
+        tmp_path / "base",
+        make_adapter(
+            transformers.LlamaForCausalLM, tmp_path / "base", tmp_path / "adapter", LINEAR
+        ),
     )
     with pytest.raises(
-        UsageError, match=r"^bf16 products run only on the CPU; with --device pretended:0, use --dtype float32$"
+        UsageError,
+        match=r"^bf16 products run only on the CPU; with --device pretended:0, use --dtype float32$",
     ):
         VariantSet(plan, VARIANTS, None, rounds_products=True, device=DEVICE)
     ids, rows = token_ids(1000, 4, 64), 3 * 256
     monkeypatch.setattr(runs, "LOGIT_BYTES", 4 * rows * 64)
     model = SweepModel(VariantSet(plan, VARIANTS, None, device=DEVICE))
     model.limit(1 << 20, False)
-    forecast = Work(0, rows, 64).nbytes(model.size, 0, Limits(256, 1 << 20, False)) - TRANSFORMERS_BYTES
+    forecast = (
+        Work(0, rows, 64).nbytes(model.size, 0, Limits(256, 1 << 20, False)) - TRANSFORMERS_BYTES
+    )
     with threads(), TRAFFIC.counted() as traffic:
         measured(model, ids, 64)
     assert 0.1 < traffic.peak / forecast <= 1
@@ -147,7 +183,9 @@ def test_weights_cross_once_a_sweep_and_memory_there_is_as_forecast(
     assert 0.8 < traffic.to_device / model.size.read < 1.1
 
 
-@pytest.mark.parametrize("function", [streamer.evaluate_variants, streamer.repair_adapter, streamer.map_inputs])
+@pytest.mark.parametrize(
+    "function", [streamer.evaluate_variants, streamer.repair_adapter, streamer.map_inputs]
+)
 def test_a_device_that_is_not_there_is_refused(function: Any, tmp_path: Path) -> None:
     inputs = make_pair("llama", tmp_path, LINEAR)[1 : 2 if function is streamer.map_inputs else 3]
     texts = {} if function is streamer.map_inputs else {"task": tmp_path / "t.npy"}

@@ -63,9 +63,13 @@ class Made:
         config = peft.PeftConfig.from_pretrained(adapter)
         if self.kind.residual:  # the base is the residual already
             config.init_lora_weights = True
-        return peft.PeftModel.from_pretrained(model, adapter, config=config, autocast_adapter_dtype=False)
+        return peft.PeftModel.from_pretrained(
+            model, adapter, config=config, autocast_adapter_dtype=False
+        )
 
-    def merged(self, adapter: Path | None = None, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    def merged(
+        self, adapter: Path | None = None, dtype: torch.dtype = torch.float64
+    ) -> dict[str, Tensor]:
         """PEFT's merge, its values computed in `dtype`."""
         with quiet():
             model = self.load(dtype)
@@ -148,7 +152,10 @@ def relative(a: Tensor, b: Tensor) -> float:
 def by_disk(state: Mapping[str, Tensor], names: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict's values under the names on disk, which may lack the base model's prefix."""
     out = {
-        n: state[n] if n in state else next((t for k, t in state.items() if k.endswith("." + n)), None) for n in names
+        n: state[n]
+        if n in state
+        else next((t for k, t in state.items() if k.endswith("." + n)), None)
+        for n in names
     }
     return {n: t for n, t in out.items() if t is not None and t.is_floating_point()}
 
@@ -167,7 +174,9 @@ def compare_merge(made: Made, out: Path) -> None:
     for name, expected in exact.items():
         assert not (name in base and ours[name].dtype != base[name].dtype), name
         # Value by value it is held to half a unit, and float32 sums.
-        assert relative(ours[name], expected) <= (eps if made.dtype == torch.bfloat16 else 4 * eps), name
+        assert relative(ours[name], expected) <= (
+            eps if made.dtype == torch.bfloat16 else 4 * eps
+        ), name
         assert relative(ours[name], theirs[name]) <= 4 * eps, name
         if made.dtype == torch.bfloat16:  # float32 sums that fall on the other side of a tie
             assert float((ours[name] != expected.to(ours[name].dtype)).float().mean()) < 2e-3, name
@@ -179,7 +188,11 @@ def compare_merge(made: Made, out: Path) -> None:
 def compare_detection(made: Made) -> streamer.Findings:
     """`detect` against dense float64 SVDs of the base's matrices and of PEFT's merged ones."""
     findings = streamer.detect_intruder_dimensions(made.base, made.adapter, **made.kind.options)
-    base = {**by_disk(made.load(torch.float64).state_dict(), {m.tensor: torch.empty(0) for m in findings})}
+    base = {
+        **by_disk(
+            made.load(torch.float64).state_dict(), {m.tensor: torch.empty(0) for m in findings}
+        )
+    }
     merged = by_disk(made.merged(), base)
     for m in findings:
         W0, W = (t[m.tensor].reshape(t[m.tensor].shape[0], -1) for t in (base, merged))
@@ -193,7 +206,9 @@ def compare_detection(made: Made) -> streamer.Findings:
         assert relative(sigma, S[:k]) < 2e-6, m.tensor
         similarity = (U0.T @ U[:, :k]).abs().amax(0)
         for j, s in enumerate(similarity.tolist()):
-            assert m.detection.similarity_low[j] - 1e-3 <= s <= m.detection.similarity_high[j] + 1e-3, (m.tensor, j, s)
+            assert (
+                m.detection.similarity_low[j] - 1e-3 <= s <= m.detection.similarity_high[j] + 1e-3
+            ), (m.tensor, j, s)
             # A residual has directions that float32 cannot hold: those that its singular values of zero leave open. The interval says so.
             settled = not m.detection.similarity_low[j] < 0.5 <= m.detection.similarity_high[j]
             assert settled or made.kind.residual or abs(s - 0.5) <= 0.02, (m.tensor, j, s)
@@ -205,14 +220,23 @@ def compare_detection(made: Made) -> streamer.Findings:
 def compare_methods(made: Made, findings: streamer.Findings) -> None:
     """Merges at λ = 0.5 by each method against its formula in float64, on PEFT's matrices."""
     by_tensor = {m.tensor: m for m in findings}
-    base = by_disk(made.load(torch.float64).state_dict(), {m.tensor: torch.empty(0) for m in findings})
+    base = by_disk(
+        made.load(torch.float64).state_dict(), {m.tensor: torch.empty(0) for m in findings}
+    )
     merged = by_disk(made.merged(), base)
     for method in ("paper", "project", "shrink"):
-        options = {"findings": findings, "mitigation_lambda": 0.5, "method": method, **made.kind.options}
+        options = {
+            "findings": findings,
+            "mitigation_lambda": 0.5,
+            "method": method,
+            **made.kind.options,
+        }
         for name, ours in streamer.iter_merged(made.base, made.adapter, **options):
             if name not in by_tensor:
                 continue
-            W0, W, found = (t.double().reshape(t.shape[0], -1) for t in (base[name], merged[name], ours))
+            W0, W, found = (
+                t.double().reshape(t.shape[0], -1) for t in (base[name], merged[name], ours)
+            )
             if transposed(made, name):
                 W0, W, found = W0.T, W.T, found.T
             U, S, Vh = torch.linalg.svd(W, full_matrices=False)
@@ -224,12 +248,19 @@ def compare_methods(made: Made, findings: streamer.Findings) -> None:
                 "shrink": W0 + 0.5 * (W - W0),
             }[method]
             # singular vectors in float32, and their gaps
-            assert relative(found, expected) <= max(torch.finfo(made.dtype).eps, 2e-5), (method, name)
+            assert relative(found, expected) <= max(torch.finfo(made.dtype).eps, 2e-5), (
+                method,
+                name,
+            )
 
 
 def transposed(made: Made, tensor: str) -> bool:
     """Whether the base stores the matrix as (in, out)."""
-    return (made.kind.model is gpt2 and ".c_" in tensor) or "embed_tokens" in tensor or "word_embeddings" in tensor
+    return (
+        (made.kind.model is gpt2 and ".c_" in tensor)
+        or "embed_tokens" in tensor
+        or "word_embeddings" in tensor
+    )
 
 
 def unstamped(path: Path) -> tuple[dict, bytes]:
@@ -250,11 +281,20 @@ def compare_mitigation(made: Made, findings: streamer.Findings, directory: Path)
     assert unstamped(same) == unstamped(given)
     name = "adapter_config.json"
     assert (directory / "same" / name).read_bytes() == (made.adapter / name).read_bytes()
-    options = {"findings": findings, "mitigation_lambda": 0.5, "method": "project", **made.kind.options}
+    options = {
+        "findings": findings,
+        "mitigation_lambda": 0.5,
+        "method": "project",
+        **made.kind.options,
+    }
     streamer.reduce_intruder_dimension(made.base, made.adapter, directory / "half", **options)
-    streamer.merge_with_reduced_intruder_dimensions(made.base, made.adapter, directory / "merged-half", **options)
+    streamer.merge_with_reduced_intruder_dimensions(
+        made.base, made.adapter, directory / "merged-half", **options
+    )
     ours = stored(directory / "merged-half")
-    for name, tensor in by_disk(made.merged(directory / "half"), ours).items():  # the factors were rounded as well
+    for name, tensor in by_disk(
+        made.merged(directory / "half"), ours
+    ).items():  # the factors were rounded as well
         assert relative(ours[name], tensor) <= 4 * torch.finfo(made.dtype).eps, name
     for name, tensor in streamer.iter_merged(made.base, made.adapter, **options):
         assert torch.equal(tensor, ours[name]), name
@@ -263,7 +303,9 @@ def compare_mitigation(made: Made, findings: streamer.Findings, directory: Path)
 def compare_conversion(made: Made, findings: streamer.Findings, directory: Path) -> None:
     """The mitigated delta as a LoRA adapter, of a rank that leaves nothing out: PEFT's merge of it is our merge (``paper``, λ = 0.5)."""
     options = {"findings": findings, "mitigation_lambda": 0.5, **made.kind.options}
-    record = streamer.reduce_intruder_dimension(made.base, made.adapter, directory / "lora", to_lora=48, **options)
+    record = streamer.reduce_intruder_dimension(
+        made.base, made.adapter, directory / "lora", to_lora=48, **options
+    )
     assert record["totals"]["dropped_max"] < 1e-5
     ours = dict(streamer.iter_merged(made.base, made.adapter, **options))
     theirs = by_disk(made.merged(directory / "lora"), ours)

@@ -74,10 +74,18 @@ def run_case(case: Any, task: str, seed: int, home: str | None = None) -> dict[s
         try:
             result = judge(case, Path(home or scratch), seed)
         except Exception as error:  # of the oracle itself
-            result = Result("wrong", f"oracle: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            result = Result(
+                "wrong", f"oracle: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            )
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
-    return {"case": case.name, **case.record(), "task": task, **vars(result), "seconds": round(time.process_time() - begun, 2)}  # fmt: skip
+    return {
+        "case": case.name,
+        **case.record(),
+        "task": task,
+        **vars(result),
+        "seconds": round(time.process_time() - begun, 2),
+    }
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -112,8 +120,12 @@ def table(results: list[dict[str, Any]]) -> str:
                 reasons[QUOTED.sub("…", r["said"])[:160]].append(r)
         for _, members in sorted(reasons.items(), key=lambda item: -len(item[1])):
             partly = ", in part compared" if status == "right" else ""
-            lines.append(f"{status}{partly} {len(members)}: {members[0]['said'][:300]}\n    {members[0]['case']}")
-    lines += [f"wrong: {r['case']}\n    {r['said'][:500]}" for r in results if r["status"] == "wrong"]
+            lines.append(
+                f"{status}{partly} {len(members)}: {members[0]['said'][:300]}\n    {members[0]['case']}"
+            )
+    lines += [
+        f"wrong: {r['case']}\n    {r['said'][:500]}" for r in results if r["status"] == "wrong"
+    ]
     return "\n".join(lines)
 
 
@@ -133,13 +145,19 @@ def run_all(work: list[tuple[Any, ...]], jobs: int, record: Any) -> Iterable[dic
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--classes", default="", help="a regular expression that a class's name has")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--classes", default="", help="a regular expression that a class's name has"
+    )
     parser.add_argument("--case", help="one case, by its name")
     parser.add_argument("--keep", help="directory for the one case's base, adapter and output")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", type=Path, help="a JSONL of results, which a later run takes up")
+    parser.add_argument(
+        "--results", type=Path, help="a JSONL of results, which a later run takes up"
+    )
     args = parser.parse_args()
     start()
     from matrix_cases import case_of, numbered_classes
@@ -154,7 +172,11 @@ def main() -> int:
     if args.results and args.results.exists():
         results = [json.loads(line) for line in args.results.read_text().splitlines()]
     done = {r["cls"] for r in results}
-    work = [(n, i, task, args.seed) for n, (i, task) in classes.items() if re.search(args.classes, n) and n not in done]
+    work = [
+        (n, i, task, args.seed)
+        for n, (i, task) in classes.items()
+        if re.search(args.classes, n) and n not in done
+    ]
     with open(args.results or os.devnull, "a") as record:
         results += run_all(work, args.jobs, record)
     print(table(results))

@@ -32,7 +32,9 @@ from streamer.errors import FormatError, MismatchError
 from streamer.output.record import record_lines
 
 PATHS = st.lists(
-    st.sampled_from(["model", "layers", "0", "1", "q_proj", "k_proj", "proj", "mlp"]), min_size=1, max_size=5
+    st.sampled_from(["model", "layers", "0", "1", "q_proj", "k_proj", "proj", "mlp"]),
+    min_size=1,
+    max_size=5,
 )
 
 
@@ -40,10 +42,19 @@ KEYS = st.one_of(
     PATHS.map(".".join),
     st.sampled_from(
         [
-            ".*", "q_proj|k_proj", "(q|k)_proj", r"layers\.\d", "^model", "^q_proj$", ".*proj", "q", r"\w+_proj", "model.+proj",
+            ".*",
+            "q_proj|k_proj",
+            "(q|k)_proj",
+            r"layers\.\d",
+            "^model",
+            "^q_proj$",
+            ".*proj",
+            "q",
+            r"\w+_proj",
+            "model.+proj",
         ]
     ),
-)  # fmt: skip
+)
 
 
 @given(PATHS.map(".".join), st.lists(KEYS, unique=True, max_size=5))
@@ -53,13 +64,19 @@ def test_patterns_match_as_in_peft(module: str, keys: list[str]) -> None:
 
 
 SPELLINGS = {
-    "of a compiled model": lambda name: name.replace("base_model.model.", "base_model.model._orig_mod.", 1),
+    "of a compiled model": lambda name: name.replace(
+        "base_model.model.", "base_model.model._orig_mod.", 1
+    ),
     "of DDP and FSDP": lambda name: (
         f"module.{name.replace('.layers.0.', '.layers.0._fsdp_wrapped_module._checkpoint_wrapped_module.')}"
     ),
     "without PEFT's prefix": lambda name: name.removeprefix("base_model.model."),
-    "with the adapter's name": lambda name: re.sub(r"(lora_[AB]|lora_embedding_[AB])", r"\1.default", name),
-    "of a module's whole state": lambda name: name.replace("lm_head.", "lm_head.modules_to_save.default."),
+    "with the adapter's name": lambda name: re.sub(
+        r"(lora_[AB]|lora_embedding_[AB])", r"\1.default", name
+    ),
+    "of a module's whole state": lambda name: name.replace(
+        "lm_head.", "lm_head.modules_to_save.default."
+    ),
     "without its type": lambda name: name,
 }
 
@@ -67,12 +84,16 @@ SPELLINGS = {
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_a_mitigated_adapter_has_the_names_that_peft_finds(tmp_path: Path, spelling: str) -> None:
     """Whichever names are read: PEFT ignores those that it does not find."""
-    cls, base, adapter = make_pair("llama", tmp_path, ["q_proj", "embed_tokens"], modules_to_save=["lm_head"])
+    cls, base, adapter = make_pair(
+        "llama", tmp_path, ["q_proj", "embed_tokens"], modules_to_save=["lm_head"]
+    )
     ids = torch.arange(12)[None]
     tensors, config = load_file(adapter / WEIGHTS), json.loads((adapter / CONFIG).read_text())
     save_file({SPELLINGS[spelling](name): t for name, t in tensors.items()}, adapter / WEIGHTS)
     if spelling == "without its type":
-        (adapter / CONFIG).write_text(json.dumps({k: v for k, v in config.items() if k != "peft_type"}))
+        (adapter / CONFIG).write_text(
+            json.dumps({k: v for k, v in config.items() if k != "peft_type"})
+        )
     mitigate(base, adapter, tmp_path / "half", 0.5, method="shrink")
     assert streamer.verify_output(tmp_path / "half", base, adapter, sample="all")["verified"]
     save_file(tensors, adapter / WEIGHTS)
@@ -92,7 +113,9 @@ def make(cls: Any, config: Any, home: Path, rows: int = 0, **lora: Any) -> Any:
     if rows:
         model.resize_token_embeddings(rows)
     with warnings.catch_warnings(action="ignore"):
-        model = get_peft_model(model, LoraConfig(r=2, lora_alpha=8, init_lora_weights=False, **lora))
+        model = get_peft_model(
+            model, LoraConfig(r=2, lora_alpha=8, init_lora_weights=False, **lora)
+        )
         for p in (p for p in model.parameters() if p.requires_grad):
             p.data.add_(0.1 * torch.randn(p.shape))
         model.save_pretrained(home / "adapter", save_embedding_layers=bool(rows))
@@ -106,17 +129,31 @@ def untied(name: str) -> Callable[[], tuple[Any, Any]]:
 
 # Model, what PEFT's config says, rows of the grown embedding, and a copy that is in the file.
 CASES: dict[str, tuple[Callable[[], tuple[Any, Any]], dict[str, Any], int, str]] = {
-    "biases, a saved head": (untied("bert"), {"target_modules": ["query"], "bias": "all", "modules_to_save": ["classifier"]}, 0,
-                             "classifier.modules_to_save.bias"),
-    "biases, saved layers": (untied("vit"), {"target_modules": ["q_proj"], "bias": "all", "modules_to_save": ["layers.1.mlp"]}, 0,
-                             "vit.layers.1.mlp.modules_to_save.default.fc1.bias"),
+    "biases, a saved head": (
+        untied("bert"),
+        {"target_modules": ["query"], "bias": "all", "modules_to_save": ["classifier"]},
+        0,
+        "classifier.modules_to_save.bias",
+    ),
+    "biases, saved layers": (
+        untied("vit"),
+        {"target_modules": ["q_proj"], "bias": "all", "modules_to_save": ["layers.1.mlp"]},
+        0,
+        "vit.layers.1.mlp.modules_to_save.default.fc1.bias",
+    ),
     "biases, a saved projector": (
-        untied("llava"), {"target_modules": ["q_proj"], "bias": "all", "modules_to_save": ["multi_modal_projector"]}, 0,
+        untied("llava"),
+        {"target_modules": ["q_proj"], "bias": "all", "modules_to_save": ["multi_modal_projector"]},
+        0,
         "model.multi_modal_projector.modules_to_save.default.linear_1.bias",
     ),
-    "a grown vocabulary": (untied("llama"), {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}, 70,
-                           "model.embed_tokens.modules_to_save.weight"),
-}  # fmt: skip
+    "a grown vocabulary": (
+        untied("llama"),
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+        70,
+        "model.embed_tokens.modules_to_save.weight",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -147,7 +184,8 @@ def test_embeddings_that_were_resized_but_not_saved(targets: list[str], tmp_path
             PeftModel.from_pretrained(cls.from_pretrained(base), adapter)
         for run in (mitigate, merge):
             with pytest.raises(
-                MismatchError, match=r"'model.embed_tokens': expected shape \[70, 32\] in the base, found \[64, 32\]"
+                MismatchError,
+                match=r"'model.embed_tokens': expected shape \[70, 32\] in the base, found \[64, 32\]",
             ):
                 run(base, adapter, tmp_path / "out", 1.0)
         return
@@ -164,7 +202,11 @@ def test_embeddings_that_were_resized_but_not_saved(targets: list[str], tmp_path
 def test_copies_that_peft_017_wrote_without_the_adapters_name(same: bool, tmp_path: Path) -> None:
     """``classifier.modules_to_save.dense.bias``, in which ``dense`` is no adapter: a copy of ``classifier.dense.bias``."""
     config = transformers.RobertaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
     )
     lora = {"target_modules": ["query"], "bias": "all", "modules_to_save": ["classifier"]}
     model = make(transformers.RobertaForSequenceClassification, config, tmp_path, **lora)
@@ -172,15 +214,21 @@ def test_copies_that_peft_017_wrote_without_the_adapters_name(same: bool, tmp_pa
     file = adapter / "adapter_model.safetensors"
     tensors = {name: t for name, t in load_file(file).items() if ".modules_to_save." not in name}
     bias = tensors["base_model.model.classifier.dense.bias"]
-    tensors["base_model.model.classifier.modules_to_save.dense.bias"] = bias.clone() if same else bias + 1
+    tensors["base_model.model.classifier.modules_to_save.dense.bias"] = (
+        bias.clone() if same else bias + 1
+    )
     save_file(tensors, file, metadata={"format": "pt"})
     if not same:
-        with pytest.raises(FormatError, match=r"both change 'classifier.dense.bias'; save one adapter at a time"):
+        with pytest.raises(
+            FormatError, match=r"both change 'classifier.dense.bias'; save one adapter at a time"
+        ):
             merge(base, adapter, out, 1)
         return
     merge(base, adapter, out, 1)
     assert torch.equal(weights(out)["classifier.dense.bias"], bias)
-    assert torch.equal(model.base_model.model.classifier.modules_to_save["default"].dense.bias, bias)
+    assert torch.equal(
+        model.base_model.model.classifier.modules_to_save["default"].dense.bias, bias
+    )
     mitigate(base, adapter, half, 0.5, method="shrink")
     assert load_file(half / file.name).keys() == load_file(file).keys()
     assert streamer.verify_output(half, base, adapter, sample="all")["verified"]
@@ -201,7 +249,9 @@ ROUNDED = {
 
 @pytest.mark.parametrize("what", ROUNDED)
 @pytest.mark.parametrize("keep", [1.0, 0.5])
-def test_the_values_that_kept_the_bases_bytes_are_counted(what: str, keep: float, tmp_path: Path) -> None:
+def test_the_values_that_kept_the_bases_bytes_are_counted(
+    what: str, keep: float, tmp_path: Path
+) -> None:
     name, targets, options = ROUNDED[what]
     base, out = tmp_path / "base", tmp_path / "out"
     cls = make_base(name, base, torch.bfloat16)
@@ -212,9 +262,16 @@ def test_the_values_that_kept_the_bases_bytes_are_counted(what: str, keep: float
         tensor, _, index = matrix["tensor"].removesuffix("]").partition("[")
         at = (int(index),) if index else ()
         a, b = before[tensor][at], after[tensor][at]
-        assert (matrix["values"], matrix["rounded_away"]) == (a.size, int((a == b).sum())), matrix["tensor"]
+        assert (matrix["values"], matrix["rounded_away"]) == (a.size, int((a == b).sum())), matrix[
+            "tensor"
+        ]
     totals = record["totals"]
-    assert 0 < totals["rounded_away"] < totals["values"] == sum(m["values"] for m in record["matrices"])
+    assert (
+        0
+        < totals["rounded_away"]
+        < totals["values"]
+        == sum(m["values"] for m in record["matrices"])
+    )
     share = f"rounding left {100 * totals['rounded_away'] / totals['values']:.1f}% of the values in these matrices unchanged"
     assert any(line.startswith(share) for line in record_lines(record, "out"))
     streamer.verify_output(out)

@@ -96,17 +96,26 @@ REFUSED: dict[str, tuple[str | Kind, Callable[[str], bool], Sequence[str]]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_only_the_adapter_has_is_refused(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_only_the_adapter_has_is_refused(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kind, gone, words = REFUSED[case]
     made = make(kind, tmp_path, monkeypatch)
     assert make_plan(made.base, made.adapter).announced == ()
     without(made.adapter, gone)
     refuse_everywhere(
-        made.base, made.adapter, tmp_path, 3, "lacks tensors that adapter_config.json announces: ", *words
+        made.base,
+        made.adapter,
+        tmp_path,
+        3,
+        "lacks tensors that adapter_config.json announces: ",
+        *words,
     )
 
 
-@pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed", "ignore:Found missing adapter keys")
+@pytest.mark.filterwarnings(
+    "ignore:.lora_bias=True. was passed", "ignore:Found missing adapter keys"
+)
 def test_biases_of_lora_are_those_of_layers_that_have_one(tmp_path: Path) -> None:
     """As mergekit extracts them: PEFT takes the others as zero."""
     base, adapter, ids = tmp_path / "base", tmp_path / "adapter", torch.arange(12)[None]
@@ -115,18 +124,26 @@ def test_biases_of_lora_are_those_of_layers_that_have_one(tmp_path: Path) -> Non
     without(adapter, lambda n: n.endswith("o_proj.lora_B.bias"))
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": True}))
-    streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "out", mitigation_lambda=1)
+    streamer.merge_with_reduced_intruder_dimensions(
+        base, adapter, tmp_path / "out", mitigation_lambda=1
+    )
     expected = peft.PeftModel.from_pretrained(cls.from_pretrained(base), adapter).eval()(ids).logits
-    torch.testing.assert_close(cls.from_pretrained(tmp_path / "out").eval()(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        cls.from_pretrained(tmp_path / "out").eval()(ids).logits, expected, rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("labels", [3, 12])
 def test_a_head_of_either_form_is_whole(labels: int, tmp_path: Path) -> None:
     """By the number of labels it is one layer or two."""
-    config = LayoutLMv3Config(**SMALL, coordinate_size=8, shape_size=8, input_size=32, max_2d_position_embeddings=16)
+    config = LayoutLMv3Config(
+        **SMALL, coordinate_size=8, shape_size=8, input_size=32, max_2d_position_embeddings=16
+    )
     LayoutLMv3Model(config).save_pretrained(tmp_path / "base")
     tuned = LayoutLMv3ForTokenClassification.from_pretrained(tmp_path / "base", num_labels=labels)
-    peft.get_peft_model(tuned, lora("query", task_type="TOKEN_CLS")()).save_pretrained(tmp_path / "adapter")
+    peft.get_peft_model(tuned, lora("query", task_type="TOKEN_CLS")()).save_pretrained(
+        tmp_path / "adapter"
+    )
     names = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert any("classifier.dense" in name for name in names) == (labels > 10)
     assert make_plan(tmp_path / "base", tmp_path / "adapter").announced == ()
@@ -134,21 +151,31 @@ def test_a_head_of_either_form_is_whole(labels: int, tmp_path: Path) -> None:
 
 # Saved by PEFT with fewer tensors, or more entries, than a naive reading of the config expects.
 WHOLE = {
-    "tied tokens, saved once": Kind(tied, lora("q_proj", trainable_token_indices={"embed_tokens": [3, 5], "lm_head": [3, 5]})),
-    "saved as one": Kind(tied, lora("q_proj", modules_to_save=["embed_tokens", "lm_head"], ensure_weight_tying=True)),
-    "an entry of no module": Kind(llama(), lora("q_proj", modules_to_save=["lm_head", "score", "no_such_module"])),
+    "tied tokens, saved once": Kind(
+        tied, lora("q_proj", trainable_token_indices={"embed_tokens": [3, 5], "lm_head": [3, 5]})
+    ),
+    "saved as one": Kind(
+        tied, lora("q_proj", modules_to_save=["embed_tokens", "lm_head"], ensure_weight_tying=True)
+    ),
+    "an entry of no module": Kind(
+        llama(), lora("q_proj", modules_to_save=["lm_head", "score", "no_such_module"])
+    ),
     "embeddings and a bias": Kind(llama(), lora("embed_tokens", "q_proj", bias="all")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", WHOLE)
-def test_what_peft_saves_is_whole(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_peft_saves_is_whole(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = make(WHOLE[case], tmp_path, monkeypatch)
     assert make_plan(made.base, made.adapter).announced == ()
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_missing_biases_are_warned_of(bias: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_biases_are_warned_of(
+    bias: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """PEFT before 0.21 saved none for ``lora_only``."""
     made = make(f"bias={bias}", tmp_path, monkeypatch)
     for gone, left in (
@@ -165,12 +192,15 @@ def test_missing_biases_are_warned_of(bias: str, tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    "edit", [{"target_modules": ["q_proj"]}, {"exclude_modules": ["v_proj"]}, {"layers_to_transform": [1]}]
+    "edit",
+    [{"target_modules": ["q_proj"]}, {"exclude_modules": ["v_proj"]}, {"layers_to_transform": [1]}],
 )
 def test_factors_that_the_config_does_not_target(
     edit: dict[str, list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = make(Kind(llama(), lora("q_proj", "v_proj", layers_to_transform=[0])), tmp_path, monkeypatch)
+    made = make(
+        Kind(llama(), lora("q_proj", "v_proj", layers_to_transform=[0])), tmp_path, monkeypatch
+    )
     assert make_plan(made.base, made.adapter).announced == ()
     config = made.adapter / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), **edit}))
@@ -181,20 +211,39 @@ def test_factors_that_the_config_does_not_target(
 
 
 # Of a layer for multi-token prediction, which the class does not load.
-DROPPED = {"embed_tokens.weight": (VOCAB, 48), "shared_head.head.weight": (VOCAB, 48), "input_layernorm.weight": (48,),
-           "self_attn.q_proj.weight": (48, 48), "self_attn.q_proj.bias": (48,)}  # fmt: skip
+DROPPED = {
+    "embed_tokens.weight": (VOCAB, 48),
+    "shared_head.head.weight": (VOCAB, 48),
+    "input_layernorm.weight": (48,),
+    "self_attn.q_proj.weight": (48, 48),
+    "self_attn.q_proj.bias": (48,),
+}
 
 
 def glm() -> Glm4MoeForCausalLM:
-    return Glm4MoeForCausalLM(Glm4MoeConfig(
-        vocab_size=VOCAB, hidden_size=48, intermediate_size=80, moe_intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=12, n_routed_experts=4, num_experts_per_tok=2, first_k_dense_replace=1, attention_bias=True,
-        pad_token_id=0,
-    ))  # fmt: skip
+    return Glm4MoeForCausalLM(
+        Glm4MoeConfig(
+            vocab_size=VOCAB,
+            hidden_size=48,
+            intermediate_size=80,
+            moe_intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=12,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            first_k_dense_replace=1,
+            attention_bias=True,
+            pad_token_id=0,
+        )
+    )
 
 
 def with_dropped_layer(saved: Sequence[str], home: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
-    made = make(Kind(glm, lora("o_proj", bias="all", modules_to_save=list(saved))), home, monkeypatch)
+    made = make(
+        Kind(glm, lora("o_proj", bias="all", modules_to_save=list(saved))), home, monkeypatch
+    )
     file = made.base / "model.safetensors"
     extra = {f"model.layers.2.{name}": torch.ones(shape) for name, shape in DROPPED.items()}
     save_file(load_file(file) | extra, file, metadata={"format": "pt"})
@@ -204,10 +253,22 @@ def with_dropped_layer(saved: Sequence[str], home: Path, monkeypatch: pytest.Mon
 def test_tensors_that_the_class_does_not_load_are_not_announced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saved = ["embed_tokens", "lm_head", "head", "input_layernorm", "layers.2.input_layernorm", "layers.2.embed_tokens"]
+    saved = [
+        "embed_tokens",
+        "lm_head",
+        "head",
+        "input_layernorm",
+        "layers.2.input_layernorm",
+        "layers.2.embed_tokens",
+    ]
     made = with_dropped_layer(saved, tmp_path, monkeypatch)
     assert make_plan(made.base, made.adapter).announced == ()
     kinds_cases.compare_merge(made, tmp_path / "merged")
     without(made.adapter, lambda n: "embed_tokens" in n)
-    refuse_everywhere(made.base, made.adapter, tmp_path, 3,
-                      "'model.embed_tokens.weight' of 'embed_tokens' in modules_to_save; save")  # fmt: skip
+    refuse_everywhere(
+        made.base,
+        made.adapter,
+        tmp_path,
+        3,
+        "'model.embed_tokens.weight' of 'embed_tokens' in modules_to_save; save",
+    )

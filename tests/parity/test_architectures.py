@@ -15,7 +15,10 @@ import transformers
 from architectures import MODELS, OLD, assert_merged, make_adapter, make_base, merge, old_name
 from paths import ROOT
 from safetensors.torch import load_file, save_file
-from transformers.conversion_mapping import _build_checkpoint_conversion_mapping, get_model_conversion_mapping
+from transformers.conversion_mapping import (
+    _build_checkpoint_conversion_mapping,
+    get_model_conversion_mapping,
+)
 from transformers.core_model_loading import WeightConverter, apply_converters, apply_renamings
 
 from streamer.plan.architectures import packaged
@@ -43,8 +46,11 @@ def test_names_of_either_version_on_either_side(name: str, tmp_path: Path) -> No
     def old(key: str) -> str:
         return old_name(key, OLD[name])
 
-    with_names(tmp_path / "new-adapter", tmp_path / "old-adapter",
-               lambda k: "base_model.model." + old(k.removeprefix("base_model.model.")))  # fmt: skip
+    with_names(
+        tmp_path / "new-adapter",
+        tmp_path / "old-adapter",
+        lambda k: "base_model.model." + old(k.removeprefix("base_model.model.")),
+    )
     state = cls.from_pretrained(tmp_path / "saved").state_dict()
     assert any(old(k) != k for k in state)
     for age, rename in {"old": old, "new": str}.items():
@@ -64,8 +70,12 @@ SAME_VERSION = f"transformers {transformers.__version__} " in packaged(RENAMES)[
 @pytest.mark.long
 def test_the_table_is_the_installed_version_s() -> None:
     if not SAME_VERSION:
-        pytest.skip(f"the table is of {packaged(RENAMES)['source']}; tools/make_renames.py renews it")
-    done = subprocess.run([sys.executable, ROOT / "tools" / "make_renames.py", "--check"], check=False)
+        pytest.skip(
+            f"the table is of {packaged(RENAMES)['source']}; tools/make_renames.py renews it"
+        )
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "make_renames.py", "--check"], check=False
+    )
     assert done.returncode == 0
 
 
@@ -76,20 +86,32 @@ def test_every_class_and_type_is_known() -> None:
 
 def theirs(name: str, transforms: list[Any]) -> tuple[str, bool]:
     renamed = apply_renamings(name, [t for t in transforms if not isinstance(t, WeightConverter)])
-    renamed, by = apply_converters(renamed, [t for t in transforms if isinstance(t, WeightConverter)])
+    renamed, by = apply_converters(
+        renamed, [t for t in transforms if isinstance(t, WeightConverter)]
+    )
     return renamed, by is not None
 
 
-RENUMBERED = {"dory", "inkling2_text", "inkling2_loop_text"}  # they count layers anew, which no pattern does
+RENUMBERED = {
+    "dory",
+    "inkling2_text",
+    "inkling2_loop_text",
+}  # they count layers anew, which no pattern does
 
 
-@pytest.mark.parametrize("key", sorted(packaged(RENAMES)["rules"].keys() & THEIRS.keys() - RENUMBERED))
+@pytest.mark.parametrize(
+    "key", sorted(packaged(RENAMES)["rules"].keys() & THEIRS.keys() - RENUMBERED)
+)
 def test_renames_agree_with_transformers(key: str) -> None:
     names = {
-        "model.layers.0.self_attn.q_proj.weight", "model.language_model.layers.3.mlp.down_proj.weight", "lm_head.weight",
-        "language_model.model.layers.1.mlp.experts.2.gate_proj.weight", "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight",
-        "model.layers.0.block_sparse_moe.experts.1.w2.weight", "encoder.layer.0.attention.attention.query.weight",
-    }  # fmt: skip
+        "model.layers.0.self_attn.q_proj.weight",
+        "model.language_model.layers.3.mlp.down_proj.weight",
+        "lm_head.weight",
+        "language_model.model.layers.1.mlp.experts.2.gate_proj.weight",
+        "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight",
+        "model.layers.0.block_sparse_moe.experts.1.w2.weight",
+        "encoder.layer.0.attention.attention.query.weight",
+    }
     for t in THEIRS[key]:
         for pattern in t.source_patterns:
             names |= {
@@ -102,7 +124,9 @@ def test_renames_agree_with_transformers(key: str) -> None:
     # Of a type that is not known, so that no models within it bring their own.
     ours = renames_for(ModelConfig({"architectures": [key], "model_type": "unknown"}))
     legacy = [] if key == "legacy" else THEIRS["legacy"]
-    got = {name: (renamed, by is not None) for name, renamed, by, _, _ in ours.loaded(sorted(names))}
+    got = {
+        name: (renamed, by is not None) for name, renamed, by, _, _ in ours.loaded(sorted(names))
+    }
     for name in sorted(names):
         assert got[name] == theirs(name, [*THEIRS[key], *legacy]), name
 
@@ -132,10 +156,17 @@ def test_renames_of_models_within_agree_with_transformers(name: str) -> None:
 def test_a_type_that_borrows_a_class_keeps_its_own_names(tmp_path: Path) -> None:
     """EXAONE 3 is a Llama in memory, and its files have other names."""
     config = transformers.AutoConfig.for_model(
-        "exaone", vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+        "exaone",
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
     )
     model = transformers.AutoModelForCausalLM.from_config(config)
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors").keys()
     assert "transformer.wte.weight" in stored
-    assert {*renames_for(read_model_config(tmp_path)).at_run_time(stored).values()} == model.state_dict().keys()
+    assert {
+        *renames_for(read_model_config(tmp_path)).at_run_time(stored).values()
+    } == model.state_dict().keys()

@@ -112,7 +112,9 @@ MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
 
 
 def configs_within(config: Any) -> list[Any]:
-    inner = [value for value in vars(config).values() if isinstance(value, transformers.PreTrainedConfig)]
+    inner = [
+        value for value in vars(config).values() if isinstance(value, transformers.PreTrainedConfig)
+    ]
     return [config, *(c for value in inner for c in configs_within(value))]
 
 
@@ -128,12 +130,16 @@ def built(name: str, stated: bool | None, directory: Path) -> tuple[Any, Archite
     for c in configs_within(values):
         if stated is not None:
             setattr(c, TIE_KEY, stated)
-    values = type(values).from_dict(values.to_dict())  # as it is loaded: a class may not do what is stated
+    values = type(values).from_dict(
+        values.to_dict()
+    )  # as it is loaded: a class may not do what is stated
     torch.manual_seed(vary(0))
     model = getattr(transformers, cls)(values)
     model.tie_weights()
     model.save_pretrained(directory)
-    architecture = architecture_for(ModelConfig(json.loads((directory / "config.json").read_text())))
+    architecture = architecture_for(
+        ModelConfig(json.loads((directory / "config.json").read_text()))
+    )
     assert architecture is not None
     return model, architecture
 
@@ -187,7 +193,9 @@ def test_table_agrees_with_built_model(name: str, stated: bool | None, tmp_path:
     pointers: dict[int, set[str]] = {}
     for path, parameter in parameters.items():
         pointers.setdefault(parameter.data_ptr(), set()).add(path)
-    assert tied_pairs(architecture, list(parameters)) == {frozenset(g) for g in pointers.values() if len(g) > 1}
+    assert tied_pairs(architecture, list(parameters)) == {
+        frozenset(g) for g in pointers.values() if len(g) > 1
+    }
 
     output = model.get_output_embeddings()
     assert modules.get(architecture.output_embedding or "-") is output
@@ -209,9 +217,13 @@ def test_names_on_disk_are_those_that_transformers_writes(name: str, tmp_path: P
     with safe_open(tmp_path / "model.safetensors", "pt") as f:
         disk = {pattern_of(n) for n in f.keys()}  # noqa: SIM118
     modules = dict(model.named_modules())
-    known = {f"{path}.weight" for path, m in modules.items() if isinstance(m, nn.Embedding | Conv1D)}
+    known = {
+        f"{path}.weight" for path, m in modules.items() if isinstance(m, nn.Embedding | Conv1D)
+    }
     known |= {
-        n for n in model.state_dict() if pattern_of(n) in architecture.expert_stacks.keys() | architecture.saved_buffers
+        n
+        for n in model.state_dict()
+        if pattern_of(n) in architecture.expert_stacks.keys() | architecture.saved_buffers
     }
     copies = {pattern_of(n) for g in tied_pairs(architecture, list(model.state_dict())) for n in g}
     for run_time in known:
@@ -226,9 +238,16 @@ def test_names_on_disk_are_those_that_transformers_writes(name: str, tmp_path: P
 
 @pytest.mark.parametrize(
     ("name", "orientation"),
-    [("Qwen3MoeForCausalLM", "out,in"), ("MixtralForCausalLM", "out,in"), ("GptOssForCausalLM", "in,out"), ("Llama4ForCausalLM", "in,out")],
-)  # fmt: skip
-def test_orientation_of_experts_is_that_of_their_shapes(name: str, orientation: str, tmp_path: Path) -> None:
+    [
+        ("Qwen3MoeForCausalLM", "out,in"),
+        ("MixtralForCausalLM", "out,in"),
+        ("GptOssForCausalLM", "in,out"),
+        ("Llama4ForCausalLM", "in,out"),
+    ],
+)
+def test_orientation_of_experts_is_that_of_their_shapes(
+    name: str, orientation: str, tmp_path: Path
+) -> None:
     model, architecture = built(name, None, tmp_path)
     assert set(architecture.expert_stacks.values()) == {orientation}
     for path, parameter in model.named_parameters():
@@ -253,9 +272,13 @@ def test_config_that_names_no_class_is_one_where_the_type_has_one() -> None:
         {"architectures": ["MyOwnForCausalLM"], "model_type": "llama"},
         {"architectures": ["LlamaForCausalLM"], "model_type": "gpt2"},
         {"architectures": [3], "model_type": "llama"},
-        {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "text_config": {"model_type": "my-own"}},
+        {
+            "architectures": ["LlavaForConditionalGeneration"],
+            "model_type": "llava",
+            "text_config": {"model_type": "my-own"},
+        },
     ],
-)  # fmt: skip
+)
 def test_what_the_table_does_not_tell_is_none(config: dict[str, Any]) -> None:
     assert architecture_for(ModelConfig(config)) is None
 
@@ -314,10 +337,14 @@ def lacking(model: nn.Module, architecture: Architecture) -> set[str]:
         for name, p in model.named_parameters()
         if name.endswith(".weight") and p.ndim == 2
     }
-    wrong = [m for m in weights.values() if architecture.is_embedding(m) != isinstance(modules[m], nn.Embedding)]
-    return {pattern_of(name) for name in model.state_dict() if not architecture.has_tensor(name)} | {
-        *map(pattern_of, wrong)
-    }
+    wrong = [
+        m
+        for m in weights.values()
+        if architecture.is_embedding(m) != isinstance(modules[m], nn.Embedding)
+    ]
+    return {
+        pattern_of(name) for name in model.state_dict() if not architecture.has_tensor(name)
+    } | {*map(pattern_of, wrong)}
 
 
 @pytest.mark.parametrize("cls", FURTHER)
@@ -334,7 +361,9 @@ def test_table_has_what_another_config_makes(cls: str) -> None:
 
 def test_layer_that_the_table_does_not_have_is_an_embedding_by_its_name() -> None:
     """Earlier versions of transformers had relative positions in BERT."""
-    architecture = architecture_for(ModelConfig({"architectures": ["BertModel"], "model_type": "bert"}))
+    architecture = architecture_for(
+        ModelConfig({"architectures": ["BertModel"], "model_type": "bert"})
+    )
     assert architecture is not None
     attention = "encoder.layer.0.attention.self"
     for module, looked_up in {"distance_embedding": True, "another": False, "query": False}.items():

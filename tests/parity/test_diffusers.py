@@ -12,8 +12,13 @@ from diffusers_pipelines import PIPELINES, answers, opened, trained
 from pairs import merge, mitigate
 from safetensors.torch import load_file, save_file
 
-pytest.importorskip("diffusers", reason="pipelines are compared with diffusers, which the test extra installs")
-pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")]
+pytest.importorskip(
+    "diffusers", reason="pipelines are compared with diffusers, which the test extra installs"
+)
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),
+]
 
 SDXL = {
     "input_blocks_0_0": "conv_in",
@@ -71,26 +76,36 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return base
 
 
-def check(base: Path, adapter: Path, out: Path, oracle: Path | None = None, changed: int = 1) -> None:
+def check(
+    base: Path, adapter: Path, out: Path, oracle: Path | None = None, changed: int = 1
+) -> None:
     """Merge, and compare with the adapter, or with the same adapter in a form that diffusers reads, loaded by diffusers."""
     merge(base, adapter, out, 1)
     pipe = opened(base)
     before = answers(pipe)
     pipe.load_lora_weights(oracle or adapter)
     expected, found = answers(pipe), answers(opened(out))
-    assert sum(float((a - b).abs().max()) > 1e-2 for a, b in zip(before, expected, strict=True)) >= changed
+    assert (
+        sum(float((a - b).abs().max()) > 1e-2 for a, b in zip(before, expected, strict=True))
+        >= changed
+    )
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("stated", [True, False], ids=["config in the metadata", "no config"])
 @pytest.mark.parametrize("kind", PIPELINES)
-def test_adapters_that_diffusers_saves(bases: Callable[[str], Path], tmp_path: Path, kind: str, stated: bool) -> None:
+def test_adapters_that_diffusers_saves(
+    bases: Callable[[str], Path], tmp_path: Path, kind: str, stated: bool
+) -> None:
     from diffusers.training_utils import _collate_lora_metadata
 
     pipe = opened(bases(kind))
     layers = trained(pipe)
-    adapted = {name.removesuffix("_lora_layers"): getattr(pipe, name.removesuffix("_lora_layers")) for name in layers}
+    adapted = {
+        name.removesuffix("_lora_layers"): getattr(pipe, name.removesuffix("_lora_layers"))
+        for name in layers
+    }
     more = _collate_lora_metadata(adapted) if stated else {}
     pipe.save_lora_weights(tmp_path / "lora", **layers, **more)
     check(bases(kind), tmp_path / "lora", tmp_path / "merged", changed=len(layers))
@@ -101,11 +116,16 @@ def test_dora(bases: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
     pipe = opened(bases(kind))
     layers = trained(pipe, use_dora=True)
     pipe.save_lora_weights(tmp_path / "lora", **layers)
-    assert any("magnitude" in name for name in load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors"))
+    assert any(
+        "magnitude" in name
+        for name in load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    )
     check(bases(kind), tmp_path / "lora", tmp_path / "merged", changed=len(layers))
 
 
-def test_a_mitigated_adapter_opens_in_diffusers(bases: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_mitigated_adapter_opens_in_diffusers(
+    bases: Callable[[str], Path], tmp_path: Path
+) -> None:
     pipe = opened(bases("sd"))
     pipe.save_lora_weights(tmp_path / "lora", **trained(pipe))
     mitigate(bases("sd"), tmp_path / "lora", tmp_path / "mitigated", 0.2)
@@ -152,9 +172,13 @@ def shapes(base: Path, component: str) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("alpha", [3, None])
-def test_kohya_names_of_stable_diffusion(bases: Callable[[str], Path], tmp_path: Path, alpha: float | None) -> None:
+def test_kohya_names_of_stable_diffusion(
+    bases: Callable[[str], Path], tmp_path: Path, alpha: float | None
+) -> None:
     base = bases("sd")
-    names = {f"lora_unet_{name.replace('.', '_')}": shape for name, shape in shapes(base, "unet").items()}
+    names = {
+        f"lora_unet_{name.replace('.', '_')}": shape for name, shape in shapes(base, "unet").items()
+    }
     tensors = kohya(names | text_names(base, "text_encoder", "lora_te_"), alpha)
     save_file(tensors, tmp_path / "kohya.safetensors")
     check(base, tmp_path / "kohya.safetensors", tmp_path / "merged", changed=2)
@@ -164,12 +188,16 @@ def test_kohya_names_of_sdxl(bases: Callable[[str], Path], tmp_path: Path) -> No
     base = bases("sdxl")
     known = shapes(base, "unet")
     names = {f"lora_unet_{name}": known[module] for name, module in SDXL.items()}
-    names |= text_names(base, "text_encoder", "lora_te1_") | text_names(base, "text_encoder_2", "lora_te2_")
+    names |= text_names(base, "text_encoder", "lora_te1_") | text_names(
+        base, "text_encoder_2", "lora_te2_"
+    )
     save_file(kohya(names), tmp_path / "kohya.safetensors")
     check(base, tmp_path / "kohya.safetensors", tmp_path / "merged", changed=3)
 
 
-def flux_shape(known: Mapping[str, tuple[int, ...]], blocks: str, layers: tuple[str, ...]) -> tuple[int, int]:
+def flux_shape(
+    known: Mapping[str, tuple[int, ...]], blocks: str, layers: tuple[str, ...]
+) -> tuple[int, int]:
     held = [known[f"{blocks}.0.{layer}"] for layer in layers]
     return sum(m for m, _ in held), held[0][1]
 
@@ -186,7 +214,9 @@ def test_kohya_names_of_flux(bases: Callable[[str], Path], tmp_path: Path) -> No
     check(base, tmp_path / "kohya.safetensors", tmp_path / "merged", changed=2)
 
 
-def test_flux_in_one_layer_for_all_that_reads_the_input(bases: Callable[[str], Path], tmp_path: Path) -> None:
+def test_flux_in_one_layer_for_all_that_reads_the_input(
+    bases: Callable[[str], Path], tmp_path: Path
+) -> None:
     """Diffusers splits ``linear1`` at Flux's own sizes only: the oracle for a small model has it split, in the order seen there."""
     from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
 
@@ -196,13 +226,21 @@ def test_flux_in_one_layer_for_all_that_reads_the_input(bases: Callable[[str], P
         "lora_unet_single_blocks_0_linear1.lora_up.weight": up,
     }
     split = _convert_kohya_flux_lora_to_diffusers(dict(own))
-    parts = [split[f"transformer.single_transformer_blocks.0.{layer}.lora_B.weight"] for layer in LINEAR1]
+    parts = [
+        split[f"transformer.single_transformer_blocks.0.{layer}.lora_B.weight"] for layer in LINEAR1
+    ]
     assert torch.equal(torch.cat(parts), up)
 
     base, head = bases("flux"), "single_transformer_blocks.0"
     known = shapes(base, "transformer")
     sizes = [known[f"{head}.{layer}"][0] for layer in LINEAR1]
-    tensors = kohya({"lora_unet_single_blocks_0_linear1": flux_shape(known, "single_transformer_blocks", LINEAR1)})
+    tensors = kohya(
+        {
+            "lora_unet_single_blocks_0_linear1": flux_shape(
+                known, "single_transformer_blocks", LINEAR1
+            )
+        }
+    )
     save_file(tensors, tmp_path / "kohya.safetensors")
     down, up, _ = tensors.values()
     oracle = {}
@@ -210,7 +248,10 @@ def test_flux_in_one_layer_for_all_that_reads_the_input(bases: Callable[[str], P
         oracle[f"transformer.{head}.{layer}.lora_A.weight"] = down * (3 / 4)
         oracle[f"transformer.{head}.{layer}.lora_B.weight"] = rows.contiguous()
     (tmp_path / "oracle").mkdir()
-    save_file({k: v.clone() for k, v in oracle.items()}, tmp_path / "oracle" / "pytorch_lora_weights.safetensors")
+    save_file(
+        {k: v.clone() for k, v in oracle.items()},
+        tmp_path / "oracle" / "pytorch_lora_weights.safetensors",
+    )
     check(base, tmp_path / "kohya.safetensors", tmp_path / "merged", tmp_path / "oracle")
     # Written back, the fused matrix is one again.
     mitigate(base, tmp_path / "kohya.safetensors", tmp_path / "mitigated", 0.2, method="shrink")

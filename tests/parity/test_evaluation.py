@@ -55,10 +55,22 @@ KINDS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     "trained tokens, tied": ("llama-tied", LINEAR, {"trainable_token_indices": [5, 7, 9]}),
     "saved router": ("mixtral", ["q_proj"], {"modules_to_save": ["gate"]}),
     "saved positions": ("gpt2", ["c_fc"], {"modules_to_save": ["wpe", "ln_1"]}),
-    "saved positions, counted by the module": ("opt", ["q_proj"], {"modules_to_save": ["embed_positions"]}),
-    "saved embedding, scaled": ("gemma2", LINEAR, {"modules_to_save": ["embed_tokens", "input_layernorm"]}),
+    "saved positions, counted by the module": (
+        "opt",
+        ["q_proj"],
+        {"modules_to_save": ["embed_positions"]},
+    ),
+    "saved embedding, scaled": (
+        "gemma2",
+        LINEAR,
+        {"modules_to_save": ["embed_tokens", "input_layernorm"]},
+    ),
     "saved norms of heads": ("qwen3", ["q_proj"], {"modules_to_save": ["q_norm", "k_norm"]}),
-    "experts that all tokens run through": ("llama4-text", ["q_proj"], {"target_parameters": EXPERTS}),
+    "experts that all tokens run through": (
+        "llama4-text",
+        ["q_proj"],
+        {"target_parameters": EXPERTS},
+    ),
     "a weight read by another module": ("mamba", ["in_proj"], {"modules_to_save": ["conv1d"]}),
 }
 
@@ -74,7 +86,12 @@ def test_kinds(kind: str, tmp_path: Path) -> None:
 def test_all_methods_and_lambdas(tmp_path: Path) -> None:
     cls, base, adapter = make_pair("llama", tmp_path, [*LINEAR, "lm_head"])
     assert_as_transformers(
-        cls, base, adapter, tmp_path, methods=("paper", "project", "shrink"), lambdas=(0.75, -0.5, 2.0)
+        cls,
+        base,
+        adapter,
+        tmp_path,
+        methods=("paper", "project", "shrink"),
+        lambdas=(0.75, -0.5, 2.0),
     )
 
 
@@ -82,7 +99,8 @@ def test_a_method_with_a_dense_delta(tmp_path: Path) -> None:
     cls = make_base("llama", tmp_path / "base")
     torch.manual_seed(vary(1))
     model = get_peft_model(
-        cls.from_pretrained(tmp_path / "base"), LoHaConfig(r=2, target_modules=["q_proj", "up_proj"])
+        cls.from_pretrained(tmp_path / "base"),
+        LoHaConfig(r=2, target_modules=["q_proj", "up_proj"]),
     )
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -107,17 +125,24 @@ def test_a_checkpoint_of_the_model_within(tmp_path: Path) -> None:
     cls, base, adapter = make_pair("gpt2", tmp_path, ["c_attn", "c_fc"])
     file = base / "model.safetensors"
     save_file(
-        {name.removeprefix("transformer."): t for name, t in load_file(file).items()}, file, metadata={"format": "pt"}
+        {name.removeprefix("transformer."): t for name, t in load_file(file).items()},
+        file,
+        metadata={"format": "pt"},
     )
     assert_as_transformers(cls, base, adapter, tmp_path)
 
 
-def test_of_projected_deltas_the_losses_are_those_of_the_adapters_that_mitigate_writes(tmp_path: Path) -> None:
+def test_of_projected_deltas_the_losses_are_those_of_the_adapters_that_mitigate_writes(
+    tmp_path: Path,
+) -> None:
     cls, base = make_base("llama", tmp_path / "base"), tmp_path / "base"
     adapter, ids = make_adapter(cls, base, tmp_path / "adapter", LINEAR), token_ids(64)
     found = streamer.detect_intruder_dimensions(base, adapter, top_k=TOP_K)
     variants = make_variants(("paper", "project"), (0.25,), "all")
-    ours, complete = (streamed(base, adapter, variants, found, ids, projected=projected) for projected in (True, False))
+    ours, complete = (
+        streamed(base, adapter, variants, found, ids, projected=projected)
+        for projected in (True, False)
+    )
     for v, variant in enumerate(variants[2:], 2):
         assert variant.method is not None
         out = tmp_path / variant.method
@@ -128,7 +153,9 @@ def test_of_projected_deltas_the_losses_are_those_of_the_adapters_that_mitigate_
                 .eval()(input_ids=ids)
                 .logits
             )
-        loss, _, _ = sums_of(logits.double().log_softmax(-1)[:, :-1], logits.double().log_softmax(-1)[:, :-1], ids)
+        loss, _, _ = sums_of(
+            logits.double().log_softmax(-1)[:, :-1], logits.double().log_softmax(-1)[:, :-1], ids
+        )
         assert abs(ours.loss[v].sum() - loss.sum()) / ours.tokens.sum() <= 1e-5
     cut = abs(ours.loss - complete.loss).max(1)
     assert cut[2] > 1e-3 > 1e-5 > cut[3]  # `project` needs no cut
@@ -144,7 +171,9 @@ ROUNDED: dict[str, tuple[list[str], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.skipif(not has_fast_bfloat16(), reason="this processor has no instructions for bfloat16")
+@pytest.mark.skipif(
+    not has_fast_bfloat16(), reason="this processor has no instructions for bfloat16"
+)
 @pytest.mark.parametrize("name", ROUNDED)
 def test_products_of_bfloat16_move_the_means_little(name: str, tmp_path: Path) -> None:
     base, variants = tmp_path / "base", make_variants(("shrink",), (0.75, 0.25), "all")
@@ -153,9 +182,18 @@ def test_products_of_bfloat16_move_the_means_little(name: str, tmp_path: Path) -
         model = cls.from_pretrained(base)
         model.get_output_embeddings().weight.mul_(0.2)
         model.save_pretrained(base)
-    adapter, ids = make_adapter(cls, base, tmp_path / "adapter", targets, **options, lora_alpha=2), token_ids(64)
-    full, rounded = (streamed(base, adapter, variants, None, ids, rounds_products=rounds) for rounds in (False, True))
-    moved = {measure: abs((getattr(full, measure) - getattr(rounded, measure)).sum(1)) for measure in ("loss", "kl")}
+    adapter, ids = (
+        make_adapter(cls, base, tmp_path / "adapter", targets, **options, lora_alpha=2),
+        token_ids(64),
+    )
+    full, rounded = (
+        streamed(base, adapter, variants, None, ids, rounds_products=rounds)
+        for rounds in (False, True)
+    )
+    moved = {
+        measure: abs((getattr(full, measure) - getattr(rounded, measure)).sum(1))
+        for measure in ("loss", "kl")
+    }
     # transformers in bfloat16 rounds these products and all else: by d a log-probability, and so a token's loss. The sums of ours move by
     # less than its tokens do together. The KL Σ p0 (log p0 − log p) moves by Σ p0 d at most, and as p0 moves by p0 d0, by
     # Σ p0 d0 (1 + |log p0 − log p|) more; that both round alike cannot be counted on where deltas are added to products.
@@ -170,7 +208,9 @@ def test_products_of_bfloat16_move_the_means_little(name: str, tmp_path: Path) -
         of_base = of_base or [own, off]
         apart = 1 + (of_base[0] - own).abs()
         assert moved["loss"][v] <= off.gather(-1, ids[:, 1:, None]).sum(), variants[v].name
-        assert moved["kl"][v] <= (of_base[0].exp() * (off + of_base[1] * apart)).sum(), variants[v].name
+        assert moved["kl"][v] <= (of_base[0].exp() * (off + of_base[1] * apart)).sum(), variants[
+            v
+        ].name
     assert all(sums.max() > 0 for sums in moved.values())
 
 
@@ -211,25 +251,53 @@ def test_a_weight_that_a_class_multiplies_with_itself(
     """Without calling the layer."""
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.linear(self.act_fn(self.gate_proj(x)) * self.up_proj(x), self.down_proj.weight)
+        return torch.nn.functional.linear(
+            self.act_fn(self.gate_proj(x)) * self.up_proj(x), self.down_proj.weight
+        )
 
     monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", forward)
     assert_as_transformers(*make_pair("llama", tmp_path, targets), tmp_path)
 
 
-IMAGES = {"vq_config": {"embed_dim": 8, "num_embeddings": 8, "base_channels": 32, "channel_multiplier": [1],
-                        "num_res_blocks": 1, "latent_channels": 8, "resolution": 8},
-          "vocabulary_map": {"<image>": 8, "IMGIMGAZ": 4, "IMGIMGBZ": 50}}  # fmt: skip
-RWKV = {"hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 4, "vocab_size": 64, "rescale_every": 2}
+IMAGES = {
+    "vq_config": {
+        "embed_dim": 8,
+        "num_embeddings": 8,
+        "base_channels": 32,
+        "channel_multiplier": [1],
+        "num_res_blocks": 1,
+        "latent_channels": 8,
+        "resolution": 8,
+    },
+    "vocabulary_map": {"<image>": 8, "IMGIMGAZ": 4, "IMGIMGBZ": 50},
+}
+RWKV = {
+    "hidden_size": 32,
+    "attention_hidden_size": 32,
+    "num_hidden_layers": 4,
+    "vocab_size": 64,
+    "rescale_every": 2,
+}
 FOLLOWS = "a token sees those that follow it"
 # What → the model's class, its config, and the words of the refusal
 OTHERWISE: dict[str, tuple[str, Any, str]] = {
-    "a prefix that sees itself": ("PaliGemmaForConditionalGeneration", MODELS["paligemma"][1], FOLLOWS),
+    "a prefix that sees itself": (
+        "PaliGemmaForConditionalGeneration",
+        MODELS["paligemma"][1],
+        FOLLOWS,
+    ),
     "an encoder with a head": ("BertLMHeadModel", lambda: config("Bert", **BERT), FOLLOWS),
-    "weights changed on the way": ("RwkvForCausalLM", lambda: config("Rwkv", **RWKV), r"weight' is changed by the model as it runs"),
-    "tokens masked by number": ("ChameleonForConditionalGeneration", lambda: config("Chameleon", **TEXT, **IMAGES),
-                                "changes the logits of some tokens by their number"),
-}  # fmt: skip
+    "weights changed on the way": (
+        "RwkvForCausalLM",
+        lambda: config("Rwkv", **RWKV),
+        r"weight' is changed by the model as it runs",
+    ),
+    "tokens masked by number": (
+        "ChameleonForConditionalGeneration",
+        lambda: config("Chameleon", **TEXT, **IMAGES),
+        "changes the logits of some tokens by their number",
+    ),
+}
 
 
 @pytest.mark.parametrize("what", OTHERWISE)
@@ -240,12 +308,18 @@ def test_a_model_that_computes_otherwise_is_refused(what: str, tmp_path: Path) -
     for parameter in model.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path / "base")
-    adapter = make_adapter(type(model), tmp_path / "base", tmp_path / "adapter", ["q_proj", "query", "key"])
+    adapter = make_adapter(
+        type(model), tmp_path / "base", tmp_path / "adapter", ["q_proj", "query", "key"]
+    )
     np.save(tmp_path / "g.npy", token_ids(60) + 4)
     np.save(tmp_path / "t.npy", token_ids(50) + 4)
     with pytest.raises(UnsupportedError, match=message):
         streamer.evaluate_variants(
-            tmp_path / "base", adapter, general=tmp_path / "g.npy", task=tmp_path / "t.npy", methods=["shrink"]
+            tmp_path / "base",
+            adapter,
+            general=tmp_path / "g.npy",
+            task=tmp_path / "t.npy",
+            methods=["shrink"],
         )
 
 
@@ -258,21 +332,33 @@ def test_a_quantized_base_of_conv1d_layers_is_refused(tmp_path: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
     path = base / "config.json"
     quantization = {"quant_method": "compressed-tensors", "format": "float-quantized"}
-    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": quantization}))
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "quantization_config": quantization})
+    )
     with pytest.raises(UnsupportedError, match="a quantized gpt2 stores its layers"):
         streamed(base, adapter, make_variants(("shrink",), (0.5,), "all"), None, token_ids(64))
 
 
 def test_the_length_from_which_longrope_is_another_is_known(tmp_path: Path) -> None:
     """The model's own forward on a short sequence beside a long one differs there, so that they do not go together."""
-    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 10000.0}
+    rope = {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "rope_theta": 10000.0,
+    }
     torch.manual_seed(vary(0))
     model = transformers.Phi3ForCausalLM(
         config("Phi3", **TEXT, original_max_position_embeddings=16, rope_parameters=rope)
     ).eval()
     model.save_pretrained(tmp_path / "base")
     adapter = make_adapter(type(model), tmp_path / "base", tmp_path / "adapter", ["qkv_proj"])
-    assert SweepModel(VariantSet(make_plan(tmp_path / "base", adapter), (Variant(BASE, None),), None)).size.short == 16
+    assert (
+        SweepModel(
+            VariantSet(make_plan(tmp_path / "base", adapter), (Variant(BASE, None),), None)
+        ).size.short
+        == 16
+    )
     ids = token_ids(64, 1, 17)
     with torch.no_grad():
         short, padded = model(input_ids=ids[:, :16]).logits, model(input_ids=ids).logits[:, :16]
@@ -315,4 +401,6 @@ def test_losses_are_those_of_the_merged_model(kind: str, tmp_path: Path) -> None
         streamer.merge_with_reduced_intruder_dimensions(base, adapter, merged, coefficients=factors)
         own = answer(precisions(cls, merged), ids)
         assert_sums(ours.loss[v].sum(), ours.kl[v].sum(), own, reference, ids, keep)
-    assert min(abs(ours.kl[a].sum() - ours.kl[b].sum()) for a, b in ((1, 2), (2, 3))) / tokens > 1e-4, "variants differ"
+    assert (
+        min(abs(ours.kl[a].sum() - ours.kl[b].sum()) for a, b in ((1, 2), (2, 3))) / tokens > 1e-4
+    ), "variants differ"

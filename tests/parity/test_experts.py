@@ -27,7 +27,9 @@ from streamer.errors import InputError, MismatchError, UnsupportedError
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
-def make(name: str, home: Path, targets: list[str], dtype: torch.dtype = torch.float32) -> tuple[Path, Path, Any]:
+def make(
+    name: str, home: Path, targets: list[str], dtype: torch.dtype = torch.float32
+) -> tuple[Path, Path, Any]:
     """A tiny model and an adapter on its experts, saved: their directories, and PEFT's model."""
     cls, config, _ = MODELS[name]
     torch.manual_seed(vary(0))
@@ -40,7 +42,12 @@ def adapt(cls: Any, home: Path, targets: list[str], **options: Any) -> Any:
     torch.manual_seed(vary(1))
     model = cls.from_pretrained(home / "base")
     lora = LoraConfig(
-        r=3, lora_alpha=6, target_modules=["q_proj"], target_parameters=targets, init_lora_weights=False, **options
+        r=3,
+        lora_alpha=6,
+        target_modules=["q_proj"],
+        target_parameters=targets,
+        init_lora_weights=False,
+        **options,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -61,7 +68,9 @@ def assert_merged(home: Path, model: Any, rtol: float = 1e-5) -> None:
     ours, theirs, base = weights(home / "ours"), weights(home / "theirs"), weights(home / "base")
     assert ours.keys() == theirs.keys()
     for key, tensor in ours.items():
-        if tensor.shape != theirs[key].shape:  # transformers does not always turn a stack back when it saves
+        if (
+            tensor.shape != theirs[key].shape
+        ):  # transformers does not always turn a stack back when it saves
             theirs[key] = theirs[key].transpose(1, 2)
     for key, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[key], rtol=rtol, atol=rtol, msg=key)
@@ -78,13 +87,16 @@ TARGETS = {
 
 
 @pytest.mark.parametrize(
-    "what", ["both", *(pytest.param(n, marks=pytest.mark.long) for n in [*TARGETS, "both in bf16"][1:])]
+    "what",
+    ["both", *(pytest.param(n, marks=pytest.mark.long) for n in [*TARGETS, "both in bf16"][1:])],
 )
 @pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "gpt-oss"])
 def test_merged_as_peft_merges(name: str, what: str, tmp_path: Path) -> None:
     dtype = torch.bfloat16 if "bf16" in what else torch.float32
     *_, model = make(name, tmp_path, TARGETS[what.removesuffix(" in bf16")], dtype)
-    assert_merged(tmp_path, model, rtol=1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps)
+    assert_merged(
+        tmp_path, model, rtol=1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    )
 
 
 def test_stacks_of_an_unknown_class(tmp_path: Path) -> None:
@@ -93,9 +105,15 @@ def test_stacks_of_an_unknown_class(tmp_path: Path) -> None:
     expected = dict(streamer.iter_merged(base, adapter, mitigation_lambda=1.0))
     alone = base / "model.safetensors"
     (base / "config.json").unlink()
-    with pytest.raises(MismatchError, match=r"does not say whether they are stored as .* with --architecture NAME"):
+    with pytest.raises(
+        MismatchError, match=r"does not say whether they are stored as .* with --architecture NAME"
+    ):
         streamer.iter_merged(alone, adapter, mitigation_lambda=1.0)
-    named = dict(streamer.iter_merged(alone, adapter, mitigation_lambda=1.0, architecture="GptOssForCausalLM"))
+    named = dict(
+        streamer.iter_merged(
+            alone, adapter, mitigation_lambda=1.0, architecture="GptOssForCausalLM"
+        )
+    )
     assert all(torch.equal(named[key], tensor) for key, tensor in expected.items())
 
 
@@ -105,17 +123,23 @@ def test_stacks_of_an_unknown_class(tmp_path: Path) -> None:
 ADAPTERS = DATA / "experts"
 
 
-REFUSED = {f"gpt_oss-square-peft{v}" for v in ("0.19.0-transformers5", "0.19.1-transformers4", "0.19.1-transformers5")}
+REFUSED = {
+    f"gpt_oss-square-peft{v}"
+    for v in ("0.19.0-transformers5", "0.19.1-transformers4", "0.19.1-transformers5")
+}
 
 
-@pytest.mark.parametrize("case", sorted(p.name for p in ADAPTERS.iterdir() if not p.name.startswith("base-")))
+@pytest.mark.parametrize(
+    "case", sorted(p.name for p in ADAPTERS.iterdir() if not p.name.startswith("base-"))
+)
 def test_of_other_versions(case: str, tmp_path: Path) -> None:
     """Which way round the factors are: by their shapes; of square experts by the others of the adapter; else by the version."""
     name, _, _, loader = case.split("-")
     base, adapter = ADAPTERS / f"base-{name}-{loader}", ADAPTERS / case / "adapter"
     if case in REFUSED:
         with pytest.raises(
-            UnsupportedError, match=r"down_proj' are square \(8x8\), and peft_version '0.19.[01]' does not determine"
+            UnsupportedError,
+            match=r"down_proj' are square \(8x8\), and peft_version '0.19.[01]' does not determine",
         ):
             streamer.detect_intruder_dimensions(base, adapter)
         return
@@ -140,26 +164,44 @@ def test_a_mitigated_adapter_gives_the_mitigated_model(name: str, tmp_path: Path
     base, adapter, model = make(name, tmp_path, EXPERTS)
     findings = streamer.detect_intruder_dimensions(base, adapter, top_k=5)
     assert findings.intruders > 4
-    options: dict[str, Any] = {"findings": findings, "top_k": 5, "mitigation_lambda": 0.25, "method": "project"}
+    options: dict[str, Any] = {
+        "findings": findings,
+        "top_k": 5,
+        "mitigation_lambda": 0.25,
+        "method": "project",
+    }
     record = streamer.reduce_intruder_dimension(base, adapter, tmp_path / "mitigated", **options)
-    merged = streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "ours", **options)
+    merged = streamer.merge_with_reduced_intruder_dimensions(
+        base, adapter, tmp_path / "ours", **options
+    )
     assert len(record["matrices"]) == len(merged["matrices"]) == len(findings)
-    loaded = PeftModel.from_pretrained(type(model.get_base_model()).from_pretrained(base), tmp_path / "mitigated")
+    loaded = PeftModel.from_pretrained(
+        type(model.get_base_model()).from_pretrained(base), tmp_path / "mitigated"
+    )
     loaded.merge_and_unload().save_pretrained(tmp_path / "theirs")
     theirs = weights(tmp_path / "theirs")
     for key, tensor in weights(tmp_path / "ours").items():
         torch.testing.assert_close(tensor, theirs[key], rtol=1e-5, atol=1e-5, msg=key)
     shrunk = mitigate(base, adapter, tmp_path / "shrunk", 0.5, method="shrink")
     assert shrunk["totals"]["equal_norm_shrink"] == pytest.approx(0.5)
-    paper = streamer.reduce_intruder_dimension(base, adapter, tmp_path / "paper", **{**options, "method": "paper"})
+    paper = streamer.reduce_intruder_dimension(
+        base, adapter, tmp_path / "paper", **{**options, "method": "paper"}
+    )
     assert 0 < paper["totals"]["dropped_max"] < 1
 
 
-@pytest.mark.parametrize("case", ["qwen3_moe-both-peft0.18.1-transformers5", "gpt_oss-both-peft0.17.1-transformers4"])
+@pytest.mark.parametrize(
+    "case", ["qwen3_moe-both-peft0.18.1-transformers5", "gpt_oss-both-peft0.17.1-transformers4"]
+)
 def test_turned_factors_are_written_back_turned(case: str, tmp_path: Path) -> None:
     name, _, _, loader = case.split("-")
     base, adapter = ADAPTERS / f"base-{name}-{loader}", ADAPTERS / case / "adapter"
-    options: dict[str, Any] = {"top_k": 3, "mitigation_lambda": 0.25, "method": "project", "threshold_epsilon": 0.9}
+    options: dict[str, Any] = {
+        "top_k": 3,
+        "mitigation_lambda": 0.25,
+        "method": "project",
+        "threshold_epsilon": 0.9,
+    }
     record = streamer.reduce_intruder_dimension(base, adapter, tmp_path / "mitigated", **options)
     assert record["totals"]["intruders"] > 0
     direct = dict(streamer.iter_merged(base, adapter, **options))
@@ -178,8 +220,10 @@ def test_one_expert_s_gate_and_up_stand_in_different_files(tmp_path: Path) -> No
     expected = dict(streamer.iter_merged(base, adapter, mitigation_lambda=1.0))
     tensors = weights(base)
     up = {k: v for k, v in tensors.items() if ".up_proj." in k}
-    files = {"model-00001-of-00002.safetensors": up,
-             "model-00002-of-00002.safetensors": {k: v for k, v in tensors.items() if k not in up}}  # fmt: skip
+    files = {
+        "model-00001-of-00002.safetensors": up,
+        "model-00002-of-00002.safetensors": {k: v for k, v in tensors.items() if k not in up},
+    }
     (base / "model.safetensors").unlink()
     for file, content in files.items():
         save_file(content, base / file)
@@ -211,25 +255,41 @@ def test_saved_experts_beside_one_tensor_an_expert(saved: str, tmp_path: Path) -
     """Both in one directory would load as neither."""
     base, *_ = make("mixtral", tmp_path, [])
     adapt(transformers.MixtralForCausalLM, tmp_path, [], modules_to_save=[saved])
-    with pytest.raises(UnsupportedError, match=r"built on loading from 'model\.layers\.[01]\.block_sparse"):
+    with pytest.raises(
+        UnsupportedError, match=r"built on loading from 'model\.layers\.[01]\.block_sparse"
+    ):
         streamer.iter_merged(base, tmp_path / "adapter", mitigation_lambda=1.0)
 
 
 @pytest.mark.parametrize("old", [False, True])
 def test_experts_stored_the_other_way_round_on_disk(old: bool, tmp_path: Path) -> None:
     """Qwen3-VL-MoE: transformers turns the stacks around on loading, under their own names, where their shape says so."""
-    vision = {"depth": 1, "hidden_size": 32, "num_heads": 4, "patch_size": 4, "out_hidden_size": 32, "intermediate_size": 48,
-              "spatial_merge_size": 2, "deepstack_visual_indexes": [0]}  # fmt: skip
+    vision = {
+        "depth": 1,
+        "hidden_size": 32,
+        "num_heads": 4,
+        "patch_size": 4,
+        "out_hidden_size": 32,
+        "intermediate_size": 48,
+        "spatial_merge_size": 2,
+        "deepstack_visual_indexes": [0],
+    }
     rope = {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [1, 1, 2]}
-    config = transformers.Qwen3VLMoeConfig(text_config={**TEXT, **MOE, "rope_parameters": rope}, vision_config=vision)
+    config = transformers.Qwen3VLMoeConfig(
+        text_config={**TEXT, **MOE, "rope_parameters": rope}, vision_config=vision
+    )
     torch.manual_seed(vary(0))
     model = transformers.Qwen3VLMoeForConditionalGeneration(config)
     model.save_pretrained(tmp_path / "base")
     tensors = weights(tmp_path / "base")
     if old:
-        tensors = {k: v.transpose(1, 2).contiguous() if ".experts." in k else v for k, v in tensors.items()}
+        tensors = {
+            k: v.transpose(1, 2).contiguous() if ".experts." in k else v for k, v in tensors.items()
+        }
         save_file(tensors, tmp_path / "base" / "model.safetensors", {"format": "pt"})
-    assert (tensors["model.language_model.layers.0.mlp.experts.down_proj"].shape == (4, 24, 32)) == old
+    assert (
+        tensors["model.language_model.layers.0.mlp.experts.down_proj"].shape == (4, 24, 32)
+    ) == old
     assert_merged(tmp_path, adapt(type(model), tmp_path, EXPERTS))
 
 
@@ -242,16 +302,26 @@ def test_an_adapter_of_transformers_4_on_each_expert_s_layers(tmp_path: Path) ->
         for e in range(4):
             for name, (m, n) in {"w1": (48, 32), "w2": (32, 48), "w3": (48, 32)}.items():
                 stem = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{e}.{name}.lora_"
-                factors |= {f"{stem}A.weight": torch.randn(2, n) / 4, f"{stem}B.weight": torch.randn(m, 2) / 4}
+                factors |= {
+                    f"{stem}A.weight": torch.randn(2, n) / 4,
+                    f"{stem}B.weight": torch.randn(m, 2) / 4,
+                }
     save_file(factors, adapter / "adapter_model.safetensors")
     config = json.loads((adapter / "adapter_config.json").read_text())
-    config |= {"r": 2, "lora_alpha": 4, "target_modules": ["w1", "w2", "w3"], "target_parameters": None}
+    config |= {
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["w1", "w2", "w3"],
+        "target_parameters": None,
+    }
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore"
         )  # of rank_pattern, which PEFT itself sets: the fused gate_up_proj has twice the rank
-        loaded = PeftModel.from_pretrained(type(model.get_base_model()).from_pretrained(base), adapter)
+        loaded = PeftModel.from_pretrained(
+            type(model.get_base_model()).from_pretrained(base), adapter
+        )
         loaded.save_pretrained(tmp_path / "fused")
     assert_merged(tmp_path, loaded)
     fused = dict(streamer.iter_merged(base, tmp_path / "fused", mitigation_lambda=1.0))
@@ -268,7 +338,9 @@ def quantize(base: Path, tensors: dict[str, torch.Tensor], quantization: dict[st
     out.mkdir()
     config = json.loads((base / "config.json").read_text()) | {"quantization_config": quantization}
     (out / "config.json").write_text(json.dumps(config))
-    save_file({k: v.contiguous() for k, v in tensors.items()}, out / "model.safetensors", {"format": "pt"})
+    save_file(
+        {k: v.contiguous() for k, v in tensors.items()}, out / "model.safetensors", {"format": "pt"}
+    )
     return out
 
 
@@ -278,7 +350,9 @@ def test_mxfp4_experts(tmp_path: Path) -> None:
     torch.manual_seed(vary(0))
     config = transformers.GptOssConfig(**{**TEXT, **MOE, "intermediate_size": 64})
     model = transformers.GptOssForCausalLM(config).bfloat16()
-    coded = {k: v for k, v in model.state_dict().items() if not k.endswith(("gate_up_proj", "down_proj"))}
+    coded = {
+        k: v for k, v in model.state_dict().items() if not k.endswith(("gate_up_proj", "down_proj"))
+    }
     for layer in range(2):
         for name, (m, n) in {"gate_up_proj": (128, 32), "down_proj": (32, 64)}.items():
             stem = f"model.layers.{layer}.mlp.experts.{name}"
@@ -287,19 +361,27 @@ def test_mxfp4_experts(tmp_path: Path) -> None:
                 torch.randint(117, 123, (4, m, n // 32)).byte(),
             )
             coded |= {f"{stem}_blocks": blocks, f"{stem}_scales": scales}
-            model.get_parameter(stem).data = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)
+            model.get_parameter(stem).data = convert_moe_packed_tensors(
+                blocks, scales, dtype=torch.bfloat16
+            )
     model.save_pretrained(tmp_path / "base")
     base = quantize(tmp_path / "base", coded, {"quant_method": "mxfp4"})
     adapt(type(model), tmp_path, EXPERTS)
     adapter = tmp_path / "adapter"
-    plain, found = (streamer.detect_intruder_dimensions(b, adapter, top_k=5) for b in (tmp_path / "base", base))
+    plain, found = (
+        streamer.detect_intruder_dimensions(b, adapter, top_k=5) for b in (tmp_path / "base", base)
+    )
     assert plain.by_tensor.keys() == found.by_tensor.keys()
     for a in plain:
         b = found.by_tensor[a.tensor]
         assert a.detection.intruders == b.detection.intruders
         assert a.detection.singular_values == pytest.approx(b.detection.singular_values, rel=1e-5)
-    with pytest.raises(UnsupportedError, match=r"4 of the weights to merge into are quantized, .*_proj.* \(MXFP4\)"):
-        streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "out", findings=found, top_k=5)
+    with pytest.raises(
+        UnsupportedError, match=r"4 of the weights to merge into are quantized, .*_proj.* \(MXFP4\)"
+    ):
+        streamer.merge_with_reduced_intruder_dimensions(
+            base, adapter, tmp_path / "out", findings=found, top_k=5
+        )
     expected = dict(streamer.iter_merged(tmp_path / "base", adapter, mitigation_lambda=1.0))
     got = dict(streamer.iter_merged(base, adapter, mitigation_lambda=1.0, dequantize=True))
     assert got.keys() == expected.keys()
@@ -311,11 +393,18 @@ def test_mxfp4_experts(tmp_path: Path) -> None:
     for name, options in (("kept", {}), ("written", {"dequantize": True})):
         merge(base, adapter, tmp_path / name, 1.0, **options)
     kept, q = weights(tmp_path / "kept"), "model.layers.0.self_attn.q_proj.weight"
-    assert all(torch.equal(kept[k], t) for k, t in coded.items() if k.endswith(("_blocks", "_scales")))
+    assert all(
+        torch.equal(kept[k], t) for k, t in coded.items() if k.endswith(("_blocks", "_scales"))
+    )
     loaded = opened(type(model), tmp_path / "written")
     assert torch.equal(loaded.get_parameter(q), kept[q])
-    stacks = [name for name, _ in model.named_parameters() if name.endswith(("gate_up_proj", "down_proj"))]
-    assert all(torch.equal(loaded.get_parameter(name), model.get_parameter(name).bfloat16()) for name in stacks)
+    stacks = [
+        name for name, _ in model.named_parameters() if name.endswith(("gate_up_proj", "down_proj"))
+    ]
+    assert all(
+        torch.equal(loaded.get_parameter(name), model.get_parameter(name).bfloat16())
+        for name in stacks
+    )
 
 
 @pytest.mark.filterwarnings("ignore:the adapter was trained on")  # the decoded base
@@ -329,7 +418,9 @@ def test_fp8_experts(tmp_path: Path) -> None:
             coded |= {key: (w.float() / scale).to(torch.float8_e4m3fn), f"{key}_scale_inv": scale}
             tensors[key] = coded[key].float() * scale
     fp8 = quantize(base, tensors | coded, {"quant_method": "fp8", "weight_block_size": [128, 128]})
-    save_file({k: v.contiguous() for k, v in tensors.items()}, base / "model.safetensors")  # what the codes stand for
+    save_file(
+        {k: v.contiguous() for k, v in tensors.items()}, base / "model.safetensors"
+    )  # what the codes stand for
     expected = dict(streamer.iter_merged(base, adapter, mitigation_lambda=1.0))
     record = merge(fp8, adapter, tmp_path / "out", 1.0)
     assert len(record["matrices"]) == 2 * (2 * 4 + 1)
@@ -357,18 +448,48 @@ LAST = "base_model.model.model.layers.1.mlp.experts"
 
 
 BROKEN: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "fewer parameters in the config": (None, {"target_parameters": EXPERTS[:1]},
-        r"target_parameters names 1 of its parameters \(gate_up_proj\), but there are factors for 2"),
-    "none in the config": (None, {"target_parameters": None}, "experts.base_layer': target_parameters names none of its parameters"),
-    "not a list": (None, {"target_parameters": "mlp.experts.gate_up_proj"}, "target_parameters names none"),
-    "another rank": (None, {"rank_pattern": {"gate_up_proj": 2}}, r"experts.gate_up_proj': expected rank 2 by the config, found 3 rows"),
-    "a lost layer of factors": (lambda t: {k: v for k, v in t.items() if not k.startswith(f"{LAST}.lora_")}, {},
-        "layers.1.mlp.experts.base_layer': target_parameters names none"),
-    "experts missing in the factors": (lambda t: t | {f"{LAST}.lora_A.weight": t[f"{LAST}.lora_A.weight"][:9].clone(),
-        f"{LAST}.lora_B.weight": t[f"{LAST}.lora_B.weight"][:, :9].clone()}, {}, r"lora_A \[9, 24\], lora_B \[32, 9\]\) that do not fit"),
-    "another width": (lambda t: t | {f"{LAST}.lora_A.weight": t[f"{LAST}.lora_A.weight"][:, :8].clone()}, {},
-        r"do not fit: the base has .*gate_up_proj with 4 experts of \[48, 32\]"),
-}  # fmt: skip
+    "fewer parameters in the config": (
+        None,
+        {"target_parameters": EXPERTS[:1]},
+        r"target_parameters names 1 of its parameters \(gate_up_proj\), but there are factors for 2",
+    ),
+    "none in the config": (
+        None,
+        {"target_parameters": None},
+        "experts.base_layer': target_parameters names none of its parameters",
+    ),
+    "not a list": (
+        None,
+        {"target_parameters": "mlp.experts.gate_up_proj"},
+        "target_parameters names none",
+    ),
+    "another rank": (
+        None,
+        {"rank_pattern": {"gate_up_proj": 2}},
+        r"experts.gate_up_proj': expected rank 2 by the config, found 3 rows",
+    ),
+    "a lost layer of factors": (
+        lambda t: {k: v for k, v in t.items() if not k.startswith(f"{LAST}.lora_")},
+        {},
+        "layers.1.mlp.experts.base_layer': target_parameters names none",
+    ),
+    "experts missing in the factors": (
+        lambda t: (
+            t
+            | {
+                f"{LAST}.lora_A.weight": t[f"{LAST}.lora_A.weight"][:9].clone(),
+                f"{LAST}.lora_B.weight": t[f"{LAST}.lora_B.weight"][:, :9].clone(),
+            }
+        ),
+        {},
+        r"lora_A \[9, 24\], lora_B \[32, 9\]\) that do not fit",
+    ),
+    "another width": (
+        lambda t: t | {f"{LAST}.lora_A.weight": t[f"{LAST}.lora_A.weight"][:, :8].clone()},
+        {},
+        r"do not fit: the base has .*gate_up_proj with 4 experts of \[48, 32\]",
+    ),
+}
 
 
 @pytest.mark.parametrize("what", BROKEN)
@@ -406,7 +527,10 @@ def test_a_base_whose_experts_do_not_fit(what: str, tmp_path: Path) -> None:
 RANK, COUNT = 3, 4
 NAMES = ["mixtral", "qwen3-moe"]
 GROUPED = {"lora_B_layout": "grouped_by_expert"}
-DETAILS = {"lora_A_layout": "grouped_by_expert", "parameters": {"gate_up_proj": {**GROUPED, "num_experts": COUNT}}}
+DETAILS = {
+    "lora_A_layout": "grouped_by_expert",
+    "parameters": {"gate_up_proj": {**GROUPED, "num_experts": COUNT}},
+}
 
 
 def grouped(adapter: Path, home: Path, **config: Any) -> Path:
@@ -431,11 +555,16 @@ def stated(adapter: Path, home: Path, **config: Any) -> Path:
 def dense(adapter: Path, layer: str, is_grouped: bool) -> np.ndarray:
     """Δ of one stack, (E, out, in), in float64 by the definition: alpha / r times the sum of each expert's outer products."""
     tensors = load_file(adapter / "adapter_model.safetensors")
-    A, B = (tensors[f"base_model.model.{layer}.{factor}.weight"].double().numpy() for factor in ("lora_A", "lora_B"))
+    A, B = (
+        tensors[f"base_model.model.{layer}.{factor}.weight"].double().numpy()
+        for factor in ("lora_A", "lora_B")
+    )
     out = np.zeros((COUNT, len(B), A.shape[1]))
     for e in range(COUNT):
         for k in range(RANK):
-            out[e] += 2 * np.outer(B[:, e * RANK + k if is_grouped else k * COUNT + e], A[e * RANK + k])
+            out[e] += 2 * np.outer(
+                B[:, e * RANK + k if is_grouped else k * COUNT + e], A[e * RANK + k]
+            )
     return out
 
 
@@ -464,19 +593,34 @@ def test_both_layouts_are_one_delta(name: str, tmp_path: Path) -> None:
             stack = f"model.layers.1.mlp.experts.{parameter}"
             delta = torch.from_numpy(dense(path, f"model.layers.1.mlp.experts{inner}", is_grouped))
             torch.testing.assert_close(
-                loaded.state_dict()[stack].double(), before[stack].double() + delta, rtol=1e-6, atol=1e-6
+                loaded.state_dict()[stack].double(),
+                before[stack].double() + delta,
+                rtol=1e-6,
+                atol=1e-6,
             )
     (tmp_path / "misread").mkdir()
-    (tmp_path / "misread/adapter_model.safetensors").write_bytes((unsloth / "adapter_model.safetensors").read_bytes())
-    misread = cls.from_pretrained(merged(base, stated(adapter, tmp_path / "misread"), tmp_path / "wrong"))
+    (tmp_path / "misread/adapter_model.safetensors").write_bytes(
+        (unsloth / "adapter_model.safetensors").read_bytes()
+    )
+    misread = cls.from_pretrained(
+        merged(base, stated(adapter, tmp_path / "misread"), tmp_path / "wrong")
+    )
     assert (logits(misread) - theirs).abs().max() > 0.3 * theirs.abs().max()
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("options", [{"method": "project", "mitigation_lambda": 0.25, "top_k": 4, "threshold_epsilon": 0.9},
-                                     {"method": "shrink", "mitigation_lambda": 0.5}, {"mitigation_lambda": 1.0}],
-                         ids=lambda o: o.get("method", "unchanged"))  # fmt: skip
-def test_a_mitigated_adapter_is_in_pefts_order(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "project", "mitigation_lambda": 0.25, "top_k": 4, "threshold_epsilon": 0.9},
+        {"method": "shrink", "mitigation_lambda": 0.5},
+        {"mitigation_lambda": 1.0},
+    ],
+    ids=lambda o: o.get("method", "unchanged"),
+)
+def test_a_mitigated_adapter_is_in_pefts_order(
+    name: str, options: dict[str, Any], tmp_path: Path
+) -> None:
     base, adapter, model = make(name, tmp_path, EXPERTS)
     unsloth = grouped(adapter, tmp_path / "grouped", **GROUPED, unsloth_fused_expert_lora=DETAILS)
     mitigated = [tmp_path / "of PEFT", tmp_path / "of Unsloth"]
@@ -510,31 +654,47 @@ def test_the_layout_is_asked_for(tmp_path: Path) -> None:
         assert len(str(e.value).replace(str(path), "")) < 300
     wanted = dict(streamer.iter_merged(base, adapter, mitigation_lambda=1.0))
     for path in (plain, carded, marked):
-        got = dict(streamer.iter_merged(base, path, mitigation_lambda=1.0, lora_b_layout="grouped_by_expert"))
-        assert all(torch.allclose(got[key], tensor, rtol=1e-5, atol=1e-6) for key, tensor in wanted.items())
+        got = dict(
+            streamer.iter_merged(
+                base, path, mitigation_lambda=1.0, lora_b_layout="grouped_by_expert"
+            )
+        )
+        assert all(
+            torch.allclose(got[key], tensor, rtol=1e-5, atol=1e-6) for key, tensor in wanted.items()
+        )
     # The option decides the findings, so they say it.
     findings = streamer.detect_intruder_dimensions(base, plain, lora_b_layout="grouped_by_expert")
     assert findings.adapter["lora_b_layout"] == "grouped_by_expert"
     assert stated_options(findings.adapter) == ["--lora-b-layout", "grouped_by_expert"]
     # What streamer writes of it is in PEFT's order, whatever its card and base are called.
-    mitigate(base, plain, tmp_path / "mitigated", 0.5, method="shrink", lora_b_layout="grouped_by_expert")  # fmt: skip
+    mitigate(
+        base, plain, tmp_path / "mitigated", 0.5, method="shrink", lora_b_layout="grouped_by_expert"
+    )
     half = dict(streamer.iter_merged(base, tmp_path / "mitigated", mitigation_lambda=1.0))
     before = dict(streamer.iter_merged(base, adapter, method="shrink", mitigation_lambda=0.5))
-    assert all(torch.allclose(half[key], tensor, rtol=1e-5, atol=1e-6) for key, tensor in before.items())
+    assert all(
+        torch.allclose(half[key], tensor, rtol=1e-5, atol=1e-6) for key, tensor in before.items()
+    )
 
 
 def test_an_adapter_without_stacks_is_not_asked(tmp_path: Path) -> None:
     base, adapter, _ = make("mixtral", tmp_path, [])
-    streamer.detect_intruder_dimensions(base, stated(adapter, adapter, base_model_name_or_path="unsloth/mixtral"))
+    streamer.detect_intruder_dimensions(
+        base, stated(adapter, adapter, base_model_name_or_path="unsloth/mixtral")
+    )
 
 
 @pytest.mark.parametrize(("rank", "count"), [(1, 4), (3, 1)], ids=["rank 1", "one expert"])
-def test_layouts_that_coincide(rank: int, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layouts_that_coincide(
+    rank: int, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cls, config, more = MODELS["mixtral"]
     few = {**config().to_dict(), "num_local_experts": count, "num_experts_per_tok": 1}
     monkeypatch.setitem(MODELS, "mixtral", (cls, lambda: type(config())(**few), more))
     base, adapter, model = make("mixtral", tmp_path, [])
-    adapt(type(model.get_base_model()), tmp_path, EXPERTS, rank_pattern=dict.fromkeys(EXPERTS, rank))
+    adapt(
+        type(model.get_base_model()), tmp_path, EXPERTS, rank_pattern=dict.fromkeys(EXPERTS, rank)
+    )
     wanted = dict(streamer.iter_merged(base, adapter, mitigation_lambda=1.0))
     stated(adapter, adapter, base_model_name_or_path="unsloth/mixtral")
     got = dict(streamer.iter_merged(base, adapter, mitigation_lambda=1.0))
@@ -544,15 +704,32 @@ def test_layouts_that_coincide(rank: int, count: int, tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     ("config", "options", "words"),
     [
-        ({"lora_B_layout": "mixed"}, {}, "lora_B_layout is mixed, expected rank_major or grouped_by_expert"),
+        (
+            {"lora_B_layout": "mixed"},
+            {},
+            "lora_B_layout is mixed, expected rank_major or grouped_by_expert",
+        ),
         ({"lora_B_layout": ["rank_major"]}, {}, "expected rank_major or grouped_by_expert"),
-        ({"lora_B_layout": "rank_major", "unsloth_fused_expert_lora": DETAILS}, {},
-         "lora_B_layout is grouped_by_expert, rank_major, expected"),
-        ({"unsloth_fused_expert_lora": {"lora_A_layout": "rank_major"}}, {}, "lora_A_layout is rank_major, expected grouped_by_expert"),
-        (GROUPED, {"lora_b_layout": "rank_major"}, "is grouped_by_expert, expected rank_major .as --lora-b-layout says; leave it out."),
+        (
+            {"lora_B_layout": "rank_major", "unsloth_fused_expert_lora": DETAILS},
+            {},
+            "lora_B_layout is grouped_by_expert, rank_major, expected",
+        ),
+        (
+            {"unsloth_fused_expert_lora": {"lora_A_layout": "rank_major"}},
+            {},
+            "lora_A_layout is rank_major, expected grouped_by_expert",
+        ),
+        (
+            GROUPED,
+            {"lora_b_layout": "rank_major"},
+            "is grouped_by_expert, expected rank_major .as --lora-b-layout says; leave it out.",
+        ),
     ],
-)  # fmt: skip
-def test_layouts_that_are_refused(config: dict[str, Any], options: dict[str, Any], words: str, tmp_path: Path) -> None:
+)
+def test_layouts_that_are_refused(
+    config: dict[str, Any], options: dict[str, Any], words: str, tmp_path: Path
+) -> None:
     base, adapter, _ = make("mixtral", tmp_path, EXPERTS)
     with pytest.raises(UnsupportedError, match=words.replace("[", r"\[")):
         streamer.iter_merged(base, stated(adapter, adapter, **config), **options)

@@ -21,22 +21,47 @@ from test_architectures_table import plain
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import streamer
-from streamer.errors import InputError, MismatchError, StreamerError, StreamerWarning, UnsupportedError
+from streamer.errors import (
+    InputError,
+    MismatchError,
+    StreamerError,
+    StreamerWarning,
+    UnsupportedError,
+)
 from streamer.plan.plan import make_plan
 
 
 def llama(**options: object) -> PreTrainedModel:
-    return LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=48, intermediate_size=80, num_attention_heads=4, num_key_value_heads=2,
-                                        pad_token_id=0, **{"num_hidden_layers": 2, **options}))  # fmt: skip
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=48,
+            intermediate_size=80,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            pad_token_id=0,
+            **{"num_hidden_layers": 2, **options},
+        )
+    )
 
 
 def gpt2() -> PreTrainedModel:
     return GPT2LMHeadModel(
-        GPT2Config(n_embd=48, n_layer=1, n_head=4, vocab_size=64, n_positions=32, bos_token_id=0, eos_token_id=0)
+        GPT2Config(
+            n_embd=48,
+            n_layer=1,
+            n_head=4,
+            vocab_size=64,
+            n_positions=32,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
     )
 
 
-def pair(home: Path, make=llama, dtype: torch.dtype = torch.float32, **saving: object) -> tuple[Path, Path]:
+def pair(
+    home: Path, make=llama, dtype: torch.dtype = torch.float32, **saving: object
+) -> tuple[Path, Path]:
     """A model, and the same after some steps on noise."""
     torch.manual_seed(vary(0))
     model = make().to(dtype)
@@ -59,7 +84,9 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("make", [llama, gpt2])
-def test_lambda_one_is_the_tuned_model_bit_for_bit(tmp_path: Path, make, dtype: torch.dtype) -> None:
+def test_lambda_one_is_the_tuned_model_bit_for_bit(
+    tmp_path: Path, make, dtype: torch.dtype
+) -> None:
     base, tuned = pair(tmp_path, make, dtype)
     merge(base, tuned, tmp_path / "out", 1.0)
     ours, theirs = tensors(tmp_path / "out"), tensors(tuned)
@@ -89,17 +116,24 @@ def test_detection_and_methods_equal_the_dense_formulas(tmp_path: Path, make) ->
         # LAPACK's SVD in float32 is that of W1 + E with ‖E‖ ≤ p u σ1, u half an ε and p about min(m, n): each σ moves by ‖E‖ at most.
         backward = len(S) * torch.finfo(torch.float32).eps / 2 * float(S[0])
         torch.testing.assert_close(
-            torch.tensor(m.detection.singular_values, dtype=torch.float64), S[:10], rtol=0, atol=backward
+            torch.tensor(m.detection.singular_values, dtype=torch.float64),
+            S[:10],
+            rtol=0,
+            atol=backward,
         )
         similarity = (U0.T @ U[:, :10]).abs().amax(0)
         clear = [j for j in range(10) if abs(float(similarity[j]) - 0.5) > 1e-3]
-        assert [j for j in m.detection.intruders if j in clear] == [j for j in clear if similarity[j] < 0.5], m.tensor
+        assert [j for j in m.detection.intruders if j in clear] == [
+            j for j in clear if similarity[j] < 0.5
+        ], m.tensor
         chosen = list(m.detection.intruders)
         # What is taken away is a function of W1 that is σ (paper), or 1 in front of Δ (project), on the chosen directions and 0 on the
         # others. By E it moves by its divided differences between the two, at most σ / gap and ‖Δ‖ / gap, and `lambda` halves that.
         left = [j for j in range(len(S)) if j not in chosen]
         gap = min((abs(float(S[i] - S[j])) for i in chosen for j in left), default=1.0)
-        turn[m.tensor] = backward / gap * max(float(S[0]), float(torch.linalg.matrix_norm(W1 - W0, 2)))
+        turn[m.tensor] = (
+            backward / gap * max(float(S[0]), float(torch.linalg.matrix_norm(W1 - W0, 2)))
+        )
         U, S, Vh = U[:, chosen], S[chosen], Vh[chosen]
         for method, W in (
             ("paper", W1 - 0.5 * (U * S) @ Vh),
@@ -108,7 +142,9 @@ def test_detection_and_methods_equal_the_dense_formulas(tmp_path: Path, make) ->
         ):
             expected[method][m.tensor] = W.T if turned else W
     for method, wanted in expected.items():
-        for name, tensor in streamer.iter_merged(base, tuned, findings=findings, mitigation_lambda=0.5, method=method):  # type: ignore[arg-type]
+        for name, tensor in streamer.iter_merged(
+            base, tuned, findings=findings, mitigation_lambda=0.5, method=method
+        ):  # type: ignore[arg-type]
             if name in wanted:
                 rounded = 4 * torch.finfo(torch.float32).eps * float(wanted[name].norm())
                 room = rounded + (0 if method == "shrink" else turn[name])
@@ -155,9 +191,13 @@ def shaken(home: Path, make, only: str = "") -> tuple[Path, Path]:
 def test_what_was_not_trained_is_not_in_the_adapter(tmp_path: Path) -> None:
     base, tuned = shaken(tmp_path, gpt2, only="c_proj")
     streamer.reduce_intruder_dimension(base, tuned, tmp_path / "out", to_lora=4)
-    carried = {n.removeprefix("base_model.model.") for n in tensors(tmp_path / "out") if "lora_" not in n}
+    carried = {
+        n.removeprefix("base_model.model.") for n in tensors(tmp_path / "out") if "lora_" not in n
+    }
     assert carried == {f"transformer.h.0.{m}.c_proj.base_layer.bias" for m in ("attn", "mlp")}
-    assert "modules_to_save" not in json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert "modules_to_save" not in json.loads(
+        (tmp_path / "out" / "adapter_config.json").read_text()
+    )
 
 
 @pytest.mark.parametrize(
@@ -168,7 +208,9 @@ def test_what_was_not_trained_is_not_in_the_adapter(tmp_path: Path) -> None:
         ("BartForConditionalGeneration", "final_logits_bias"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:matrices carried along")  # an attention whose projections are one parameter
+@pytest.mark.filterwarnings(
+    "ignore:matrices carried along"
+)  # an attention whose projections are one parameter
 def test_parameters_of_the_model_itself(cls: str, own: str, tmp_path: Path) -> None:
     base, tuned = shaken(tmp_path, lambda: zoo.build(cls))
     merge(base, tuned, tmp_path / "out", 1.0)
@@ -236,9 +278,13 @@ def test_copies_of_a_tied_embedding_are_one_matrix(copied: tuple[str, ...], tmp_
     tokens = torch.randint(1, 64, (3, 9))
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        model = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path / "lora").eval()
+        model = peft.PeftModel.from_pretrained(
+            LlamaForCausalLM.from_pretrained(base), tmp_path / "lora"
+        ).eval()
         theirs = LlamaForCausalLM.from_pretrained(tuned).eval()
-        torch.testing.assert_close(model(tokens).logits, theirs(tokens).logits, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            model(tokens).logits, theirs(tokens).logits, rtol=1e-3, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("which", ["base", "tuned"])
@@ -246,7 +292,10 @@ def test_copies_of_a_tied_embedding_that_differ(which: str, tmp_path: Path) -> N
     base, tuned = pair(tmp_path, functools.partial(llama, tie_word_embeddings=True))
     for name in ("base", "tuned"):
         with_a_copy(tmp_path / name, 0.1 if name == which else 0.0)
-    with pytest.raises(UnsupportedError, match=r"/(base|tuned): 'lm_head.weight' differs from .* ties it, and loaders"):
+    with pytest.raises(
+        UnsupportedError,
+        match=r"/(base|tuned): 'lm_head.weight' differs from .* ties it, and loaders",
+    ):
         make_plan(base, tuned)
 
 
@@ -256,17 +305,28 @@ def test_copies_in_a_model_of_an_unknown_class(tmp_path: Path) -> None:
     for home in (base, tuned):
         with_a_copy(home)
         config = json.loads((home / "config.json").read_text())
-        kept = {k: v for k, v in config.items() if k not in ("architectures", "model_type", "tie_word_embeddings")}
+        kept = {
+            k: v
+            for k, v in config.items()
+            if k not in ("architectures", "model_type", "tie_word_embeddings")
+        }
         (home / "config.json").write_text(json.dumps(kept))
-    with pytest.raises(UnsupportedError, match=r"whose bytes are equal, are tied depends on .* with --architecture"):
+    with pytest.raises(
+        UnsupportedError, match=r"whose bytes are equal, are tied depends on .* with --architecture"
+    ):
         make_plan(base, tuned)
 
 
 # Model → (its class, its config, which tensors on disk are stacks, and whether they are (in, out))
 STACKED: dict[str, tuple[str, Any, tuple[str, ...], bool]] = {
     "gpt-oss": (*MODELS["gpt-oss"][:2], ("gate_up_proj", "down_proj"), True),
-    "granite-moe": ("GraniteMoeForCausalLM", text("GraniteMoe", **MOE), ("input_linear.weight", "output_linear.weight"), False),
-}  # fmt: skip
+    "granite-moe": (
+        "GraniteMoeForCausalLM",
+        text("GraniteMoe", **MOE),
+        ("input_linear.weight", "output_linear.weight"),
+        False,
+    ),
+}
 
 
 def with_intruders(name: str, home: Path, only: str = "") -> tuple[Path, Path]:
@@ -280,7 +340,11 @@ def with_intruders(name: str, home: Path, only: str = "") -> tuple[Path, Path]:
             if only in key:
                 p.add_(0.01 * torch.randn(p.shape))
                 if p.dim() > 1:
-                    p.add_(0.3 * torch.randn(*p.shape[:-1], 1) @ torch.randn(*p.shape[:-2], 1, p.shape[-1]))
+                    p.add_(
+                        0.3
+                        * torch.randn(*p.shape[:-1], 1)
+                        @ torch.randn(*p.shape[:-2], 1, p.shape[-1])
+                    )
     model.save_pretrained(home / "tuned")
     return home / "base", home / "tuned"
 
@@ -308,7 +372,9 @@ def test_each_expert_is_a_matrix(name: str, tmp_path: Path) -> None:
     assert total > 0
     merged = dict(streamer.iter_merged(base, tuned, findings=findings, mitigation_lambda=0.5))
     for key, wanted in expected.items():
-        torch.testing.assert_close(merged[key].double(), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+        torch.testing.assert_close(
+            merged[key].double(), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max())
+        )
     merge(base, tuned, tmp_path / "out", 1.0)
     ours = weights(tmp_path / "out")
     assert ours.keys() == W1s.keys()
@@ -330,9 +396,17 @@ def test_a_stack_of_an_unknown_class_is_refused(tmp_path: Path) -> None:
         (tmp_path / name / "config.json").write_text(
             json.dumps({"model_type": "elsewhere", "hidden_size": TEXT["hidden_size"]})
         )
-        tensors = {"layers.0.experts.up": torch.ones(4, 6, 8) + shift, "cls_token": torch.ones(1, 1, 8) + shift}
-        save_file({**tensors, "layers.0.q.weight": torch.eye(8) + shift}, tmp_path / name / "model.safetensors")
-    with pytest.raises(UnsupportedError, match=r"'layers.0.experts.up' \[4, 6, 8\] may be a stack of experts"):
+        tensors = {
+            "layers.0.experts.up": torch.ones(4, 6, 8) + shift,
+            "cls_token": torch.ones(1, 1, 8) + shift,
+        }
+        save_file(
+            {**tensors, "layers.0.q.weight": torch.eye(8) + shift},
+            tmp_path / name / "model.safetensors",
+        )
+    with pytest.raises(
+        UnsupportedError, match=r"'layers.0.experts.up' \[4, 6, 8\] may be a stack of experts"
+    ):
         make_plan(tmp_path / "base", tmp_path / "tuned")
 
 
@@ -348,10 +422,15 @@ def test_a_weight_of_an_unknown_class_that_may_be_a_convolution(bias: bool, tmp_
         tensors |= {"layers.0.proj.bias": torch.ones(6)} if bias else {}
         save_file(tensors, tmp_path / name / "model.safetensors")
     if not bias:
-        with pytest.raises(UnsupportedError, match=r"'layers.0.proj.weight' \[6, 4, 8\] may be a stack of experts"):
+        with pytest.raises(
+            UnsupportedError, match=r"'layers.0.proj.weight' \[6, 4, 8\] may be a stack of experts"
+        ):
             make_plan(tmp_path / "base", tmp_path / "tuned")
         return
-    assert [t.stored for t in make_plan(tmp_path / "base", tmp_path / "tuned").targets] == [(6, 1, 3), (6, 4, 8)]
+    assert [t.stored for t in make_plan(tmp_path / "base", tmp_path / "tuned").targets] == [
+        (6, 1, 3),
+        (6, 4, 8),
+    ]
 
 
 def test_matrices_that_are_no_weights_of_layers_are_named(tmp_path: Path) -> None:
@@ -376,9 +455,12 @@ def test_a_table_of_positions_that_is_a_weight_by_its_name_on_disk(tmp_path: Pat
         p.data.add_(0.05 * torch.randn(p.shape))
     base.save_pretrained(tmp_path / "tuned")
     with pytest.warns(
-        StreamerWarning, match=r"carried along without findings: 'vision_tower.patch_embed.pos_emb.weight'"
+        StreamerWarning,
+        match=r"carried along without findings: 'vision_tower.patch_embed.pos_emb.weight'",
     ):
-        findings = streamer.detect_intruder_dimensions(tmp_path / "base", tmp_path / "tuned", top_k=1)
+        findings = streamer.detect_intruder_dimensions(
+            tmp_path / "base", tmp_path / "tuned", top_k=1
+        )
     modules = {m.module for m in findings}
     assert "vision_tower.encoder.patch_embed.proj" in modules
     assert "vision_tower.patch_embed.pos_emb" not in modules

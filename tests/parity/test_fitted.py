@@ -22,11 +22,14 @@ import streamer
 from streamer.errors import MismatchError, MissingInputError, StreamerWarning, VerificationError
 
 CASES: dict[str, dict[str, Any]] = {
-    "lora": {"target_modules": ["q_proj", "down_proj"], "alpha_pattern": {r".*layers.1.self_attn.q_proj": 3},
-             "rank_pattern": {"layers.1.self_attn.q_proj": 2}},
+    "lora": {
+        "target_modules": ["q_proj", "down_proj"],
+        "alpha_pattern": {r".*layers.1.self_attn.q_proj": 3},
+        "rank_pattern": {"layers.1.self_attn.q_proj": 2},
+    },
     "rslora": {"use_rslora": True, "target_modules": "all-linear"},
     "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +43,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(base: Path, path: Path, options: dict[str, Any]) -> Path:
     torch.manual_seed(vary(1))
     model = peft.get_peft_model(
-        LlamaForCausalLM.from_pretrained(base), peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **options)
+        LlamaForCausalLM.from_pretrained(base),
+        peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **options),
     )
     for name, parameter in model.named_parameters():
         if "lora_" in name and "magnitude" not in name:
@@ -66,8 +70,12 @@ def test_peft_loads_the_adapter_and_its_logits_are_the_merged_models(
     (fitted.random_coefficients if how == "fit" else random_map)(base, adapter).save(file)
     options: dict[str, Any] = {"coefficients": file} if how == "fit" else {"map": file}
     strength = {} if how == "fit" else {"mitigation_lambda": LAMBDA}
-    record = streamer.reduce_intruder_dimension(base, adapter, tmp_path / "a", **options, **strength)
-    streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "m", **options, **strength)
+    record = streamer.reduce_intruder_dimension(
+        base, adapter, tmp_path / "a", **options, **strength
+    )
+    streamer.merge_with_reduced_intruder_dimensions(
+        base, adapter, tmp_path / "m", **options, **strength
+    )
     if how == "map":
         facts = record["method"], record["lambda"], record["totals"]["changed"]
         assert facts == ("nullspace", LAMBDA, len(record["matrices"]))
@@ -77,12 +85,20 @@ def test_peft_loads_the_adapter_and_its_logits_are_the_merged_models(
     torch.testing.assert_close(logits(model), merged, rtol=0, atol=2e-6 * float(merged.abs().max()))
     assert float((merged - logits(LlamaForCausalLM.from_pretrained(base))).abs().max()) > 1e-2
     for output in ("a", "m"):
-        found = streamer.verify_output(tmp_path / output, base, adapter, sample="all", **options)["totals"]
+        found = streamer.verify_output(tmp_path / output, base, adapter, sample="all", **options)[
+            "totals"
+        ]
         assert found["recomputed"] == found["matrices"] == len(record["matrices"])
     config = "adapter_config.json"
-    assert json.loads((tmp_path / "a" / config).read_text()) == json.loads((adapter / config).read_text())
-    before, after = (load_file(path / "adapter_model.safetensors") for path in (adapter, tmp_path / "a"))
-    assert {name: t.shape for name, t in after.items()} == {name: t.shape for name, t in before.items()}
+    assert json.loads((tmp_path / "a" / config).read_text()) == json.loads(
+        (adapter / config).read_text()
+    )
+    before, after = (
+        load_file(path / "adapter_model.safetensors") for path in (adapter, tmp_path / "a")
+    )
+    assert {name: t.shape for name, t in after.items()} == {
+        name: t.shape for name, t in before.items()
+    }
     for name, tensor in before.items() if how == "map" else ():
         assert torch.equal(tensor, after[name]) == ("_B" in name), name
 
@@ -91,8 +107,13 @@ def test_peft_loads_the_adapter_and_its_logits_are_the_merged_models(
 def test_it_is_its_formula_on_pefts_own_delta(base: Path, tmp_path: Path, case: str) -> None:
     adapter = trained(base, tmp_path / "adapter", CASES[case])
     inputs = random_map(base, adapter)
-    model = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base).double(), adapter).double()
-    W0 = {name: t.clone() for name, t in LlamaForCausalLM.from_pretrained(base).double().state_dict().items()}
+    model = peft.PeftModel.from_pretrained(
+        LlamaForCausalLM.from_pretrained(base).double(), adapter
+    ).double()
+    W0 = {
+        name: t.clone()
+        for name, t in LlamaForCausalLM.from_pretrained(base).double().state_dict().items()
+    }
     tuned = model.merge_and_unload().state_dict()
     found = dict(streamer.iter_merged(base, adapter, map=inputs, mitigation_lambda=LAMBDA))
     for one in inputs.inputs:
@@ -109,13 +130,20 @@ def test_it_is_its_formula_on_pefts_own_delta(base: Path, tmp_path: Path, case: 
 def test_what_the_map_lacks_stays_and_is_named(base: Path, tmp_path: Path) -> None:
     adapter = trained(base, tmp_path / "adapter", CASES["lora"])
     inputs = random_map(base, adapter, lacks="layers.1.self_attn")
-    with pytest.warns(StreamerWarning, match=r"no inputs of 1 matrix, 'model.layers.1.self_attn.q_proj.weight': what"):
+    with pytest.warns(
+        StreamerWarning,
+        match=r"no inputs of 1 matrix, 'model.layers.1.self_attn.q_proj.weight': what",
+    ):
         record = streamer.reduce_intruder_dimension(base, adapter, tmp_path / "a", map=inputs)
     assert record["totals"]["changed"] == len(record["matrices"]) - 1
     inputs.save(tmp_path / "m.safetensors")
-    assert streamer.verify_output(tmp_path / "a", base, adapter, sample="all", map=tmp_path / "m.safetensors")
+    assert streamer.verify_output(
+        tmp_path / "a", base, adapter, sample="all", map=tmp_path / "m.safetensors"
+    )
     with pytest.raises(MismatchError, match="has the inputs of none of the adapter's matrices"):
-        streamer.reduce_intruder_dimension(base, adapter, tmp_path / "b", map=random_map(base, adapter, lacks="model"))
+        streamer.reduce_intruder_dimension(
+            base, adapter, tmp_path / "b", map=random_map(base, adapter, lacks="model")
+        )
 
 
 def test_verification_needs_the_map_and_finds_a_wrong_value(base: Path, tmp_path: Path) -> None:
@@ -126,18 +154,26 @@ def test_verification_needs_the_map_and_finds_a_wrong_value(base: Path, tmp_path
     streamer.reduce_intruder_dimension(base, adapter, tmp_path / "0.4", **options)
     assert streamer.verify_output(tmp_path / "0.4", base, adapter)["totals"]["recomputed"] == 3
     (tmp_path / "m.safetensors").rename(tmp_path / "moved.safetensors")
-    with pytest.raises(MissingInputError, match=r"found no 'm.safetensors' beside it; pass the file with --map"):
+    with pytest.raises(
+        MissingInputError, match=r"found no 'm.safetensors' beside it; pass the file with --map"
+    ):
         streamer.verify_output(tmp_path / "0.4", base, adapter)
     with pytest.raises(MismatchError, match="is not the map with digest"):
         streamer.verify_output(tmp_path / "0.4", base, adapter, map=tmp_path / "other.safetensors")
-    with pytest.raises(MismatchError, match=r"adapter_model.safetensors: is not the map with digest"):
-        streamer.verify_output(tmp_path / "0.4", base, adapter, map=adapter / "adapter_model.safetensors")
+    with pytest.raises(
+        MismatchError, match=r"adapter_model.safetensors: is not the map with digest"
+    ):
+        streamer.verify_output(
+            tmp_path / "0.4", base, adapter, map=adapter / "adapter_model.safetensors"
+        )
     weights = tmp_path / "0.4" / "adapter_model.safetensors"
     name = next(name for name in load_file(weights) if "lora_A" in name)
     edit_tensor(weights, name, lambda tensor: tensor.mul_(1.01))
     agree(tmp_path / "0.4", weights.name)
     with pytest.raises(VerificationError, match="the nearest factors to Δ' within one rounding"):
-        streamer.verify_output(tmp_path / "0.4", base, adapter, sample="all", map=tmp_path / "moved.safetensors")
+        streamer.verify_output(
+            tmp_path / "0.4", base, adapter, sample="all", map=tmp_path / "moved.safetensors"
+        )
 
 
 def test_several_adapters_take_one_map(base: Path, tmp_path: Path) -> None:

@@ -38,23 +38,36 @@ def swept(base: Path, adapter: Path) -> SweepModel:
 
 
 def written(
-    model: SweepModel, after: Callable[[int], None] = ignore, snapshot: Snapshot | None = None, **prompts: Any
+    model: SweepModel,
+    after: Callable[[int], None] = ignore,
+    snapshot: Snapshot | None = None,
+    **prompts: Any,
 ) -> torch.Tensor:
-    return write_text(model, 1, prompts.get("prompts", PROMPTS), LENGTH, vary(7), nothing, after, snapshot)
+    return write_text(
+        model, 1, prompts.get("prompts", PROMPTS), LENGTH, vary(7), nothing, after, snapshot
+    )
 
 
 def of_transformers(cls: Any, base: Path, adapter: Path) -> torch.Tensor:
     """What PEFT's model writes, each sequence by itself."""
     model = cls.from_pretrained(base, dtype=torch.float32)
-    model.config.get_text_config()._experts_implementation = model.config._experts_implementation = "eager"
+    model.config.get_text_config()._experts_implementation = (
+        model.config._experts_implementation
+    ) = "eager"
     model = peft.PeftModel.from_pretrained(model, adapter).eval()
-    model.generation_config = model.base_model.model.generation_config = transformers.GenerationConfig()
+    model.generation_config = model.base_model.model.generation_config = (
+        transformers.GenerationConfig()
+    )
     config = transformers.GenerationConfig(max_length=LENGTH, do_sample=False, pad_token_id=0)
     rows = []
     for number, prompt in PROMPTS.items():
         sampler = Sampler({number: prompt}, vary(7), "", ignore)
         ids = torch.tensor([prompt[:1]])
-        given = {"attention_mask": torch.ones_like(ids), "generation_config": config, "logits_processor": [sampler]}
+        given = {
+            "attention_mask": torch.ones_like(ids),
+            "generation_config": config,
+            "logits_processor": [sampler],
+        }
         rows.append(model.generate(input_ids=ids, **given))
     return torch.cat(rows)
 
@@ -101,7 +114,9 @@ def test_draws_depend_neither_on_what_runs_beside_nor_on_the_order(tmp_path: Pat
     _, base, adapter = make_pair("llama", tmp_path, CAUSAL["llama"][2], lora_alpha=4)
     whole = written(swept(base, adapter))
     for number, prompt in PROMPTS.items():
-        assert torch.equal(written(swept(base, adapter), prompts={number: prompt})[0], whole[number])
+        assert torch.equal(
+            written(swept(base, adapter), prompts={number: prompt})[0], whole[number]
+        )
 
 
 def test_tokens_are_drawn_by_their_probability() -> None:

@@ -39,7 +39,13 @@ KINDS = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
 def make(home: Path, kind: str, dtype: torch.dtype, tied: bool) -> tuple[Path, Path]:
     """A tiny model with a byte-level tokenizer, and an adapter on all of its linear layers."""
-    fields = {**TEXT, "vocab_size": VOCAB, "tie_word_embeddings": tied, "hidden_size": 64, "head_dim": HEAD}
+    fields = {
+        **TEXT,
+        "vocab_size": VOCAB,
+        "tie_word_embeddings": tied,
+        "hidden_size": 64,
+        "head_dim": HEAD,
+    }
     torch.manual_seed(vary(0))
     model = getattr(transformers, f"{KINDS[kind]}ForCausalLM")(config(KINDS[kind], **fields))
     with torch.no_grad():
@@ -52,24 +58,45 @@ def make(home: Path, kind: str, dtype: torch.dtype, tied: bool) -> tuple[Path, P
 
 def expected(name: str, tensor: torch.Tensor, llama: bool) -> tuple[str, torch.Tensor]:
     """Name and float32 values of a merged tensor in GGUF."""
-    layer, module, ending = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.*)\.(weight|bias)", name).groups()
+    layer, module, ending = re.fullmatch(
+        r"(?:model\.layers\.(\d+)\.)?(.*)\.(weight|bias)", name
+    ).groups()
     new = f"{NAMES[module]}.{ending}" if layer is None else f"blk.{layer}.{NAMES[module]}.{ending}"
     if llama and module in ("self_attn.q_proj", "self_attn.k_proj"):
         half = HEAD // 2
-        rows = [h * HEAD + i + j * half for h in range(len(tensor) // HEAD) for i in range(half) for j in (0, 1)]
+        rows = [
+            h * HEAD + i + j * half
+            for h in range(len(tensor) // HEAD)
+            for i in range(half)
+            for j in (0, 1)
+        ]
         tensor = tensor[rows]
     return new, tensor.float()
 
 
 @pytest.mark.parametrize(
     ("kind", "dtype", "tied"),
-    [("llama", torch.bfloat16, False), ("qwen2", torch.float16, False), ("qwen3", torch.float32, True)],
+    [
+        ("llama", torch.bfloat16, False),
+        ("qwen2", torch.float16, False),
+        ("qwen3", torch.float32, True),
+    ],
     ids=lambda value: str(value).removeprefix("torch."),
 )
-def test_a_gguf_holds_the_tensors_that_merge_writes(kind: str, dtype: torch.dtype, tied: bool, tmp_path: Path) -> None:
+def test_a_gguf_holds_the_tensors_that_merge_writes(
+    kind: str, dtype: torch.dtype, tied: bool, tmp_path: Path
+) -> None:
     base, adapter = make(tmp_path, kind, dtype, tied)
     if kind == "llama":  # once as its docstring says; a process each takes longer than the work
-        line = [sys.executable, str(SCRIPT), str(base), str(adapter), str(tmp_path / "merged.gguf"), "--lambda", "0.25"]
+        line = [
+            sys.executable,
+            str(SCRIPT),
+            str(base),
+            str(adapter),
+            str(tmp_path / "merged.gguf"),
+            "--lambda",
+            "0.25",
+        ]
         done = subprocess.run(line, capture_output=True, text=True, env=ENV, check=False)
         assert (done.returncode, done.stdout) == (0, ""), done.stderr
     else:
@@ -80,10 +107,15 @@ def test_a_gguf_holds_the_tensors_that_merge_writes(kind: str, dtype: torch.dtyp
     read = gguf.GGUFReader(tmp_path / "merged.gguf")
     assert {t.name for t in read.tensors} == want.keys()
     for tensor in read.tensors:
-        assert tensor.tensor_type.name == ("F32" if want[tensor.name].ndim == 1 else DTYPES[dtype]), tensor.name
+        assert tensor.tensor_type.name == (
+            "F32" if want[tensor.name].ndim == 1 else DTYPES[dtype]
+        ), tensor.name
         values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
         assert torch.equal(values, want[tensor.name]), tensor.name
-    base_values = dict(expected(name, t, kind == "llama") for name, t in load_file(base / "model.safetensors").items())
+    base_values = dict(
+        expected(name, t, kind == "llama")
+        for name, t in load_file(base / "model.safetensors").items()
+    )
     changed = [name for name in want if not torch.equal(want[name], base_values[name])]
     assert len(changed) == 2 * len(LINEAR)
     assert read.fields["general.architecture"].contents() == kind
@@ -104,7 +136,11 @@ def test_what_the_example_cannot_write_leaves_no_file(tmp_path: Path) -> None:
     base, adapter = make(tmp_path, "llama", torch.float32, tied=True)
     text = (base / "config.json").read_text()
     for old, new, words in [
-        ('"model_type": "llama"', '"model_type": "mamba"', "expected one of llama, mistral, qwen2, qwen3, found mamba"),
+        (
+            '"model_type": "llama"',
+            '"model_type": "mamba"',
+            "expected one of llama, mistral, qwen2, qwen3, found mamba",
+        ),
         ('"rope_type": "default"', '"rope_type": "llama3"', "RoPE without scaling"),
     ]:
         assert old in text
@@ -121,10 +157,14 @@ def test_llama_cpp_computes_the_merged_model(kind: str, tmp_path: Path) -> None:
     base, adapter = make(tmp_path, kind, torch.float32, tied=False)
     example().convert(base, adapter, tmp_path / "merged.gguf", mitigation_lambda=0.25)
     merge(base, adapter, tmp_path / "merged", 0.25)
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", dtype=torch.float32
+    ).eval()
     with torch.no_grad():
         logits = model(torch.tensor([[0, *range(300, 340)]])).logits[0].double().log_softmax(1)
-    end = int((logits.argmax(1) > SPECIAL).nonzero().max())  # at a token that ends a text it gives no probabilities
+    end = int(
+        (logits.argmax(1) > SPECIAL).nonzero().max()
+    )  # at a token that ends a text it gives no probabilities
     ids, want = [0, *range(300, 300 + end)], logits[end]
     params = xllamacpp.CommonParams()
     params.model.path = str(tmp_path / "merged.gguf")
@@ -134,7 +174,10 @@ def test_llama_cpp_computes_the_merged_model(kind: str, tmp_path: Path) -> None:
     answer = server.handle_completions(
         {"prompt": ids, "n_predict": 1, "n_probs": 20, "temperature": 0, "cache_prompt": False}
     )
-    found = {t["id"]: t["logprob"] for t in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]}
+    found = {
+        t["id"]: t["logprob"]
+        for t in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    }
     assert len(found) == 20
     assert max(found, key=lambda i: found[i]) == int(want.argmax())
     for i, value in found.items():

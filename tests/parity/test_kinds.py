@@ -22,7 +22,9 @@ CASES = [
     pytest.param(
         kind,
         dtype,
-        marks=[] if kind in (IN_BF16 if dtype == "bf16" else kinds_cases.KINDS.keys() - SLOW) else [pytest.mark.slow],
+        marks=[]
+        if kind in (IN_BF16 if dtype == "bf16" else kinds_cases.KINDS.keys() - SLOW)
+        else [pytest.mark.slow],
     )
     for kind in kinds_cases.KINDS
     for dtype in DTYPES

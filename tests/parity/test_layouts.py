@@ -16,11 +16,16 @@ from streamer.errors import StreamerError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
-SPLIT, FUSED = ["in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b"], ["in_proj_qkvz", "in_proj_ba"]
+SPLIT, FUSED = (
+    ["in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b"],
+    ["in_proj_qkvz", "in_proj_ba"],
+)
 
 
 def split_base(path: Path) -> Path:
-    linear = {key: value for key, value in NEXT.items() if key.startswith(("linear_", "layer_types"))}
+    linear = {
+        key: value for key, value in NEXT.items() if key.startswith(("linear_", "layer_types"))
+    }
     Qwen3_5ForCausalLM(Qwen3_5TextConfig(**TEXT, **linear)).save_pretrained(path)
     return path
 
@@ -33,7 +38,8 @@ def test_projections_of_linear_attention_fit_their_own_layout_alone(tmp_path: Pa
     """Qwen3-Next stores two fused projections, Qwen3.5 four."""
     split = split_base(tmp_path / "split")
     model = get_peft_model(
-        Qwen3_5ForCausalLM.from_pretrained(split), LoraConfig(target_modules=SPLIT, init_lora_weights=False)
+        Qwen3_5ForCausalLM.from_pretrained(split),
+        LoraConfig(target_modules=SPLIT, init_lora_weights=False),
     )
     model.save_pretrained(tmp_path / "on-split")
     cls = make_base("qwen3-next", tmp_path / "fused")
@@ -42,15 +48,24 @@ def test_projections_of_linear_attention_fit_their_own_layout_alone(tmp_path: Pa
     for name, tensor in merged(split, tmp_path / "on-split").items():
         torch.testing.assert_close(tensor, wanted[name], msg=name)
     assert merged(tmp_path / "fused", tmp_path / "on-fused")
-    for base, adapter, module in (("fused", "on-split", "in_proj_a"), ("split", "on-fused", "in_proj_ba")):
-        with pytest.raises(StreamerError, match=rf"linear_attn\.{module}' has no tensor in the base"):
+    for base, adapter, module in (
+        ("fused", "on-split", "in_proj_a"),
+        ("split", "on-fused", "in_proj_ba"),
+    ):
+        with pytest.raises(
+            StreamerError, match=rf"linear_attn\.{module}' has no tensor in the base"
+        ):
             merged(tmp_path / base, tmp_path / adapter)
 
 
-@pytest.mark.parametrize("layout", ["one lora_A for all experts", "stacks of factors", "a lora_A of one expert"])
+@pytest.mark.parametrize(
+    "layout", ["one lora_A for all experts", "stacks of factors", "a lora_A of one expert"]
+)
 def test_experts_that_share_a_factor_are_refused(tmp_path: Path, layout: str) -> None:
     cls = make_base("mixtral", tmp_path / "base")
-    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", ["q_proj"], r=2, target_parameters=EXPERTS)
+    adapter = make_adapter(
+        cls, tmp_path / "base", tmp_path / "adapter", ["q_proj"], r=2, target_parameters=EXPERTS
+    )
     file = adapter / "adapter_model.safetensors"
     tensors = load_file(file)
     shared = [name for name in tensors if ".experts." in name and ".lora_A." in name]
@@ -59,7 +74,9 @@ def test_experts_that_share_a_factor_are_refused(tmp_path: Path, layout: str) ->
         A, B = tensors[name], tensors[name.replace("lora_A", "lora_B")]
         if layout == "stacks of factors":
             tensors[name] = A[:2].unsqueeze(0).contiguous()
-            tensors[name.replace("lora_A", "lora_B")] = B.reshape(len(B), 2, -1).permute(2, 0, 1).contiguous()
+            tensors[name.replace("lora_A", "lora_B")] = (
+                B.reshape(len(B), 2, -1).permute(2, 0, 1).contiguous()
+            )
         else:
             tensors[name] = A[:2].clone()
         if layout == "a lora_A of one expert":

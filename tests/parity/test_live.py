@@ -40,7 +40,9 @@ def on_files(made: Made) -> streamer.Findings:
 
 
 @pytest.fixture(scope="module")
-def expected(made: Made, on_files: streamer.Findings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def expected(
+    made: Made, on_files: streamer.Findings, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The adapter that files give at λ = 0.5."""
     out = tmp_path_factory.mktemp("expected") / "out"
     mitigate(made.base, made.adapter, out, 0.5, findings=on_files)
@@ -74,7 +76,11 @@ def layers(**options: Any) -> peft.PeftModel:
     model = Layers()
     torch.manual_seed(vary(1))
     config = peft.LoraConfig(
-        r=4, lora_alpha=12, target_modules=["wide", "tall", "square"], init_lora_weights=False, **options
+        r=4,
+        lora_alpha=12,
+        target_modules=["wide", "tall", "square"],
+        init_lora_weights=False,
+        **options,
     )
     return peft.get_peft_model(model, config)
 
@@ -99,10 +105,14 @@ def test_the_same_adapter_as_peft_s_own_function(lam: float) -> None:
 def test_what_is_lost_in_projection_is_a_warning() -> None:
     model = layers()
     with warnings.catch_warnings(action="error"):
-        live.reduce_intruder_dimension(model, "default", "exact", mitigation_lambda=0.0, method="project")
+        live.reduce_intruder_dimension(
+            model, "default", "exact", mitigation_lambda=0.0, method="project"
+        )
         with pytest.raises(StreamerWarning, match="of 3 matrices, most in 'square"):
             live.reduce_intruder_dimension(model, mitigation_lambda=0.0)
-    assert list(model.peft_config) == ["default", "exact"], "a warning that is raised leaves the model as it was"
+    assert list(model.peft_config) == ["default", "exact"], (
+        "a warning that is raised leaves the model as it was"
+    )
     with pytest.warns(StreamerWarning, match='; method="project" or merge_and_unload_with_'):
         live.reduce_intruder_dimension(model, mitigation_lambda=0.0)
 
@@ -111,7 +121,9 @@ def lora(target: str, **options: object) -> peft.LoraConfig:
     return peft.LoraConfig(r=2, target_modules=[target], init_lora_weights=False, **options)
 
 
-def on_llama(config: peft.PeftConfig, dtype: torch.dtype = torch.float32, **options: Any) -> peft.PeftModel:
+def on_llama(
+    config: peft.PeftConfig, dtype: torch.dtype = torch.float32, **options: Any
+) -> peft.PeftModel:
     torch.manual_seed(vary(0))
     return peft.get_peft_model(LlamaForCausalLM(llama_config()).to(dtype), config, **options)
 
@@ -138,7 +150,8 @@ def test_what_accelerate_offloads_is_refused(made: Made) -> None:
     tuned = logits(model)
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     with pytest.raises(
-        UnsupportedError, match=r"or accelerate offloads it.*; load the whole model, or use the commands on its files"
+        UnsupportedError,
+        match=r"or accelerate offloads it.*; load the whole model, or use the commands on its files",
     ):
         live.detect_intruder_dimensions(model)
     assert torch.equal(logits(model), tuned)
@@ -161,7 +174,9 @@ def test_a_plain_model_with_an_injected_adapter(made: Made, expected: Path) -> N
     assert relative(logits(merged), tuned) < 5e-6
 
 
-@pytest.mark.parametrize("mode", [pytest.param("compiled", marks=pytest.mark.long), "inference", "training"])
+@pytest.mark.parametrize(
+    "mode", [pytest.param("compiled", marks=pytest.mark.long), "inference", "training"]
+)
 def test_modes_of_a_model(made: Made, expected: Path, mode: str) -> None:
     model: Any = loaded(made)
     with torch.inference_mode(mode == "inference"):
@@ -201,21 +216,29 @@ def test_findings_are_saved_and_serve_files(
     mitigate(made.base, made.adapter, tmp_path / "out", 0.5, findings=tmp_path / "f.safetensors")
     assert_equal(load_state(tmp_path / "out"), load_state(expected))
     other = kinds_cases.make("linear", torch.float32, tmp_path / "other")
-    other.base.joinpath("model.safetensors").write_bytes(made.base.joinpath("model.safetensors").read_bytes())
+    other.base.joinpath("model.safetensors").write_bytes(
+        made.base.joinpath("model.safetensors").read_bytes()
+    )
     changed = loaded(other)
     with torch.no_grad():
         next(p for n, p in changed.named_parameters() if "lora_A" in n).mul_(1.5)
     for findings in (on_files, found):
-        with pytest.raises(MismatchError, match=r"was judged with other values than .* have; run detect again"):
+        with pytest.raises(
+            MismatchError, match=r"was judged with other values than .* have; run detect again"
+        ):
             live.reduce_intruder_dimension(changed, findings=findings)
         assert list(changed.peft_config) == ["default"]
     with pytest.raises(MismatchError, match="made with top_k=10, asked for 3"):
         live.reduce_intruder_dimension(loaded(made), findings=on_files, top_k=3)
 
 
-def test_a_wider_dtype_is_the_same_model_and_a_narrower_one_is_not(made: Made, on_files: streamer.Findings) -> None:
+def test_a_wider_dtype_is_the_same_model_and_a_narrower_one_is_not(
+    made: Made, on_files: streamer.Findings
+) -> None:
     wide = loaded(made).to(torch.float64)
-    assert {m.fingerprint for m in live.detect_intruder_dimensions(wide)} == {m.fingerprint for m in on_files}
+    assert {m.fingerprint for m in live.detect_intruder_dimensions(wide)} == {
+        m.fingerprint for m in on_files
+    }
     with pytest.raises(MismatchError, match="loaded in a narrower dtype"):
         live.reduce_intruder_dimension(loaded(made).to(torch.bfloat16), findings=on_files)
 
@@ -226,7 +249,9 @@ def test_what_is_refused_leaves_the_model_as_it_was(made: Made) -> None:
         live.detect_intruder_dimensions(model, "other")
     with pytest.raises(UsageError, match="the model has one of this name"):
         live.reduce_intruder_dimension(model, new_adapter_name="default")
-    with pytest.raises(UsageError, match="expected a model with PEFT adapters, found LlamaForCausalLM"):
+    with pytest.raises(
+        UsageError, match="expected a model with PEFT adapters, found LlamaForCausalLM"
+    ):
         live.detect_intruder_dimensions(LlamaForCausalLM(llama_config()))
     model.merge_adapter()
     with pytest.raises(UnsupportedError, match="call unmerge_adapter"):
@@ -234,25 +259,35 @@ def test_what_is_refused_leaves_the_model_as_it_was(made: Made) -> None:
     model.unmerge_adapter()
     layer = next(m for m in model.modules() if hasattr(m, "scale_layer"))
     layer.scale_layer(2.0)
-    with pytest.raises(UnsupportedError, match="is scaled by 6, but the config of adapter 'default' says 3"):
+    with pytest.raises(
+        UnsupportedError, match="is scaled by 6, but the config of adapter 'default' says 3"
+    ):
         live.detect_intruder_dimensions(model)
     layer.unscale_layer()
     with torch.no_grad():
         next(p for n, p in model.named_parameters() if "lora_B" in n)[0, 0] = float("nan")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with warnings.catch_warnings(action="error"):
-        for act in (live.reduce_intruder_dimension, live.merge_and_unload_with_reduced_intruder_dimensions):
+        for act in (
+            live.reduce_intruder_dimension,
+            live.merge_and_unload_with_reduced_intruder_dimensions,
+        ):
             with pytest.raises(streamer.StreamerError, match="NaN"):
                 act(model, mitigation_lambda=0.5)
     after = model.state_dict()
-    assert all(torch.equal(tensor.nan_to_num(7), after[name].nan_to_num(7)) for name, tensor in before.items())
+    assert all(
+        torch.equal(tensor.nan_to_num(7), after[name].nan_to_num(7))
+        for name, tensor in before.items()
+    )
 
 
 def test_a_sum_that_overflows_is_refused_before_a_weight_is_changed() -> None:
     base = Layers().half()
     with torch.no_grad():
         base.square.weight[0, 0] = 60_000
-    config = peft.LoraConfig(r=4, target_modules=["wide", "tall", "square"], init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=4, target_modules=["wide", "tall", "square"], init_lora_weights=False
+    )
     model = peft.get_peft_model(base, config)
     with torch.no_grad():
         for factor in (base.square.lora_A, base.square.lora_B):
@@ -264,7 +299,10 @@ def test_a_sum_that_overflows_is_refused_before_a_weight_is_changed() -> None:
 
 
 def test_an_injected_adapter_that_peft_has_no_second_one_of() -> None:
-    model, config = Layers(), peft.LoraConfig(target_modules=["wide"], init_lora_weights=False, bias="all")
+    model, config = (
+        Layers(),
+        peft.LoraConfig(target_modules=["wide"], init_lora_weights=False, bias="all"),
+    )
     peft.inject_adapter_in_model(config, model, "default")
     model.peft_config = {"default": config}
     for _ in range(2):
@@ -287,7 +325,9 @@ def test_saved_modules_of_the_new_adapter_are_the_old_one_s(tmp_path: Path) -> N
     tuned, saved = logits(model), adapter_state(model, "default")
     live.reduce_intruder_dimension(model, mitigation_lambda=0.5)
     new = adapter_state(model, "intruder_reduced")
-    assert all(torch.equal(new[name], tensor) for name, tensor in saved.items() if "lora" not in name)
+    assert all(
+        torch.equal(new[name], tensor) for name, tensor in saved.items() if "lora" not in name
+    )
     assert not torch.equal(logits(model), tuned)
     model.set_adapter("default")
     assert torch.equal(logits(model), tuned)
@@ -297,7 +337,9 @@ def test_saved_modules_of_the_new_adapter_are_the_old_one_s(tmp_path: Path) -> N
 def test_a_tied_embedding_and_head_part_where_one_is_merged(kind: str, tmp_path: Path) -> None:
     made = kinds_cases.make(kind, torch.float32, tmp_path)
     tuned = logits(loaded(made))
-    merged = live.merge_and_unload_with_reduced_intruder_dimensions(loaded(made), mitigation_lambda=1.0)
+    merged = live.merge_and_unload_with_reduced_intruder_dimensions(
+        loaded(made), mitigation_lambda=1.0
+    )
     assert relative(logits(merged), tuned) < 5e-6
 
 
@@ -311,7 +353,9 @@ def test_an_adapter_beside_one_with_trained_tokens() -> None:
     assert all(torch.equal(t, before[name]) for name, t in both.state_dict().items())
 
 
-@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT", "ignore:Already found a `peft_config`")
+@pytest.mark.filterwarnings(
+    "ignore:You are trying to modify a model with PEFT", "ignore:Already found a `peft_config`"
+)
 def test_a_peft_model_in_another() -> None:
     outer = peft.PeftModel(on_llama(lora("q_proj")), lora("v_proj"))
     names = [name for name, _ in outer.named_modules()]
@@ -326,9 +370,15 @@ def coefficients(made: Made) -> Coefficients:
 
 
 @pytest.mark.parametrize("how", ["fit", "map"])
-def test_they_do_what_they_do_to_files(made: Made, how: str, coefficients: Coefficients, tmp_path: Path) -> None:
+def test_they_do_what_they_do_to_files(
+    made: Made, how: str, coefficients: Coefficients, tmp_path: Path
+) -> None:
     model = loaded(made)
-    options: Any = {"coefficients": coefficients} if how == "fit" else {"map": random_map(made.base, made.adapter)}
+    options: Any = (
+        {"coefficients": coefficients}
+        if how == "fit"
+        else {"map": random_map(made.base, made.adapter)}
+    )
     assert live.reduce_intruder_dimension(model, **options) is None
     streamer.reduce_intruder_dimension(made.base, made.adapter, tmp_path / "out", **options)
     assert_equal(adapter_state(model, "intruder_reduced"), load_state(tmp_path / "out"))
@@ -352,7 +402,10 @@ def test_those_of_another_adapter_leave_the_model_as_it_was(
         (fewer, "fit them to this adapter"),
     ):
         wrong = dataclasses.replace(coefficients, matrices=wrong_matrices)
-        for act in (live.reduce_intruder_dimension, live.merge_and_unload_with_reduced_intruder_dimensions):
+        for act in (
+            live.reduce_intruder_dimension,
+            live.merge_and_unload_with_reduced_intruder_dimensions,
+        ):
             with pytest.raises(MismatchError, match=words):
                 act(model, coefficients=wrong)
             assert model.state_dict().keys() == before.keys()
@@ -369,7 +422,9 @@ def test_layers_of_bitsandbytes(coding: str, tmp_path: Path) -> None:
     )
     torch.manual_seed(vary(0))
     LlamaForCausalLM(llama_config()).save_pretrained(tmp_path / "plain")
-    base = LlamaForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=BitsAndBytesConfig(**options))
+    base = LlamaForCausalLM.from_pretrained(
+        tmp_path / "plain", quantization_config=BitsAndBytesConfig(**options)
+    )
     base.save_pretrained(tmp_path / "base")
     torch.manual_seed(vary(1))
     model = peft.get_peft_model(
@@ -385,7 +440,9 @@ def test_layers_of_bitsandbytes(coding: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["module", "weight", "memory", "head"])
-def test_a_parameter_of_two_places_of_which_the_adapter_changes_one_is_not_merged(part: str) -> None:
+def test_a_parameter_of_two_places_of_which_the_adapter_changes_one_is_not_merged(
+    part: str,
+) -> None:
     """PEFT's own merge changes both places."""
     base = LlamaForCausalLM(llama_config())
     first, second = (layer.self_attn for layer in base.model.layers)
@@ -394,11 +451,14 @@ def test_a_parameter_of_two_places_of_which_the_adapter_changes_one_is_not_merge
     elif part == "head":  # the config says that they are separate
         base.lm_head.weight = base.model.embed_tokens.weight
     else:
-        second.q_proj.weight = first.q_proj.weight if part == "weight" else nn.Parameter(first.q_proj.weight.data)
+        second.q_proj.weight = (
+            first.q_proj.weight if part == "weight" else nn.Parameter(first.q_proj.weight.data)
+        )
     target = "embed_tokens" if part == "head" else "layers.0.self_attn.q_proj"
     lora = peft.LoraConfig(target_modules=[target], init_lora_weights=False)
     model = peft.get_peft_model(base, lora)
     with pytest.raises(
-        UnsupportedError, match=r"'.*' and '.*' are one parameter, but the adapter changes only the former"
+        UnsupportedError,
+        match=r"'.*' and '.*' are one parameter, but the adapter changes only the former",
     ):
         live.merge_and_unload_with_reduced_intruder_dimensions(model, mitigation_lambda=1.0)

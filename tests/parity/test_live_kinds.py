@@ -60,9 +60,13 @@ def test_a_kind(name: str, dtype: str, tmp_path: Path) -> None:
         on_model = live.detect_intruder_dimensions(model)
         assert_same_findings(on_files, on_model)
         check_reduced(made, model, on_files, on_model, tmp_path)
-        merged = live.merge_and_unload_with_reduced_intruder_dimensions(model, mitigation_lambda=0.5, findings=on_files)
+        merged = live.merge_and_unload_with_reduced_intruder_dimensions(
+            model, mitigation_lambda=0.5, findings=on_files
+        )
         theirs = dict(
-            streamer.iter_merged(made.base, made.adapter, mitigation_lambda=0.5, findings=on_model, **options)
+            streamer.iter_merged(
+                made.base, made.adapter, mitigation_lambda=0.5, findings=on_model, **options
+            )
         )
         assert_equal(kinds_cases.by_disk(merged.state_dict(), theirs), theirs)
         assert not of_peft(merged)
@@ -71,7 +75,11 @@ def test_a_kind(name: str, dtype: str, tmp_path: Path) -> None:
 
 
 def check_reduced(
-    made: kinds_cases.Made, model: torch.nn.Module, on_files: streamer.Findings, on_model: streamer.Findings, path: Path
+    made: kinds_cases.Made,
+    model: torch.nn.Module,
+    on_files: streamer.Findings,
+    on_model: streamer.Findings,
+    path: Path,
 ) -> None:
     """The new adapter is that of files, by findings of either place; the old one is as it was, and so is a model that is refused."""
     before = adapter_state(model, "default")
@@ -105,13 +113,17 @@ def check_outputs(made: kinds_cases.Made) -> None:
     x = kinds_cases.inputs(model)
     with torch.no_grad():
         expected = kinds_cases.values(model(*x))
-        merged = live.merge_and_unload_with_reduced_intruder_dimensions(model, mitigation_lambda=1.0).eval()
+        merged = live.merge_and_unload_with_reduced_intruder_dimensions(
+            model, mitigation_lambda=1.0
+        ).eval()
         assert relative(kinds_cases.values(merged(*x)), expected) < 5e-6
 
 
 @pytest.mark.parametrize("name", ["a.b", "", "forward", 3])
 def test_names_that_peft_cannot_use(name: object, tmp_path: Path) -> None:
     model = loaded(kinds_cases.make("linear", torch.float32, tmp_path))
-    with pytest.raises(UsageError, match=rf"^new_adapter_name: expected a name .*, found {name!r}$"):
+    with pytest.raises(
+        UsageError, match=rf"^new_adapter_name: expected a name .*, found {name!r}$"
+    ):
         live.reduce_intruder_dimension(model, new_adapter_name=name)  # type: ignore[arg-type]
     assert list(model.peft_config) == ["default"]

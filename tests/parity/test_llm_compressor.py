@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from seeds import vary
 
 pytest.importorskip(
-    "llmcompressor", reason="needs llmcompressor, which wants older transformers and compressed-tensors than the others"
+    "llmcompressor",
+    reason="needs llmcompressor, which wants older transformers and compressed-tensors than the others",
 )
 
 SCRIPT = ROOT / "docs" / "quantize_merged.py"
@@ -35,7 +36,9 @@ def make(home: Path, size: str, **options: object) -> tuple[Path, Path]:
     fields = {**TEXT, **SIZES, "tie_word_embeddings": "modules_to_save" in options}
     model = transformers.LlamaForCausalLM(config("Llama", **fields))
     model.to(torch.bfloat16).save_pretrained(home / "base", max_shard_size=size)
-    return home / "base", make_adapter(type(model), home / "base", home / "adapter", LINEAR, **options)
+    return home / "base", make_adapter(
+        type(model), home / "base", home / "adapter", LINEAR, **options
+    )
 
 
 def tensors(directory: Path) -> dict[str, torch.Tensor]:
@@ -54,13 +57,27 @@ def example() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize(("scheme", "size"), [("FP8_DYNAMIC", "1GB"), ("W4A16", "75KB"), ("NVFP4A16", "75KB")])
-def test_files_equal_those_made_of_a_merged_directory(scheme: str, size: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "size"), [("FP8_DYNAMIC", "1GB"), ("W4A16", "75KB"), ("NVFP4A16", "75KB")]
+)
+def test_files_equal_those_made_of_a_merged_directory(
+    scheme: str, size: str, tmp_path: Path
+) -> None:
     """NVFP4 has a scale of queries, keys and values together, which then are in two files."""
     (base, adapter), script = make(tmp_path, size), example()
     if scheme == "FP8_DYNAMIC":  # once as its docstring says
-        line = [sys.executable, str(SCRIPT), str(base), str(adapter), str(tmp_path / "one"), "--lambda", "0.25"]
-        done = subprocess.run(line, capture_output=True, text=True, env={**ENV, "PYTHONPATH": str(ROOT)}, check=False)
+        line = [
+            sys.executable,
+            str(SCRIPT),
+            str(base),
+            str(adapter),
+            str(tmp_path / "one"),
+            "--lambda",
+            "0.25",
+        ]
+        done = subprocess.run(
+            line, capture_output=True, text=True, env={**ENV, "PYTHONPATH": str(ROOT)}, check=False
+        )
         assert done.returncode == 0, done.stderr
     else:
         layer = "model.layers.0.self_attn"
@@ -70,29 +87,40 @@ def test_files_equal_those_made_of_a_merged_directory(scheme: str, size: str, tm
     merge(base, adapter, tmp_path / "merged", 0.25)
     script.model_free_ptq(tmp_path / "merged", tmp_path / "two", scheme, ignore=script.IGNORE)
     script.model_free_ptq(base, tmp_path / "unmerged", scheme, ignore=script.IGNORE)
-    made, wanted = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("one", "two"))
-    assert made == {name: data for name, data in wanted.items() if name not in ("streamer.json", "README.md")}
+    made, wanted = (
+        {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("one", "two")
+    )
+    assert made == {
+        name: data for name, data in wanted.items() if name not in ("streamer.json", "README.md")
+    }
     merged, unmerged = tensors(tmp_path / "one"), tensors(tmp_path / "unmerged")
-    changed = {name.rpartition(".")[0] for name in merged if not torch.equal(merged[name], unmerged[name])}
+    changed = {
+        name.rpartition(".")[0] for name in merged if not torch.equal(merged[name], unmerged[name])
+    }
     assert len(changed) == 2 * len(LINEAR)
 
 
 def test_what_the_example_cannot_merge_is_refused(tmp_path: Path) -> None:
     base, adapter = make(tmp_path, "1GB", modules_to_save=["lm_head"])
     with pytest.raises(
-        SystemExit, match=r"^lm_head.weight: the merged model has it, the base does not; run `streamer merge`"
+        SystemExit,
+        match=r"^lm_head.weight: the merged model has it, the base does not; run `streamer merge`",
     ):
         example().Merge(base, adapter, mitigation_lambda=0.25)
     loaded = load_file(base / "model.safetensors")
     converter = example().Merge(base, make(tmp_path / "plain", "1GB")[1], mitigation_lambda=0.25)
     name = "model.norm.weight"
     with pytest.raises(
-        SystemExit, match=rf"^{name}: torch.float32 \[128\] in the base, torch.bfloat16 \[128\] in the merged"
+        SystemExit,
+        match=rf"^{name}: torch.float32 \[128\] in the base, torch.bfloat16 \[128\] in the merged",
     ):
         converter.process({**loaded, name: loaded[name].float()})
     with pytest.raises(SystemExit, match=r"^extra: the base has it, the merged model does not"):
         converter.process({**loaded, "extra": loaded[name]})
-    save_file({**loaded, "lm_head.weight": loaded["model.embed_tokens.weight"].clone()}, base / "model.safetensors")
+    save_file(
+        {**loaded, "lm_head.weight": loaded["model.embed_tokens.weight"].clone()},
+        base / "model.safetensors",
+    )
     assert '"tie_word_embeddings": true' in (base / "config.json").read_text()
     with pytest.raises(SystemExit, match=r"^lm_head.weight: the base has it though it is tied"):
         example().Merge(base, adapter, mitigation_lambda=0.25)

@@ -22,7 +22,10 @@ from streamer.measuring import runs
 
 pytestmark = [
     pytest.mark.long,
-    pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed: extra [lm-eval]"),
+    pytest.mark.skipif(
+        find_spec("lm_eval") is None,
+        reason="lm-evaluation-harness is not installed: extra [lm-eval]",
+    ),
 ]
 
 TASK = """\
@@ -69,7 +72,9 @@ for run in json.loads(sys.argv[2]):
 def harness(home: Path, *runs: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
     """What it finds in each run, in one process, and what each run writes on stderr."""
     command = [sys.executable, "-c", RUNNER, str(home), json.dumps(runs, default=str)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(home), check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment(home), check=False
+    )
     assert done.returncode == 0, done.stderr
     return json.loads((home / "found.json").read_text()), done.stderr.split("run {")[1:]
 
@@ -88,7 +93,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("harness")
     make_pair("llama", home, CAUSAL["llama"][2], lora_alpha=2)  # of 16, hf is off by 6e-4 itself
     save(home / "base", "words")
-    streamer.detect_intruder_dimensions(home / "base", home / "adapter", home / "f.safetensors", top_k=4)
+    streamer.detect_intruder_dimensions(
+        home / "base", home / "adapter", home / "f.safetensors", top_k=4
+    )
     (home / "tasks").mkdir()
     rng = random.Random(vary(5))
 
@@ -97,10 +104,18 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     for name, (kind, more, metrics) in TASKS.items():
         docs = [
-            {"question": words(1, 6), "choices": sorted({words(1, 4) for _ in range(4)}), "answer": 0} for _ in range(9)
+            {
+                "question": words(1, 6),
+                "choices": sorted({words(1, 4) for _ in range(4)}),
+                "answer": 0,
+            }
+            for _ in range(9)
         ]
         if not more:
-            docs = [{"question": words(1, 6), "answer": " " + words(1, 80 if name == "whole" else 2)} for _ in range(9)]
+            docs = [
+                {"question": words(1, 6), "answer": " " + words(1, 80 if name == "whole" else 2)}
+                for _ in range(9)
+            ]
         listed = "\n".join(f"  - metric: {metric}" for metric in metrics)
         data = lines(home / "tasks" / f"{name}.jsonl", *docs)
         (home / "tasks" / f"{name}.yaml").write_text(
@@ -110,7 +125,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("name", "fewer"), [("llama", 0), ("gpt2", 1), ("gpt-j", 1)])
-def test_the_context_is_that_of_hf_where_one_more_position_does_no_harm(name: str, fewer: int, tmp_path: Path) -> None:
+def test_the_context_is_that_of_hf_where_one_more_position_does_no_harm(
+    name: str, fewer: int, tmp_path: Path
+) -> None:
     from streamer.lm_eval import StreamerLM
 
     cls, base, adapter = make_pair(name, tmp_path, CAUSAL[name][2])
@@ -127,7 +144,9 @@ def test_a_cache_has_no_answers_of_another_config(tmp_path: Path) -> None:
     save(base, "words")
 
     def answers(**cache: str) -> list[tuple[float, bool]]:
-        return StreamerLM(str(base), str(adapter), **cache)._loglikelihood_tokens([(None, [3, 4], [5, 6])], True)
+        return StreamerLM(str(base), str(adapter), **cache)._loglikelihood_tokens(
+            [(None, [3, 4], [5, 6])], True
+        )
 
     kept = {"cache": str(tmp_path / "cache.sqlite")}
     before = answers(**kept)
@@ -137,15 +156,23 @@ def test_a_cache_has_no_answers_of_another_config(tmp_path: Path) -> None:
     assert answers()[0][0] != pytest.approx(before[0][0], abs=1e-2)
 
 
-def test_a_killed_run_keeps_the_answers_of_the_sweeps_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_keeps_the_answers_of_the_sweeps_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from streamer import lm_eval
 
     _, base, adapter = make_pair("llama", tmp_path, CAUSAL["llama"][2])
     save(base, "words")
-    requests, sweeps, measure = [(None, [3, 4], [5, *range(6, 6 + n)]) for n in range(4)], [0], lm_eval.measure
+    requests, sweeps, measure = (
+        [(None, [3, 4], [5, *range(6, 6 + n)]) for n in range(4)],
+        [0],
+        lm_eval.measure,
+    )
 
     def answers(**cache: str) -> list[tuple[float, bool]]:
-        return lm_eval.StreamerLM(str(base), str(adapter), **cache)._loglikelihood_tokens(requests, True)
+        return lm_eval.StreamerLM(str(base), str(adapter), **cache)._loglikelihood_tokens(
+            requests, True
+        )
 
     def killed(*args: Any) -> Any:
         sweeps[0] += 1
@@ -159,7 +186,9 @@ def test_a_killed_run_keeps_the_answers_of_the_sweeps_before(tmp_path: Path, mon
     monkeypatch.setattr(lm_eval, "measure", killed)
     with pytest.raises(KeyboardInterrupt):
         answers(**kept)
-    assert [loss for loss, _ in answers(**kept)] == pytest.approx([loss for loss, _ in whole], abs=1e-5)
+    assert [loss for loss, _ in answers(**kept)] == pytest.approx(
+        [loss for loss, _ in whole], abs=1e-5
+    )
     assert sweeps == [5]  # three, and two that were left
 
 
@@ -168,17 +197,31 @@ def test_it_says_what_hf_says_of_merged_models(home: Path) -> None:
     merged = {"base": home / "base"}
     for method, lam in (("adapter", 1.0), ("paper", 0.5), ("shrink", 0.5)):
         merged[method] = home / f"merged-{method}"
-        options = {"method": "paper", "findings": home / "f.safetensors"} if method == "paper" else {"method": "shrink"}
+        options = (
+            {"method": "paper", "findings": home / "f.safetensors"}
+            if method == "paper"
+            else {"method": "shrink"}
+        )
         merge(home / "base", home / "adapter", merged[method], lam, **options)
         save(merged[method], "words")
     given = {"base": home / "base", "adapter": home / "adapter", "findings": home / "f.safetensors"}
     together = {"cache": home / "cache.sqlite", "methods": ["paper", "shrink"], "lambdas": [0.5]}
     strength = {"paper": {"lambda": 0.5}, "shrink": {"lambda": 0.5}}
     ours = [
-        {"model": "streamer", "model_args": {**given, **together, "method": m, **strength.get(m, {})}} for m in merged
+        {
+            "model": "streamer",
+            "model_args": {**given, **together, "method": m, **strength.get(m, {})},
+        }
+        for m in merged
     ]
-    hf = [{"model": "hf", "model_args": {"pretrained": path, "dtype": "float32"}} for path in merged.values()]
-    alone = {"model": "streamer", "model_args": {**given, "method": "shrink", "lambda": 0.5, "max_memory": "2G"}}
+    hf = [
+        {"model": "hf", "model_args": {"pretrained": path, "dtype": "float32"}}
+        for path in merged.values()
+    ]
+    alone = {
+        "model": "streamer",
+        "model_args": {**given, "method": "shrink", "lambda": 0.5, "max_memory": "2G"},
+    }
     runs, errors = harness(home, *({**run, "tasks": list(TASKS)} for run in [*ours, *hf, alone]))
     assert ["Scored requests" in err for err in errors] == [True, *[False] * 7, True]
     assert runs[3]["results"]["choices"] == runs.pop()["results"]["choices"]
@@ -192,7 +235,9 @@ def test_it_says_what_hf_says_of_merged_models(home: Path) -> None:
                     assert (greedy, own) == (taken, pytest.approx(other, abs=1e-4)), name
             for metric in metrics:
                 own, other = (run["results"][name][f"{metric},none"] for run in (found, expected))
-                assert own == (other if metric.startswith("acc") else pytest.approx(other, rel=1e-5))
+                assert own == (
+                    other if metric.startswith("acc") else pytest.approx(other, rel=1e-5)
+                )
 
 
 def test_what_it_refuses(home: Path) -> None:
@@ -206,12 +251,28 @@ def test_what_it_refuses(home: Path) -> None:
     (home / "tasks" / "written.yaml").write_text(text)
     given = {"base": home / "base", "adapter": home / "adapter"}
     cases = (
-        ("written", {}, "task 'written' generates text (generate_until), but --model streamer only scores log-likelihoods"),
-        ("choices", {"method": "shrink"}, "expected method, lambda and keep of one variant of base, adapter, shrink 0.75, "),
-        ("choices", {"max_length": 1}, "expected tokens before the continuation, and 1 to 1 (max_length) in it, found "),
-    )  # fmt: skip
+        (
+            "written",
+            {},
+            "task 'written' generates text (generate_until), but --model streamer only scores log-likelihoods",
+        ),
+        (
+            "choices",
+            {"method": "shrink"},
+            "expected method, lambda and keep of one variant of base, adapter, shrink 0.75, ",
+        ),
+        (
+            "choices",
+            {"max_length": 1},
+            "expected tokens before the continuation, and 1 to 1 (max_length) in it, found ",
+        ),
+    )
     runs, _ = harness(
-        home, *({"model": "streamer", "model_args": {**given, **more}, "tasks": [task]} for task, more, _ in cases)
+        home,
+        *(
+            {"model": "streamer", "model_args": {**given, **more}, "tasks": [task]}
+            for task, more, _ in cases
+        ),
     )
     for run, (*_, words) in zip(runs, cases, strict=True):
         assert words in run["error"]
@@ -229,7 +290,22 @@ def test_its_command_line(home: Path) -> None:
         ),
     ):
         done = subprocess.run(
-            [sys.executable, "-m", "streamer.lm_eval", "--model", "streamer", "--model_args", args + more, "--tasks", "choices",
-             "--include_path", str(home / "tasks")], capture_output=True, text=True, env=environment(home), check=False,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-m",
+                "streamer.lm_eval",
+                "--model",
+                "streamer",
+                "--model_args",
+                args + more,
+                "--tasks",
+                "choices",
+                "--include_path",
+                str(home / "tasks"),
+            ],
+            capture_output=True,
+            text=True,
+            env=environment(home),
+            check=False,
+        )
         assert (done.returncode, words in done.stdout + done.stderr) == (code, True), done.stderr

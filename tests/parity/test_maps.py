@@ -28,9 +28,13 @@ from streamer.streaming.sweep import _Reader
 IDS = [*torch.randint(3, 64, (12, 12), generator=torch.Generator().manual_seed(vary(3)))]
 
 OPERANDS = {
-    functional.linear: (1, 0), functional.embedding: (1, 0), torch.addmm: (2, 1), torch.matmul: (1, 0),
-    torch.Tensor.matmul: (1, 0), torch.Tensor.__matmul__: (1, 0),
-}  # fmt: skip
+    functional.linear: (1, 0),
+    functional.embedding: (1, 0),
+    torch.addmm: (2, 1),
+    torch.matmul: (1, 0),
+    torch.Tensor.matmul: (1, 0),
+    torch.Tensor.__matmul__: (1, 0),
+}
 """Where a function has the parameter, and what it multiplies or looks up."""
 
 
@@ -49,7 +53,11 @@ class Operands(TorchFunctionMode):
         name = self.names.get(args[parameter].data_ptr()) if parameter else None
         if name is not None:
             x, looked_up = args[operand], func is functional.embedding
-            rows = torch.eye(len(args[parameter])).double()[x.flatten()] if looked_up else x.reshape(-1, x.shape[-1])
+            rows = (
+                torch.eye(len(args[parameter])).double()[x.flatten()]
+                if looked_up
+                else x.reshape(-1, x.shape[-1])
+            )
             key, rows = name + " (looked up)" * looked_up, rows.double().numpy()
             self.sums[key] = self.sums.get(key, 0) + rows.T @ rows
         return func(*args, **(kwargs or {}))
@@ -63,7 +71,10 @@ def moments(model: Any, texts: Iterable[torch.Tensor] = IDS) -> dict[str, np.nda
     return {name: own / sum(map(len, texts)) for name, own in operands.sums.items()}
 
 
-ON_DISK = {"mixtral": ("mlp.gate.", "block_sparse_moe.gate."), "gpt-neox": ("lm_head.", "embed_out.")}
+ON_DISK = {
+    "mixtral": ("mlp.gate.", "block_sparse_moe.gate."),
+    "gpt-neox": ("lm_head.", "embed_out."),
+}
 """Parts of names that are others in files."""
 
 
@@ -76,7 +87,9 @@ def expected_of(name: str, cls: Any, base: Path) -> dict[str, np.ndarray]:
 
 def mapped(base: Path, place: Path, vectors: int = 512) -> streamer.InputMap:
     np.save(place / "g.npy", torch.stack(IDS).numpy())
-    return streamer.map_inputs(base, general=place / "g.npy", vectors=vectors, on_event=lambda event: None)
+    return streamer.map_inputs(
+        base, general=place / "g.npy", vectors=vectors, on_event=lambda event: None
+    )
 
 
 def assert_alike(made: streamer.InputMap, expected: dict[str, np.ndarray]) -> None:
@@ -93,7 +106,10 @@ def assert_alike(made: streamer.InputMap, expected: dict[str, np.ndarray]) -> No
             np.testing.assert_allclose(found.values, largest, atol=2e-5 * largest[0])
         # Vectors are rounded to bfloat16.
         np.testing.assert_allclose(energy_form(found), C, atol=2e-2 * np.abs(C).max(), err_msg=name)
-    assert all({*one.names} & {name.removesuffix(" (looked up)") for name in expected} for one in made.inputs)
+    assert all(
+        {*one.names} & {name.removesuffix(" (looked up)") for name in expected}
+        for one in made.inputs
+    )
 
 
 MAPPED = [
@@ -110,12 +126,20 @@ def test_maps_of_architectures(name: str, tmp_path: Path) -> None:
     made = mapped(tmp_path / "base", tmp_path)
     assert_alike(made, expected_of(name, cls, tmp_path / "base"))
     # Run twice a layer, and in another dtype.
-    assert all("altup.modality_router" in one or "mlp.gate." in one for one in made.facts["lacking"])
+    assert all(
+        "altup.modality_router" in one or "mlp.gate." in one for one in made.facts["lacking"]
+    )
 
 
 # As `ADAPTERS`: those whose deltas have factors, on layers that PEFT wraps one by one.
-KINDS = ["saved head and norms", "saved embedding, tied", "LoRA on a tied head", "LoRA on a tied embedding", "LoRA's own biases",
-         "embeddings of positions"]  # fmt: skip
+KINDS = [
+    "saved head and norms",
+    "saved embedding, tied",
+    "LoRA on a tied head",
+    "LoRA on a tied embedding",
+    "LoRA's own biases",
+    "embeddings of positions",
+]
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "experts, one tensor each", "experts, stacked", "router"])
@@ -127,15 +151,21 @@ def test_maps_of_kinds(kind: str, tmp_path: Path) -> None:
     assert {*lacking} <= {*made.facts["lacking"]} | {t.tensor for t in plan.targets if t.pieces}
     assert len(lacking) < len(plan.targets)
     assert not lacking or "experts" in kind or kind == "router"
-    streamer.reduce_intruder_dimension(base, adapter, tmp_path / "out", map=made, on_event=lambda e: None)
+    streamer.reduce_intruder_dimension(
+        base, adapter, tmp_path / "out", map=made, on_event=lambda e: None
+    )
     made.save(tmp_path / "m.safetensors")
     found = lines(tmp_path / "out", base, adapter, sample="all", map=tmp_path / "m.safetensors")
-    apart = kind == "experts, one tensor each"  # which of the factors are which parameter's, only a stack tells
+    apart = (
+        kind == "experts, one tensor each"
+    )  # which of the factors are which parameter's, only a stack tells
     assert "not verified: 16 matrices cannot be recomputed" in found[0] if apart else found == []
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "mixtral"])
-def test_matrices_are_read_a_few_rows_at_a_time(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matrices_are_read_a_few_rows_at_a_time(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also one that several matrices form, and a stack of experts, of which none is read whole."""
     monkeypatch.setattr(values, "BLOCK_BYTES", 1000)
     most, blocks = 0, values.Values.blocks
@@ -164,11 +194,14 @@ def test_quantized_bases(encoding: str, plain: tuple[Path, Path], tmp_path: Path
     """Inputs are those of the decoded base."""
     made = quantized.MAKERS[encoding](tmp_path / "base", plain[0])
     found, expected = (
-        mapped(base, tmp_path) for base in (made.base, decoded_base(tmp_path / "decoded", plain[0], made))
+        mapped(base, tmp_path)
+        for base in (made.base, decoded_base(tmp_path / "decoded", plain[0], made))
     )
     assert [one.names for one in found.inputs] == [one.names for one in expected.inputs]
     for one, other in zip(found.inputs, expected.inputs, strict=True):
-        torch.testing.assert_close(one.values, other.values, rtol=0, atol=2e-5 * float(other.values.max()))
+        torch.testing.assert_close(
+            one.values, other.values, rtol=0, atol=2e-5 * float(other.values.max())
+        )
 
 
 POSITIONS = {

@@ -166,19 +166,32 @@ def test_the_oracle_finds_a_changed_tensor_of_a_tie(name: str, tensor: str, tmp_
     ("name", "module"),
     [
         ("LlamaForCausalLM/attention/lora/untied/file/current", "model.layers.1.self_attn.v_proj"),
-        ("DeepseekV3ForCausalLM/experts/tuned/untied/file/current", "model.layers.1.mlp.experts.2.down_proj"),
-        ("GptOssForCausalLM/experts/lora/untied/file/current", "model.layers.1.mlp.experts.down_proj[3]"),
-        ("GptOssForCausalLM/experts/tuned/untied/file/current", "model.layers.1.mlp.experts.down_proj[3]"),
+        (
+            "DeepseekV3ForCausalLM/experts/tuned/untied/file/current",
+            "model.layers.1.mlp.experts.2.down_proj",
+        ),
+        (
+            "GptOssForCausalLM/experts/lora/untied/file/current",
+            "model.layers.1.mlp.experts.down_proj[3]",
+        ),
+        (
+            "GptOssForCausalLM/experts/tuned/untied/file/current",
+            "model.layers.1.mlp.experts.down_proj[3]",
+        ),
     ],
 )
-def test_the_oracle_finds_wrong_and_lacking_decisions(name: str, module: str, tmp_path: Path) -> None:
+def test_the_oracle_finds_wrong_and_lacking_decisions(
+    name: str, module: str, tmp_path: Path
+) -> None:
     case, made, findings, _ = merged(name, tmp_path)
     expected, (after, _) = adapted(made), merged_state(case, made)
     assert after is not None
     assert decisions(made, findings, made.before, after, expected)[2] == []
     index = next(i for i, m in enumerate(findings) if m.module == module)
     m = findings[index]
-    others = tuple(j for j in range(len(m.detection.singular_values)) if j not in m.detection.intruders)
+    others = tuple(
+        j for j in range(len(m.detection.singular_values)) if j not in m.detection.intruders
+    )
     opposite = replace(m, detection=replace(m.detection, intruders=others))
     turned = replace(m, shape=m.shape[::-1])
     for faulty, said in (([opposite], "for ["), ([turned], "shape"), ([], "none of")):
@@ -201,4 +214,6 @@ def test_the_whole_matrix_has_nothing_wrong(tmp_path: Path) -> None:
     right = [r for r in map(json.loads, results.read_text().splitlines()) if r["status"] == "right"]
     assert len({r["cls"] for r in right}) >= 150
     assert len(right) >= 2500
-    assert sum(not r["said"] for r in right) >= 0.92 * len(right)  # compared in all ways: 2,681 of 2,864
+    assert sum(not r["said"] for r in right) >= 0.92 * len(
+        right
+    )  # compared in all ways: 2,681 of 2,864

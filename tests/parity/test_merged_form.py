@@ -25,7 +25,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A float32 base and an adapter that also saves its head."""
     home = tmp_path_factory.mktemp("form")
     cls = make_base("llama", home / "base")
-    make_adapter(cls, home / "base", home / "adapter", ["q_proj", "down_proj"], modules_to_save=["lm_head"])
+    make_adapter(
+        cls, home / "base", home / "adapter", ["q_proj", "down_proj"], modules_to_save=["lm_head"]
+    )
     return home / "base", home / "adapter"
 
 
@@ -36,13 +38,21 @@ def merge(base: Path, adapter: Path, output: Path, **options: object) -> Path:
 
 
 def tensors(directory: Path) -> dict[str, torch.Tensor]:
-    return {name: value for file in sorted(directory.glob("*.safetensors")) for name, value in load_file(file).items()}
+    return {
+        name: value
+        for file in sorted(directory.glob("*.safetensors"))
+        for name, value in load_file(file).items()
+    }
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_equals_the_model_that_transformers_saves(inputs: tuple[Path, Path], tmp_path: Path, dtype: str) -> None:
+def test_equals_the_model_that_transformers_saves(
+    inputs: tuple[Path, Path], tmp_path: Path, dtype: str
+) -> None:
     base, adapter = inputs
-    theirs = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), adapter).merge_and_unload()
+    theirs = PeftModel.from_pretrained(
+        LlamaForCausalLM.from_pretrained(base), adapter
+    ).merge_and_unload()
     theirs.to(DTYPES[dtype]).save_pretrained(tmp_path / "theirs", max_shard_size=SIZE)
     ours = merge(base, adapter, tmp_path / "ours", dtype=dtype, max_shard_size=SIZE)
     wanted, found = tensors(tmp_path / "theirs"), tensors(ours)
@@ -51,12 +61,16 @@ def test_equals_the_model_that_transformers_saves(inputs: tuple[Path, Path], tmp
     }
     for name, value in wanted.items():
         # PEFT sums in another order: a value may round to a neighbour.
-        torch.testing.assert_close(found[name], value, rtol=torch.finfo(DTYPES[dtype]).eps, atol=1e-7, msg=name)
+        torch.testing.assert_close(
+            found[name], value, rtol=torch.finfo(DTYPES[dtype]).eps, atol=1e-7, msg=name
+        )
         if not {"q_proj", "down_proj"} & {*name.split(".")}:
             assert torch.equal(found[name], value), name
     index = json.loads((ours / "model.safetensors.index.json").read_text())
     files = sorted(ours.glob("*.safetensors"))
-    assert [f.name for f in files] == [f"model-{n:05}-of-{len(files):05}.safetensors" for n in range(1, len(files) + 1)]
+    assert [f.name for f in files] == [
+        f"model-{n:05}-of-{len(files):05}.safetensors" for n in range(1, len(files) + 1)
+    ]
     assert len(files) >= 3
     assert index["weight_map"] == {name: file.name for file in files for name in load_file(file)}
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in found.values())
@@ -95,18 +109,26 @@ def test_names_a_tensor_that_overflows(inputs: tuple[Path, Path], tmp_path: Path
     values = load_file(large / "model.safetensors")
     values["model.norm.weight"][:3] = 7e4
     save_file(values, large / "model.safetensors", {"format": "pt"})
-    with pytest.raises(streamer.StreamerError, match=r"'model.norm.weight'.* float16 .* in 3 values or more"):
+    with pytest.raises(
+        streamer.StreamerError, match=r"'model.norm.weight'.* float16 .* in 3 values or more"
+    ):
         merge(large, inputs[1], tmp_path / "out", dtype="fp16")
     merge(large, inputs[1], tmp_path / "wider", dtype="bf16")
 
 
-def test_trained_tokens_that_overflow_are_named_too(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_trained_tokens_that_overflow_are_named_too(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
     large = merge(*inputs, tmp_path / "large", max_shard_size="5GB")
     values = load_file(large / "model.safetensors")
     values["model.embed_tokens.weight"][5] = 7e4
     save_file(values, large / "model.safetensors", {"format": "pt"})
     tokens = make_adapter(
-        LlamaForCausalLM, large, tmp_path / "tokens", ["q_proj"], trainable_token_indices={"embed_tokens": [1, 2]}
+        LlamaForCausalLM,
+        large,
+        tmp_path / "tokens",
+        ["q_proj"],
+        trainable_token_indices={"embed_tokens": [1, 2]},
     )
     with pytest.raises(streamer.StreamerError, match=r"'model.embed_tokens.weight'.* float16 "):
         merge(large, tokens, tmp_path / "out", dtype="fp16")
@@ -125,13 +147,16 @@ def test_a_mask_stays_in_the_dtype_that_it_has(inputs: tuple[Path, Path], tmp_pa
     values["model.mask"] = torch.full((4, 4), float("-inf"))
     save_file(values, base / "model.safetensors", {"format": "pt"})
     assert torch.equal(
-        tensors(merge(base, inputs[1], tmp_path / "ours", dtype="fp32"))["model.mask"], values["model.mask"]
+        tensors(merge(base, inputs[1], tmp_path / "ours", dtype="fp32"))["model.mask"],
+        values["model.mask"],
     )
 
 
 def test_experts_are_not_taken_for_damaged(tmp_path: Path) -> None:
     cls = make_base("mixtral", tmp_path / "base")
-    adapter = make_adapter(cls, tmp_path / "base", tmp_path / "adapter", ["q_proj"], target_parameters=EXPERTS)
+    adapter = make_adapter(
+        cls, tmp_path / "base", tmp_path / "adapter", ["q_proj"], target_parameters=EXPERTS
+    )
     merged = merge(tmp_path / "base", adapter, tmp_path / "merged", dtype="bf16")
     with pytest.raises(streamer.StreamerError, match=r"not verified: .* cannot be recomputed"):
         streamer.verify_output(merged, tmp_path / "base", adapter, sample="all")

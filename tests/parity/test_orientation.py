@@ -44,13 +44,29 @@ def two(encoder: Any, decoder: Any) -> Any:
 
 # Name → (class, config, target modules, tokens of the decoder as well)
 MODELS: dict[str, tuple[str, Callable[[], Any], list[str]]] = {
-    "linear": ("LlamaForCausalLM", lambda: config("Llama", **TEXT | {"num_key_value_heads": 4}), ["q_proj", "v_proj", "o_proj"]),
+    "linear": (
+        "LlamaForCausalLM",
+        lambda: config("Llama", **TEXT | {"num_key_value_heads": 4}),
+        ["q_proj", "v_proj", "o_proj"],
+    ),
     "conv1d": ("GPT2LMHeadModel", gpt2, ["attn.c_proj"]),
     "conv1d, wide": ("GPT2LMHeadModel", gpt2, ["c_attn", "c_proj"]),
-    "conv1d and a head": ("GPT2ForSequenceClassification", lambda: gpt2(num_labels=3, pad_token_id=0), ["attn.c_proj", "score"]),
-    "linear, then conv1d": ("EncoderDecoderModel", lambda: two(bert(), gpt2()), ["query", "attn.c_proj", "q_attn", "c_fc"]),
-    "conv1d, then linear": ("EncoderDecoderModel", lambda: two(gpt2(), bert()), ["query", "attn.c_proj", "output.dense"]),
-}  # fmt: skip
+    "conv1d and a head": (
+        "GPT2ForSequenceClassification",
+        lambda: gpt2(num_labels=3, pad_token_id=0),
+        ["attn.c_proj", "score"],
+    ),
+    "linear, then conv1d": (
+        "EncoderDecoderModel",
+        lambda: two(bert(), gpt2()),
+        ["query", "attn.c_proj", "q_attn", "c_fc"],
+    ),
+    "conv1d, then linear": (
+        "EncoderDecoderModel",
+        lambda: two(gpt2(), bert()),
+        ["query", "attn.c_proj", "output.dense"],
+    ),
+}
 
 
 def make(name: str, home: Path, flag: bool | None = None) -> Any:
@@ -70,7 +86,9 @@ def make(name: str, home: Path, flag: bool | None = None) -> Any:
 
 def peft_model(cls: Any, home: Path) -> Any:
     with warnings.catch_warnings(action="ignore"):
-        return PeftModel.from_pretrained(cls.from_pretrained(home / "base"), home / "adapter").eval()
+        return PeftModel.from_pretrained(
+            cls.from_pretrained(home / "base"), home / "adapter"
+        ).eval()
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -90,10 +108,15 @@ def test_the_class_decides_and_not_the_flag(name: str, flag: bool | None, tmp_pa
     model.merge_and_unload().save_pretrained(theirs)
     merge(base, adapter, out, 1.0)
     assert_merged(weights(out), weights(theirs))
-    torch.testing.assert_close(logits(cls.from_pretrained(out).eval()), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        logits(cls.from_pretrained(out).eval()), expected, rtol=1e-4, atol=1e-4
+    )
     findings = streamer.detect_intruder_dimensions(base, adapter)
     states = weights(base), weights(theirs)
-    sides = [[t[m.tensor].T if m.module.endswith(CONV1D) else t[m.tensor] for t in states] for m in findings]
+    sides = [
+        [t[m.tensor].T if m.module.endswith(CONV1D) else t[m.tensor] for t in states]
+        for m in findings
+    ]
     assert sum(assert_decided(m, *pair) for m, pair in zip(findings, sides, strict=True)) > 0
     verification = streamer.verify_output(out, base, adapter, sample="all")
     assert len(verification["recomputed"]) == len(findings)
@@ -109,17 +132,26 @@ def test_square_layers_of_an_unknown_class(name: str, flag: bool, tmp_path: Path
     cls = make(name, tmp_path, flag)
     adapter = tmp_path / "adapter"
     with pytest.raises(
-        MismatchError, match=r"does not show whether it is stored as .* name its class with --architecture NAME"
+        MismatchError,
+        match=r"does not show whether it is stored as .* name its class with --architecture NAME",
     ):
         streamer.detect_intruder_dimensions(one_file(tmp_path), adapter)
     expected = dict(streamer.iter_merged(tmp_path / "base", adapter, mitigation_lambda=1.0))
-    named = dict(streamer.iter_merged(one_file(tmp_path), adapter, mitigation_lambda=1.0, architecture=cls.__name__))
+    named = dict(
+        streamer.iter_merged(
+            one_file(tmp_path), adapter, mitigation_lambda=1.0, architecture=cls.__name__
+        )
+    )
     assert_merged(named, expected)
 
 
 def without_biases(home: Path) -> Path:
     """Rewrite the base without its biases: as of a model that has none."""
-    kept = {name: tensor for name, tensor in weights(home / "base").items() if not name.endswith(".bias")}
+    kept = {
+        name: tensor
+        for name, tensor in weights(home / "base").items()
+        if not name.endswith(".bias")
+    }
     save_file(kept, home / "alone.safetensors")
     return home / "alone.safetensors"
 
@@ -127,7 +159,9 @@ def without_biases(home: Path) -> Path:
 def test_nothing_tells_that_a_square_layer_is_a_conv1d(tmp_path: Path) -> None:
     """No flag, no bias, no other layer: ``c_proj`` is a Conv1D in some classes, and a Linear in others."""
     make("conv1d", tmp_path, flag=False)
-    with pytest.raises(MismatchError, match=r"does not show whether it is stored as .* with --architecture NAME"):
+    with pytest.raises(
+        MismatchError, match=r"does not show whether it is stored as .* with --architecture NAME"
+    ):
         streamer.detect_intruder_dimensions(without_biases(tmp_path), tmp_path / "adapter")
 
 
@@ -139,7 +173,9 @@ def test_linear_layers_that_are_called_as_conv1d_are(by: str, tmp_path: Path) ->
     model = cls(config("GPTBigCode", **GPT2))
     model.save_pretrained(tmp_path / "base")
     targets = ["attn.c_proj"] if by == "biases" else ["attn.c_proj", "c_fc"]
-    peft = get_peft_model(model, LoraConfig(r=4, lora_alpha=64, target_modules=targets, init_lora_weights=False))
+    peft = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=64, target_modules=targets, init_lora_weights=False)
+    )
     peft.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     peft.merge_and_unload().save_pretrained(tmp_path / "theirs")
     base = one_file(tmp_path) if by == "biases" else without_biases(tmp_path)
@@ -152,11 +188,22 @@ def test_linear_layers_that_are_called_as_conv1d_are(by: str, tmp_path: Path) ->
 def test_a_class_of_another_library_of_a_known_type(name: str, tmp_path: Path) -> None:
     """All classes of its type agree."""
     make(name, tmp_path, flag=name == "linear")
-    expected = dict(streamer.iter_merged(tmp_path / "base", tmp_path / "adapter", mitigation_lambda=1.0))
+    expected = dict(
+        streamer.iter_merged(tmp_path / "base", tmp_path / "adapter", mitigation_lambda=1.0)
+    )
     path = tmp_path / "base" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": ["OursForRanking"]}))
-    assert_merged(dict(streamer.iter_merged(tmp_path / "base", tmp_path / "adapter", mitigation_lambda=1.0)), expected)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoModel": "ours.OursForRanking"}}))
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"architectures": ["OursForRanking"]})
+    )
+    assert_merged(
+        dict(streamer.iter_merged(tmp_path / "base", tmp_path / "adapter", mitigation_lambda=1.0)),
+        expected,
+    )
+    path.write_text(
+        json.dumps(
+            json.loads(path.read_text()) | {"auto_map": {"AutoModel": "ours.OursForRanking"}}
+        )
+    )
     with pytest.raises(MismatchError, match="--architecture NAME"):
         streamer.detect_intruder_dimensions(tmp_path / "base", tmp_path / "adapter")
 
@@ -172,7 +219,9 @@ def test_a_fine_tuned_model_of_an_unknown_class(tmp_path: Path) -> None:
         (tmp_path / home / "config.json").unlink()
     with pytest.raises(MismatchError, match="--architecture NAME"):
         streamer.detect_intruder_dimensions(tmp_path / "base", tmp_path / "tuned")
-    named = streamer.detect_intruder_dimensions(tmp_path / "base", tmp_path / "tuned", architecture="GPT2LMHeadModel")
+    named = streamer.detect_intruder_dimensions(
+        tmp_path / "base", tmp_path / "tuned", architecture="GPT2LMHeadModel"
+    )
     assert [(m.tensor, m.shape, m.detection.intruders) for m in named] == [
         (m.tensor, m.shape, m.detection.intruders) for m in expected
     ]
@@ -185,25 +234,40 @@ def test_the_class_that_is_named_stands_in_the_records(tmp_path: Path) -> None:
         base, adapter, tmp_path / "f.safetensors", architecture="GPT2LMHeadModel"
     )
     assert findings.base["architecture"] == "GPT2LMHeadModel"
-    options: dict[str, Any] = {"findings": tmp_path / "f.safetensors", "architecture": "GPT2LMHeadModel"}
-    record = streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "out", **options)
+    options: dict[str, Any] = {
+        "findings": tmp_path / "f.safetensors",
+        "architecture": "GPT2LMHeadModel",
+    }
+    record = streamer.merge_with_reduced_intruder_dimensions(
+        base, adapter, tmp_path / "out", **options
+    )
     assert record["base"]["architecture"] == "GPT2LMHeadModel"
     assert streamer.verify_output(tmp_path / "out", base, adapter, sample="all")["recomputed"]
-    assert "architecture" not in streamer.detect_intruder_dimensions(tmp_path / "base", adapter).base
+    assert (
+        "architecture" not in streamer.detect_intruder_dimensions(tmp_path / "base", adapter).base
+    )
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("GPT2LMHead", r"architecture: expected a class of model_type 'gpt2', found 'GPT2LMHead'; near it: GPT2LMHeadModel"),
-        ("LlamaForCausalLM", r"architecture: expected a class of model_type 'gpt2', found 'LlamaForCausalLM'"),
+        (
+            "GPT2LMHead",
+            r"architecture: expected a class of model_type 'gpt2', found 'GPT2LMHead'; near it: GPT2LMHeadModel",
+        ),
+        (
+            "LlamaForCausalLM",
+            r"architecture: expected a class of model_type 'gpt2', found 'LlamaForCausalLM'",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_class_that_is_not_known(given: str, said: str, tmp_path: Path) -> None:
     make("conv1d", tmp_path)
     with pytest.raises(UsageError, match=said):
-        streamer.detect_intruder_dimensions(tmp_path / "base", tmp_path / "adapter", architecture=given)
+        streamer.detect_intruder_dimensions(
+            tmp_path / "base", tmp_path / "adapter", architecture=given
+        )
     done = run_cli("inspect", tmp_path / "base", tmp_path / "adapter", "--architecture", given)
     assert done.returncode == 2
     assert "--architecture: expected a class of model_type 'gpt2'" in done.stderr
@@ -219,8 +283,14 @@ def nf4(W: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
 
 
 ENCODINGS = {
-    "nf4": (nf4, {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
-    "nvfp4": (partial(small_floats, encoding="nvfp4-pack-quantized"), floats_config("nvfp4-pack-quantized")),
+    "nf4": (
+        nf4,
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    ),
+    "nvfp4": (
+        partial(small_floats, encoding="nvfp4-pack-quantized"),
+        floats_config("nvfp4-pack-quantized"),
+    ),
 }
 
 
@@ -231,7 +301,9 @@ def quantized_base(
     torch.manual_seed(vary(0))
     model = getattr(transformers, cls)(config)
     model.save_pretrained(home / "base")
-    peft = get_peft_model(model, LoraConfig(r=2, lora_alpha=32, target_modules=[layer], init_lora_weights=False))
+    peft = get_peft_model(
+        model, LoraConfig(r=2, lora_alpha=32, target_modules=[layer], init_lora_weights=False)
+    )
     peft.save_pretrained(home / "adapter", save_embedding_layers=False)
     path = home / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"fan_in_fan_out": True}))
@@ -244,7 +316,9 @@ def quantized_base(
         tensors |= {name.removesuffix(".weight") + key: part for key, part in parts.items()}
     save_file(tensors, home / "base" / "model.safetensors", metadata={"format": "pt"})
     path = home / "base" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": ENCODINGS[encoding][1]}))
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"quantization_config": ENCODINGS[encoding][1]})
+    )
     return decoded
 
 
@@ -254,7 +328,11 @@ def square_gpt2() -> transformers.PreTrainedConfig:
 
 def square_llama() -> transformers.PreTrainedConfig:
     return transformers.LlamaConfig(
-        hidden_size=SIZE, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=96
+        hidden_size=SIZE,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=96,
     )
 
 
@@ -286,4 +364,6 @@ def test_four_bits_are_out_by_in_whatever_the_flag_says(
         assert assert_decided(m, decoded[m.tensor], decoded[m.tensor].double() + 16 * B @ A)
     if cls.startswith("GPT2") and named:  # written, its layers would have to be turned
         with pytest.raises(UnsupportedError, match="a quantized gpt2 stores its layers"):
-            streamer.iter_merged(tmp_path / "base", tmp_path / "adapter", mitigation_lambda=1, dequantize=True)
+            streamer.iter_merged(
+                tmp_path / "base", tmp_path / "adapter", mitigation_lambda=1, dequantize=True
+            )

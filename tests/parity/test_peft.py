@@ -69,10 +69,14 @@ def test_decisions_equal_the_dense_formula_in_float64(trained: Trained, solver: 
     assert findings.intruders >= 5
     for m in findings:
         S, similarity = dense_formula(trained.adapter)[m.module]
-        torch.testing.assert_close(torch.tensor(m.detection.singular_values, dtype=torch.float64), S, rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            torch.tensor(m.detection.singular_values, dtype=torch.float64), S, rtol=1e-5, atol=0
+        )
         assert m.detection.certified == bool(((similarity - 0.5).abs() > 1e-6).all()), m.tensor
         for j, s in enumerate(similarity.tolist()):
-            assert m.detection.similarity_low[j] - 1e-4 <= s <= m.detection.similarity_high[j] + 1e-4, (m.tensor, j)
+            assert (
+                m.detection.similarity_low[j] - 1e-4 <= s <= m.detection.similarity_high[j] + 1e-4
+            ), (m.tensor, j)
             if abs(s - 0.5) > 1e-4:
                 assert (j in m.detection.intruders) == (s < 0.5), (m.tensor, j, s)
                 compared += 1
@@ -81,7 +85,9 @@ def test_decisions_equal_the_dense_formula_in_float64(trained: Trained, solver: 
 
 @pytest.mark.long
 @pytest.mark.parametrize("lam", [0.0, 0.75])
-def test_the_certified_solver_mitigates_as_the_dense_one(trained: Trained, lam: float, tmp_path: Path) -> None:
+def test_the_certified_solver_mitigates_as_the_dense_one(
+    trained: Trained, lam: float, tmp_path: Path
+) -> None:
     mitigated = []
     for name, findings in (("dense", trained.findings), ("certified", trained.certified)):
         mitigate(minilm.BASE, trained.adapter, tmp_path / name, lam, findings=findings)
@@ -94,8 +100,12 @@ def test_the_certified_solver_mitigates_as_the_dense_one(trained: Trained, lam: 
 
 @pytest.mark.long
 @pytest.mark.parametrize("lam", LAMBDAS)
-def test_mitigated_delta_and_outputs_equal_pefts(trained: Trained, lam: float, tmp_path: Path) -> None:
-    record = mitigate(minilm.BASE, trained.adapter, tmp_path / "out", lam, findings=trained.findings)
+def test_mitigated_delta_and_outputs_equal_pefts(
+    trained: Trained, lam: float, tmp_path: Path
+) -> None:
+    record = mitigate(
+        minilm.BASE, trained.adapter, tmp_path / "out", lam, findings=trained.findings
+    )
     theirs = reference(trained.adapter, lam)
     model = minilm.load_peft(tmp_path / "out")
     ours = deltas(model)
@@ -109,7 +119,9 @@ def test_mitigated_delta_and_outputs_equal_pefts(trained: Trained, lam: float, t
 
 def ulps(a: torch.Tensor, b: torch.Tensor) -> int:
     """Largest distance in units in the last place, for values of one sign."""
-    kind = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}[a.dtype]
+    kind = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}[
+        a.dtype
+    ]
 
     def ordered(t: torch.Tensor) -> torch.Tensor:
         i = t.contiguous().view(kind).long()
@@ -128,7 +140,9 @@ def test_merge_at_lambda_one_equals_merge_and_unload(trained: Trained, tmp_path:
     for name, tensor in ours.items():
         if name in adapted:
             # The sums round once in either program, but B·A is summed in another order: a few units of the *larger* term.
-            bound = torch.finfo(torch.float32).eps * (base[name].abs() + (by_peft[name] - base[name]).abs())
+            bound = torch.finfo(torch.float32).eps * (
+                base[name].abs() + (by_peft[name] - base[name]).abs()
+            )
             assert bool(((tensor - by_peft[name]).abs() <= 4 * bound).all()), name
         else:
             assert torch.equal(tensor.view(torch.uint8), base[name].view(torch.uint8)), name
@@ -154,8 +168,12 @@ def test_half_precision_merge_is_the_exact_sum_rounded_once(
         exact = base[m.tensor].double() + before[m.module].double()
         assert ours[m.tensor].dtype == dtype
         # Where a sum all but cancels, float32's error in it is more than one unit of what is left.
-        near = exact.abs() > 2**-12 * (base[m.tensor].double().abs() + before[m.module].double().abs())
+        near = exact.abs() > 2**-12 * (
+            base[m.tensor].double().abs() + before[m.module].double().abs()
+        )
         assert ulps(ours[m.tensor][near], exact.to(dtype)[near]) <= 1, m.tensor
-        torch.testing.assert_close(ours[m.tensor].double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=2e-7)
+        torch.testing.assert_close(
+            ours[m.tensor].double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=2e-7
+        )
         # float32 sums may fall on the other side of a tie, but rarely: a second rounding would show in many values.
         assert (ours[m.tensor] != exact.to(dtype)).float().mean() < 1e-3, m.tensor

@@ -21,7 +21,11 @@ from streamer.errors import UnsupportedError
 
 
 @pytest.fixture(scope="module", params=list(MAKERS))
-def case(request: pytest.FixtureRequest, plain: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Case:
+def case(
+    request: pytest.FixtureRequest,
+    plain: tuple[Path, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Case:
     directory = tmp_path_factory.mktemp(request.param)
     made = MAKERS[request.param](directory / "base", plain[0])
     return Case(request.param, made, plain[1], decoded_base(directory / "decoded", plain[0], made))
@@ -29,12 +33,16 @@ def case(request: pytest.FixtureRequest, plain: tuple[Path, Path], tmp_path_fact
 
 @pytest.mark.long
 def test_detection_and_mitigation_are_those_on_the_decoded_base(case: Case, tmp_path: Path) -> None:
-    assert set(case.made.decoded) == {m.tensor for m in streamer.detect_intruder_dimensions(case.decoded, case.adapter)}
+    assert set(case.made.decoded) == {
+        m.tensor for m in streamer.detect_intruder_dimensions(case.decoded, case.adapter)
+    }
     theirs = streamer.detect_intruder_dimensions(
         case.decoded, case.adapter, tmp_path / "a.safetensors", solver="certified"
     )
     for io in ("mmap", "pread"):
-        ours = streamer.detect_intruder_dimensions(case.made.base, case.adapter, solver="certified", io=io)
+        ours = streamer.detect_intruder_dimensions(
+            case.made.base, case.adapter, solver="certified", io=io
+        )
         mine = {m.tensor: m.detection for m in ours}
         for m in theirs:
             assert mine[m.tensor].singular_values == m.detection.singular_values
@@ -46,7 +54,9 @@ def test_detection_and_mitigation_are_those_on_the_decoded_base(case: Case, tmp_
     assert all(torch.equal(x[k], y[k]) for k in y)
 
 
-def test_dequantized_merge_is_the_merge_on_the_decoded_base_rounded_once(case: Case, tmp_path: Path) -> None:
+def test_dequantized_merge_is_the_merge_on_the_decoded_base_rounded_once(
+    case: Case, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     record = merge(case.made.base, case.adapter, out, 1, dequantize=True)
     tensors = all_tensors(out)
@@ -83,15 +93,16 @@ def test_what_is_not_touched_is_dequantized_as_well(case: Case, tmp_path: Path) 
     adapter = tmp_path / "adapter"
     shutil.copytree(case.adapter, adapter)
     factors = load_file(adapter / "adapter_model.safetensors")
-    save_file({k: t for k, t in factors.items() if "layers.0." in k}, adapter / "adapter_model.safetensors")
+    save_file(
+        {k: t for k, t in factors.items() if "layers.0." in k},
+        adapter / "adapter_model.safetensors",
+    )
     merge(case.made.base, adapter, tmp_path / "out", 1, dequantize=True)
     tensors = all_tensors(tmp_path / "out")
     for name, t in case.made.decoded.items():
         assert torch.equal(tensors[name], t.to(torch.bfloat16)) == ("layers.1." in name)
     if case.name not in FP8:
-        message = (
-            r"7 of the weights to merge into are quantized, 'model\.layers\.0\..*' first \(.*\).*--dequantize writes"
-        )
+        message = r"7 of the weights to merge into are quantized, 'model\.layers\.0\..*' first \(.*\).*--dequantize writes"
         with pytest.raises(UnsupportedError, match=message):
             merge(case.made.base, adapter, tmp_path / "no", 1)
         with pytest.raises(UnsupportedError, match="--dequantize"):
@@ -101,7 +112,11 @@ def test_what_is_not_touched_is_dequantized_as_well(case: Case, tmp_path: Path) 
 
 def ways(case: Case) -> list[dict[str, bool]]:
     """The ways to write a merge into this base."""
-    return [{"dequantize": True}, {"dequantize": False}] if case.name in FP8 else [{"dequantize": True}]
+    return (
+        [{"dequantize": True}, {"dequantize": False}]
+        if case.name in FP8
+        else [{"dequantize": True}]
+    )
 
 
 @pytest.mark.long
@@ -110,8 +125,12 @@ def test_the_stream_of_tensors_is_what_the_files_hold(case: Case, tmp_path: Path
         out = tmp_path / str(i)
         merge(case.made.base, case.adapter, out, 0.5, **way)
         tensors = all_tensors(out)
-        got = usual_names(dict(streamer.iter_merged(case.made.base, case.adapter, mitigation_lambda=0.5, **way)))
+        got = usual_names(
+            dict(streamer.iter_merged(case.made.base, case.adapter, mitigation_lambda=0.5, **way))
+        )
         assert got.keys() == tensors.keys()
         for name, t in got.items():
             assert t.dtype == tensors[name].dtype
-            assert torch.equal(t.flatten().view(torch.uint8), tensors[name].flatten().view(torch.uint8)), name
+            assert torch.equal(
+                t.flatten().view(torch.uint8), tensors[name].flatten().view(torch.uint8)
+            ), name

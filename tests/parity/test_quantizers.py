@@ -52,8 +52,12 @@ def test_four_bits_are_what_bitsandbytes_decodes(
     assert list(weights) == ["w.weight"]
 
 
-@pytest.mark.parametrize(("shape", "blocksize"), [((64, 96), 64), ((37, 50), 128), ((64, 64), 128), ((3, 5), 64)])
-def test_four_bits_where_blocks_do_not_fit_rows(tmp_path: Path, shape: tuple[int, int], blocksize: int) -> None:
+@pytest.mark.parametrize(
+    ("shape", "blocksize"), [((64, 96), 64), ((37, 50), 128), ((64, 64), 128), ((3, 5), 64)]
+)
+def test_four_bits_where_blocks_do_not_fit_rows(
+    tmp_path: Path, shape: tuple[int, int], blocksize: int
+) -> None:
     """The library's AVX-512 decoder takes the wrong block there (0.50.2: errors of 1.9 where absmax allows 0.5); this is the formula."""
     codes, state, tensors = four_bits(shape, "nf4", False, blocksize, torch.float32, torch.uint8)
     packed, count = codes.flatten().numpy(), shape[0] * shape[1]
@@ -65,7 +69,11 @@ def test_four_bits_where_blocks_do_not_fit_rows(tmp_path: Path, shape: tuple[int
 
 def test_eight_bits_are_what_bitsandbytes_decodes(tmp_path: Path) -> None:
     codes, scale, _ = bnb.int8_vectorwise_quant(torch.randn(48, 80).half())
-    tensors = {"w.weight": codes, "w.SCB": scale, "w.weight_format": torch.tensor(0, dtype=torch.uint8)}
+    tensors = {
+        "w.weight": codes,
+        "w.SCB": scale,
+        "w.weight_format": torch.tensor(0, dtype=torch.uint8),
+    }
     weights = base_of(tmp_path, tensors, {"quant_method": "bitsandbytes", "load_in_8bit": True})
     assert_decodes(weights, "w.weight", bnb.int8_vectorwise_dequant(codes, scale))
 
@@ -76,7 +84,9 @@ def test_mxfp4_is_what_transformers_decodes(tmp_path: Path, out: int) -> None:
     blocks = torch.randint(0, 256, (3, out, 4, 16), generator=g, dtype=torch.uint8)
     exps = torch.randint(110, 130, (3, out, 4), generator=g, dtype=torch.uint8)
     name = "mlp.experts.gate_up_proj"
-    weights = base_of(tmp_path, {f"{name}_blocks": blocks, f"{name}_scales": exps}, {"quant_method": "mxfp4"})
+    weights = base_of(
+        tmp_path, {f"{name}_blocks": blocks, f"{name}_scales": exps}, {"quant_method": "mxfp4"}
+    )
     expected = convert_moe_packed_tensors(blocks, exps, dtype=torch.float32)
     assert_decodes(weights, name, expected)
     expert = weights[name].slice(1)
@@ -122,19 +132,30 @@ def test_gptq(tmp_path: Path, bits: int, act_order: bool, encoding: str, io: str
         "w.scales": scale,
         "w.g_idx": torch.from_numpy(group.astype(np.int32)),
     }
-    config = {"quant_method": "gptq", "bits": bits, "group_size": inputs // groups, "checkpoint_format": encoding}
+    config = {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": inputs // groups,
+        "checkpoint_format": encoding,
+    }
     weights = base_of(tmp_path, tensors, config, io)
     exact = (codes - zeros[group]) * scale.double().numpy()[group]
     assert_decodes(weights, "w.weight", torch.from_numpy(exact.T.copy()))
     assert list(weights) == ["w.weight"]
     if not act_order:
         del tensors["w.g_idx"]
-        assert_decodes(base_of(tmp_path / "b", tensors, config, io), "w.weight", torch.from_numpy(exact.T.copy()))
+        assert_decodes(
+            base_of(tmp_path / "b", tensors, config, io),
+            "w.weight",
+            torch.from_numpy(exact.T.copy()),
+        )
 
 
 @pytest.mark.parametrize("stored_less", [0, 1])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_symmetric_gptq_that_states_the_first_format(tmp_path: Path, bits: int, stored_less: int) -> None:
+def test_symmetric_gptq_that_states_the_first_format(
+    tmp_path: Path, bits: int, stored_less: int
+) -> None:
     """Its zero points are half of the range, even if they are stored as in the second format."""
     codes = np.random.default_rng(vary(bits)).integers(0, 1 << bits, (128, 96))
     half = 1 << (bits - 1)
@@ -143,8 +164,16 @@ def test_symmetric_gptq_that_states_the_first_format(tmp_path: Path, bits: int, 
         "w.qzeros": torch.from_numpy(stream(np.full((96, 1), half - stored_less), bits).T.copy()),
         "w.scales": torch.ones(1, 96).half(),
     }
-    config = {"quant_method": "gptq", "bits": bits, "group_size": 128, "sym": True, "checkpoint_format": "gptq"}
-    assert_decodes(base_of(tmp_path, tensors, config), "w.weight", torch.from_numpy((codes - half).T.copy()))
+    config = {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": 128,
+        "sym": True,
+        "checkpoint_format": "gptq",
+    }
+    assert_decodes(
+        base_of(tmp_path, tensors, config), "w.weight", torch.from_numpy((codes - half).T.copy())
+    )
 
 
 def test_rules_for_single_modules_of_gptq(tmp_path: Path) -> None:
@@ -155,7 +184,14 @@ def test_rules_for_single_modules_of_gptq(tmp_path: Path) -> None:
         r".*\.down": {"sym": False, "format": "gptq_v2"},
         r".*\.o": {"bits": 2},
     }
-    config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "format": "gptq", "dynamic": rules}
+    config = {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": 32,
+        "sym": True,
+        "format": "gptq",
+        "dynamic": rules,
+    }
     rng = np.random.default_rng(vary(0))
     tensors, expected = {}, {}
     for module, bits, size in (("0.up", 4, 32), ("0.down", 4, 32), ("0.o", 8, 64), ("1.o", 2, 32)):
@@ -163,7 +199,9 @@ def test_rules_for_single_modules_of_gptq(tmp_path: Path) -> None:
         zeros = np.full((128 // size, 96), half)
         if module == "0.down":
             zeros = rng.integers(1, 1 << bits, zeros.shape)
-            zeros[0, 0] = half + 1  # its stored value is what a symmetric one of the second format is
+            zeros[0, 0] = (
+                half + 1
+            )  # its stored value is what a symmetric one of the second format is
         tensors[f"layers.{module}.qweight"] = torch.from_numpy(stream(codes, bits))
         tensors[f"layers.{module}.qzeros"] = torch.from_numpy(stream((zeros - 1).T, bits).T.copy())
         tensors[f"layers.{module}.scales"] = torch.ones(zeros.shape).half()
@@ -176,15 +214,21 @@ def test_rules_for_single_modules_of_gptq(tmp_path: Path) -> None:
 def compressed(**weights) -> tuple[dict, QuantizationScheme]:
     """A quantization config of compressed-tensors, and the same as the library has it."""
     group = {"targets": ["Linear"], "weights": weights}
-    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}, QuantizationScheme(**group)
+    return {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"group_0": group},
+    }, QuantizationScheme(**group)
 
 
 @pytest.mark.parametrize("io", ["mmap", "pread"])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(
-    ("bits", "shape", "size"), [(4, (48, 128), 32), (8, (40, 64), 64), (4, (40, 96), None), (3, (33, 96), 32)]
+    ("bits", "shape", "size"),
+    [(4, (48, 128), 32), (8, (40, 64), 64), (4, (40, 96), None), (3, (33, 96), 32)],
 )
-def test_packed_integers_are_what_compressed_tensors_decodes(tmp_path: Path, bits, shape, size, symmetric, io) -> None:
+def test_packed_integers_are_what_compressed_tensors_decodes(
+    tmp_path: Path, bits, shape, size, symmetric, io
+) -> None:
     strategy = {"strategy": "group", "group_size": size} if size else {"strategy": "channel"}
     config, scheme = compressed(num_bits=bits, type="int", symmetric=symmetric, **strategy)
     g = torch.Generator().manual_seed(vary(0))
@@ -192,7 +236,10 @@ def test_packed_integers_are_what_compressed_tensors_decodes(tmp_path: Path, bit
     state = {
         "weight": torch.randn(shape, generator=g),
         "weight_scale": (torch.rand((shape[0], columns), generator=g) / 4 + 0.1).bfloat16().float(),
-        "weight_zero_point": torch.randint(-3, 4, (shape[0], columns), generator=g, dtype=torch.int8) * (not symmetric),
+        "weight_zero_point": torch.randint(
+            -3, 4, (shape[0], columns), generator=g, dtype=torch.int8
+        )
+        * (not symmetric),
     }
     packed = PackedQuantizationCompressor.compress(state, scheme)
     library = PackedQuantizationCompressor.decompress(packed, scheme)["weight"]
@@ -213,18 +260,31 @@ def test_packed_integers_of_old_versions_are_refused(tmp_path: Path) -> None:
         "w.weight_shape": torch.tensor([48, 128]),
     }
     weights = base_of(tmp_path, tensors, config | {"format": "pack-quantized"})
-    with pytest.raises(UnsupportedError, match=r"packing of 7 bits by compressed-tensors up to 0\.10"):
+    with pytest.raises(
+        UnsupportedError, match=r"packing of 7 bits by compressed-tensors up to 0\.10"
+    ):
         _ = weights["w.weight"]
 
 
-@pytest.mark.parametrize(("columns", "size", "groups"), [(100, 32, 4), (96, 36, 3), (100, 25, 3), (100, 0, 3)])
+@pytest.mark.parametrize(
+    ("columns", "size", "groups"), [(100, 32, 4), (96, 36, 3), (100, 25, 3), (100, 0, 3)]
+)
 def test_packed_groups_that_do_not_divide_the_columns_are_refused(
     tmp_path: Path, columns: int, size: int, groups: int
 ) -> None:
     """The library refuses them too; groups of another size would be read from the number of scales."""
-    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "group", "group_size": size or 32}
+    weights = {
+        "num_bits": 8,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": size or 32,
+    }
     group = {"targets": ["Linear"], "weights": weights} if size else {}
-    config = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group} if size else {}}
+    config = {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"group_0": group} if size else {},
+    }
     state = {"weight": torch.zeros(16, columns), "weight_scale": torch.ones(16, groups)}
     if size and columns % size:
         with pytest.raises(ValueError, match="must be divis"):
@@ -249,20 +309,32 @@ def test_packed_groups_that_do_not_divide_the_columns_are_refused(
         ("int", (64, 3), {"strategy": "group", "group_size": 32}),
     ],
 )
-def test_scaled_codes_are_what_compressed_tensors_decodes(tmp_path: Path, kind: str, grid, strategy: dict) -> None:
+def test_scaled_codes_are_what_compressed_tensors_decodes(
+    tmp_path: Path, kind: str, grid, strategy: dict
+) -> None:
     config, scheme = compressed(num_bits=8, type=kind, symmetric=True, **strategy)
-    codes = fp8((64, 96)) if kind == "float" else torch.randint(-128, 128, (64, 96), dtype=torch.int8)
+    codes = (
+        fp8((64, 96)) if kind == "float" else torch.randint(-128, 128, (64, 96), dtype=torch.int8)
+    )
     scale = scales(grid)
-    weights = base_of(tmp_path, {"w.weight": codes, "w.weight_scale": scale}, config | {"format": f"{kind}-quantized"})
+    weights = base_of(
+        tmp_path,
+        {"w.weight": codes, "w.weight_scale": scale},
+        config | {"format": f"{kind}-quantized"},
+    )
     assert_decodes(weights, "w.weight", dequantize(codes, scale, args=scheme.weights))
 
 
 @pytest.mark.parametrize("io", ["mmap", "pread"])
 @pytest.mark.parametrize("shape", [(48, 128), (33, 96), (1, 32)])
 @pytest.mark.parametrize("encoding", FLOATS)
-def test_small_floats_are_what_compressed_tensors_decodes(tmp_path: Path, encoding: str, shape, io: str) -> None:
+def test_small_floats_are_what_compressed_tensors_decodes(
+    tmp_path: Path, encoding: str, shape, io: str
+) -> None:
     parts, decoded = small_floats(torch.randn(shape) * torch.rand(shape[0], 1), encoding)
-    weights = base_of(tmp_path, {f"w{key}": t for key, t in parts.items()}, floats_config(encoding), io)
+    weights = base_of(
+        tmp_path, {f"w{key}": t for key, t in parts.items()}, floats_config(encoding), io
+    )
     assert list(weights) == ["w.weight"]
     assert_decodes(weights, "w.weight", decoded)
 
@@ -271,7 +343,10 @@ def test_all_codes_and_scales_of_fp4(tmp_path: Path) -> None:
     """Every byte under every scale that the library decodes to a number."""
     packed = torch.arange(256, dtype=torch.uint8).repeat(255, 1)
     for encoding, scale in (
-        ("nvfp4-pack-quantized", torch.arange(256, dtype=torch.uint8)[torch.arange(256) % 128 != 127]),
+        (
+            "nvfp4-pack-quantized",
+            torch.arange(256, dtype=torch.uint8)[torch.arange(256) % 128 != 127],
+        ),
         ("mxfp4-pack-quantized", torch.arange(255, dtype=torch.uint8)),
     ):
         size = 16 if encoding.startswith("nv") else 32
@@ -281,8 +356,14 @@ def test_all_codes_and_scales_of_fp4(tmp_path: Path) -> None:
             parts["weight_scale"] = parts["weight_scale"].view(torch.float8_e4m3fn)
             parts["weight_global_scale"] = torch.tensor([709.7066])
         scheme = preset_name_to_scheme(FLOATS[encoding], ["Linear"])
-        library = BaseCompressor.get_value_from_registry(encoding).decompress(dict(parts), scheme)["weight"]
-        weights = base_of(tmp_path / encoding, {f"w.{key}": t for key, t in parts.items()}, floats_config(encoding))
+        library = BaseCompressor.get_value_from_registry(encoding).decompress(dict(parts), scheme)[
+            "weight"
+        ]
+        weights = base_of(
+            tmp_path / encoding,
+            {f"w.{key}": t for key, t in parts.items()},
+            floats_config(encoding),
+        )
         assert torch.equal(weights["w.weight"].whole(CPU).bfloat16(), library)
 
 
@@ -297,7 +378,11 @@ def test_nvfp4_of_modelopt(tmp_path: Path, outer: tuple[int, ...]) -> None:
     scale = parts[".weight_scale"].float().numpy() * parts[".weight_scale_2"].numpy()
     decoded = torch.from_numpy(table[codes] * scale.repeat(16, 1))
     group = {"weights": {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}}
-    config = {"quant_method": "modelopt", "quant_algo": "NVFP4", "config_groups": {"group_0": group}}
+    config = {
+        "quant_method": "modelopt",
+        "quant_algo": "NVFP4",
+        "config_groups": {"group_0": group},
+    }
     tensors = {f"w{key}": t for key, t in parts.items()} | {"w.input_scale": torch.tensor(0.5)}
     for stated in (config, {"quant_method": "modelopt"}):
         assert_decodes(base_of(tmp_path / str(len(stated)), tensors, stated), "w.weight", decoded)
@@ -307,10 +392,19 @@ def test_awq(tmp_path: Path) -> None:
     """Packed as AutoAWQ's gemm layers are."""
     rng = np.random.default_rng(vary(0))
     inputs, outputs, size = 128, 48, 32
-    codes, zeros = rng.integers(0, 16, (inputs, outputs)), rng.integers(0, 16, (inputs // size, outputs))
+    codes, zeros = (
+        rng.integers(0, 16, (inputs, outputs)),
+        rng.integers(0, 16, (inputs // size, outputs)),
+    )
     scale = torch.from_numpy(rng.random((inputs // size, outputs)) / 50).half()
     tensors = {"w.qweight": awq_words(codes), "w.qzeros": awq_words(zeros), "w.scales": scale}
-    config = {"quant_method": "awq", "bits": 4, "group_size": size, "version": "gemm", "zero_point": True}
+    config = {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": size,
+        "version": "gemm",
+        "zero_point": True,
+    }
     group = np.arange(inputs) // size
     exact = (codes - zeros[group]) * scale.double().numpy()[group]
     assert_decodes(base_of(tmp_path, tensors, config), "w.weight", torch.from_numpy(exact.T.copy()))
@@ -321,15 +415,24 @@ def test_awq(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("bits", "shape", "size", "dtype", "floats"),
     [
-        (8, (37, 64), 32, torch.float16, False), (5, (40, 96), None, torch.bfloat16, False), (4, (40, 96), 64, torch.bfloat16, False),
-        (4, (64, 96), 64, torch.float32, True), (3, (37, 64), 64, torch.float16, False), (3, (40, 96), 32, torch.bfloat16, True),
-        (2, (40, 96), 64, torch.float16, True), (1, (96, 128), 64, torch.bfloat16, False),
+        (8, (37, 64), 32, torch.float16, False),
+        (5, (40, 96), None, torch.bfloat16, False),
+        (4, (40, 96), 64, torch.bfloat16, False),
+        (4, (64, 96), 64, torch.float32, True),
+        (3, (37, 64), 64, torch.float16, False),
+        (3, (40, 96), 32, torch.bfloat16, True),
+        (2, (40, 96), 64, torch.float16, True),
+        (1, (96, 128), 64, torch.bfloat16, False),
     ],
-)  # fmt: skip
-def test_hqq_is_what_the_library_decodes(tmp_path: Path, bits, shape, size, dtype, floats: bool, axis: int, io) -> None:
+)
+def test_hqq_is_what_the_library_decodes(
+    tmp_path: Path, bits, shape, size, dtype, floats: bool, axis: int, io
+) -> None:
     """Groups longer than a row and shorter, as the library packs them; each operation rounds to the model's dtype."""
     parts, decoded = hqq_layer(torch.randn(shape), bits, axis, dtype, size, floats)
-    weights = base_of(tmp_path, {f"w{key}": t for key, t in parts.items()}, {"quant_method": "hqq"}, io)
+    weights = base_of(
+        tmp_path, {f"w{key}": t for key, t in parts.items()}, {"quant_method": "hqq"}, io
+    )
     assert list(weights) == ["w.weight"]
     assert_decodes(weights, "w.weight", decoded)
 
@@ -337,7 +440,9 @@ def test_hqq_is_what_the_library_decodes(tmp_path: Path, bits, shape, size, dtyp
 @pytest.mark.parametrize("io", ["mmap", "pread"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("way", TORCHAO)
-def test_torchao_is_what_the_library_decodes(tmp_path: Path, way: str, dtype: torch.dtype, io: str) -> None:
+def test_torchao_is_what_the_library_decodes(
+    tmp_path: Path, way: str, dtype: torch.dtype, io: str
+) -> None:
     made, decoded = torchao_weight(torch.randn(64, 96).to(dtype), way)
     tensors, metadata = flattened({"w.weight": made, "w.bias": torch.ones(64)})
     weights = base_of(tmp_path, tensors, {"quant_method": "torchao"}, io, metadata)
@@ -348,7 +453,9 @@ def test_torchao_is_what_the_library_decodes(tmp_path: Path, way: str, dtype: to
 COMPRESSED_BLOCKS = {
     "quant_method": "compressed-tensors",
     "format": "float-quantized",
-    "config_groups": {"group_0": {"weights": {"num_bits": 8, "type": "float", "block_structure": "128x128"}}},
+    "config_groups": {
+        "group_0": {"weights": {"num_bits": 8, "type": "float", "block_structure": "128x128"}}
+    },
 }
 """As compressed-tensors up to 0.10 writes it."""
 
@@ -362,14 +469,28 @@ COMPRESSED_BLOCKS = {
         ((64, 96), (64, 3), {"quant_method": "mxfp8", "weight_block_size": [1, 32]}),
         ((64, 96), (64, 1), {"quant_method": "fbgemm_fp8"}),
         ((64, 96), (1, 1), {"quant_method": "fp8"}),
-        ((64, 96), (64, 3), {"quant_method": "fp8", "scale_fmt": "ue8m0", "weight_block_size": [1, 32]}),
+        (
+            (64, 96),
+            (64, 3),
+            {"quant_method": "fp8", "scale_fmt": "ue8m0", "weight_block_size": [1, 32]},
+        ),
     ],
 )
-def test_fp8_is_what_transformers_decodes(tmp_path: Path, shape, grid, config: dict, io: str) -> None:
+def test_fp8_is_what_transformers_decodes(
+    tmp_path: Path, shape, grid, config: dict, io: str
+) -> None:
     code, exponents = fp8(shape), torch.randint(100, 130, grid, dtype=torch.uint8)
-    for scale in (exponents, exponents.view(torch.float8_e8m0fnu)) if "scale_fmt" in config else (scales(grid),):
-        weights = base_of(tmp_path / str(scale.dtype), {"w.weight": code, "w.weight_scale_inv": scale}, config, io)
-        assert_decodes(weights, "w.weight", Fp8Dequantize(None)._dequantize_one(code, scale, torch.float32))
+    for scale in (
+        (exponents, exponents.view(torch.float8_e8m0fnu))
+        if "scale_fmt" in config
+        else (scales(grid),)
+    ):
+        weights = base_of(
+            tmp_path / str(scale.dtype), {"w.weight": code, "w.weight_scale_inv": scale}, config, io
+        )
+        assert_decodes(
+            weights, "w.weight", Fp8Dequantize(None)._dequantize_one(code, scale, torch.float32)
+        )
         assert list(weights) == ["w.weight"]
 
 
@@ -381,7 +502,9 @@ def test_fp8_is_what_transformers_decodes(tmp_path: Path, shape, grid, config: d
         ((2, 1, 3, 1), {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"}),
     ],
 )
-def test_fp8_blocks_that_do_not_divide_the_rows(tmp_path: Path, grid: tuple[int, ...], config: dict) -> None:
+def test_fp8_blocks_that_do_not_divide_the_rows(
+    tmp_path: Path, grid: tuple[int, ...], config: dict
+) -> None:
     """192 rows are one and a half blocks, not two of 96."""
     code, scale = fp8((192, 384)), scales(grid)
     weights = base_of(tmp_path, {"w.weight": code, "w.weight_scale": scale}, config)
@@ -391,10 +514,13 @@ def test_fp8_blocks_that_do_not_divide_the_rows(tmp_path: Path, grid: tuple[int,
 
 def test_fp8_blocks_of_unknown_size(tmp_path: Path) -> None:
     weights = base_of(
-        tmp_path, {"w.weight": fp8((192, 384)), "w.weight_scale": scales((2, 3))}, {"quant_method": "fp8"}
+        tmp_path,
+        {"w.weight": fp8((192, 384)), "w.weight_scale": scales((2, 3))},
+        {"quant_method": "fp8"},
     )
     with pytest.raises(
-        UnsupportedError, match=r"blocks of 96x128 and of 128x128 fit shape \[192, 384\] and scale \[2, 3\]"
+        UnsupportedError,
+        match=r"blocks of 96x128 and of 128x128 fit shape \[192, 384\] and scale \[2, 3\]",
     ):
         _ = weights["w.weight"]
 
@@ -411,10 +537,18 @@ def test_a_stack_of_fp8_matrices(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"blocksize": 0}, {"blocksize": "64"}, {"blocksize": 128}, {"shape": [64]}, {"shape": [64, -128]}, {"shape": None},
-        {"shape": [64, 256]}, {"nested_offset": "1"}, {"nested_blocksize": None}, {"shape": [2**40, 2**40]},
+        {"blocksize": 0},
+        {"blocksize": "64"},
+        {"blocksize": 128},
+        {"shape": [64]},
+        {"shape": [64, -128]},
+        {"shape": None},
+        {"shape": [64, 256]},
+        {"nested_offset": "1"},
+        {"nested_blocksize": None},
+        {"shape": [2**40, 2**40]},
     ],
-)  # fmt: skip
+)
 def test_a_quant_state_that_does_not_fit(tmp_path: Path, change: dict) -> None:
     _, _, tensors = four_bits((64, 128), "nf4", True, 64, torch.float32, torch.uint8)
     key = "w.weight.quant_state.bitsandbytes__nf4"
@@ -436,12 +570,17 @@ def test_products_with_rows_as_they_are_stored(tmp_path: Path) -> None:
     assert torch.equal(blocks.T.dense(), weight.whole(CPU).T)
 
 
-def four_bits(shape, kind: str, nested: bool, blocksize: int, dtype: torch.dtype, storage: torch.dtype):
+def four_bits(
+    shape, kind: str, nested: bool, blocksize: int, dtype: torch.dtype, storage: torch.dtype
+):
     """Codes, state, and the tensors that stand on disk."""
     W = torch.randn(shape, generator=torch.Generator().manual_seed(vary(0))).to(dtype)
     codes, state = bnb.quantize_4bit(
         W, quant_type=kind, compress_statistics=nested, blocksize=blocksize, quant_storage=storage
     )
-    tensors = {"w.weight": codes, **{f"w.weight.{k}": v for k, v in state.as_dict(packed=True).items()}}
+    tensors = {
+        "w.weight": codes,
+        **{f"w.weight.{k}": v for k, v in state.as_dict(packed=True).items()},
+    }
     assert ("w.weight.nested_absmax" in tensors) == nested
     return codes, state, tensors

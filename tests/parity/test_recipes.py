@@ -37,7 +37,9 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Outco
     cls = make_base("llama", home / "base")
     tokenized_texts.save(home / "base", "words")
     config = json.loads((home / "base" / "config.json").read_text())
-    (home / "base" / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 256}))
+    (home / "base" / "config.json").write_text(
+        json.dumps({**config, "max_position_embeddings": 256})
+    )
     (home / "general.txt").write_text(tokenized_texts.prose(4000))
     nf4(home / "base-nf4", home / "base")
     tokenized_texts.save(home / "base-nf4", "words")
@@ -52,9 +54,16 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Outco
                 parameter.add_(0.05 * torch.randn_like(parameter))
     tuned.save_pretrained(home / "tuned")
     recipes = PAGE[PAGE.index("## Recipes") : PAGE.index("## After a copy")]
-    lines = [line for block in re.findall(r"```sh\n(.*?)```", recipes, re.DOTALL) for line in block.splitlines()]
+    lines = [
+        line
+        for block in re.findall(r"```sh\n(.*?)```", recipes, re.DOTALL)
+        for line in block.splitlines()
+    ]
     assert len(lines) >= 10
-    return home, {line: server().run(*line.split()[1:], before=f"import os; os.chdir({str(home)!r})") for line in lines}
+    return home, {
+        line: server().run(*line.split()[1:], before=f"import os; os.chdir({str(home)!r})")
+        for line in lines
+    }
 
 
 def logits(base: Path, adapter: Path | None = None) -> torch.Tensor:
@@ -76,8 +85,12 @@ def deltas(adapter: Path) -> dict[str, np.ndarray]:
         config["lora_alpha"] / config["r"],
         [n.removesuffix(".lora_A.weight") for n in tensors if "lora_A" in n],
     )
-    factors = {stem: [tensors[f"{stem}.lora_{x}.weight"].astype(float) for x in "BA"] for stem in stems}
-    return {stem.removeprefix("base_model.model."): scale * B @ A for stem, (B, A) in factors.items()}
+    factors = {
+        stem: [tensors[f"{stem}.lora_{x}.weight"].astype(float) for x in "BA"] for stem in stems
+    }
+    return {
+        stem.removeprefix("base_model.model."): scale * B @ A for stem, (B, A) in factors.items()
+    }
 
 
 def nearest(matrix: np.ndarray, rank: int) -> np.ndarray:
@@ -90,7 +103,10 @@ def test_every_command_ends_well(ran: tuple[Path, dict[str, Outcome]]) -> None:
 
 
 def test_inspect_says_which_base_it_is(ran: tuple[Path, dict[str, Outcome]]) -> None:
-    plain, quantized = ran[1]["streamer inspect base adapter"], ran[1]["streamer inspect base-nf4 adapter"]
+    plain, quantized = (
+        ran[1]["streamer inspect base adapter"],
+        ran[1]["streamer inspect base-nf4 adapter"],
+    )
     assert "NF4" not in plain.out
     assert "NF4" in quantized.out
 
@@ -104,17 +120,23 @@ def test_a_resized_adapter_is_the_nearest_of_its_rank(ran: tuple[Path, dict[str,
     assert before.keys() == after.keys()
     assert json.loads((ran[0] / "resized" / "adapter_config.json").read_text())["r"] == 4
     for name, delta in before.items():
-        np.testing.assert_allclose(after[name], nearest(delta, 4), atol=1e-5 * np.linalg.norm(delta))
+        np.testing.assert_allclose(
+            after[name], nearest(delta, 4), atol=1e-5 * np.linalg.norm(delta)
+        )
 
 
 def test_a_share_of_the_energy_says_what_may_be_lost(ran: tuple[Path, dict[str, Outcome]]) -> None:
-    resized, smaller = (json.loads((ran[0] / name / "streamer.json").read_text()) for name in ("resized", "smaller"))
+    resized, smaller = (
+        json.loads((ran[0] / name / "streamer.json").read_text()) for name in ("resized", "smaller")
+    )
     assert 0.01 < smaller["totals"]["dropped_max"] <= 0.05**0.5
     assert smaller["warnings"] == []
     assert [line.partition(":")[0] for line in resized["warnings"]] == ["lost in projection"]
 
 
-def test_an_extracted_adapter_is_the_nearest_to_what_fine_tuning_changed(ran: tuple[Path, dict[str, Outcome]]) -> None:
+def test_an_extracted_adapter_is_the_nearest_to_what_fine_tuning_changed(
+    ran: tuple[Path, dict[str, Outcome]],
+) -> None:
     home = ran[0]
     base, tuned = (load_file(home / name / "model.safetensors") for name in ("base", "tuned"))
     after = deltas(home / "extracted")
@@ -130,12 +152,17 @@ def test_an_extracted_adapter_is_the_nearest_to_what_fine_tuning_changed(ran: tu
     assert [c["tensor"] for c in record["carried"]] == norms  # and no norm that is the base's
 
 
-def test_a_server_s_adapters_are_plain_and_answer_as_the_given_ones(ran: tuple[Path, dict[str, Outcome]]) -> None:
+def test_a_server_s_adapters_are_plain_and_answer_as_the_given_ones(
+    ran: tuple[Path, dict[str, Outcome]],
+) -> None:
     home = ran[0]
     for name in ("plain", "served-adapter"):
         config = json.loads((home / name / "adapter_config.json").read_text())
         assert not any(config.get(key) for key in ("use_dora", "modules_to_save")), name
-    served, given = logits(home / "served-base", home / "served-adapter"), logits(home / "base", home / "saved")
+    served, given = (
+        logits(home / "served-base", home / "served-adapter"),
+        logits(home / "base", home / "saved"),
+    )
     torch.testing.assert_close(served, given, rtol=1e-3, atol=1e-3)
     record = json.loads((home / "plain" / "streamer.json").read_text())
     assert (record["totals"]["dropped_max"] > 0.01) == bool(record["warnings"])
@@ -143,7 +170,9 @@ def test_a_server_s_adapters_are_plain_and_answer_as_the_given_ones(ran: tuple[P
 
 @pytest.mark.long
 @pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
-def test_a_script_acts_on_what_is_lost(ran: tuple[Path, dict[str, Outcome]], tmp_path: Path) -> None:
+def test_a_script_acts_on_what_is_lost(
+    ran: tuple[Path, dict[str, Outcome]], tmp_path: Path
+) -> None:
     (script,) = re.findall(r"  ```sh\n(  streamer mitigate .*?)  ```", PAGE, re.DOTALL)
     home = ran[0]
     script = script.replace("BASE ADAPTER", f"{home / 'base'} {home / 'adapter'}").replace(

@@ -21,8 +21,14 @@ from streamer.adapters.adapter_config import AdapterConfig, unknown_keys
 
 
 def llama() -> LlamaForCausalLM:
-    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     torch.manual_seed(vary(0))
     return LlamaForCausalLM(config)
 
@@ -86,8 +92,16 @@ def test_a_kind_that_is_refused(llama_base: Path, tmp_path: Path, kind: str) -> 
     with warnings.catch_warnings(action="ignore"):
         made = config()
     adapter = save_peft(made, tmp_path / "adapter")
-    refuse_everywhere(llama_base, adapter, tmp_path, 3, f"{adapter}/adapter_", "refused: ", words,
-                      "; merge it with PEFT if it can, else use it unmerged")  # fmt: skip
+    refuse_everywhere(
+        llama_base,
+        adapter,
+        tmp_path,
+        3,
+        f"{adapter}/adapter_",
+        "refused: ",
+        words,
+        "; merge it with PEFT if it can, else use it unmerged",
+    )
 
 
 def test_an_arrow_router_is_refused(llama_base: Path, tmp_path: Path) -> None:
@@ -95,11 +109,19 @@ def test_an_arrow_router_is_refused(llama_base: Path, tmp_path: Path) -> None:
     save_peft(lora(), tmp_path / "one")
     with warnings.catch_warnings(action="ignore"):
         model = peft.create_arrow_model(
-            llama(), task_specific_adapter_paths=[str(tmp_path / "one")], arrow_config=peft.ArrowConfig(top_k=1)
+            llama(),
+            task_specific_adapter_paths=[str(tmp_path / "one")],
+            arrow_config=peft.ArrowConfig(top_k=1),
         )
         model.save_pretrained(tmp_path / "saved", selected_adapters=["arrow_router"])
-    refuse_everywhere(llama_base, tmp_path / "saved" / "arrow_router", tmp_path, 3, "refused: ",
-                      "Arrow: its change of the weights is not known here")  # fmt: skip
+    refuse_everywhere(
+        llama_base,
+        tmp_path / "saved" / "arrow_router",
+        tmp_path,
+        3,
+        "refused: ",
+        "Arrow: its change of the weights is not known here",
+    )
 
 
 def test_a_grouped_convolution_is_refused(tmp_path: Path) -> None:
@@ -113,7 +135,10 @@ def test_a_grouped_convolution_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_dora_and_other_methods_cannot_write(llama_base: Path, tmp_path: Path) -> None:
-    for name, config in {"DoRA": lora(use_dora=True), "LoHa": peft.LoHaConfig(target_modules=["q_proj"])}.items():
+    for name, config in {
+        "DoRA": lora(use_dora=True),
+        "LoHa": peft.LoHaConfig(target_modules=["q_proj"]),
+    }.items():
         adapter = save_peft(config, tmp_path / name)
         line = refuse("mitigate", llama_base, adapter, tmp_path, 3, "--method", "shrink")
         assert (
@@ -121,7 +146,12 @@ def test_what_dora_and_other_methods_cannot_write(llama_base: Path, tmp_path: Pa
             in line
         )
         assert "`streamer merge` writes it into the base" in line
-        assert server().run("mitigate", llama_base, adapter, "-o", tmp_path / f"same-{name}", "--lambda", "1").code == 0
+        assert (
+            server()
+            .run("mitigate", llama_base, adapter, "-o", tmp_path / f"same-{name}", "--lambda", "1")
+            .code
+            == 0
+        )
 
 
 def test_peft_is_no_way_out_of_a_key_that_it_drops(llama_base: Path, tmp_path: Path) -> None:
@@ -131,7 +161,11 @@ def test_peft_is_no_way_out_of_a_key_that_it_drops(llama_base: Path, tmp_path: P
     config = adapter / "adapter_config.json"
     tree = json.loads(config.read_text())
     for key, value, end in (
-        ("use_hyper", True, "(True), which may change the delta; pass --ignore-key KEY if KEY does not\n"),
+        (
+            "use_hyper",
+            True,
+            "(True), which may change the delta; pass --ignore-key KEY if KEY does not\n",
+        ),
         ("lora_B_layout", "mixed", "expected rank_major or grouped_by_expert for all experts\n"),
     ):
         config.write_text(json.dumps(tree | {key: value}))
@@ -152,9 +186,18 @@ def test_all_reasons_are_told_at_once(llama_base: Path, tmp_path: Path) -> None:
     config = lora(use_qalora=True, init_lora_weights="gaussian")
     adapter = save_peft(config, tmp_path / "adapter")
     tree = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(tree | {"use_hyper": True, "init_lora_weights": "magic"}))
-    refuse_everywhere(llama_base, adapter, tmp_path, 3, "QALoRA", "unknown initialisation",
-                      "unknown key 'use_hyper' (True), which may change the delta; pass --ignore-key KEY")  # fmt: skip
+    (adapter / "adapter_config.json").write_text(
+        json.dumps(tree | {"use_hyper": True, "init_lora_weights": "magic"})
+    )
+    refuse_everywhere(
+        llama_base,
+        adapter,
+        tmp_path,
+        3,
+        "QALoRA",
+        "unknown initialisation",
+        "unknown key 'use_hyper' (True), which may change the delta; pass --ignore-key KEY",
+    )
 
 
 METHODS = {"LORA": peft.LoraConfig, "LOHA": peft.LoHaConfig, "LOKR": peft.LoKrConfig, "ADALORA": peft.AdaLoraConfig,
@@ -166,7 +209,14 @@ METHODS = {"LORA": peft.LoraConfig, "LOHA": peft.LoHaConfig, "LOKR": peft.LoKrCo
 def test_the_installed_peft_writes_no_unknown_key(method: str) -> None:
     """As it writes each config by default; and of LoRA, every field of it."""
     config = METHODS[method](**({"total_step": 9} if method == "ADALORA" else {}))
-    values = json.loads(json.dumps({**config.to_dict(), "peft_version": peft.__version__}, default=list))
+    values = json.loads(
+        json.dumps({**config.to_dict(), "peft_version": peft.__version__}, default=list)
+    )
     assert unknown_keys(AdapterConfig(values, Path())) == []
-    if method != "ADALORA":  # its class inherits fields of LoRA's, which PEFT refuses or ignores for it
-        assert unknown_keys(AdapterConfig({**dict.fromkeys(values, 1), "peft_type": method}, Path())) == []
+    if (
+        method != "ADALORA"
+    ):  # its class inherits fields of LoRA's, which PEFT refuses or ignores for it
+        assert (
+            unknown_keys(AdapterConfig({**dict.fromkeys(values, 1), "peft_type": method}, Path()))
+            == []
+        )

@@ -43,7 +43,8 @@ def scaled(adapter: Path, out: Path, factor: float) -> Path:
     shutil.copy(adapter / "adapter_config.json", out)
     weights = load_file(adapter / "adapter_model.safetensors")
     save_file(
-        {name: w * factor if "lora_B" in name else w for name, w in weights.items()}, out / "adapter_model.safetensors"
+        {name: w * factor if "lora_B" in name else w for name, w in weights.items()},
+        out / "adapter_model.safetensors",
     )
     return out
 
@@ -52,32 +53,54 @@ def held_out_ids(seed: int) -> dict[str, torch.Tensor]:
     paths = {name: DEMO / f"{name}.npy" for name in (GENERAL, TASK)}
     sizes = {"sequences": RepairOptions.sequences, "length": RepairOptions.length}
     divided = divide(
-        {name: read_text(path, None, **sizes) for name, path in paths.items()}, paths, RepairOptions.holdout, seed
+        {name: read_text(path, None, **sizes) for name, path in paths.items()},
+        paths,
+        RepairOptions.holdout,
+        seed,
     )
-    return {name: torch.from_numpy(np.stack(division.held_out.ids)) for name, division in divided.items()}
+    return {
+        name: torch.from_numpy(np.stack(division.held_out.ids))
+        for name, division in divided.items()
+    }
 
 
 UNLEARNED = [(2.0, seed) for seed in (0, 2, 3, 4)]
 """Twice the adapter does not learn this text by two standard errors on these held-out sequences."""
 
-CASES = [(times, seed, keep) for times in (1.0, 1.5, 2.0) for seed in range(5) for keep in (0.5, 0.9, 0.97)]
+CASES = [
+    (times, seed, keep)
+    for times in (1.0, 1.5, 2.0)
+    for seed in range(5)
+    for keep in (0.5, 0.9, 0.97)
+]
 
 
 @pytest.mark.parametrize(
     ("times", "seed", "keep"),
-    [pytest.param(*case, marks=[] if case == (2.0, 1, 0.9) else pytest.mark.slow) for case in CASES],
+    [
+        pytest.param(*case, marks=[] if case == (2.0, 1, 0.9) else pytest.mark.slow)
+        for case in CASES
+    ],
 )
-def test_printed_figures_are_those_of_peft(times: float, seed: int, keep: float, tmp_path: Path) -> None:
+def test_printed_figures_are_those_of_peft(
+    times: float, seed: int, keep: float, tmp_path: Path
+) -> None:
     adapter = scaled(DEMO / "adapter", tmp_path / "adapter", times)
     texts = {"general": DEMO / "general.npy", "task": DEMO / "task.npy"}
     held_out = held_out_ids(seed)
     base_loss = measured(None, held_out)[0]
     adapter_loss, adapter_kl = measured(adapter, held_out)
     if (times, seed) in UNLEARNED:
-        with pytest.raises(MismatchError, match=rf"its loss less the base's is {adapter_loss - base_loss:.4f} ±"):
-            streamer.repair_adapter(DEMO / "base", adapter, tmp_path / "out", keep=keep, seed=seed, **texts)
+        with pytest.raises(
+            MismatchError, match=rf"its loss less the base's is {adapter_loss - base_loss:.4f} ±"
+        ):
+            streamer.repair_adapter(
+                DEMO / "base", adapter, tmp_path / "out", keep=keep, seed=seed, **texts
+            )
         return
-    record = streamer.repair_adapter(DEMO / "base", adapter, tmp_path / "out", keep=keep, seed=seed, **texts)
+    record = streamer.repair_adapter(
+        DEMO / "base", adapter, tmp_path / "out", keep=keep, seed=seed, **texts
+    )
     repaired = tmp_path / "repaired"
     streamer.reduce_intruder_dimension(DEMO / "base", adapter, repaired, coefficients=record["fit"])
     off = dict[str, float]()

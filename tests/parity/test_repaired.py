@@ -40,7 +40,11 @@ def check(name: str, targets: list[str] | str, options: dict[str, Any], tmp_path
     assert all(torch.equal(before[key], after[key]) for key in kept)
     with warnings.catch_warnings(action="ignore"):  # of a tied embedding that an adapter changes
         model = peft.PeftModel.from_pretrained(cls.from_pretrained(base), out)
-    layers = {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    layers = {
+        n.removeprefix("base_model.model."): m
+        for n, m in model.named_modules()
+        if isinstance(m, LoraLayer)
+    }
     compared = 0
     for target in plan.targets:
         layer = layers.get(target.module.name)
@@ -82,7 +86,11 @@ KINDS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     "rsLoRA": ("llama", LINEAR, {"use_rslora": True}),
     "patterns": ("llama", LINEAR, {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"up_proj": 3}}),
     "trained tokens": ("llama", LINEAR, {"trainable_token_indices": [5, 7, 9]}),
-    "EVA's ranks": ("qwen3", ["q_proj", "down_proj"], {"rank_pattern": {"layers.1.mlp.down_proj": 1}}),
+    "EVA's ranks": (
+        "qwen3",
+        ["q_proj", "down_proj"],
+        {"rank_pattern": {"layers.1.mlp.down_proj": 1}},
+    ),
     "some layers": ("llama", LINEAR, {"layers_to_transform": [1]}),
     "a saved router": ("mixtral", ["q_proj"], {"modules_to_save": ["gate"]}),
 }

@@ -111,7 +111,9 @@ def test_every_bit_of_a_small_header() -> None:
         broken[bit // 8] ^= 1 << bit % 8
         assert agree(bytes(broken)), (bit, ours(bytes(broken)), theirs(bytes(broken)))
         refused += ours(bytes(broken))[0] is None
-    assert refused > 0.8 * 8 * (len(whole) - 11) - 8 * 20  # names and metadata may change without a fault
+    assert (
+        refused > 0.8 * 8 * (len(whole) - 11) - 8 * 20
+    )  # names and metadata may change without a fault
 
 
 def test_every_length_of_a_small_file() -> None:
@@ -135,7 +137,9 @@ def broken_headers(seed: int, count: int) -> Iterator[bytes]:
     """Headers with pieces of JSON put in, cut out, or in place of others."""
     rng = random.Random(vary(seed))
     starts = [json.loads(small()[8:-11])]
-    starts.append({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "__metadata__": {"k": "v"}})
+    starts.append(
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "__metadata__": {"k": "v"}}
+    )
     texts = [json.dumps(s, ensure_ascii=False) for s in starts]
     for _ in range(count):
         text = rng.choice(texts)
@@ -167,7 +171,8 @@ def test_every_dtype_is_the_librarys(dtype: str) -> None:
     for count in range(9):
         bits = count * DTYPE_BITS[dtype]
         whole = header_cases.file_of(
-            f'{{"t":{{"dtype":"{dtype}","shape":[{count}],"data_offsets":[0,{bits // 8}]}}}}', bits // 8
+            f'{{"t":{{"dtype":"{dtype}","shape":[{count}],"data_offsets":[0,{bits // 8}]}}}}',
+            bits // 8,
         )
         assert agree(whole)
         assert (theirs(whole) is not None) == (bits % 8 == 0)
@@ -183,14 +188,27 @@ def pour(plan: ShardPlan, data: dict[str, bytes], step: int = 7) -> Shard:
 
 
 def as_torch(raw: bytes, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
-    flat = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8)
+    flat = (
+        torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+        if raw
+        else torch.empty(0, dtype=torch.uint8)
+    )
     return flat.view(TORCH[dtype]).reshape(shape)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
-@given(header_cases.entries(), st.dictionaries(st.text(), st.text(), max_size=3), st.randoms(use_true_random=False))
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60
+)
+@given(
+    header_cases.entries(),
+    st.dictionaries(st.text(), st.text(), max_size=3),
+    st.randoms(use_true_random=False),
+)
 def test_the_library_reads_what_we_write(
-    tmp_path: Path, tensors: list[tuple[str, str, list[int]]], metadata: dict[str, str], rng: random.Random
+    tmp_path: Path,
+    tensors: list[tuple[str, str, list[int]]],
+    metadata: dict[str, str],
+    rng: random.Random,
 ) -> None:
     plan = plan_shard("model.safetensors", tensors, metadata)
     data = {t.name: rng.randbytes(t.nbytes) for t in plan.header.tensors}
@@ -205,14 +223,24 @@ def test_the_library_reads_what_we_write(
                 read = f.get_tensor(t.name)
                 assert (read.dtype, tuple(read.shape)) == (TORCH[t.dtype], t.shape)
                 assert torch.equal(
-                    read.reshape(-1).view(torch.uint8), torch.tensor(list(data[t.name]), dtype=torch.uint8)
+                    read.reshape(-1).view(torch.uint8),
+                    torch.tensor(list(data[t.name]), dtype=torch.uint8),
                 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
-@given(header_cases.entries(), st.dictionaries(st.text(), st.text(), max_size=3), st.randoms(use_true_random=False))
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60
+)
+@given(
+    header_cases.entries(),
+    st.dictionaries(st.text(), st.text(), max_size=3),
+    st.randoms(use_true_random=False),
+)
 def test_we_read_what_the_library_writes(
-    tmp_path: Path, tensors: list[tuple[str, str, list[int]]], metadata: dict[str, str], rng: random.Random
+    tmp_path: Path,
+    tensors: list[tuple[str, str, list[int]]],
+    metadata: dict[str, str],
+    rng: random.Random,
 ) -> None:
     path = tmp_path / "theirs.safetensors"
     known = {n: (d, tuple(s)) for n, d, s in tensors if d in TORCH}
@@ -220,7 +248,9 @@ def test_we_read_what_the_library_writes(
     for name, (dtype, shape) in known.items():
         raw = rng.randbytes(plan_shard("x", [("t", dtype, shape)], {}).header.data_bytes)
         written[name] = raw
-    save_file({n: as_torch(written[n], d, s) for n, (d, s) in known.items()}, path, metadata or None)
+    save_file(
+        {n: as_torch(written[n], d, s) for n, (d, s) in known.items()}, path, metadata or None
+    )
     for io in ("mmap", "pread"):
         file = TensorFile(path, io)
         assert {t.name: (t.dtype, t.shape) for t in file.header.tensors} == known
@@ -238,10 +268,17 @@ def test_we_read_what_the_library_writes(
 
 def test_a_planned_copy_equals_the_librarys_file(tmp_path: Path) -> None:
     """Byte for byte, from its own header's plan."""
-    tensors = {"b": torch.randn(3, 5), "a": torch.arange(7), "empty": torch.empty(0, 4), "one": torch.tensor(True)}
+    tensors = {
+        "b": torch.randn(3, 5),
+        "a": torch.arange(7),
+        "empty": torch.empty(0, 4),
+        "one": torch.tensor(True),
+    }
     save_file(tensors, tmp_path / "theirs.safetensors", {"format": "pt"})
     file = TensorFile(tmp_path / "theirs.safetensors")
     ours = like("ours.safetensors", file.header)
     write_shard(tmp_path, ours, ((t, file.chunks(t)) for t in ours.header.tensors))
-    assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+    assert (tmp_path / "ours.safetensors").read_bytes() == (
+        tmp_path / "theirs.safetensors"
+    ).read_bytes()
     file.close()

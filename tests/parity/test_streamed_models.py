@@ -16,7 +16,17 @@ import transformers
 import zoo
 from architectures import config
 from causal_models import CAUSAL, make_adapter, make_base
-from evaluated import answer, assert_sums, loaded, merged_variants, nothing, precisions, sequences, streamed, token_ids
+from evaluated import (
+    answer,
+    assert_sums,
+    loaded,
+    merged_variants,
+    nothing,
+    precisions,
+    sequences,
+    streamed,
+    token_ids,
+)
 from evaluations import FACTS
 from numpy.typing import NDArray
 from pairs import make_pair, merge
@@ -36,7 +46,9 @@ from streamer.streaming.sweep import SweepModel
 from streamer.streaming.values import ADAPTER, BASE, Variant, VariantSet, make_variants
 
 
-def make_inputs(name: str, target: str, path: Path, length: int = 12, **values: Any) -> dict[str, Path]:
+def make_inputs(
+    name: str, target: str, path: Path, length: int = 12, **values: Any
+) -> dict[str, Path]:
     """A tiny model of a class, an adapter, and texts of so many tokens."""
     made = zoo.config_of(name)
     for key, value in {"is_decoder": True, **values}.items():
@@ -45,9 +57,16 @@ def make_inputs(name: str, target: str, path: Path, length: int = 12, **values: 
     model = getattr(transformers, name)(made)
     model.save_pretrained(path / "base")
     adapter = make_adapter(type(model), path / "base", path / "adapter", [target])
-    for text, ids in (("general", token_ids(60, 4, length) + 2), ("task", token_ids(50, 4, length) + 2)):
+    for text, ids in (
+        ("general", token_ids(60, 4, length) + 2),
+        ("task", token_ids(50, 4, length) + 2),
+    ):
         np.save(path / f"{text}.npy", ids)
-    return {"base": path / "base", "adapter": adapter, **{t: path / f"{t}.npy" for t in ("general", "task")}}
+    return {
+        "base": path / "base",
+        "adapter": adapter,
+        **{t: path / f"{t}.npy" for t in ("general", "task")},
+    }
 
 
 def test_an_error_of_the_models_own_code_names_the_module(tmp_path: Path) -> None:
@@ -62,7 +81,10 @@ def test_an_error_of_the_models_own_code_names_the_module(tmp_path: Path) -> Non
 
 
 RAISED = {
-    "the model's": (UnsupportedError, r"module 'model.layers.0.mlp' of Llama\w+ raises KeyError: 'absent'"),
+    "the model's": (
+        UnsupportedError,
+        r"module 'model.layers.0.mlp' of Llama\w+ raises KeyError: 'absent'",
+    ),
     "memory": (MemoryError, "allocate"),
 }
 
@@ -79,13 +101,22 @@ def test_what_ends_a_pass_is_one_of_our_errors_unless_memory_is_short(
     monkeypatch.setattr(LlamaMLP, "forward", forward)
     error, message = RAISED[kind]
     with pytest.raises(error, match=message):
-        streamed(given["base"], given["adapter"], make_variants(("shrink",), (0.5,), "all"), None, token_ids(60))
+        streamed(
+            given["base"],
+            given["adapter"],
+            make_variants(("shrink",), (0.5,), "all"),
+            None,
+            token_ids(60),
+        )
 
 
 def test_a_fault_of_this_package_keeps_its_traceback() -> None:
     names: dict[str, Any] = {"__name__": "streamer.part"}
     exec("def fault():\n    raise KeyError('absent')", names)  # a function of a module of ours
-    with pytest.raises(KeyError, match="absent"), refused_errors(Path("base"), torch.nn.Linear(1, 1)):
+    with (
+        pytest.raises(KeyError, match="absent"),
+        refused_errors(Path("base"), torch.nn.Linear(1, 1)),
+    ):
         names["fault"]()
 
 
@@ -94,7 +125,8 @@ def test_a_config_of_which_transformers_makes_no_model(tmp_path: Path) -> None:
     file = given["base"] / "config.json"
     file.write_text(re.sub(r'"hidden_act": "\w+"', '"hidden_act": "none such"', file.read_text()))
     with pytest.raises(
-        UnsupportedError, match=r"config.json: transformers cannot build LlamaForCausalLM from it: .*none such"
+        UnsupportedError,
+        match=r"config.json: transformers cannot build LlamaForCausalLM from it: .*none such",
     ):
         streamer.evaluate_variants(**given)
 
@@ -111,7 +143,9 @@ POSITIONS = {
 def test_positions_are_those_that_the_model_takes(name: str, tmp_path: Path) -> None:
     target, positions = POSITIONS[name]
     given = make_inputs(name, target, tmp_path, length=positions or 12)
-    model = SweepModel(VariantSet(make_plan(given["base"], given["adapter"]), (Variant(BASE, None),), None))
+    model = SweepModel(
+        VariantSet(make_plan(given["base"], given["adapter"]), (Variant(BASE, None),), None)
+    )
     assert model.positions == positions
     if positions is None:
         with pytest.raises(UnsupportedError, match="a token sees those that follow it"):
@@ -126,14 +160,19 @@ def test_positions_are_those_that_the_model_takes(name: str, tmp_path: Path) -> 
         streamer.evaluate_variants(**given, methods=["shrink"], lambdas=(0.5,))
 
 
-def test_a_row_that_a_table_does_not_have_is_not_read_from_the_bytes_behind_it(tmp_path: Path) -> None:
+def test_a_row_that_a_table_does_not_have_is_not_read_from_the_bytes_behind_it(
+    tmp_path: Path,
+) -> None:
     torch.manual_seed(vary(0))
-    model = transformers.GPT2LMHeadModel(config("GPT2", n_embd=32, n_layer=1, n_head=4, vocab_size=64, n_positions=16))
+    model = transformers.GPT2LMHeadModel(
+        config("GPT2", n_embd=32, n_layer=1, n_head=4, vocab_size=64, n_positions=16)
+    )
     model.save_pretrained(tmp_path / "base")
     adapter = make_adapter(type(model), tmp_path / "base", tmp_path / "adapter", ["c_attn"])
     variants = make_variants(("shrink",), (0.5,), "all")
     with pytest.raises(
-        UnsupportedError, match=r"'transformer.wpe.weight': expected rows 0 to 15, found 0 to 17 looked up"
+        UnsupportedError,
+        match=r"'transformer.wpe.weight': expected rows 0 to 15, found 0 to 17 looked up",
     ):
         streamed(tmp_path / "base", adapter, variants, None, token_ids(64, 2, 18))
 
@@ -159,14 +198,21 @@ CHOSEN = 4
 def make_choosing(name: str, path: Path) -> Any:
     """A tiny model of one head of the indexer, where most scores are 0 and tie, and a tokenizer of words; returns its class."""
     config = zoo.config_of(name)
-    values = {"index_topk": CHOSEN, "keep_window_size": CHOSEN, "index_n_heads": 1, "index_head_dim": 16}
+    values = {
+        "index_topk": CHOSEN,
+        "keep_window_size": CHOSEN,
+        "index_n_heads": 1,
+        "index_head_dim": 16,
+    }
     for key in values.keys() & vars(config).keys():
         setattr(config, key, values[key])
     torch.manual_seed(vary(0))
     model = getattr(transformers, name)(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(5) if parameter.ndim > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
+            parameter.mul_(5) if parameter.ndim > 1 else parameter.add_(
+                0.1 * torch.randn_like(parameter)
+            )
     model.save_pretrained(path)
     tokenized_texts.save(path, "words", start=False)
     return type(model)
@@ -180,18 +226,23 @@ def make_text(path: Path, lengths: list[int], seed: int) -> Path:
     return path
 
 
-def make_choosing_inputs(name: str, path: Path, factor: int = 1) -> tuple[Any, Path, Path, dict[str, Path]]:
+def make_choosing_inputs(
+    name: str, path: Path, factor: int = 1
+) -> tuple[Any, Path, Path, dict[str, Path]]:
     """The model's class, base, adapter and texts, whose sequences have several lengths, `factor` times as long."""
     cls, base = make_choosing(name, path / "base"), path / "base"
     adapter = make_adapter(cls, base, path / "adapter", CHOOSING[name], lora_alpha=4)
     lengths = {"general": [21, 17, 17, 12, 7, 3], "task": [19, 11, 15, 11]}
     texts = {
-        text: make_text(path / f"{text}.jsonl", [factor * n for n in own], len(own)) for text, own in lengths.items()
+        text: make_text(path / f"{text}.jsonl", [factor * n for n in own], len(own))
+        for text, own in lengths.items()
     }
     return cls, base, adapter, texts
 
 
-def assert_alone(found: streamer.Evaluation, cls: Any, base: Path, adapter: Path, texts: dict[str, Path]) -> None:
+def assert_alone(
+    found: streamer.Evaluation, cls: Any, base: Path, adapter: Path, texts: dict[str, Path]
+) -> None:
     """The losses of the base, the adapter, and half of it are those of transformers with each sequence alone."""
     models = [precisions(cls, base)]
     for scale in (1.0, 0.5):
@@ -212,11 +263,15 @@ def assert_alone(found: streamer.Evaluation, cls: Any, base: Path, adapter: Path
 @pytest.mark.parametrize("name", EACH)
 def test_losses_are_those_of_each_sequence_alone(name: str, tmp_path: Path) -> None:
     cls, base, adapter, texts = make_choosing_inputs(name, tmp_path)
-    found = streamer.evaluate_variants(base, adapter, methods=["shrink"], lambdas=(0.5,), on_event=str, **texts)
+    found = streamer.evaluate_variants(
+        base, adapter, methods=["shrink"], lambdas=(0.5,), on_event=str, **texts
+    )
     assert_alone(found, cls, base, adapter, texts)
 
 
-@pytest.mark.parametrize("name", ["DeepseekV32ForCausalLM", pytest.param("DogeForCausalLM", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "name", ["DeepseekV32ForCausalLM", pytest.param("DogeForCausalLM", marks=pytest.mark.long)]
+)
 def test_the_check_of_logits_finds_a_class_whose_config_does_not_say_so(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,9 +288,17 @@ def make_learned_text(cls: Any, base: Path, adapter: Path, path: Path) -> Path:
     """Sequences of several lengths that the adapted model gives with its own probabilities."""
     merged = path.parent / "merged"
     merge(base, adapter, merged, 1, method="shrink")
-    model, tokenizer = cls.from_pretrained(merged).eval(), transformers.AutoTokenizer.from_pretrained(base)
-    words = torch.tensor(sorted(i for word, i in tokenizer.get_vocab().items() if word in tokenized_texts.WORDS))
-    ids, generator = words[torch.randint(len(words), (30, 1))], torch.Generator().manual_seed(vary(4))
+    model, tokenizer = (
+        cls.from_pretrained(merged).eval(),
+        transformers.AutoTokenizer.from_pretrained(base),
+    )
+    words = torch.tensor(
+        sorted(i for word, i in tokenizer.get_vocab().items() if word in tokenized_texts.WORDS)
+    )
+    ids, generator = (
+        words[torch.randint(len(words), (30, 1))],
+        torch.Generator().manual_seed(vary(4)),
+    )
     for _ in range(23):
         with torch.no_grad():
             p = model(input_ids=ids, use_cache=False).logits[:, -1, words].softmax(-1)
@@ -259,7 +322,9 @@ def test_a_fit_divides_its_sequences_by_length_if_the_check_of_logits_finds_that
 
 
 def test_a_sweep_costs_what_torch_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operators, "_has_fast_onednn", lambda: False)  # whose products torch does not count
+    monkeypatch.setattr(
+        operators, "_has_fast_onednn", lambda: False
+    )  # whose products torch does not count
     _, base, adapter = make_pair("llama", tmp_path, CAUSAL["llama"][2])
     variants = Variant(BASE, None), Variant(ADAPTER, UNCHANGED)
     model = SweepModel(VariantSet(make_plan(base, adapter), variants, None))
@@ -285,19 +350,28 @@ def printed(own: Floats, base: Floats, labels: NDArray[np.int64]) -> dict[str, f
     kl = (np.exp(p) * (p - q)).sum(-1)
     nll, nll_base = -q[rows, labels], -p[rows, labels]
     return {
-        "loss": nll.mean(), "perplexity": np.exp(nll.mean()), "kl": kl.mean(),
-        "agreement": (own.argmax(-1) == base.argmax(-1)).mean(), "forgetting": nll.mean() - nll_base.mean(),
-    }  # fmt: skip
+        "loss": nll.mean(),
+        "perplexity": np.exp(nll.mean()),
+        "kl": kl.mean(),
+        "agreement": (own.argmax(-1) == base.argmax(-1)).mean(),
+        "forgetting": nll.mean() - nll_base.mean(),
+    }
 
 
 def test_they_are_those_of_its_formulas(tmp_path: Path) -> None:
     """Equal to 1e-6."""
     cls, base = make_base("llama", tmp_path / "base"), tmp_path / "base"
-    adapter, ids = make_adapter(cls, base, tmp_path / "adapter", ["q_proj", "down_proj"]), token_ids(64, 6, 60)
+    adapter, ids = (
+        make_adapter(cls, base, tmp_path / "adapter", ["q_proj", "down_proj"]),
+        token_ids(64, 6, 60),
+    )
     variants = make_variants(("shrink",), (0.5, 0.1), "all")
     sums = streamed(base, adapter, variants, None, ids)
     evaluation = Evaluation.of(
-        [EvaluatedVariant.of(v) for v in variants], dict.fromkeys(("general", "task"), sums), FACTS, 0.9
+        [EvaluatedVariant.of(v) for v in variants],
+        dict.fromkeys(("general", "task"), sums),
+        FACTS,
+        0.9,
     )
     tree = Evaluation.from_json(evaluation.to_json()).to_dict()
     labels, logits = ids[:, 1:].numpy().ravel(), []
@@ -308,4 +382,6 @@ def test_they_are_those_of_its_formulas(tmp_path: Path) -> None:
     for v, own in zip(tree["variants"], logits, strict=True):
         exact = printed(own, logits[0], labels)
         found = {**v["general"], "forgetting": v["against_base"]["general_loss"]}
-        assert {name: found[name] for name in exact} == pytest.approx(exact, rel=1e-6, abs=1e-6), v["name"]
+        assert {name: found[name] for name in exact} == pytest.approx(exact, rel=1e-6, abs=1e-6), v[
+            "name"
+        ]

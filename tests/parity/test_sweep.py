@@ -19,7 +19,18 @@ import pytest
 import torch
 from architectures import LINEAR
 from causal_models import ADAPTERS, CAUSAL, make_adapter, make_base
-from evaluated import WEIGHTS, Sweep, fitted, halves, loaded, make_sweep, merged, nothing, sequences, token_ids
+from evaluated import (
+    WEIGHTS,
+    Sweep,
+    fitted,
+    halves,
+    loaded,
+    make_sweep,
+    merged,
+    nothing,
+    sequences,
+    token_ids,
+)
 from pairs import make_pair
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
@@ -44,9 +55,19 @@ from streamer.streaming.values import ROOM
 def adapted(cls: Any, base: Path, adapter: Path) -> tuple[Any, dict[str, Any]]:
     """PEFT's model in float64, and its layers by name, without experts."""
     with warnings.catch_warnings(action="ignore"):
-        model = peft.PeftModel.from_pretrained(loaded(cls, base, torch.float64), adapter).eval().double()
-    layers = {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
-    return model, {name: layer for name, layer in layers.items() if not isinstance(layer, ParamWrapper)}
+        model = (
+            peft.PeftModel.from_pretrained(loaded(cls, base, torch.float64), adapter)
+            .eval()
+            .double()
+        )
+    layers = {
+        n.removeprefix("base_model.model."): m
+        for n, m in model.named_modules()
+        if isinstance(m, LoraLayer)
+    }
+    return model, {
+        name: layer for name, layer in layers.items() if not isinstance(layer, ParamWrapper)
+    }
 
 
 def given(model: Any, layers: Mapping[str, Any], ids: Tensor) -> dict[str, np.ndarray]:
@@ -57,12 +78,19 @@ def given(model: Any, layers: Mapping[str, Any], ids: Tensor) -> dict[str, np.nd
         def take(module: Any, args: Any, kwargs: Any) -> None:
             x = (*args, *kwargs.values())[0].detach()
             # Some classes look up positions once for all sequences.
-            x = x.reshape(-1, x.shape[-1]) if x.is_floating_point() else x.expand(len(part), -1).flatten()
+            x = (
+                x.reshape(-1, x.shape[-1])
+                if x.is_floating_point()
+                else x.expand(len(part), -1).flatten()
+            )
             found.setdefault(name, []).append(x)
 
         return take
 
-    hooks = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
+    hooks = [
+        layer.register_forward_pre_hook(hook(name), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
     with torch.no_grad():
         for part in halves(ids):
             model(input_ids=part)
@@ -77,13 +105,20 @@ def weight_of(layer: Any) -> np.ndarray:
     return weight.T if isinstance(layer.base_layer, Conv1D) else weight
 
 
-def solution(layer: Any, factors: tuple[Tensor, Tensor], mu: float, x: Any, y: Any, u: Any, v: Any) -> np.ndarray:
+def solution(
+    layer: Any, factors: tuple[Tensor, Tensor], mu: float, x: Any, y: Any, u: Any, v: Any
+) -> np.ndarray:
     """A' (r, n) by the formula, with whole matrices: task inputs x and y, general inputs u and v, before and now."""
     A, B = (t.numpy() for t in factors)
     B = layer.scaling["default"] * B
     P = np.linalg.solve(B.T @ B, B.T) @ weight_of(layer)
-    rho, gamma = (share * np.sum(now**2) / len(now) / now.shape[1] for share, now in ((RIDGE, y), (GENERAL_RIDGE, v)))
-    wanted = ((x - y) @ P.T + x @ A.T).T @ y / len(y) + mu * ((u - v) @ P.T).T @ v / len(v) + rho * A
+    rho, gamma = (
+        share * np.sum(now**2) / len(now) / now.shape[1]
+        for share, now in ((RIDGE, y), (GENERAL_RIDGE, v))
+    )
+    wanted = (
+        ((x - y) @ P.T + x @ A.T).T @ y / len(y) + mu * ((u - v) @ P.T).T @ v / len(v) + rho * A
+    )
     return np.linalg.solve(
         y.T @ y / len(y) + mu * v.T @ v / len(v) + (rho + mu * gamma) * np.eye(y.shape[1]), wanted.T
     ).T
@@ -107,9 +142,15 @@ def test_factors_are_those_of_whole_matrices_layer_by_layer(sequences: int, tmp_
     sweep = fitted(base, adapter, general, task, weights)
     model, layers = adapted(cls, base, adapter)
     plain = loaded(cls, base, torch.float64)
-    u, x = given(plain, {name: plain.get_submodule(name) for name in layers}, general), given(model, layers, task)
+    u, x = (
+        given(plain, {name: plain.get_submodule(name) for name in layers}, general),
+        given(model, layers, task),
+    )
     assert {2 * len(own) < own.shape[1] for own in x.values()} == {sequences == 3}
-    before = {n: (m.lora_A["default"].weight.data.clone(), m.lora_B["default"].weight.data) for n, m in layers.items()}
+    before = {
+        n: (m.lora_A["default"].weight.data.clone(), m.lora_B["default"].weight.data)
+        for n, m in layers.items()
+    }
     for k, mu in enumerate(weights):
         for name, layer in layers.items():
             layer.lora_A["default"].weight.data = before[name][0]
@@ -121,8 +162,12 @@ def test_factors_are_those_of_whole_matrices_layer_by_layer(sequences: int, tmp_
                     layers[name].lora_A["default"].weight.data = torch.from_numpy(A)
                     found = sweep.rights[f"{name}.weight"][k].T.numpy()
                     assert relative(found, A) <= 1e-4, (name, mu)
-                    alone = solution(layers[name], before[name], mu, y[name], y[name], v[name], v[name])
-                    assert number == 0 or relative(A, alone) > 1e-3, "the modules before it changed its inputs"
+                    alone = solution(
+                        layers[name], before[name], mu, y[name], y[name], v[name], v[name]
+                    )
+                    assert number == 0 or relative(A, alone) > 1e-3, (
+                        "the modules before it changed its inputs"
+                    )
 
 
 LONG = "gpt2", "qwen3-moe", "gemma4", "falcon", "jamba", "deepseek-v4"
@@ -145,7 +190,9 @@ KINDS = (
 )
 
 
-@pytest.mark.parametrize("name", marked([*KINDS, *(n for n in CAUSAL if n != "xglm")], (*QUICK, *KINDS)))
+@pytest.mark.parametrize(
+    "name", marked([*KINDS, *(n for n in CAUSAL if n != "xglm")], (*QUICK, *KINDS))
+)
 def test_each_layer_is_fitted_to_what_those_before_it_make(name: str, tmp_path: Path) -> None:
     """Given the factors of the layers before, and of each embedding, each solution is the formula's. xglm's code has no float64."""
     made, targets, options = ADAPTERS.get(name) or (name, CAUSAL[name][2], {})
@@ -154,13 +201,22 @@ def test_each_layer_is_fitted_to_what_those_before_it_make(name: str, tmp_path: 
     sweep = fitted(base, adapter, general, task)
     model, layers = adapted(cls, base, adapter)
     plain = loaded(cls, base, torch.float64)
-    u, x = given(plain, {name: plain.get_submodule(name) for name in layers}, general), given(model, layers, task)
+    u, x = (
+        given(plain, {name: plain.get_submodule(name) for name in layers}, general),
+        given(model, layers, task),
+    )
     names = {t.module.name: t.tensor for t in sweep.plan.targets}
-    assert {names[name] for name in layers} == {one for one in sweep.rights if "experts" not in one}, "all are fitted"
+    assert {names[name] for name in layers} == {
+        one for one in sweep.rights if "experts" not in one
+    }, "all are fitted"
     before = {}
     for name, layer in layers.items():
         looked_up = np.issubdtype(x[name].dtype, np.integer)
-        A, B = (layer.lora_embedding_A, layer.lora_embedding_B) if looked_up else (layer.lora_A, layer.lora_B)
+        A, B = (
+            (layer.lora_embedding_A, layer.lora_embedding_B)
+            if looked_up
+            else (layer.lora_A, layer.lora_B)
+        )
         A, B = (one["default"] if looked_up else one["default"].weight for one in (A, B))
         before[name] = A.data.clone(), B.data, A
     for k, mu in enumerate(WEIGHTS):
@@ -169,7 +225,9 @@ def test_each_layer_is_fitted_to_what_those_before_it_make(name: str, tmp_path: 
         v, y = given(model, layers, general), given(model, layers, task)
         for name, (A, B, own) in before.items():
             if np.issubdtype(x[name].dtype, np.integer):
-                of_task, of_general = (np.bincount(t[name], minlength=A.shape[1]) / len(t[name]) for t in (x, u))
+                of_task, of_general = (
+                    np.bincount(t[name], minlength=A.shape[1]) / len(t[name]) for t in (x, u)
+                )
                 kept = of_task + RIDGE * of_task.mean()
                 wanted = A.numpy() * kept / (kept + mu * of_general)
             else:
@@ -189,7 +247,12 @@ class Recorder(TorchFunctionMode):
         self.seen = defaultdict[int, list[Tensor]](list)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if len(args) > 1 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor) and args[1].ndim == 2:
+        if (
+            len(args) > 1
+            and isinstance(args[0], Tensor)
+            and isinstance(args[1], Tensor)
+            and args[1].ndim == 2
+        ):
             self.seen[args[1].data_ptr()].append(args[0])
         return func(*args, **(kwargs or {}))
 
@@ -200,8 +263,14 @@ def experts_inputs(model: Any, ids: Tensor) -> dict[str, Tensor]:
         for part in halves(ids):
             model(input_ids=part)
     stacks = {name: stack for name, stack in model.named_parameters() if stack.ndim == 3}
-    places = {f"{name}[{e}]": stack[e].data_ptr() for name, stack in stacks.items() for e in range(len(stack))}
-    return {name: torch.cat(recorder.seen[at]) for name, at in places.items() if at in recorder.seen}
+    places = {
+        f"{name}[{e}]": stack[e].data_ptr()
+        for name, stack in stacks.items()
+        for e in range(len(stack))
+    }
+    return {
+        name: torch.cat(recorder.seen[at]) for name, at in places.items() if at in recorder.seen
+    }
 
 
 @pytest.mark.parametrize("chosen", [2, 4])
@@ -221,26 +290,42 @@ def test_experts_are_fitted_to_the_tokens_that_each_candidate_sends_them(
     targets_of = {t.tensor: t for t in sweep.plan.targets if "experts" in t.tensor}
     as_is = {tensor: factors_of(sweep.plan, target).R for tensor, target in targets_of.items()}
     plain = loaded(cls, base, torch.float64)
-    imitated = experts_inputs(plain, general), experts_inputs(merged(cls, base, sweep.plan, {}, tmp_path / "a"), task)
-    every, tokens = [imitated], [sum(ids.numel() for ids in halves(text)) for text in (general, task)]
+    imitated = (
+        experts_inputs(plain, general),
+        experts_inputs(merged(cls, base, sweep.plan, {}, tmp_path / "a"), task),
+    )
+    every, tokens = (
+        [imitated],
+        [sum(ids.numel() for ids in halves(text)) for text in (general, task)],
+    )
     for k, mu in enumerate(WEIGHTS):
         rights = {tensor: own[k] for tensor, own in sweep.rights.items()}
         model = merged(cls, base, sweep.plan, rights, tmp_path / str(k))
         every.append((experts_inputs(model, general), experts_inputs(model, task)))
         for tensor in targets_of.keys() & rights.keys():
             v, y = (text[tensor].numpy() for text in every[-1])
-            C, G, R, n = y.T @ y / tokens[1], v.T @ v / tokens[0], as_is[tensor].double().numpy(), y.shape[1]
+            C, G, R, n = (
+                y.T @ y / tokens[1],
+                v.T @ v / tokens[0],
+                as_is[tensor].double().numpy(),
+                y.shape[1],
+            )
             kept, lost = (
-                own + share * np.trace(own) / n * np.eye(n) for own, share in ((C, RIDGE), (G, GENERAL_RIDGE))
+                own + share * np.trace(own) / n * np.eye(n)
+                for own, share in ((C, RIDGE), (G, GENERAL_RIDGE))
             )
             wanted = np.linalg.solve(kept + mu * lost, kept @ R)
             assert relative(rights[tensor], wanted) <= 1e-4, (tensor, mu)
-    reached = {tensor for tensor in targets_of if all(tensor in text for pair in every for text in pair)}
+    reached = {
+        tensor for tensor in targets_of if all(tensor in text for pair in every for text in pair)
+    }
     assert targets_of.keys() & sweep.rights.keys() == reached
     assert set() < reached
     assert (reached < targets_of.keys()) == (chosen < 4)
     sizes = [[len(of_task[tensor]) for tensor in sorted(reached)] for _, of_task in every]
-    assert sizes[0] != sizes[1] or sizes[0] != sizes[2] or chosen == 4, "candidates route otherwise than the adapter"
+    assert sizes[0] != sizes[1] or sizes[0] != sizes[2] or chosen == 4, (
+        "candidates route otherwise than the adapter"
+    )
 
 
 def test_a_router_that_casts_its_weight_is_fitted(tmp_path: Path) -> None:
@@ -268,7 +353,9 @@ def test_a_router_that_casts_its_weight_is_fitted(tmp_path: Path) -> None:
 def sums(sweep: Sweep, ids: Tensor, variants: Sequence[int], fits: bool) -> SequenceSums:
     """Sums of some variants, which ride beside groups of the fit, or alone."""
     text = sequences(ids)
-    part = Part("text", (*range(len(ids)),), text, tuple(Group(text.padded_ids, v) for v in variants))
+    part = Part(
+        "text", (*range(len(ids)),), text, tuple(Group(text.padded_ids, v) for v in variants)
+    )
     if fits:
         sweep.run(part.groups)
     else:
@@ -282,8 +369,11 @@ def assert_same(one: SequenceSums, other: SequenceSums) -> None:
 
 
 BESIDE = {
-    "llama": [*LINEAR, "lm_head", "embed_tokens"], "gpt2": ["c_attn", "wte"], "qwen3-moe": ["q_proj"], "gemma3n": ["q_proj", "down_proj"],
-}  # fmt: skip
+    "llama": [*LINEAR, "lm_head", "embed_tokens"],
+    "gpt2": ["c_attn", "wte"],
+    "qwen3-moe": ["q_proj"],
+    "gemma3n": ["q_proj", "down_proj"],
+}
 ALL = marked(name for name in CAUSAL if name not in TOWERS)
 
 
@@ -323,8 +413,12 @@ def suspended() -> list[Any]:
     return [one for one in found if one and not one.dead and one is not greenlet.getcurrent()]
 
 
-@pytest.mark.parametrize("where", [0.0, 0.3, 0.55, 0.9, 0.999, "in the model's code", "in a solution"])
-def test_a_stopped_sweep_leaves_nothing_behind(where: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "where", [0.0, 0.3, 0.55, 0.9, 0.999, "in the model's code", "in a solution"]
+)
+def test_a_stopped_sweep_leaves_nothing_behind(
+    where: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The model runs again, with the same results. Numbers are shares of the sweep."""
     _, base, adapter = make_pair("llama", tmp_path, LINEAR, lora_alpha=4)
     general, task, other = token_ids(64, 18).split(6)
@@ -357,21 +451,32 @@ def test_a_stopped_sweep_leaves_nothing_behind(where: Any, tmp_path: Path, monke
     else:
         with monkeypatch.context() as patched:
             if where == "in a solution":
-                patched.setattr(LlamaMLP, "forward", torch.no_grad()(forward))  # groups wait within it
+                patched.setattr(
+                    LlamaMLP, "forward", torch.no_grad()(forward)
+                )  # groups wait within it
                 patched.setattr(Solver, "_refit", stop_at_gates)
                 error, message = Interrupted, "stopped"
             else:
                 patched.setattr(
-                    LlamaMLP, "forward", lambda self, x: (count(KeyError("none"), total // 2), forward(self, x))[1]
+                    LlamaMLP,
+                    "forward",
+                    lambda self, x: (count(KeyError("none"), total // 2), forward(self, x))[1],
                 )
-                error, message = UnsupportedError, r"module 'model.layers.\d.mlp' of LlamaForCausalLM raises KeyError"
+                error, message = (
+                    UnsupportedError,
+                    r"module 'model.layers.\d.mlp' of LlamaForCausalLM raises KeyError",
+                )
             with pytest.raises(error, match=message):
                 run(KeyError(), torch.inf)
     assert torch.is_grad_enabled()
     assert not suspended()
     assert_same(expected, sums(sweep, other, (0, 1), False))
     run(Interrupted(2), torch.inf)
-    assert all(torch.equal(*pair) for name, own in rights.items() for pair in zip(own, sweep.rights[name], strict=True))
+    assert all(
+        torch.equal(*pair)
+        for name, own in rights.items()
+        for pair in zip(own, sweep.rights[name], strict=True)
+    )
 
 
 @pytest.mark.parametrize("spools", [False, True])
@@ -386,7 +491,11 @@ def test_a_killed_sweep_resumes_between_two_layers(
     rights, results, runs = [], [], list[list[str]]()
     for sweeps in (["whole"], ["killed", "killed"]):
         for sweep in sweeps:
-            own, riders, done = make_sweep(base, adapter, general, task), [Group(other, 1)], list[str]()
+            own, riders, done = (
+                make_sweep(base, adapter, general, task),
+                [Group(other, 1)],
+                list[str](),
+            )
             own.model.limit(ROOM, spools)
 
             layers, solver = own.model.layers, own.solver
@@ -399,7 +508,9 @@ def test_a_killed_sweep_resumes_between_two_layers(
 
             states = States(tmp_path / f"{sweep}.states", sweep, solver.factors, solver.restore)
             with contextlib.suppress(Interrupted):
-                own.model.run([*own.groups, *riders], nothing, solver, TargetWatch(own.plan), after, states)
+                own.model.run(
+                    [*own.groups, *riders], nothing, solver, TargetWatch(own.plan), after, states
+                )
             runs.append(done)
         rights.append(own.rights)
         (part,) = own.model.logits([riders], own.model.vocabulary, nothing)
@@ -412,7 +523,9 @@ def test_a_killed_sweep_resumes_between_two_layers(
     assert runs[2] == (runs[0] if again else runs[0][len(layers) - 1 :])
 
 
-def test_a_module_that_runs_more_than_once_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_that_runs_more_than_once_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         gates: Tensor = self.act_fn(self.gate_proj(x)) + self.act_fn(self.gate_proj(-x))
         return self.down_proj(gates * self.up_proj(x))  # type: ignore[no-any-return]  # of a module
@@ -420,7 +533,8 @@ def test_a_module_that_runs_more_than_once_is_refused(tmp_path: Path, monkeypatc
     monkeypatch.setattr(LlamaMLP, "forward", forward)
     _, base, adapter = make_pair("llama", tmp_path, LINEAR, lora_alpha=4)
     with pytest.raises(
-        UnsupportedError, match=r"^'model.layers.0.mlp.gate_proj.weight': its module runs in several layers"
+        UnsupportedError,
+        match=r"^'model.layers.0.mlp.gate_proj.weight': its module runs in several layers",
     ):
         make_sweep(base, adapter, *token_ids(64, 12).split(6)).run()
 
@@ -432,7 +546,8 @@ def test_a_state_of_nan_is_refused_with_the_matrix(value: float, tmp_path: Path)
     tensors["model.layers.1.post_attention_layernorm.weight"][3] = value
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
-        NumericError, match=r"the inputs of 'model.layers.1.mlp.gate_proj.weight' are NaN or Inf on the texts"
+        NumericError,
+        match=r"the inputs of 'model.layers.1.mlp.gate_proj.weight' are NaN or Inf on the texts",
     ):
         make_sweep(base, adapter, *token_ids(64, 12).split(6)).run()
 
@@ -456,4 +571,7 @@ def test_a_weight_that_is_not_a_factor_of_a_product_is_refused_after_its_layer(
     with pytest.raises(UnsupportedError, match=refusal) as e:
         streamer.repair_adapter(base, adapter, tmp_path / "out", **texts, on_event=events.append)
     assert len(str(e.value).replace(str(tmp_path), "")) <= 300
-    assert [event.name for event in events if event.stage == "fit"] == ["embeddings", "model.layers.0"]
+    assert [event.name for event in events if event.stage == "fit"] == [
+        "embeddings",
+        "model.layers.0",
+    ]

@@ -22,9 +22,22 @@ from streamer.plan.architectures import packaged
 from streamer.plan.carried_tensors import AUTO_CLASSES, auto_class, implied_head
 from streamer.weights.model_config import ModelConfig
 
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 60,
-         "max_position_embeddings": 64}  # fmt: skip
-GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 60, "n_positions": 64, "pad_token_id": 0}
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "vocab_size": 60,
+    "max_position_embeddings": 64,
+}
+GPT2 = {
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "vocab_size": 60,
+    "n_positions": 64,
+    "pad_token_id": 0,
+}
 DISTIL = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "vocab_size": 60}
 T5 = {
     "d_model": 32,
@@ -38,7 +51,14 @@ T5 = {
 BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
         "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": 60, "max_position_embeddings": 64}  # fmt: skip
 LLAMA = {**SMALL, "num_key_value_heads": 2, "pad_token_id": 0}
-MODERN = {**SMALL, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+MODERN = {
+    **SMALL,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "cls_token_id": 1,
+    "sep_token_id": 2,
+}
 AUTO = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
@@ -111,7 +131,13 @@ def answer(model: torch.nn.Module, task: str) -> torch.Tensor:
 
 def trained(model: torch.nn.Module, case: Case, directory: Path) -> PeftModel:
     """An adapter with all its tensors changed, saved by PEFT."""
-    lora = LoraConfig(task_type=case.task, r=2, lora_alpha=4, target_modules=case.targets, modules_to_save=case.saved)
+    lora = LoraConfig(
+        task_type=case.task,
+        r=2,
+        lora_alpha=4,
+        target_modules=case.targets,
+        modules_to_save=case.saved,
+    )
     peft = get_peft_model(model, lora)
     g = torch.Generator().manual_seed(vary(2))
     for p in peft.parameters():
@@ -122,21 +148,32 @@ def trained(model: torch.nn.Module, case: Case, directory: Path) -> PeftModel:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.long) for n in CASES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.long) for n in CASES]
+)
 def test_the_auto_class_loads_it_and_it_answers_as_pefts_does(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     torch.manual_seed(vary(0))
     config = AutoConfig.for_model(case.model_type, **case.config)
     getattr(transformers, case.base).from_config(config).save_pretrained(tmp_path / "base")
     auto = getattr(transformers, AUTO[case.task])
-    labels = {} if case.labels is None else {"num_labels": case.labels, "ignore_mismatched_sizes": True}
+    labels = (
+        {} if case.labels is None else {"num_labels": case.labels, "ignore_mismatched_sizes": True}
+    )
     if case.task == "QUESTION_ANS":
         labels = {"num_labels": 2, "ignore_mismatched_sizes": True}
     peft = trained(auto.from_pretrained(tmp_path / "base", **labels), case, tmp_path / "adapter")
     expected = answer(peft.merge_and_unload(), case.task)
 
     done = server().run(
-        "merge", tmp_path / "base", tmp_path / "adapter", "-o", tmp_path / "out", "--lambda", 1, "--json"
+        "merge",
+        tmp_path / "base",
+        tmp_path / "adapter",
+        "-o",
+        tmp_path / "out",
+        "--lambda",
+        1,
+        "--json",
     )
     assert done.code == 0, done.err
     record = json.loads(done.out)
@@ -159,25 +196,45 @@ def test_a_pretrained_base(tmp_path: Path) -> None:
     batch = minilm.tokens(minilm.SENTENCES[::50])
     with torch.no_grad():
         expected = peft.merge_and_unload().eval()(**batch).logits
-    done = server().run("merge", minilm.BASE, tmp_path / "adapter", "-o", tmp_path / "out", "--lambda", 1, "--quiet")
+    done = server().run(
+        "merge", minilm.BASE, tmp_path / "adapter", "-o", tmp_path / "out", "--lambda", 1, "--quiet"
+    )
     assert done.code == 0, done.err
     with torch.no_grad():
         found = auto.from_pretrained(tmp_path / "out").eval()(**batch).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert loaded("a")["input_ids"] == transformers.AutoTokenizer.from_pretrained(minilm.BASE)("a")["input_ids"]
+    assert (
+        loaded("a")["input_ids"]
+        == transformers.AutoTokenizer.from_pretrained(minilm.BASE)("a")["input_ids"]
+    )
 
 
 def test_a_head_that_nobody_has_is_not_promised(tmp_path: Path) -> None:
     """A causal adapter on a classifier: its class would be loaded with an lm_head of random values."""
     torch.manual_seed(vary(0))
-    case = Case("llama", {**LLAMA, "num_labels": 3}, "AutoModelForSequenceClassification", "CAUSAL_LM", ["q_proj"])
+    case = Case(
+        "llama",
+        {**LLAMA, "num_labels": 3},
+        "AutoModelForSequenceClassification",
+        "CAUSAL_LM",
+        ["q_proj"],
+    )
     config = AutoConfig.for_model(case.model_type, **case.config)
-    transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "base")
+    transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(
+        tmp_path / "base"
+    )
     auto = transformers.AutoModelForCausalLM
     trained(auto.from_pretrained(tmp_path / "base"), case, tmp_path / "adapter")
     done = server().run(
-        "merge", tmp_path / "base", tmp_path / "adapter", "-o", tmp_path / "out", "--lambda", 1, "--json"
+        "merge",
+        tmp_path / "base",
+        tmp_path / "adapter",
+        "-o",
+        tmp_path / "out",
+        "--lambda",
+        1,
+        "--json",
     )
     assert done.code == 0, done.err
     written = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -204,10 +261,16 @@ def test_a_head_that_nobody_has_is_not_promised(tmp_path: Path) -> None:
         ("bert", "CAUSAL_LM", {}, ("cls.predictions.transform.dense.weight",), True),
     ],
 )
-def test_a_tie_makes_a_head(model_type: str, task: str, more: dict, names: tuple, is_there: bool) -> None:
+def test_a_tie_makes_a_head(
+    model_type: str, task: str, more: dict, names: tuple, is_there: bool
+) -> None:
     bare = auto_class(model_type, "FEATURE_EXTRACTION")
-    head = implied_head(ModelConfig({"model_type": model_type, "architectures": [bare], **more}), task, {}, names)
-    assert head.config.values["architectures"] == [auto_class(model_type, task) if is_there else bare]
+    head = implied_head(
+        ModelConfig({"model_type": model_type, "architectures": [bare], **more}), task, {}, names
+    )
+    assert head.config.values["architectures"] == [
+        auto_class(model_type, task) if is_there else bare
+    ]
     assert len(head.advice) == (not is_there)
 
 
@@ -218,14 +281,41 @@ CLASSIFIER = ("bert.pooler.dense.weight", "classifier.weight")
 @pytest.mark.parametrize(
     ("config", "task", "saved", "words"),
     [
-        (BERT, None, {"classifier.weight": (3, 8)}, "no class for 'bert' and the task None is known: load the model with the"),
-        ({**BERT, "model_type": "its own"}, "SEQ_CLS", {"classifier.weight": (3, 8)}, "no class for 'its own' and the task SEQ_CLS is"),
-        (BERT, "SEQ_CLS", {"my_head.weight": (3, 8)}, "neither it nor the base has a known head: load the model with the class and the"),
-        (BERT, "TOKEN_CLS", {}, "neither it nor the base has a known head: load the model with the class and the num_labels of its"),
-        ({}, "SEQ_CLS", {"classifier.weight": (3, 8)}, "the base has no config.json: load the model with a config of num_labels=3"),
+        (
+            BERT,
+            None,
+            {"classifier.weight": (3, 8)},
+            "no class for 'bert' and the task None is known: load the model with the",
+        ),
+        (
+            {**BERT, "model_type": "its own"},
+            "SEQ_CLS",
+            {"classifier.weight": (3, 8)},
+            "no class for 'its own' and the task SEQ_CLS is",
+        ),
+        (
+            BERT,
+            "SEQ_CLS",
+            {"my_head.weight": (3, 8)},
+            "neither it nor the base has a known head: load the model with the class and the",
+        ),
+        (
+            BERT,
+            "TOKEN_CLS",
+            {},
+            "neither it nor the base has a known head: load the model with the class and the num_labels of its",
+        ),
+        (
+            {},
+            "SEQ_CLS",
+            {"classifier.weight": (3, 8)},
+            "the base has no config.json: load the model with a config of num_labels=3",
+        ),
     ],
-)  # fmt: skip
-def test_what_cannot_be_known_is_said(config: dict, task: str | None, saved: dict, words: str) -> None:
+)
+def test_what_cannot_be_known_is_said(
+    config: dict, task: str | None, saved: dict, words: str
+) -> None:
     head = implied_head(ModelConfig(config), task, saved, [*saved])
     (line,) = head.advice
     assert words in line
@@ -234,18 +324,56 @@ def test_what_cannot_be_known_is_said(config: dict, task: str | None, saved: dic
 @pytest.mark.parametrize(
     ("config", "task", "saved", "names", "changed"),
     [
-        ({**BERT, "id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, "SEQ_CLS", {"classifier.weight": (2, 8)}, CLASSIFIER,
-         {"architectures": ["BertForSequenceClassification"]}),
-        ({"model_type": "bert", "architectures": ["BertForSequenceClassification"], "id2label": {"0": "a"}, "num_labels": 1,
-          "problem_type": "regression"}, "SEQ_CLS", {"classifier.weight": (2, 8)}, CLASSIFIER,
-         {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}}),
+        (
+            {**BERT, "id2label": {"0": "LABEL_0", "1": "LABEL_1"}},
+            "SEQ_CLS",
+            {"classifier.weight": (2, 8)},
+            CLASSIFIER,
+            {"architectures": ["BertForSequenceClassification"]},
+        ),
+        (
+            {
+                "model_type": "bert",
+                "architectures": ["BertForSequenceClassification"],
+                "id2label": {"0": "a"},
+                "num_labels": 1,
+                "problem_type": "regression",
+            },
+            "SEQ_CLS",
+            {"classifier.weight": (2, 8)},
+            CLASSIFIER,
+            {
+                "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
+                "label2id": {"LABEL_0": 0, "LABEL_1": 1},
+            },
+        ),
         # What is meant for several inputs is a class of its own, whatever the adapter's task.
-        ({"model_type": "qwen2_vl", "architectures": ["Qwen2VLForConditionalGeneration"]}, "CAUSAL_LM", {}, (), {}),
-        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, "CAUSAL_LM", {"lm_head.weight": (9, 8)}, (), {}),
-        ({"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}, "FEATURE_EXTRACTION", {}, ("lm_head.weight",), {}),
+        (
+            {"model_type": "qwen2_vl", "architectures": ["Qwen2VLForConditionalGeneration"]},
+            "CAUSAL_LM",
+            {},
+            (),
+            {},
+        ),
+        (
+            {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+            "CAUSAL_LM",
+            {"lm_head.weight": (9, 8)},
+            (),
+            {},
+        ),
+        (
+            {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]},
+            "FEATURE_EXTRACTION",
+            {},
+            ("lm_head.weight",),
+            {},
+        ),
     ],
-)  # fmt: skip
-def test_what_a_config_says(config: dict, task: str, saved: dict, names: tuple, changed: dict) -> None:
+)
+def test_what_a_config_says(
+    config: dict, task: str, saved: dict, names: tuple, changed: dict
+) -> None:
     head = implied_head(ModelConfig(config), task, saved, names)
     gone = {"num_labels", "problem_type"} if "id2label" in changed else set()
     assert head.config.values == {k: v for k, v in config.items() if k not in gone} | changed
@@ -266,12 +394,16 @@ def test_names_of_labels_that_stay_are_said() -> None:
 
 
 def test_every_task_of_peft_is_known() -> None:
-    assert {task.value for task in TaskType} == packaged(AUTO_CLASSES)["tasks"].keys() == AUTO.keys()
+    assert (
+        {task.value for task in TaskType} == packaged(AUTO_CLASSES)["tasks"].keys() == AUTO.keys()
+    )
 
 
 @pytest.mark.long
 def test_the_classes_are_the_installed_version_s() -> None:
     if f"transformers {transformers.__version__} " not in packaged(AUTO_CLASSES)["source"]:
-        pytest.skip(f"the table is of {packaged(AUTO_CLASSES)['source']}; tools/make_auto_classes.py renews it")
+        pytest.skip(
+            f"the table is of {packaged(AUTO_CLASSES)['source']}; tools/make_auto_classes.py renews it"
+        )
     tool = TOOLS / "make_auto_classes.py"
     assert subprocess.run([sys.executable, tool, "--check"], check=False).returncode == 0

@@ -17,7 +17,13 @@ from safetensors.torch import load_file, save_file
 from tokenized_texts import CHATML, DATED, FORGETFUL, lines, prose, read, save
 from transformers import AutoTokenizer
 
-from streamer.errors import FormatError, MissingInputError, StorageError, UnsupportedError, UsageError
+from streamer.errors import (
+    FormatError,
+    MissingInputError,
+    StorageError,
+    UnsupportedError,
+    UsageError,
+)
 from streamer.measuring.texts import MARK, load_tokenizer, tokenizer_directory
 from streamer.plan.plan import make_plan
 from streamer.streaming.model import unreadable
@@ -25,7 +31,9 @@ from streamer.streaming.model import unreadable
 
 @pytest.mark.parametrize("start", [True, False])
 @pytest.mark.parametrize("kind", ["bytes", "pieces", "words"])
-def test_sequences_of_a_long_text_lie_at_even_distances(kind: str, start: bool, tmp_path: Path) -> None:
+def test_sequences_of_a_long_text_lie_at_even_distances(
+    kind: str, start: bool, tmp_path: Path
+) -> None:
     tokenizer = save(tmp_path, kind, start=start)
     text = prose(20_000)
     (tmp_path / "t.txt").write_text(text)
@@ -34,7 +42,9 @@ def test_sequences_of_a_long_text_lie_at_even_distances(kind: str, start: bool, 
     raw, at = text.encode(), 0
 
     def tokens(place: int) -> list[int]:
-        return tokenizer(raw[place : place + 2000].decode(errors="ignore"), add_special_tokens=False).input_ids
+        return tokenizer(
+            raw[place : place + 2000].decode(errors="ignore"), add_special_tokens=False
+        ).input_ids
 
     for i, ids in enumerate(found.ids):
         assert len(ids) == 32
@@ -47,7 +57,9 @@ def test_sequences_of_a_long_text_lie_at_even_distances(kind: str, start: bool, 
             p
             for p in range(max(even, at), even + 110)
             if raw[p] & 0xC0 != 0x80  # no character is cut
-            and (tokens(p)[:31] == ids[1:].tolist() or (not start and tokens(p)[:32] == ids.tolist()))
+            and (
+                tokens(p)[:31] == ids[1:].tolist() or (not start and tokens(p)[:32] == ids.tolist())
+            )
         )
         assert place == 0 or raw[place - 1 : place].isspace() or raw[place : place + 1].isspace()
         at = place + 1
@@ -61,7 +73,10 @@ def test_a_short_text_is_taken_whole_and_once(kind: str, tmp_path: Path) -> None
     found = read(tmp_path / "t.txt", sequences=1000, length=20)
     total = len(tokenizer(text, add_special_tokens=False).input_ids)
     assert total // 19 - 3 <= len(found.ids) <= total // 19
-    back = "".join("".join(tokenizer.decode(ids[1:], clean_up_tokenization_spaces=False).split()) for ids in found.ids)
+    back = "".join(
+        "".join(tokenizer.decode(ids[1:], clean_up_tokenization_spaces=False).split())
+        for ids in found.ids
+    )
     assert "".join(text.split()).startswith(back)
     assert len(back) > 0.9 * len("".join(text.split()))
 
@@ -83,9 +98,18 @@ def test_text_without_spaces_begins_at_a_character(tmp_path: Path) -> None:
     ("raw", "words"),
     [
         (b"", "expected 2 sequences of 16 tokens at least, found 0 tokens; give more text"),
-        (b"the quick brown fox jumps over a lazy dog", "found 9 tokens; give more text, or --length 4"),
-        (b"the quick \xff brown fox", "expected text in UTF-8, found another byte at 10; convert it"),
-        (b"the quick brown \xe6\x9d", "expected text in UTF-8, found another byte at 16; convert it"),
+        (
+            b"the quick brown fox jumps over a lazy dog",
+            "found 9 tokens; give more text, or --length 4",
+        ),
+        (
+            b"the quick \xff brown fox",
+            "expected text in UTF-8, found another byte at 10; convert it",
+        ),
+        (
+            b"the quick brown \xe6\x9d",
+            "expected text in UTF-8, found another byte at 16; convert it",
+        ),
     ],
 )
 def test_texts_that_are_refused(raw: bytes, words: str, tmp_path: Path) -> None:
@@ -106,7 +130,9 @@ def test_the_models_vocabulary_may_be_smaller(tmp_path: Path) -> None:
         read(tmp_path / "t.txt", length=16, vocabulary=100)
 
 
-@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file here whose first byte cannot be read")
+@pytest.mark.skipif(
+    not Path("/proc/self/mem").exists(), reason="no file here whose first byte cannot be read"
+)
 @pytest.mark.parametrize("name", ["t.npy", "t.txt", "t.jsonl"])
 def test_a_text_on_a_disk_that_fails(name: str, tmp_path: Path) -> None:
     save(tmp_path)
@@ -127,7 +153,9 @@ def test_a_tokenizer_that_is_broken(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "t.txt", tmp_path)
 
 
-@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file here whose first byte cannot be read")
+@pytest.mark.skipif(
+    not Path("/proc/self/mem").exists(), reason="no file here whose first byte cannot be read"
+)
 def test_a_tokenizer_on_a_disk_that_fails(tmp_path: Path) -> None:
     """transformers reads it, and then the tokenizers library, whose `Exception` states the system's error in words."""
     file = tmp_path / "tokenizer.json"
@@ -143,17 +171,23 @@ def test_a_tokenizer_without_offsets(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "CanineTokenizer"}')
     (tmp_path / "vocab.txt").write_text("a")
     with pytest.raises(
-        UnsupportedError, match=r"its tokenizer \(CanineTokenizer\) does not report positions in the text"
+        UnsupportedError,
+        match=r"its tokenizer \(CanineTokenizer\) does not report positions in the text",
     ):
         load_tokenizer(tmp_path / "t.txt", tmp_path)
 
 
-def test_all_tokens_that_a_tokenizer_puts_first_stand_first_and_do_not_count(tmp_path: Path) -> None:
+def test_all_tokens_that_a_tokenizer_puts_first_stand_first_and_do_not_count(
+    tmp_path: Path,
+) -> None:
     """As GLM's, `[gMASK]<sop>`, of which none is the token that begins a text by name."""
     save(tmp_path, "words")
     tree = json.loads((tmp_path / "tokenizer.json").read_text())
     single = [{"SpecialToken": {"id": t, "type_id": 0}} for t in ("<|im_start|>", "<s>")]
-    single += [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}]
+    single += [
+        {"Sequence": {"id": "A", "type_id": 0}},
+        {"SpecialToken": {"id": "</s>", "type_id": 0}},
+    ]
     names = {x["content"]: x["id"] for x in tree["added_tokens"]}
     tree["post_processor"]["single"] = single
     tree["post_processor"]["special_tokens"] = {
@@ -177,7 +211,9 @@ def test_all_tokens_that_a_tokenizer_puts_first_stand_first_and_do_not_count(tmp
     found = read(tmp_path / "t.txt", sequences=3, length=8)
     assert [ids[:2].tolist() for ids in found.ids] == [start] * 3
     assert [counted.tolist() for counted in found.counted] == [[False, False, *[True] * 6]] * 3
-    with pytest.raises(UsageError, match="--length: expected more than the 2 tokens that the tokenizer puts before"):
+    with pytest.raises(
+        UsageError, match="--length: expected more than the 2 tokens that the tokenizer puts before"
+    ):
         read(tmp_path / "t.txt", length=2)
 
 
@@ -201,7 +237,9 @@ def test_whose_tokenizer(tmp_path: Path) -> None:
 def test_documents(kind: str, tmp_path: Path) -> None:
     tokenizer = save(tmp_path, kind)
     texts = [prose(20 + i, seed=i) for i in range(10)]
-    found = read(lines(tmp_path / "t.jsonl", *({"text": t} for t in texts), ""), sequences=4, length=16)
+    found = read(
+        lines(tmp_path / "t.jsonl", *({"text": t} for t in texts), ""), sequences=4, length=16
+    )
     for i, ids, counted in zip((0, 2, 5, 7), found.ids, found.counted, strict=True):
         assert ids.tolist() == tokenizer(texts[i]).input_ids[:16]
         assert counted.tolist() == [False, *[True] * 15]
@@ -209,7 +247,8 @@ def test_documents(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["bytes", "pieces", "words"])
 @pytest.mark.parametrize(
-    ("prompt", "completion"), [("the quick brown", " fox jumps over"), ("東京 🦊 is", " straße\n"), ("", "the dog")]
+    ("prompt", "completion"),
+    [("the quick brown", " fox jumps over"), ("東京 🦊 is", " straße\n"), ("", "the dog")],
 )
 def test_of_prompt_and_completion_the_completion_counts(
     kind: str, prompt: str, completion: str, tmp_path: Path
@@ -244,7 +283,9 @@ def assert_masks(tokenizer: Any, talks: list[list[dict[str, Any]]], path: Path) 
     """Of each talk the answers count as the template itself marks them."""
     found = read(lines(path, *({"messages": messages} for messages in talks)))
     for messages, ids, counted in zip(talks, found.ids, found.counted, strict=True):
-        made = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        made = tokenizer.apply_chat_template(
+            messages, return_dict=True, return_assistant_tokens_mask=True
+        )
         assert ids.tolist() == made["input_ids"]
         assert counted.tolist() == [bool(m) for m in made["assistant_masks"]]
         assert counted.any()
@@ -254,10 +295,20 @@ def test_of_messages_the_answers_count_as_the_template_itself_marks_them(tmp_pat
     tokenizer = save(tmp_path, template=CHATML)
     talks = [
         [{"role": "user", "content": "the quick"}, {"role": "assistant", "content": "brown fox"}],
-        [{"role": "system", "content": "a lazy dog"}, *({"role": r, "content": f"{r} {w}"} for w in ("the fox", "東京", "jugs")
-                                                         for r in ("user", "assistant"))],
-        [{"role": "user", "content": "boxes"}, {"role": "assistant", "content": "\n\nliquor\n"}, {"role": "user", "content": "dog"}],
-    ]  # fmt: skip
+        [
+            {"role": "system", "content": "a lazy dog"},
+            *(
+                {"role": r, "content": f"{r} {w}"}
+                for w in ("the fox", "東京", "jugs")
+                for r in ("user", "assistant")
+            ),
+        ],
+        [
+            {"role": "user", "content": "boxes"},
+            {"role": "assistant", "content": "\n\nliquor\n"},
+            {"role": "user", "content": "dog"},
+        ],
+    ]
     assert_masks(tokenizer, talks, tmp_path / "t.jsonl")
 
 
@@ -272,7 +323,11 @@ THINKING = """{% for m in messages %}{{ '<' + m.role + '>' }}{% if m.role == 'as
 @pytest.mark.parametrize("template", [PROMPTLESS, THINKING])
 def test_answers_without_the_prompt_that_the_template_has(template: str, tmp_path: Path) -> None:
     tokenizer = save(tmp_path, template=template)
-    talk = [{"role": r, "content": f"{r} {w}"} for w in ("the fox", "jugs") for r in ("user", "assistant")]
+    talk = [
+        {"role": r, "content": f"{r} {w}"}
+        for w in ("the fox", "jugs")
+        for r in ("user", "assistant")
+    ]
     talk[1]["content"] = "assistant"  # as in the words before it
     talks = [talk, talk[1:], [{"role": "user", "content": f"What is {MARK}?"}, *talk[1:]]]
     assert_masks(tokenizer, talks, tmp_path / "t.jsonl")
@@ -291,7 +346,9 @@ def test_answers_in_parts_and_calls_of_tools(tmp_path: Path) -> None:
     talks = [[question, answer], [question, call, question, answer]]
     found = read(lines(tmp_path / "t.jsonl", *({"messages": m} for m in talks)))
     for messages, ids, counted in zip(talks, found.ids, found.counted, strict=True):
-        made = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        made = tokenizer.apply_chat_template(
+            messages, return_dict=True, return_assistant_tokens_mask=True
+        )
         assert ids.tolist() == made["input_ids"]
         masks = np.array(made["assistant_masks"], bool)
         assert all(counted[masks])
@@ -318,14 +375,36 @@ TEXT = {"type": "text", "text": "the fox"}
 @pytest.mark.parametrize(
     ("question", "answer", "words"),
     [
-        ({"content": [TEXT]}, {"content": "jugs"}, "does not support 'content' as a list of parts; give it as one string"),
-        ({"content": [TEXT, {"type": "image"}]}, {"content": "jugs"}, "expected only parts of type 'text' in 'content', found {'type': "),
-        ({"content": "fox"}, {"content": "jugs", "tool_calls": [{"function": {"name": "f"}}]}, "ignores 'tool_calls'"),
-        ({"content": "fox"}, {"content": "jugs", "function_call": {"name": "f"}}, "ignores 'function_call'"),
-        ({"content": [{"type": "image", "text": "", "image": "a.png"}]}, {"content": "jugs"}, "expected only parts of type 'text'"),
+        (
+            {"content": [TEXT]},
+            {"content": "jugs"},
+            "does not support 'content' as a list of parts; give it as one string",
+        ),
+        (
+            {"content": [TEXT, {"type": "image"}]},
+            {"content": "jugs"},
+            "expected only parts of type 'text' in 'content', found {'type': ",
+        ),
+        (
+            {"content": "fox"},
+            {"content": "jugs", "tool_calls": [{"function": {"name": "f"}}]},
+            "ignores 'tool_calls'",
+        ),
+        (
+            {"content": "fox"},
+            {"content": "jugs", "function_call": {"name": "f"}},
+            "ignores 'function_call'",
+        ),
+        (
+            {"content": [{"type": "image", "text": "", "image": "a.png"}]},
+            {"content": "jugs"},
+            "expected only parts of type 'text'",
+        ),
     ],
-)  # fmt: skip
-def test_what_a_template_does_not_write(question: Any, answer: Any, words: str, tmp_path: Path) -> None:
+)
+def test_what_a_template_does_not_write(
+    question: Any, answer: Any, words: str, tmp_path: Path
+) -> None:
     """The model would see another text."""
     save(tmp_path, template=PROMPTLESS)
     messages = [{"role": "user", **question}, {"role": "assistant", **answer}]
@@ -349,7 +428,10 @@ def test_a_prompt_longer_than_a_sequence_loses_its_beginning(tmp_path: Path) -> 
     assert found.counted[0].tolist() == [False, False, False, True, True, True]
     line["completion"] += " a lazy dog and more"  # as much of a longer answer as of its prompt
     found = read(lines(tmp_path / "t.jsonl", line, line), length=6)
-    assert (found.ids[0].tolist(), found.counted[0].tolist()[2:]) == ([start, *ids[6:]], [False, True, True, True])
+    assert (found.ids[0].tolist(), found.counted[0].tolist()[2:]) == (
+        [start, *ids[6:]],
+        [False, True, True, True],
+    )
 
 
 MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "dog"}]
@@ -366,18 +448,27 @@ MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "
         ({"messages": MESSAGES, "prompt": "b"}, "found the keys 'messages', 'prompt'"),
         ({"source": "x"}, "found the keys 'source'"),
         ({}, "one kind alone, found the keys "),
-        ({"messages": MESSAGES, "tools": [{}]}, "has 'tools', which the chat template is not given; give 'prompt' and 'completion'"),
+        (
+            {"messages": MESSAGES, "tools": [{}]},
+            "has 'tools', which the chat template is not given; give 'prompt' and 'completion'",
+        ),
         ({"text": 3}, "expected 'text' to be a string, found 3"),
         ({"prompt": "a", "completion": None}, "expected 'completion' to be a string, found None"),
         ({"text": ""}, "expected tokens to predict, found none that counts among its first 1"),
         ({"prompt": "the dog", "completion": ""}, "found none that counts among its first 3"),
-        ({"messages": "a"}, "expected 'messages' to be a list of objects with 'role' and 'content'"),
-        ({"messages": [{"content": "a"}]}, "expected 'messages' to be a list of objects with 'role' and 'content'"),
+        (
+            {"messages": "a"},
+            "expected 'messages' to be a list of objects with 'role' and 'content'",
+        ),
+        (
+            {"messages": [{"content": "a"}]},
+            "expected 'messages' to be a list of objects with 'role' and 'content'",
+        ),
         ({"messages": MESSAGES[:1]}, "found none that counts"),
         ({"messages": []}, "the chat template refuses it: "),
         ({"messages": [{"role": "user"}]}, "the chat template refuses it: "),
     ],
-)  # fmt: skip
+)
 def test_lines_that_are_refused(line: Any, words: str, tmp_path: Path) -> None:
     save(tmp_path, "words", template=CHATML)
     path = lines(tmp_path / "t.jsonl", {"text": "the fox"}, "", line)
@@ -388,8 +479,12 @@ def test_lines_that_are_refused(line: Any, words: str, tmp_path: Path) -> None:
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("line", [{"text": "the dog"}, {"prompt": "the", "completion": " dog"}, {"messages": MESSAGES}])
-def test_keys_that_say_nothing_of_the_text_are_ignored(line: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "line", [{"text": "the dog"}, {"prompt": "the", "completion": " dog"}, {"messages": MESSAGES}]
+)
+def test_keys_that_say_nothing_of_the_text_are_ignored(
+    line: dict[str, Any], tmp_path: Path
+) -> None:
     save(tmp_path, "words", template=CHATML)
     plain = read(lines(tmp_path / "t.jsonl", line, line))
     more = {"id": 3, **line, "source": None, "tools": None}
@@ -415,10 +510,13 @@ def test_a_template_that_writes_earlier_answers_otherwise(tmp_path: Path) -> Non
     save(tmp_path, template=FORGETFUL)
     both = [*MESSAGES, *MESSAGES]
     with pytest.raises(
-        FormatError, match="so that answer 1 cannot be found; give one line for each answer, with the messages up to it"
+        FormatError,
+        match="so that answer 1 cannot be found; give one line for each answer, with the messages up to it",
     ):
         read(lines(tmp_path / "t.jsonl", {"messages": both}))
-    assert read(lines(tmp_path / "t.jsonl", {"messages": MESSAGES}, {"messages": MESSAGES})).tokens > 0
+    assert (
+        read(lines(tmp_path / "t.jsonl", {"messages": MESSAGES}, {"messages": MESSAGES})).tokens > 0
+    )
 
 
 def test_a_template_that_writes_the_date_gives_the_same_tokens_on_every_day(

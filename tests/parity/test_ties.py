@@ -35,12 +35,42 @@ class Case(NamedTuple):
 
 HEADS = {
     "mamba": ("MambaForCausalLM", plain("Mamba"), "embeddings", "lm_head", "in_proj"),
-    "modernbert": ("ModernBertForMaskedLM", plain("ModernBert", cls_token_id=1, sep_token_id=2), "tok_embeddings", "decoder", "Wqkv"),
-    "bert": ("BertForMaskedLM", plain("Bert"), "word_embeddings", "cls.predictions.decoder", "query"),
-    "roberta": ("RobertaForMaskedLM", plain("Roberta"), "word_embeddings", "lm_head.decoder", "query"),
-    "whisper": ("WhisperForConditionalGeneration", plain("Whisper"), "decoder.embed_tokens", "proj_out", "q_proj"),
-    "llama, tied": ("LlamaForCausalLM", plain("Llama", tie_word_embeddings=True), "embed_tokens", "lm_head", "q_proj"),
-}  # fmt: skip
+    "modernbert": (
+        "ModernBertForMaskedLM",
+        plain("ModernBert", cls_token_id=1, sep_token_id=2),
+        "tok_embeddings",
+        "decoder",
+        "Wqkv",
+    ),
+    "bert": (
+        "BertForMaskedLM",
+        plain("Bert"),
+        "word_embeddings",
+        "cls.predictions.decoder",
+        "query",
+    ),
+    "roberta": (
+        "RobertaForMaskedLM",
+        plain("Roberta"),
+        "word_embeddings",
+        "lm_head.decoder",
+        "query",
+    ),
+    "whisper": (
+        "WhisperForConditionalGeneration",
+        plain("Whisper"),
+        "decoder.embed_tokens",
+        "proj_out",
+        "q_proj",
+    ),
+    "llama, tied": (
+        "LlamaForCausalLM",
+        plain("Llama", tie_word_embeddings=True),
+        "embed_tokens",
+        "lm_head",
+        "q_proj",
+    ),
+}
 
 
 def answer(model: torch.nn.Module) -> torch.Tensor:
@@ -51,10 +81,16 @@ def answer(model: torch.nn.Module) -> torch.Tensor:
     inputs: dict[str, Any] = {"input_ids": ids}
     if config.model_type == "whisper":
         frames = 2 * config.max_source_positions
-        inputs = {"input_features": torch.randn(2, config.num_mel_bins, frames, generator=g), "decoder_input_ids": ids}
+        inputs = {
+            "input_features": torch.randn(2, config.num_mel_bins, frames, generator=g),
+            "decoder_input_ids": ids,
+        }
     elif config.model_type == "vision-encoder-decoder":
         size = config.encoder.image_size
-        inputs = {"pixel_values": torch.randn(2, 3, size, size, generator=g), "decoder_input_ids": ids}
+        inputs = {
+            "pixel_values": torch.randn(2, 3, size, size, generator=g),
+            "decoder_input_ids": ids,
+        }
     elif config.is_encoder_decoder or config.model_type == "encoder-decoder":
         inputs["decoder_input_ids"] = ids[:, :5]
     with torch.no_grad():
@@ -68,12 +104,20 @@ def trained(model: Any, case: Case, directory: Path) -> PeftModel:
         (model.decoder if nested else model).resize_token_embeddings(70, mean_resizing=False)
     peft = get_peft_model(
         model,
-        LoraConfig(r=2, lora_alpha=4, target_modules=case.targets, modules_to_save=case.saved, **dict(case.options)),
+        LoraConfig(
+            r=2,
+            lora_alpha=4,
+            target_modules=case.targets,
+            modules_to_save=case.saved,
+            **dict(case.options),
+        ),
     )
     g = torch.Generator().manual_seed(vary(2))
     for p in peft.parameters():
         if p.requires_grad:
-            p.data.add_(0.2 * torch.randn(p.shape, generator=g))  # in place: what PEFT ties stays one
+            p.data.add_(
+                0.2 * torch.randn(p.shape, generator=g)
+            )  # in place: what PEFT ties stays one
     peft.save_pretrained(directory, save_embedding_layers=True if case.grown else "auto")
     return peft
 
@@ -87,7 +131,9 @@ def merged(case: Case, home: Path) -> tuple[torch.Tensor, torch.Tensor, dict[str
         p.data = p.data + 0.05 * torch.randn(p.shape)
     model.save_pretrained(home / "base")
     peft = trained(cls.from_pretrained(home / "base"), case, home / "adapter")
-    done = server().run("merge", home / "base", home / "adapter", "-o", home / "out", "--lambda", 1, "--json")
+    done = server().run(
+        "merge", home / "base", home / "adapter", "-o", home / "out", "--lambda", 1, "--json"
+    )
     assert done.code == 0, done.err
     assert lines(home / "out", home / "base", home / "adapter", sample="all") == []
     loaded, info = cls.from_pretrained(home / "out", output_loading_info=True)
@@ -97,14 +143,32 @@ def merged(case: Case, home: Path) -> tuple[torch.Tensor, torch.Tensor, dict[str
 # Name → (class, config, target modules, modules to save): PEFT saves the embeddings of the whole model itself, and no decoder's
 GROWN = {
     "t5": ("T5ForConditionalGeneration", plain("T5"), ["q"], None),
-    "t5, untied": ("T5ForConditionalGeneration", plain("T5", tie_word_embeddings=False), ["q"], None),
+    "t5, untied": (
+        "T5ForConditionalGeneration",
+        plain("T5", tie_word_embeddings=False),
+        ["q"],
+        None,
+    ),
     "marian": ("MarianMTModel", plain("Marian"), ["q_proj"], None),
-    "bert and gpt2": ("EncoderDecoderModel", nest("EncoderDecoder", encoder="Bert", decoder="GPT2"), ["query"], ["wte", "lm_head"]),
-    "vit and trocr": ("VisionEncoderDecoderModel", nest("VisionEncoderDecoder", encoder="ViT", decoder="TrOCR"), r".*decoder\..*q_proj",
-                      ["embed_tokens", "output_projection"]),
-    "vit and gpt2": ("VisionEncoderDecoderModel", nest("VisionEncoderDecoder", encoder="ViT", decoder="GPT2"), ["c_attn"],
-                     ["wte", "lm_head"]),
-}  # fmt: skip
+    "bert and gpt2": (
+        "EncoderDecoderModel",
+        nest("EncoderDecoder", encoder="Bert", decoder="GPT2"),
+        ["query"],
+        ["wte", "lm_head"],
+    ),
+    "vit and trocr": (
+        "VisionEncoderDecoderModel",
+        nest("VisionEncoderDecoder", encoder="ViT", decoder="TrOCR"),
+        r".*decoder\..*q_proj",
+        ["embed_tokens", "output_projection"],
+    ),
+    "vit and gpt2": (
+        "VisionEncoderDecoderModel",
+        nest("VisionEncoderDecoder", encoder="ViT", decoder="GPT2"),
+        ["c_attn"],
+        ["wte", "lm_head"],
+    ),
+}
 
 
 @pytest.mark.parametrize("name", GROWN)
@@ -115,7 +179,9 @@ def test_a_vocabulary_grows_where_the_config_states_it(name: str, tmp_path: Path
     expected, found, info = merged(case, tmp_path)
     assert not any(info[keys] for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    stated, before = (json.loads((tmp_path / home / "config.json").read_text()) for home in ("out", "base"))
+    stated, before = (
+        json.loads((tmp_path / home / "config.json").read_text()) for home in ("out", "base")
+    )
     assert (stated.get("decoder") or stated)["vocab_size"] == 70
     if "encoder" in before:
         assert stated["encoder"] == before["encoder"]
@@ -132,24 +198,36 @@ def test_all_names_of_a_tied_embedding_are_saved_and_merged_back(tmp_path: Path)
     for name, p in model.named_parameters():
         p.data += 0.1 * torch.randn(p.shape) if name.endswith((".q.weight", "shared.weight")) else 0
     model.save_pretrained(tmp_path / "tuned")
-    for command in (("mitigate", "base", "tuned", "adapter", "--to-lora", 32), ("merge", "base", "adapter", "out")):
+    for command in (
+        ("mitigate", "base", "tuned", "adapter", "--to-lora", 32),
+        ("merge", "base", "adapter", "out"),
+    ):
         verb, base, adapter, out, *more = command
-        done = server().run(verb, tmp_path / base, tmp_path / adapter, "-o", tmp_path / out, "--lambda", 1, *more)
+        done = server().run(
+            verb, tmp_path / base, tmp_path / adapter, "-o", tmp_path / out, "--lambda", 1, *more
+        )
         assert done.code == 0, done.err
-    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["modules_to_save"]
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())[
+        "modules_to_save"
+    ]
     assert saved == ["decoder.embed_tokens", "encoder.embed_tokens", "lm_head", "shared"]
     loaded = opened(cls, tmp_path / "out")
     torch.testing.assert_close(answer(loaded), answer(model), rtol=1e-3, atol=1e-4)
     grown = cls.from_pretrained(tmp_path / "base")
     grown.resize_token_embeddings(70, mean_resizing=False)
     torch.testing.assert_close(
-        answer(PeftModel.from_pretrained(grown, tmp_path / "adapter")), answer(model), rtol=1e-3, atol=1e-4
+        answer(PeftModel.from_pretrained(grown, tmp_path / "adapter")),
+        answer(model),
+        rtol=1e-3,
+        atol=1e-4,
     )
 
 
 @pytest.mark.parametrize("kind", [LoraConfig, LoHaConfig])
 @pytest.mark.parametrize("name", ["bert", "roberta"])
-def test_an_untrained_bias_grows_with_its_head_by_way_of_a_lora(name: str, kind: Any, tmp_path: Path) -> None:
+def test_an_untrained_bias_grows_with_its_head_by_way_of_a_lora(
+    name: str, kind: Any, tmp_path: Path
+) -> None:
     """PEFT saves it with the head, under one of its two names, and not because it trained it: LoHa cannot even train biases."""
     cls, config, *_, layer = HEADS[name]
     base, adapter, lora = (tmp_path / place for place in ("base", "adapter", "lora"))
@@ -161,7 +239,11 @@ def test_an_untrained_bias_grows_with_its_head_by_way_of_a_lora(name: str, kind:
     start = {"init_weights": False} if kind is LoHaConfig else {"init_lora_weights": False}
     peft = get_peft_model(model, kind(r=2, target_modules=[layer], **start))
     peft.save_pretrained(adapter, save_embedding_layers=True)
-    runs = ("mitigate", adapter, "lora", "--to-lora", 32), ("merge", lora, "by way"), ("merge", adapter, "out")
+    runs = (
+        ("mitigate", adapter, "lora", "--to-lora", 32),
+        ("merge", lora, "by way"),
+        ("merge", adapter, "out"),
+    )
     for verb, source, out, *more in runs:
         done = server().run(verb, base, source, "-o", tmp_path / out, "--lambda", 1, *more)
         assert done.code == 0, done.err
@@ -171,7 +253,9 @@ def test_an_untrained_bias_grows_with_its_head_by_way_of_a_lora(name: str, kind:
             torch.testing.assert_close(answer(loaded), answer(peft), rtol=1e-4, atol=1e-5)
     grown = getattr(transformers, cls).from_pretrained(base)
     grown.resize_token_embeddings(70, mean_resizing=False)
-    torch.testing.assert_close(answer(PeftModel.from_pretrained(grown, lora)), answer(peft), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        answer(PeftModel.from_pretrained(grown, lora)), answer(peft), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_a_method_for_which_peft_takes_what_it_refuses_lora_for(tmp_path: Path) -> None:
@@ -181,7 +265,15 @@ def test_a_method_for_which_peft_takes_what_it_refuses_lora_for(tmp_path: Path) 
     loha = LoHaConfig(r=2, target_modules=["out_proj"], init_weights=False)
     get_peft_model(model, loha).save_pretrained(tmp_path / "adapter")
     done = server().run(
-        "mitigate", tmp_path / "base", tmp_path / "adapter", "-o", tmp_path / "out", "--lambda", 1, "--to-lora", 4
+        "mitigate",
+        tmp_path / "base",
+        tmp_path / "adapter",
+        "-o",
+        tmp_path / "out",
+        "--lambda",
+        1,
+        "--to-lora",
+        4,
     )
     assert done.code == 3
     assert "mixer.out_proj', which PEFT refuses LoRA for in models of type 'mamba'" in done.err
@@ -199,7 +291,13 @@ def test_what_peft_ties_stays_one(name: str, what: str, tmp_path: Path) -> None:
     if what == "factors of DoRA":
         options["use_dora"] = True
     targets = f"(.*{layer}|.*{embedding})" if "factors" in what else [layer]
-    case = Case(cls, config, targets, [embedding] if what == "saved" else None, options=tuple(options.items()))
+    case = Case(
+        cls,
+        config,
+        targets,
+        [embedding] if what == "saved" else None,
+        options=tuple(options.items()),
+    )
     expected, found, info = merged(case, tmp_path)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -219,16 +317,32 @@ def test_factors_that_peft_trained_apart_are_refused(tmp_path: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(tmp_path / "base")
     case = Case(cls, config, [layer, embedding, head], options=(("ensure_weight_tying", True),))
     peft = trained(type(model).from_pretrained(tmp_path / "base"), case, tmp_path / "adapter")
-    command = ("merge", tmp_path / "base", tmp_path / "adapter", "-o", tmp_path / "out", "--lambda", 1)
+    command = (
+        "merge",
+        tmp_path / "base",
+        tmp_path / "adapter",
+        "-o",
+        tmp_path / "out",
+        "--lambda",
+        1,
+    )
     done = server().run(*command)
     assert done.code == 3
     assert "'lm_head' are not those of one delta" in done.err
-    assert "set ensure_weight_tying to false in its config, and name both in target_modules" in done.err
+    assert (
+        "set ensure_weight_tying to false in its config, and name both in target_modules"
+        in done.err
+    )
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "ensure_weight_tying": False}))
     assert server().run(*command).code == 0
-    merged = {name: values.double() for name, values in load_file(tmp_path / "out" / "model.safetensors").items()}
-    stored = load_file(tmp_path / "base" / "model.safetensors")["model.embed_tokens.weight"].double()
+    merged = {
+        name: values.double()
+        for name, values in load_file(tmp_path / "out" / "model.safetensors").items()
+    }
+    stored = load_file(tmp_path / "base" / "model.safetensors")[
+        "model.embed_tokens.weight"
+    ].double()
     for name, module in (
         ("model.embed_tokens", peft.base_model.model.model.embed_tokens),
         ("lm_head", peft.base_model.model.lm_head),
@@ -239,16 +353,26 @@ def test_factors_that_peft_trained_apart_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("what", ["tokens", "grown", "head"])
 @pytest.mark.parametrize("name", ["llama, tied", "whisper"])
-def test_the_adapter_says_which_class_it_was_trained_on(name: str, what: str, tmp_path: Path) -> None:
+def test_the_adapter_says_which_class_it_was_trained_on(
+    name: str, what: str, tmp_path: Path
+) -> None:
     """Ties of a type's classes differ; without a task PEFT writes the class into the adapter's config."""
     kind, config, embedding, head, layer = HEADS[name]
     options = (("trainable_token_indices", {embedding: [3, 5]}),) if what == "tokens" else ()
-    case = Case(kind, config, [layer, head] if what == "head" else [layer], grown=what == "grown", options=options)
+    case = Case(
+        kind,
+        config,
+        [layer, head] if what == "head" else [layer],
+        grown=what == "grown",
+        options=options,
+    )
     cls = getattr(transformers, kind)
     cls(config()).save_pretrained(tmp_path / "base")
     expected = answer(trained(cls.from_pretrained(tmp_path / "base"), case, tmp_path / "adapter"))
     path = tmp_path / "base" / "config.json"
-    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "architectures"}))
+    path.write_text(
+        json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "architectures"})
+    )
     merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     loaded = opened(cls, tmp_path / "out")
     torch.testing.assert_close(answer(loaded), expected, rtol=1e-4, atol=1e-5)

@@ -32,7 +32,9 @@ from streamer.weights.model_config import ModelConfig
 
 LOHA = Kind(
     llama(),
-    lambda: peft.LoHaConfig(r=4, alpha=8, target_modules=["q_proj", "down_proj"], rank_pattern={"q_proj": 1}),
+    lambda: peft.LoHaConfig(
+        r=4, alpha=8, target_modules=["q_proj", "down_proj"], rank_pattern={"q_proj": 1}
+    ),
     mitigate=False,
 )
 """Deltas of rank 1 and 16, so that no share is kept by one rank in all modules."""
@@ -54,7 +56,10 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Maker:
 def deltas(base: Path, merged: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     """Module → W' − W0, of those that changed, in float64."""
     before = load_file(base / "model.safetensors")
-    found = {name.removesuffix(".weight"): (merged[name].double() - before[name].double()).numpy() for name in before}
+    found = {
+        name.removesuffix(".weight"): (merged[name].double() - before[name].double()).numpy()
+        for name in before
+    }
     return {name: delta for name, delta in found.items() if delta.any()}
 
 
@@ -80,7 +85,9 @@ def stored_ranks(adapter: Path) -> dict[str, int]:
 
 @pytest.mark.parametrize("kind", ["linear", LOHA, LOKR], ids=["LoRA", "LoHa", "LoKr"])
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
-def test_ranks_are_those_of_pefts_conversion(kind: Kind | str, share: float, tmp_path: Path, made: Maker) -> None:
+def test_ranks_are_those_of_pefts_conversion(
+    kind: Kind | str, share: float, tmp_path: Path, made: Maker
+) -> None:
     """Of one adapter by streamer, by numpy in float64, and by PEFT: equal ranks, the same delta, and PEFT loads it."""
     job = made(kind)
     record = mitigate(job.base, job.adapter, tmp_path / "lora", 1.0, to_lora=share)
@@ -97,13 +104,18 @@ def test_ranks_are_those_of_pefts_conversion(kind: Kind | str, share: float, tmp
     }
     assert theirs == expected
     assert all(config.rank_pattern.get(name, config.r) == rank for name, rank in expected.items())
-    merged = job.merged(tmp_path / "lora")  # by PEFT, which opens it with the ranks of its own config
+    merged = job.merged(
+        tmp_path / "lora"
+    )  # by PEFT, which opens it with the ranks of its own config
     for name, delta in exact.items():
         stem = f"base_model.model.{name}"
         ours = (
-            merged[f"{name}.weight"].double() - load_file(job.base / "model.safetensors")[f"{name}.weight"].double()
+            merged[f"{name}.weight"].double()
+            - load_file(job.base / "model.safetensors")[f"{name}.weight"].double()
         ).numpy()
-        of_peft = (state[f"{stem}.lora_B.weight"].double() @ state[f"{stem}.lora_A.weight"].double()).numpy()
+        of_peft = (
+            state[f"{stem}.lora_B.weight"].double() @ state[f"{stem}.lora_A.weight"].double()
+        ).numpy()
         size = np.linalg.norm(delta)
         assert np.linalg.norm(ours - of_peft) < 1e-4 * size, name
         assert np.linalg.norm(ours - delta) ** 2 <= (1 - share) * size**2 * (1 + 1e-6), name
@@ -113,14 +125,25 @@ def test_ranks_are_those_of_pefts_conversion(kind: Kind | str, share: float, tmp
 
 def test_the_share_is_of_the_mitigated_delta(tmp_path: Path, made: Maker) -> None:
     job = made("linear")
-    options: dict[str, Any] = {"mitigation_lambda": 0.0, "method": "paper", "threshold_epsilon": 0.9}
+    options: dict[str, Any] = {
+        "mitigation_lambda": 0.0,
+        "method": "paper",
+        "threshold_epsilon": 0.9,
+    }
     with pytest.raises(
-        UsageError, match=r"^to_lora: a share .* run `streamer detect`, and pass them with --findings, or pass a rank$"
+        UsageError,
+        match=r"^to_lora: a share .* run `streamer detect`, and pass them with --findings, or pass a rank$",
     ):
-        streamer.reduce_intruder_dimension(job.base, job.adapter, tmp_path / "lora", to_lora=0.9, **options)
+        streamer.reduce_intruder_dimension(
+            job.base, job.adapter, tmp_path / "lora", to_lora=0.9, **options
+        )
     assert not (tmp_path / "lora").exists()
-    options["findings"] = streamer.detect_intruder_dimensions(job.base, job.adapter, threshold_epsilon=0.9)
-    streamer.reduce_intruder_dimension(job.base, job.adapter, tmp_path / "lora", to_lora=0.9, **options)
+    options["findings"] = streamer.detect_intruder_dimensions(
+        job.base, job.adapter, threshold_epsilon=0.9
+    )
+    streamer.reduce_intruder_dimension(
+        job.base, job.adapter, tmp_path / "lora", to_lora=0.9, **options
+    )
     mitigated = deltas(job.base, dict(streamer.iter_merged(job.base, job.adapter, **options)))
     assert stored_ranks(tmp_path / "lora") == ranks_by_svd(mitigated, 0.9)
 
@@ -129,7 +152,8 @@ def test_the_share_is_of_the_mitigated_delta(tmp_path: Path, made: Maker) -> Non
 def test_what_is_no_share(share: float, tmp_path: Path, made: Maker) -> None:
     job = made("linear")
     with pytest.raises(
-        UsageError, match=r"to_lora: expected a rank from 1, or a share in \(0, 1\] with a decimal point"
+        UsageError,
+        match=r"to_lora: expected a rank from 1, or a share in \(0, 1\] with a decimal point",
     ):
         mitigate(job.base, job.adapter, tmp_path / "lora", 1.0, to_lora=share)
 
@@ -163,11 +187,20 @@ class Depthwise(torch.nn.Module):
 
 def test_a_depthwise_convolution_is_refused(tmp_path: Path, made: Maker) -> None:
     """PEFT divides the ranks of a LoRA among a convolution's groups, and refuses one that was made without them."""
-    loha = Kind(Depthwise, lambda: peft.LoHaConfig(r=2, alpha=4, target_modules=["depthwise"]), mitigate=False)
+    loha = Kind(
+        Depthwise,
+        lambda: peft.LoHaConfig(r=2, alpha=4, target_modules=["depthwise"]),
+        mitigate=False,
+    )
     job = made(loha)
-    done = server().run("mitigate", job.base, job.adapter, "-o", tmp_path / "out", "--lambda", 1, "--to-lora", 4)
+    done = server().run(
+        "mitigate", job.base, job.adapter, "-o", tmp_path / "out", "--lambda", 1, "--to-lora", 4
+    )
     assert done.code == 3
-    assert "changes 'depthwise', a convolution with one channel per group; PEFT's LoRA needs their number" in done.err
+    assert (
+        "changes 'depthwise', a convolution with one channel per group; PEFT's LoRA needs their number"
+        in done.err
+    )
     merged = merge(job.base, job.adapter, tmp_path / "merged", 1)
     assert merged["totals"]["changed"] == 0
     theirs = job.merged(dtype=torch.float32)
@@ -177,22 +210,51 @@ def test_a_depthwise_convolution_is_refused(tmp_path: Path, made: Maker) -> None
 
 # Class, or what → the class and values of its config
 CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in (
-        "GPT2LMHeadModel", "T5ForConditionalGeneration", "BartForConditionalGeneration", "BertForSequenceClassification",
-        "ElectraForCausalLM", "XLMWithLMHeadModel", "CTRLLMHeadModel", "GemmaForCausalLM", "BloomForCausalLM",
-        "ChameleonForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")},
+    **{
+        name: (name, {})
+        for name in (
+            "GPT2LMHeadModel",
+            "T5ForConditionalGeneration",
+            "BartForConditionalGeneration",
+            "BertForSequenceClassification",
+            "ElectraForCausalLM",
+            "XLMWithLMHeadModel",
+            "CTRLLMHeadModel",
+            "GemmaForCausalLM",
+            "BloomForCausalLM",
+            "ChameleonForConditionalGeneration",
+            "Qwen2_5_VLForConditionalGeneration",
+        )
+    },
     "llama, tied": ("LlamaForCausalLM", {"tie_word_embeddings": True}),
-    "llama with biases": ("LlamaForCausalLM", {"attention_bias": True, "tie_word_embeddings": False}),
+    "llama with biases": (
+        "LlamaForCausalLM",
+        {"attention_bias": True, "tie_word_embeddings": False},
+    ),
     "deepseek without experts": ("DeepseekV2ForCausalLM", {"first_k_dense_replace": 2}),
-    "deberta": ("DebertaV2ForSequenceClassification", {"relative_attention": True, "position_buckets": 16, "pos_att_type": ["c2p", "p2c"],
-                                                       "type_vocab_size": 2, "norm_rel_ebd": "layer_norm"}),
-}  # fmt: skip
+    "deberta": (
+        "DebertaV2ForSequenceClassification",
+        {
+            "relative_attention": True,
+            "position_buckets": 16,
+            "pos_att_type": ["c2p", "p2c"],
+            "type_vocab_size": 2,
+            "norm_rel_ebd": "layer_norm",
+        },
+    ),
+}
 
 QUICK = (
-    "llama, tied", "llama with biases", "GPT2LMHeadModel", "BertForSequenceClassification", "Qwen2_5_VLForConditionalGeneration",
-)  # fmt: skip
+    "llama, tied",
+    "llama with biases",
+    "GPT2LMHeadModel",
+    "BertForSequenceClassification",
+    "Qwen2_5_VLForConditionalGeneration",
+)
 
-NO_LAYER = "has changed, which is no weight or bias of a layer, and so has no place in a LoRA adapter"
+NO_LAYER = (
+    "has changed, which is no weight or bias of a layer, and so has no place in a LoRA adapter"
+)
 REFUSED = {
     "MixtralForCausalLM": r"which loading turns into 'model\.layers\.0\.mlp\.experts\.gate_up_proj'",
     "Qwen3MoeForCausalLM": r"which loading turns into 'model\.layers\.\d\.mlp\.experts\.\w+'",
@@ -217,7 +279,9 @@ def pair(name: str, home: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.long) for n in CLASSES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.long) for n in CLASSES]
+)
 def test_peft_s_model_answers_as_the_fine_tuned_one(name: str, tmp_path: Path) -> None:
     """Biases, norms, embeddings, a head tied to one, names on disk: nothing that was trained is lost on the way into an adapter."""
     pair(name, tmp_path)
@@ -229,7 +293,9 @@ def test_peft_s_model_answers_as_the_fine_tuned_one(name: str, tmp_path: Path) -
         model = PeftModel.from_pretrained(cls.from_pretrained(base), tmp_path / "lora").eval()
     assert not [str(w.message) for w in said if "missing" in str(w.message)]
     inputs = zoo.example(tuned)
-    torch.testing.assert_close(zoo.answer(model, inputs), zoo.answer(tuned, inputs), rtol=1e-3, atol=2e-4)
+    torch.testing.assert_close(
+        zoo.answer(model, inputs), zoo.answer(tuned, inputs), rtol=1e-3, atol=2e-4
+    )
 
     record = json.loads((tmp_path / "lora" / "streamer.json").read_text())
     assert all(matrix["dropped"] < 1e-5 for matrix in record["matrices"])
@@ -238,11 +304,17 @@ def test_peft_s_model_answers_as_the_fine_tuned_one(name: str, tmp_path: Path) -
     tied = any(t.tied and t.name.endswith(".weight") for t in architecture.ties)
     assert tied == any("merge_and_unload adds the delta" in line for line in record["notes"])
     merged, wanted = model.merge_and_unload().state_dict(), tuned.state_dict()
-    shared = {n for n, p in wanted.items() if sum(p.data_ptr() == q.data_ptr() for q in wanted.values()) > 1}
+    shared = {
+        n
+        for n, p in wanted.items()
+        if sum(p.data_ptr() == q.data_ptr() for q in wanted.values()) > 1
+    }
     for key, tensor in wanted.items():
         if key not in shared:
             torch.testing.assert_close(merged[key], tensor, rtol=1e-4, atol=1e-5, msg=key)
-    if name not in QUICK:  # a T5's adapter on all names of its embedding is refused, a Bart's head is apart in a merge
+    if (
+        name not in QUICK
+    ):  # a T5's adapter on all names of its embedding is refused, a Bart's head is apart in a merge
         return
     read_back, stored = (
         dict(streamer.iter_merged(base, tmp_path / "lora", mitigation_lambda=1.0)),

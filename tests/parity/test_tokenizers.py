@@ -25,10 +25,17 @@ TEXT = ["the quick brown fox jumps over the lazy dog", "pack my box with five do
 def tokenizer(kind: str, size: int = 60) -> tokenizers.Tokenizer:
     model, trainer = {
         "bpe": (models.BPE(), trainers.BpeTrainer(vocab_size=size, show_progress=False)),
-        "wordpiece": (models.WordPiece(unk_token="[UNK]"),
-                      trainers.WordPieceTrainer(vocab_size=size, show_progress=False, special_tokens=["[UNK]", '"vocab": {'])),
-        "unigram": (models.Unigram(), trainers.UnigramTrainer(vocab_size=size, show_progress=False)),
-    }[kind]  # fmt: skip
+        "wordpiece": (
+            models.WordPiece(unk_token="[UNK]"),
+            trainers.WordPieceTrainer(
+                vocab_size=size, show_progress=False, special_tokens=["[UNK]", '"vocab": {']
+            ),
+        ),
+        "unigram": (
+            models.Unigram(),
+            trainers.UnigramTrainer(vocab_size=size, show_progress=False),
+        ),
+    }[kind]
     made = tokenizers.Tokenizer(model)
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     made.train_from_iterator(TEXT, trainer)
@@ -108,7 +115,9 @@ def test_why_not(job: tuple[Path, Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("gone", ["tokenizer_config.json", "tokenizer.json"])
-def test_tokens_that_are_lost_are_a_warning(gone: str, job: tuple[Path, Path], tmp_path: Path) -> None:
+def test_tokens_that_are_lost_are_a_warning(
+    gone: str, job: tuple[Path, Path], tmp_path: Path
+) -> None:
     """Half a tokenizer that may have tokens of its own, as against a chat template."""
     base, adapter = job
     save(adapter, "bpe", "adapter's", "<call>")
@@ -128,7 +137,10 @@ def test_a_mitigated_adapter_keeps_its_own(job: tuple[Path, Path], tmp_path: Pat
     base, adapter = job
     assert streamer.reduce_intruder_dimension(base, adapter, tmp_path / "none")["tokenizer"] is None
     save(adapter, "bpe", "adapter's")
-    assert streamer.reduce_intruder_dimension(base, adapter, tmp_path / "own")["tokenizer"] == "adapter"
+    assert (
+        streamer.reduce_intruder_dimension(base, adapter, tmp_path / "own")["tokenizer"]
+        == "adapter"
+    )
 
 
 def test_a_grown_vocabulary_and_its_tokenizer(job: tuple[Path, Path], tmp_path: Path) -> None:
@@ -154,7 +166,13 @@ def test_a_grown_vocabulary_and_its_tokenizer(job: tuple[Path, Path], tmp_path: 
 
 def test_every_vocabulary_of_transformers_is_known() -> None:
     folder = Path(transformers.__file__).parent / "models"
-    stated = re.compile(r'"(?:\w*vocab|spm|merges|emoji|word_\w+|normalizer|tokenizer)_file": ?"([^"]+)"')
-    names = {name for path in folder.rglob("tokenization*.py") for name in stated.findall(path.read_text())}
+    stated = re.compile(
+        r'"(?:\w*vocab|spm|merges|emoji|word_\w+|normalizer|tokenizer)_file": ?"([^"]+)"'
+    )
+    names = {
+        name
+        for path in folder.rglob("tokenization*.py")
+        for name in stated.findall(path.read_text())
+    }
     assert len(names) > 15
     assert names <= TOKENIZER

@@ -27,15 +27,61 @@ SMALL = ("--hidden", 192, "--layers", 2, "--json")
 
 # Tool → arguments of a tiny run, and where its JSON has numbers above zero.
 TINY: dict[str, tuple[tuple[object, ...], str]] = {
-    "bench_model": ((*SMALL, "--kv-heads", 4, "--like", "llama-3-70b", "--threads", 1, "--work", "{}"), "layers"),
+    "bench_model": (
+        (*SMALL, "--kv-heads", 4, "--like", "llama-3-70b", "--threads", 1, "--work", "{}"),
+        "layers",
+    ),
     "bench_merge": ((*SMALL, "--rounds", 2, "--max-memory", "1G", "--work", "{}"), "rounds"),
-    "bench_detect": (("--shapes", "160x200,200x160", "--solvers", "certified,dense,peft", "--rank", 6, "--top-k", 5, "--repeats", 1,
-                      "--threads", 1, "--json"), "rows"),
-    "bench_adapters": (("--shape", "640x700", "--matrices", 1, "--adapters", 3, "--rounds", 2, "--json"), "rounds"),
-    "bench_sweep": (("--hidden", 64, "--layers", 2, "--dtype", "fp32", "--work", "{}", "--sequences", 8, "--length", 16, "--threads", 1,
-                     "--options=--max-memory 1500M", "--commands", "repair,evaluate", "--json"), "runs"),
-    "bench_workers": (("--hidden", 192, "--engines", "processes", "--workers", 1, "--json"), "rows"),
-}  # fmt: skip
+    "bench_detect": (
+        (
+            "--shapes",
+            "160x200,200x160",
+            "--solvers",
+            "certified,dense,peft",
+            "--rank",
+            6,
+            "--top-k",
+            5,
+            "--repeats",
+            1,
+            "--threads",
+            1,
+            "--json",
+        ),
+        "rows",
+    ),
+    "bench_adapters": (
+        ("--shape", "640x700", "--matrices", 1, "--adapters", 3, "--rounds", 2, "--json"),
+        "rounds",
+    ),
+    "bench_sweep": (
+        (
+            "--hidden",
+            64,
+            "--layers",
+            2,
+            "--dtype",
+            "fp32",
+            "--work",
+            "{}",
+            "--sequences",
+            8,
+            "--length",
+            16,
+            "--threads",
+            1,
+            "--options=--max-memory 1500M",
+            "--commands",
+            "repair,evaluate",
+            "--json",
+        ),
+        "runs",
+    ),
+    "bench_workers": (
+        ("--hidden", 192, "--engines", "processes", "--workers", 1, "--json"),
+        "rows",
+    ),
+}
 
 
 @pytest.mark.long
@@ -49,24 +95,31 @@ def test_a_tiny_run_gives_every_figure(tool: str, tmp_path: Path) -> None:
     tree = json.loads(done.stdout)
     rows = [row if isinstance(row, dict) else {"seconds": row} for row in tree[key]]
     assert len(rows) >= 2
-    assert all(value > 0 for row in rows for name, value in row.items() if name.startswith("seconds"))
+    assert all(
+        value > 0 for row in rows for name, value in row.items() if name.startswith("seconds")
+    )
     assert all(row["agrees"] and row["intruders"] >= 2 for row in rows if tool == "bench_detect")
-    assert all(row["anonymous"] < row["forecast"] <= 1500 << 20 for row in rows if tool == "bench_sweep")
+    assert all(
+        row["anonymous"] < row["forecast"] <= 1500 << 20 for row in rows if tool == "bench_sweep"
+    )
     assert tree.get("planted", {}).get("missed", []) == []
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("tool", "args", "words"), [
-    ("bench_model", "base", "come together"),
-    ("bench_model", "--project 0", "at least 1"),
-    ("bench_model", "--threads 0", "at least 1"),
-    ("bench_detect", "--shapes 12", "ROWSxCOLUMNS"),
-    ("bench_detect", "--solvers magic", "expected certified, blocks, dense, peft"),
-    ("bench_detect", "--repeats 0", "at least 1"),
-    ("bench_sweep", "--commands fit", "repair, generate, evaluate, map"),
-    ("bench_sweep", "--layers 2,1", "rising"),
-    ("bench_sweep", "--sequences 1", "at least 4"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("tool", "args", "words"),
+    [
+        ("bench_model", "base", "come together"),
+        ("bench_model", "--project 0", "at least 1"),
+        ("bench_model", "--threads 0", "at least 1"),
+        ("bench_detect", "--shapes 12", "ROWSxCOLUMNS"),
+        ("bench_detect", "--solvers magic", "expected certified, blocks, dense, peft"),
+        ("bench_detect", "--repeats 0", "at least 1"),
+        ("bench_sweep", "--commands fit", "repair, generate, evaluate, map"),
+        ("bench_sweep", "--layers 2,1", "rising"),
+        ("bench_sweep", "--sequences 1", "at least 4"),
+    ],
+)
 def test_a_wrong_option_is_explained(tool: str, args: str, words: str) -> None:
     done = call_tool(tool, *args.split())
     assert done.returncode in (1, 2)
@@ -82,13 +135,20 @@ def test_peers_are_what_their_papers_say(tmp_path: Path) -> None:
 
     cls, base = make_base("llama", tmp_path / "base"), tmp_path / "base"
     adapter = make_adapter(cls, base, tmp_path / "adapter", CAUSAL["llama"][2], r=4, lora_alpha=6)
-    found = [one for one in peer_repairs.directions(base, adapter) if ".layers." in one.target.tensor]
+    found = [
+        one for one in peer_repairs.directions(base, adapter) if ".layers." in one.target.tensor
+    ]
     for one, c in zip(found, peer_repairs.lines(found, 0.5), strict=True):
         depth = int(one.target.tensor.split(".layers.")[1].split(".")[0])
         delta = one.delta.L.double() @ one.delta.R.double().T
-        torch.testing.assert_close(one.delta.L.double() @ one.weighed(c).T, (0.5 + 0.5 * depth) * delta)
+        torch.testing.assert_close(
+            one.delta.L.double() @ one.weighed(c).T, (0.5 + 0.5 * depth) * delta
+        )
     whole = sum(float((one.S**2).sum()) for one in found)
-    left = sum(float((c * one.S**2).sum()) for one, c in zip(found, peer_repairs.dropped(found, 0.8, 0), strict=True))
+    left = sum(
+        float((c * one.S**2).sum())
+        for one, c in zip(found, peer_repairs.dropped(found, 0.8, 0), strict=True)
+    )
     assert 0.64 * whole <= left < 0.66 * whole + max(float(one.S[0] ** 2) for one in found)
     c = peer_repairs.operated(torch.tensor([3.0, -0.1, 1.0, 0.5, 0.7]), torch.ones(5))
     assert c[0] == c.max()
@@ -98,20 +158,40 @@ def test_peers_are_what_their_papers_say(tmp_path: Path) -> None:
 
     def deltas(path: Path) -> dict[str, torch.Tensor]:
         model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), path)
-        return {n: m.get_delta_weight("default") for n, m in model.named_modules() if hasattr(m, "get_delta_weight")}
+        return {
+            n: m.get_delta_weight("default")
+            for n, m in model.named_modules()
+            if hasattr(m, "get_delta_weight")
+        }
 
     before, after = deltas(adapter), deltas(tmp_path / "ties")
     for name, delta in before.items():
         k = int(0.3 * delta.numel())
         least = delta.abs().flatten().sort(descending=True).values[k - 1]
-        torch.testing.assert_close(after[name], torch.where(delta.abs() >= least, delta, torch.zeros(())))
+        torch.testing.assert_close(
+            after[name], torch.where(delta.abs() >= least, delta, torch.zeros(()))
+        )
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_all_is_trained_fitted_measured_and_drawn(tmp_path: Path) -> None:
-    arguments = ("--tiny", "--kinds", "llama", "--adapters", "high", "--seeds", 1, "--sequences", 16, "--length", 64)
-    done = call_tool("compare_fits", tmp_path / "made", *arguments, "--figure", tmp_path / "tokens.svg")
+    arguments = (
+        "--tiny",
+        "--kinds",
+        "llama",
+        "--adapters",
+        "high",
+        "--seeds",
+        1,
+        "--sequences",
+        16,
+        "--length",
+        64,
+    )
+    done = call_tool(
+        "compare_fits", tmp_path / "made", *arguments, "--figure", tmp_path / "tokens.svg"
+    )
     assert done.returncode == 0, done.stderr
     assert "| llama | high | 90% |" in done.stdout
     assert "| LiNeS |" in done.stdout
@@ -127,7 +207,9 @@ def test_the_error_of_a_ratio_is_that_of_the_jackknife() -> None:
     share, error = measure_forgetting.ratio(part, whole)
     assert share == part.sum() / whole.sum()
     left_out = np.array([np.delete(part, i).sum() / np.delete(whole, i).sum() for i in range(200)])
-    assert error == pytest.approx((199 / 200 * ((left_out - left_out.mean()) ** 2).sum()) ** 0.5, rel=0.01)
+    assert error == pytest.approx(
+        (199 / 200 * ((left_out - left_out.mean()) ** 2).sum()) ** 0.5, rel=0.01
+    )
 
 
 @pytest.mark.long
@@ -142,9 +224,12 @@ def test_what_methods_make_of_an_adapter_of_a_given_base_is_measured(
     for name in ("general", "task"):
         for part in ("", "-test"):
             shutil.copy(
-                tmp_path / f"{name}{part}.txt", made / "texts" / f"{name}{part}.txt".replace("task", "language")
+                tmp_path / f"{name}{part}.txt",
+                made / "texts" / f"{name}{part}.txt".replace("task", "language"),
             )
-    shutil.copy(tmp_path / "task.txt", made / "texts" / "language-train.txt")  # enough to learn from
+    shutil.copy(
+        tmp_path / "task.txt", made / "texts" / "language-train.txt"
+    )  # enough to learn from
     (made / "texts" / "chat-test.json").write_text(
         json.dumps([{"ids": [*range(i, i + 30)], "begin": 9} for i in range(4)])
     )
@@ -170,14 +255,18 @@ def test_what_methods_make_of_an_adapter_of_a_given_base_is_measured(
     found = tree["adapters"]["language-0"]
     assert found["means"]["base"]["loss"] > found["means"]["adapter"]["loss"] > 0
     assert all(
-        found["means"]["base"][text] == 0 < found["means"]["adapter"][text] for text in measure_forgetting.OTHERS
+        found["means"]["base"][text] == 0 < found["means"]["adapter"][text]
+        for text in measure_forgetting.OTHERS
     )
     rows = found["rows"]
     assert rows["adapter"]["loss"] == rows["adapter"]["third"] == [1, 0]
     assert 0 < rows["shrink 0.35"]["general"][0] < rows["shrink 0.7"]["general"][0] < 1
     assert 0 < rows["repair"]["general"][0] < rows["map"]["general"][0] < 1
     assert (
-        rows["intruders 0"]["general"][0] > 0 < rows["intruders 0.5"]["general"][0] != rows["intruders 0"]["general"][0]
+        rows["intruders 0"]["general"][0]
+        > 0
+        < rows["intruders 0.5"]["general"][0]
+        != rows["intruders 0"]["general"][0]
     )
     assert found["costs"]["repair"]["cpu_seconds"] > 1  # torch is imported
     assert found["costs"]["repair"]["peak_memory_bytes"] > 50e6
@@ -185,14 +274,22 @@ def test_what_methods_make_of_an_adapter_of_a_given_base_is_measured(
     assert call_tool("measure_forgetting", *options).stdout == done.stdout  # with what is there
 
 
-@pytest.mark.parametrize(("kind", "ridge"), [("none", 1.0), ("delta", 1.0), ("root", 0.3), ("rows", 0.1)])
+@pytest.mark.parametrize(
+    ("kind", "ridge"), [("none", 1.0), ("delta", 1.0), ("root", 0.3), ("rows", 0.1)]
+)
 def test_guesses_of_the_tasks_inputs_give_the_dense_formula(kind: str, ridge: float) -> None:
     draw, (m, n, r, k) = np.random.default_rng(vary(0)), (15, 20, 4, 5)
-    L, A, V = draw.normal(size=(m, r)), draw.normal(size=(r, n)), np.linalg.qr(draw.normal(size=(n, k)))[0]
+    L, A, V = (
+        draw.normal(size=(m, r)),
+        draw.normal(size=(r, n)),
+        np.linalg.qr(draw.normal(size=(n, k)))[0],
+    )
     values, rest = np.array([9.0, 4, 2, 1, 0.5]), (n - 16.5) / (n - k)
     C = (V * (values - rest)) @ V.T + rest * np.eye(n)
     _, S, Vh = np.linalg.svd(L @ A)
-    own = (Vh[:r].T * {"none": 0 * S, "delta": S**2, "root": S, "rows": 0 * S + 1}[kind][:r]) @ Vh[:r]
+    own = (Vh[:r].T * {"none": 0 * S, "delta": S**2, "root": S, "rows": 0 * S + 1}[kind][:r]) @ Vh[
+        :r
+    ]
     own = own * (n / (np.trace(own) or 1)) + ridge * np.eye(n)
     tensors = (torch.from_numpy(t) for t in (L, A, V, values))
     X, gamma, Y, energies = compare_maps.Module(None, *tensors, rest, {}).directions(kind, ridge)
@@ -210,9 +307,17 @@ def test_formulas_for_a_map_are_measured_at_equal_learning(tmp_path: Path) -> No
     train_small.make_base(tmp_path, argparse.Namespace(**compare_fits.TINY, kind="llama"))
     ids = train_small.streams(AutoTokenizer.from_pretrained(tmp_path / "base"))["task"][0]
     train_small.make_adapter(tmp_path / "base", tmp_path / "high", "high", ids, 40, 0)
-    streamer.map_inputs(tmp_path / "base", tmp_path / "map", general=tmp_path / "general.txt", sequences=16, length=64)
+    streamer.map_inputs(
+        tmp_path / "base",
+        tmp_path / "map",
+        general=tmp_path / "general.txt",
+        sequences=16,
+        length=64,
+    )
     texts = {"task": "task-test", "general": "general-test", "third": "task"}
-    files = [word for text, name in texts.items() for word in (f"--{text}", tmp_path / f"{name}.txt")]
+    files = [
+        word for text, name in texts.items() for word in (f"--{text}", tmp_path / f"{name}.txt")
+    ]
     options = (
         tmp_path / "base",
         tmp_path / "high",
@@ -225,7 +330,9 @@ def test_formulas_for_a_map_are_measured_at_equal_learning(tmp_path: Path) -> No
         2,
         32,
     )
-    done = call_tool("compare_maps", tmp_path / "out", *options, "--methods", "map;ΔᵀΔ + I, one μ;shrink")
+    done = call_tool(
+        "compare_maps", tmp_path / "out", *options, "--methods", "map;ΔᵀΔ + I, one μ;shrink"
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out" / "high.json").read_text())
     for points in found["points"].values():

@@ -23,7 +23,8 @@ from streamer.cli.parser import build_parser
 
 README = (ROOT / "README.md").read_text()
 PAGES = {
-    p.name: p.read_text() for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+    p.name: p.read_text()
+    for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 }
 
 
@@ -44,15 +45,25 @@ def test_every_command_is_in_the_readme(command: str) -> None:
 
 @pytest.mark.parametrize("page", sorted(PAGES))
 def test_every_option_of_streamer_in_the_docs_exists(page: str) -> None:
-    known = {o for p in (build_parser(), *subparsers().values()) for a in p._actions for o in a.option_strings}
+    known = {
+        o
+        for p in (build_parser(), *subparsers().values())
+        for a in p._actions
+        for o in a.option_strings
+    }
     commands = "|".join(subparsers())
     lines = re.findall(rf"(?:streamer )?\b(?:{commands})\b[^`\n]*", PAGES[page])
     used = {
-        option for line in lines for option in re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", line) if "bench" not in line
+        option
+        for line in lines
+        for option in re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", line)
+        if "bench" not in line
     }
     assert used <= known
     for command, rest in re.findall(rf"streamer ({commands})\b([^`\n|]*)", PAGES[page]):
-        own = {option for action in subparsers()[command]._actions for option in action.option_strings}
+        own = {
+            option for action in subparsers()[command]._actions for option in action.option_strings
+        }
         assert {*re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", rest)} <= own, f"{command}{rest}"
 
 
@@ -62,7 +73,9 @@ def test_every_link_leads_somewhere(page: str) -> None:
     for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", PAGES[page]):
         assert target.startswith("https://") or (folder / target).exists(), target
         if anchor and not target.startswith("https://"):
-            assert anchor in anchors((folder / target).read_text() if target else PAGES[page]), f"{target}#{anchor}"
+            assert anchor in anchors((folder / target).read_text() if target else PAGES[page]), (
+                f"{target}#{anchor}"
+            )
 
 
 def test_every_source_file_named_in_the_docs_exists() -> None:
@@ -72,10 +85,15 @@ def test_every_source_file_named_in_the_docs_exists() -> None:
 
 
 def test_both_listings_of_the_package_name_every_folder_in_its_order() -> None:
-    layers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]["layers"]
+    layers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"][
+        "contracts"
+    ][0]["layers"]
     rank = {name: i for i, layer in enumerate(reversed(layers)) for name in layer.split(" | ")}
     folders = {path.parent.name for path in (ROOT / "streamer").glob("*/__init__.py")}
-    for text, form in (PAGES["CONTRIBUTING.md"], r"^\| `(\w+)/` \|"), (streamer.__doc__ or "", r"^    (\w+)/ "):
+    for text, form in (
+        (PAGES["CONTRIBUTING.md"], r"^\| `(\w+)/` \|"),
+        (streamer.__doc__ or "", r"^    (\w+)/ "),
+    ):
         listed = [name for name in re.findall(form, text, re.MULTILINE) if name in rank]
         assert set(listed) == folders
         assert listed == sorted(listed, key=rank.__getitem__)
@@ -104,7 +122,9 @@ def test_the_table_of_encodings_is_the_registrys() -> None:
 
 
 @pytest.mark.long
-def test_the_readmes_commands_run_in_order(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readmes_commands_run_in_order(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every line in one directory, of half the layers and a tenth of the training; then the Python. Lines that install are .ci/run's."""
     lines = [line for block in blocks("sh") for line in block.splitlines()]
     trains = [line for line in lines if line.startswith("python tools/train_small.py")]
@@ -135,7 +155,12 @@ def test_the_readme_begins_with_two_commands_that_set_up_all() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [m.name for m in pkgutil.walk_packages(streamer.__path__, "streamer.") if "__main__" not in m.name] + ["streamer"],
+    [
+        m.name
+        for m in pkgutil.walk_packages(streamer.__path__, "streamer.")
+        if "__main__" not in m.name
+    ]
+    + ["streamer"],
 )
 def test_docstring_examples_run(name: str) -> None:
     if name == "streamer.lm_eval":
@@ -173,9 +198,15 @@ CALLABLES = [
 
 def section(doc: str, title: str) -> dict[str, str]:
     """Names in a section of a NumPy docstring, each with its text."""
-    found = re.search(rf"^{title}\n-+\n(.*?)(?=^\S[^\n]*\n-+\n|\Z)", inspect.cleandoc(doc), re.DOTALL | re.MULTILINE)
+    found = re.search(
+        rf"^{title}\n-+\n(.*?)(?=^\S[^\n]*\n-+\n|\Z)",
+        inspect.cleandoc(doc),
+        re.DOTALL | re.MULTILINE,
+    )
     out: dict[str, str] = {}
-    for head, text in re.findall(r"^(\S[^\n]*)\n((?:[ \t]+[^\n]*\n?|\n)*)", found[1] if found else "", re.MULTILINE):
+    for head, text in re.findall(
+        r"^(\S[^\n]*)\n((?:[ \t]+[^\n]*\n?|\n)*)", found[1] if found else "", re.MULTILINE
+    ):
         out |= dict.fromkeys(re.split(r",\s*", head), text)
     return out
 
@@ -184,7 +215,9 @@ def section(doc: str, title: str) -> dict[str, str]:
 def test_every_parameter_is_explained_where_it_is_called(called: Callable[..., object]) -> None:
     parameters = [name for name in inspect.signature(called).parameters if name != "self"]
     explained = section(called.__doc__ or "", "Parameters")
-    assert list(explained) == [name for name in explained if name in parameters], "explained, but no parameter"
+    assert list(explained) == [name for name in explained if name in parameters], (
+        "explained, but no parameter"
+    )
     if len(parameters) == 1 and not explained:
         assert called.__doc__, called  # of a single one the first line may say it
         return
@@ -194,7 +227,9 @@ def test_every_parameter_is_explained_where_it_is_called(called: Callable[..., o
         assert "See " not in text, name
 
 
-@pytest.mark.parametrize("kind", [c for c in PUBLIC if inspect.isclass(c) and hasattr(c, "__dataclass_fields__")])
+@pytest.mark.parametrize(
+    "kind", [c for c in PUBLIC if inspect.isclass(c) and hasattr(c, "__dataclass_fields__")]
+)
 def test_every_attribute_is_explained(kind: type) -> None:
     fields = [name for name in kind.__dataclass_fields__ if not name.startswith("_")]  # type: ignore[attr-defined]
     assert sorted(section(kind.__doc__ or "", "Attributes")) == sorted(fields)
@@ -208,14 +243,18 @@ def test_the_types_of_keywords_are_those_of_the_options() -> None:
 
 def test_defaults_are_those_of_the_command_line() -> None:
     merge = {a.dest: a for a in subparsers()["merge"]._actions}
-    documented = section(streamer.merge_with_reduced_intruder_dimensions.__doc__ or "", "Parameters")
-    for name, parameter in inspect.signature(streamer.merge_with_reduced_intruder_dimensions).parameters.items():
+    documented = section(
+        streamer.merge_with_reduced_intruder_dimensions.__doc__ or "", "Parameters"
+    )
+    for name, parameter in inspect.signature(
+        streamer.merge_with_reduced_intruder_dimensions
+    ).parameters.items():
         action = merge.get(name)
         # A call draws a bar in a notebook only, the command line on any terminal.
         if action is None or parameter.default is inspect.Parameter.empty or name == "progress":
             continue
         stated = re.findall(r"\(default: [^)]*\)", action.help or "")
         assert all(default in " ".join(documented[name].split()) for default in stated), name
-        assert parameter.default == (tuple(action.default) if isinstance(action.default, list) else action.default), (
-            name
-        )
+        assert parameter.default == (
+            tuple(action.default) if isinstance(action.default, list) else action.default
+        ), name

@@ -42,7 +42,9 @@ def strict(schema: dict[str, Any]) -> dict[str, Any]:
     return copy
 
 
-REGISTRY: Any = Registry().with_resources([(s["$id"], Resource.from_contents(strict(s))) for s in SCHEMAS.values()])
+REGISTRY: Any = Registry().with_resources(
+    [(s["$id"], Resource.from_contents(strict(s))) for s in SCHEMAS.values()]
+)
 
 
 def faults(tree: dict[str, Any]) -> list[str]:
@@ -70,7 +72,9 @@ def test_a_schema_is_one_and_describes_every_key(name: str) -> None:
     kind, version = name.removeprefix("streamer.").split("/")
     assert (files("streamer") / "schemas" / f"{kind}-{version}.json").is_file()
     for inner in objects(SCHEMAS[name]):
-        assert inner.get("description", ".").endswith("."), inner  # a part may be described by its key alone
+        assert inner.get("description", ".").endswith("."), (
+            inner
+        )  # a part may be described by its key alone
         for key, value in inner["properties"].items():
             assert value["description"].strip(), key
             if key.endswith("bytes"):
@@ -85,7 +89,9 @@ def test_a_schema_is_one_and_describes_every_key(name: str) -> None:
 
 
 def test_the_check_can_fail() -> None:
-    assert faults({"schema": "streamer.error/1", "errors": []}) == ["$.errors: [] should be non-empty"]
+    assert faults({"schema": "streamer.error/1", "errors": []}) == [
+        "$.errors: [] should be non-empty"
+    ]
     assert faults({"schema": "streamer.error/1", "errors": [{}], "more": 1})
 
 
@@ -96,13 +102,18 @@ def test_what_every_command_prints(inputs: tuple[Path, Path], tmp_path: Path) ->
     check(run("inspect", *inputs, "--json"), "streamer.plan/2")
     check(run("detect", *inputs, "-o", f, "--dry-run", "--json"), "streamer.dry-run/1")
     for state in ("written", "present"):
-        assert check(run("detect", *inputs, "-o", f, "--json"), "streamer.findings/1")["state"] == state
+        assert (
+            check(run("detect", *inputs, "-o", f, "--json"), "streamer.findings/1")["state"]
+            == state
+        )
     check(run("report", f, "--json"), "streamer.findings/1")
     for command in ("mitigate", "merge"):
         for name, options in {
-            "found": ["--findings", f], "alone": [], "shrunk": ["--method", "shrink"],
+            "found": ["--findings", f],
+            "alone": [],
+            "shrunk": ["--method", "shrink"],
             **({"lora": ["--to-lora", "3"]} if command == "mitigate" else {}),
-        }.items():  # fmt: skip
+        }.items():
             line = (command, *inputs, "-o", tmp_path / f"{command}-{name}", *options, "--json")
             check(run(*line, "--dry-run"), "streamer.dry-run/1")
             assert check(run(*line), "streamer.output/2")["state"] == "written"
@@ -110,8 +121,10 @@ def test_what_every_command_prints(inputs: tuple[Path, Path], tmp_path: Path) ->
             record = json.loads((tmp_path / f"{command}-{name}" / "streamer.json").read_text())
             assert faults(record) == []
             assert {**check(run(*line), "streamer.output/2"), "state": "present"} == {
-                **record, "output": str(tmp_path / f"{command}-{name}"), "state": "present",
-            }  # fmt: skip
+                **record,
+                "output": str(tmp_path / f"{command}-{name}"),
+                "state": "present",
+            }
 
 
 # docs/formats.md --------------------------------------------------------------------------------------------------------
@@ -135,7 +148,9 @@ def test_the_docs_have_the_exit_codes() -> None:
 
     for error in classes(errors.StreamerError):
         if error is not errors.Interrupted and "exit_code" in vars(error):
-            assert re.search(rf"^\| {vars(error)['exit_code']} \|.*`{error.__name__}`", FORMATS, re.MULTILINE), error
+            assert re.search(
+                rf"^\| {vars(error)['exit_code']} \|.*`{error.__name__}`", FORMATS, re.MULTILINE
+            ), error
 
 
 def test_the_page_names_every_schema() -> None:
@@ -143,7 +158,9 @@ def test_the_page_names_every_schema() -> None:
     assert set(re.findall(r"schemas/([\w-]+\.json)\)", FORMATS)) == names
 
 
-def test_the_example_reads_findings(inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_reads_findings(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert server().run("detect", *inputs, "-o", tmp_path / "findings.safetensors").code == 0
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", FORMATS, re.DOTALL)
@@ -151,4 +168,6 @@ def test_the_example_reads_findings(inputs: tuple[Path, Path], tmp_path: Path, m
 
 
 def test_the_schemas_are_in_the_package() -> None:
-    assert {path.name for path in (files("streamer") / "schemas").iterdir()} == {path.name for path in MADE}
+    assert {path.name for path in (files("streamer") / "schemas").iterdir()} == {
+        path.name for path in MADE
+    }

@@ -25,7 +25,11 @@ SMALL = ("--hidden", "192", "--layers", "2")
 
 def run_tool(name: str, *args: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, TOOLS / name, *map(str, args)], capture_output=True, text=True, env=ENV, check=False
+        [sys.executable, TOOLS / name, *map(str, args)],
+        capture_output=True,
+        text=True,
+        env=ENV,
+        check=False,
     )
 
 
@@ -37,14 +41,22 @@ def make(directory: Path, *args: object) -> dict:
 
 @pytest.mark.parametrize(
     ("like", "experts", "matrices", "planted"),
-    [("llama-3-70b", (), 14, 8), ("mixtral", ("--experts", 4), 24, 10), ("qwen3-moe", ("--experts", 4), 24, 10)],
+    [
+        ("llama-3-70b", (), 14, 8),
+        ("mixtral", ("--experts", 4), 24, 10),
+        ("qwen3-moe", ("--experts", 4), 24, 10),
+    ],
 )
 def test_a_tiny_one_like_a_model_of_the_hub_loads_in_transformers_and_peft(
     tmp_path: Path, like: str, experts: tuple, matrices: int, planted: int
 ) -> None:
     tree = make(tmp_path, *SMALL, "--kv-heads", 4, "--like", like, *experts, "--shard-bytes", "1e6")
-    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto", output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    model, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", dtype="auto", output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
+        info
+    )
     assert model.config.architectures == [type(model).__name__]
     assert sum(p.nbytes for p in model.parameters()) == tree["bytes"]
     assert model(torch.arange(8)[None]).logits.isfinite().all()
@@ -67,12 +79,15 @@ def test_a_tiny_one_like_a_model_of_the_hub_loads_in_transformers_and_peft(
             assert torch.linalg.matrix_norm(change, 2) > 1.2
 
 
-@pytest.mark.parametrize(("like", "total", "files"), [
-    ("llama-3-8b", 16060522496, [4976698672, 4999802720, 4915916176, 1168138808]),
-    ("llama-3-70b", 141107412992, 30),
-    ("mixtral", 93405585408, 19),
-    ("qwen3-moe", 61064245248, 13),  # its authors cut it at 4 GB
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("like", "total", "files"),
+    [
+        ("llama-3-8b", 16060522496, [4976698672, 4999802720, 4915916176, 1168138808]),
+        ("llama-3-70b", 141107412992, 30),
+        ("mixtral", 93405585408, 19),
+        ("qwen3-moe", 61064245248, 13),  # its authors cut it at 4 GB
+    ],
+)
 def test_sizes_are_those_of_the_hub(like: str, total: int, files: list[int] | int) -> None:
     """What the index and the files of Meta-Llama-3-8B and the others say."""
     model = KNOWN[like]
@@ -82,20 +97,27 @@ def test_sizes_are_those_of_the_hub(like: str, total: int, files: list[int] | in
         assert len(names) == files
         return
     plans = [
-        plan_shard("x", [(name, "BF16", model.tensors[name]) for name in sorted(group)], {"format": "pt"})
+        plan_shard(
+            "x", [(name, "BF16", model.tensors[name]) for name in sorted(group)], {"format": "pt"}
+        )
         for group in names
     ]
     assert [plan.nbytes for plan in plans] == files
 
 
-@pytest.mark.parametrize(("args", "message"), [
-    (("--hidden", 64, "--size-gb", 1, "--layers", 3), "give one of --size-gb and --layers"),
-    (("--hidden", 64, "--rank", 1), "--rank: expected at least 2"),
-    (("--hidden", 66), "must divide"),
-    (("--like", "llama-3-8b", "--experts", 4), "--experts: only a mixture has them"),
-    (("--hidden", 64, "--shards", 999), "--shards: expected 1 to"),
-])  # fmt: skip
-def test_bad_arguments_are_refused_before_anything_is_written(tmp_path: Path, args: tuple, message: str) -> None:
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--hidden", 64, "--size-gb", 1, "--layers", 3), "give one of --size-gb and --layers"),
+        (("--hidden", 64, "--rank", 1), "--rank: expected at least 2"),
+        (("--hidden", 66), "must divide"),
+        (("--like", "llama-3-8b", "--experts", 4), "--experts: only a mixture has them"),
+        (("--hidden", 64, "--shards", 999), "--shards: expected 1 to"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_written(
+    tmp_path: Path, args: tuple, message: str
+) -> None:
     done = call_tool("make_checkpoint", tmp_path / "new", *args)
     assert done.returncode == 1
     assert message in done.stderr
@@ -110,9 +132,13 @@ def test_the_peers_of_merge_do_what_they_are_named_for(tmp_path: Path) -> None:
     for name, *more in (("loop", base), ("shards", base, adapter)):
         done = run_tool("merge_peers.py", name, *more, tmp_path / name)
         assert done.returncode == 0, done.stderr
-    streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "own", mitigation_lambda=1)
+    streamer.merge_with_reduced_intruder_dimensions(
+        base, adapter, tmp_path / "own", mitigation_lambda=1
+    )
     for shard in base.glob("*.safetensors"):
-        old, copied, merged, own = (load_file(tmp_path / d / shard.name) for d in ("base", "loop", "shards", "own"))
+        old, copied, merged, own = (
+            load_file(tmp_path / d / shard.name) for d in ("base", "loop", "shards", "own")
+        )
         assert set(old) == set(copied) == set(merged)
         assert all(torch.equal(t, copied[name]) for name, t in old.items())
         assert any(not torch.equal(t, merged[name]) for name, t in old.items())
@@ -122,7 +148,9 @@ def test_the_peers_of_merge_do_what_they_are_named_for(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_trained_model_loads_and_its_adapters_are_certified_whole(tmp_path: Path) -> None:
-    tree = run_tool("train_small.py", tmp_path / "made", "--hidden", 96, "--layers", 2, "--steps", 60, "--json")
+    tree = run_tool(
+        "train_small.py", tmp_path / "made", "--hidden", 96, "--layers", 2, "--steps", 60, "--json"
+    )
     assert tree.returncode == 0, tree.stderr
     made = json.loads(tree.stdout)
     tokenizer = AutoTokenizer.from_pretrained(made["base"])

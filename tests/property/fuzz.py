@@ -68,15 +68,24 @@ def where(e: BaseException) -> tuple[Hashable, ...]:
     at: BaseException | None = e
     while at is not None:
         # Not extract_tb, which asks the disk for each file: that was a third of the time.
-        frames = ((frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(at.__traceback__))
-        found += [type(at).__name__, *((os.path.basename(file), line) for file, line in frames if file != __file__)]
+        frames = (
+            (frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(at.__traceback__)
+        )
+        found += [
+            type(at).__name__,
+            *((os.path.basename(file), line) for file, line in frames if file != __file__),
+        ]
         at = at.__cause__ or at.__context__
     return tuple(found)
 
 
 def kind(e: BaseException) -> tuple[Hashable, ...]:
     """What tells an outcome from others: where it came from, and for an error of streamer's its words but for what it quotes."""
-    words = re.sub(r"'[^']*'|\"[^\"]*\"|\[.*\]|\{.*\}|/\S*|\d+", "", str(e)) if isinstance(e, StreamerError) else ""
+    words = (
+        re.sub(r"'[^']*'|\"[^\"]*\"|\[.*\]|\{.*\}|/\S*|\d+", "", str(e))
+        if isinstance(e, StreamerError)
+        else ""
+    )
     return where(e), words[:200]
 
 
@@ -117,7 +126,9 @@ def prepare_process() -> None:
     torch.set_num_threads(1)
 
 
-def fuzz(target: Target, seed: str, seconds: float, executions: int, current: mmap.mmap | None = None) -> Result:
+def fuzz(
+    target: Target, seed: str, seconds: float, executions: int, current: mmap.mmap | None = None
+) -> Result:
     """Run changed inputs for so many seconds of computing, or so often; `current` holds the one in hand, for who finds us dead."""
     rng = random.Random(seed)
     result, seen = Result(), set()
@@ -202,7 +213,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=30, help="of computing in all, shared equally by the targets")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=30,
+        help="of computing in all, shared equally by the targets",
+    )
     parser.add_argument("--executions", type=int, default=1 << 60, help="at most, of each target")
     parser.add_argument("--seed", default="0")
     parser.add_argument("--targets", default=",".join(TARGETS))
@@ -210,7 +226,10 @@ def main() -> int:
     args = parser.parse_args()
     names = args.targets.split(",")
     total = Result()
-    print(f"{'target':20} {'executions':>12} {'refused':>10} {'kinds of refusal':>17} {'crashes':>8}", flush=True)
+    print(
+        f"{'target':20} {'executions':>12} {'refused':>10} {'kinds of refusal':>17} {'crashes':>8}",
+        flush=True,
+    )
     for name in names:
         result = in_a_process(name, args.seed, args.minutes * 60 / len(names), args.executions)
         print(
@@ -221,14 +240,19 @@ def main() -> int:
             print(f"    {crash.what}")
             if args.keep:
                 args.keep.mkdir(parents=True, exist_ok=True)
-                kept = args.keep / f"{name.replace(' ', '-')}-{hashlib.sha256(crash.data).hexdigest()[:12]}"
+                kept = (
+                    args.keep
+                    / f"{name.replace(' ', '-')}-{hashlib.sha256(crash.data).hexdigest()[:12]}"
+                )
                 kept.write_bytes(crash.data)
                 print(f"        {kept}")
         total.executions += result.executions
         total.refused += result.refused
         total.kinds += result.kinds
         total.crashes |= {(name, key): crash for key, crash in result.crashes.items()}
-    print(f"{'all':20} {total.executions:12,} {total.refused:10,} {total.kinds:17,} {len(total.crashes):8,}")
+    print(
+        f"{'all':20} {total.executions:12,} {total.refused:10,} {total.kinds:17,} {len(total.crashes):8,}"
+    )
     return bool(total.crashes)
 
 

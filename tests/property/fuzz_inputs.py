@@ -54,30 +54,49 @@ def small_job(home: Path) -> tuple[Path, Path]:
         shards[i // 2][f"{name}.weight"] = power_law(SIZE, SIZE, seed=i).bfloat16()
         factors[name] = intruding_factors(SIZE, SIZE, 2, seed=i)
     shards[1]["model.norm.weight"] = torch.ones(SIZE, dtype=torch.bfloat16)
-    base = write_sharded(home / "base", shards, {"model_type": "llama", "torch_dtype": "bfloat16", "hidden_size": SIZE})
+    base = write_sharded(
+        home / "base",
+        shards,
+        {"model_type": "llama", "torch_dtype": "bfloat16", "hidden_size": SIZE},
+    )
     return base, write_adapter(home / "adapter", factors, r=2)
 
 
 def header(home: Path) -> Target:
     """A weights file: taken where the safetensors library takes it, but for two equal names."""
     path = home / "x.safetensors"
-    save_file({"a": torch.ones(3, 4), "b": torch.zeros(5, dtype=torch.int64)}, path, metadata={"format": "pt"})
+    save_file(
+        {"a": torch.ones(3, 4), "b": torch.zeros(5, dtype=torch.int64)},
+        path,
+        metadata={"format": "pt"},
+    )
     plain = path.read_bytes()
-    every = {name: {"dtype": name, "shape": [8], "data_offsets": [8 * i, 8 * i + DTYPE_BITS[name]]}
-             for i, name in enumerate(DTYPE_BITS)}  # fmt: skip
+    every = {
+        name: {"dtype": name, "shape": [8], "data_offsets": [8 * i, 8 * i + DTYPE_BITS[name]]}
+        for i, name in enumerate(DTYPE_BITS)
+    }
     at = 0
     for info in every.values():
         size = info["data_offsets"][1] - info["data_offsets"][0]
         info["data_offsets"] = [at, at + size]
         at += size
-    seeds = [plain, with_header(every, bytes(at)), with_header({}, b""), with_header({"__metadata__": {}}, b"")]
+    seeds = [
+        plain,
+        with_header(every, bytes(at)),
+        with_header({}, b""),
+        with_header({"__metadata__": {}}, b""),
+    ]
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
         try:
             with safe_open(path, "pt") as f:
                 theirs = set(f.keys())
-        except (SafetensorError, OSError, ValueError) as e:  # OSError: a file of no bytes cannot be mapped
+        except (
+            SafetensorError,
+            OSError,
+            ValueError,
+        ) as e:  # OSError: a file of no bytes cannot be mapped
             theirs, refused = None, e
         try:
             file = TensorFile(path)
@@ -118,11 +137,34 @@ def config(home: Path) -> Target:
     path = base / "config.json"
     plain = json.loads(path.read_text())
     more = [
-        {"text_config": {"hidden_size": SIZE, "tie_word_embeddings": True}, "tie_word_embeddings": False},
-        {"model_type": "mixtral", "vocab_size": 8, "architectures": ["MixtralForCausalLM"], "dtype": "float16"},
-        {"model_type": "gpt2", "quantization_config": {"quant_method": "fp8", "weight_block_size": [4, 4]}},
-        {"compression_config": {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {}}}}},
-        {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": -1, "modules_to_not_convert": ["x"]}},
+        {
+            "text_config": {"hidden_size": SIZE, "tie_word_embeddings": True},
+            "tie_word_embeddings": False,
+        },
+        {
+            "model_type": "mixtral",
+            "vocab_size": 8,
+            "architectures": ["MixtralForCausalLM"],
+            "dtype": "float16",
+        },
+        {
+            "model_type": "gpt2",
+            "quantization_config": {"quant_method": "fp8", "weight_block_size": [4, 4]},
+        },
+        {
+            "compression_config": {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"a": {"weights": {}}},
+            }
+        },
+        {
+            "quantization_config": {
+                "quant_method": "gptq",
+                "bits": 4,
+                "group_size": -1,
+                "modules_to_not_convert": ["x"],
+            }
+        },
     ]
 
     def run(data: bytes) -> None:
@@ -183,8 +225,15 @@ def _described(path: Path, tensors: Any, metadata: Any = None) -> None:
 
 def _values(dtype: str, size: int, pattern: bytes) -> bytes:
     """Bytes of a pattern; by default values of about 1 in floating point, and small integers."""
-    pattern = pattern or {"F32": b"\x9a\x99\x99\x3e", "BF16": b"\x9a\x3e", "F16": b"\x00\x34", "F64": bytes(6) + b"\xd0\x3f",
-               "F8_E4M3": b"\x28\x30\xb0", "I32": b"\1\0\0\0", "I64": b"\1" + bytes(7)}.get(dtype, b"\1\2\0")  # fmt: skip
+    pattern = pattern or {
+        "F32": b"\x9a\x99\x99\x3e",
+        "BF16": b"\x9a\x3e",
+        "F16": b"\x00\x34",
+        "F64": bytes(6) + b"\xd0\x3f",
+        "F8_E4M3": b"\x28\x30\xb0",
+        "I32": b"\1\0\0\0",
+        "I64": b"\1" + bytes(7),
+    }.get(dtype, b"\1\2\0")
     return (pattern * (size // len(pattern) + 1))[:size]
 
 
@@ -193,38 +242,68 @@ def _module(kind: str, r: int = 2) -> dict[str, list[Any]]:
     n = SIZE
     return {
         "lora": {".lora_A.weight": ["F32", [r, n]], ".lora_B.weight": ["F32", [n, r]]},
-        "dora": {".lora_A.weight": ["F32", [r, n]], ".lora_B.weight": ["F32", [n, r]],
-                 ".lora_magnitude_vector": ["F32", [n]]},
-        "loha": {f".hada_w{i}_{ab}": ["F32", [n, r] if ab == "a" else [r, n]] for i in (1, 2) for ab in "ab"},
-        "lokr": {".lokr_w1": ["F32", [4, 4]], ".lokr_w2_a": ["F32", [4, 1]], ".lokr_w2_b": ["F32", [1, 4]]},
-        "adalora": {".lora_A": ["F32", [r, n]], ".lora_B": ["F32", [n, r]], ".lora_E": ["F32", [r, 1]], ".ranknum": ["F32", []]},
+        "dora": {
+            ".lora_A.weight": ["F32", [r, n]],
+            ".lora_B.weight": ["F32", [n, r]],
+            ".lora_magnitude_vector": ["F32", [n]],
+        },
+        "loha": {
+            f".hada_w{i}_{ab}": ["F32", [n, r] if ab == "a" else [r, n]]
+            for i in (1, 2)
+            for ab in "ab"
+        },
+        "lokr": {
+            ".lokr_w1": ["F32", [4, 4]],
+            ".lokr_w2_a": ["F32", [4, 1]],
+            ".lokr_w2_b": ["F32", [1, 4]],
+        },
+        "adalora": {
+            ".lora_A": ["F32", [r, n]],
+            ".lora_B": ["F32", [n, r]],
+            ".lora_E": ["F32", [r, 1]],
+            ".ranknum": ["F32", []],
+        },
         "vera": {".vera_lambda_b": ["F32", [n]], ".vera_lambda_d": ["F32", [r]]},
         "oft": {".oft_R.weight": ["F32", [4, 6]]},
         "boft": {".boft_R": ["F32", [1, 4, 4, 4]], ".boft_s": ["F32", [n, 1]]},
-    }[kind]  # fmt: skip
+    }[kind]
 
 
 def _adapter(kind: str, config: Mapping[str, Any], more: Mapping[str, Any] = {}) -> bytes:
     prefix = "base_model.model."
-    tensors = {f"{prefix}{name}{end}": what for name in NAMES[:2] for end, what in _module(kind).items()}
-    scale = {"lora": "lora_alpha", "dora": "lora_alpha", "adalora": "lora_alpha", "loha": "alpha", "lokr": "alpha"}.get(
-        kind
-    )
+    tensors = {
+        f"{prefix}{name}{end}": what for name in NAMES[:2] for end, what in _module(kind).items()
+    }
+    scale = {
+        "lora": "lora_alpha",
+        "dora": "lora_alpha",
+        "adalora": "lora_alpha",
+        "loha": "alpha",
+        "lokr": "alpha",
+    }.get(kind)
     tree = {"peft_type": "LORA", "r": 2, **({scale: 4} if scale else {}), **config}
-    return dump({"config": tree, "tensors": {**tensors, **{f"{prefix}{k}": v for k, v in more.items()}}})
+    return dump(
+        {"config": tree, "tensors": {**tensors, **{f"{prefix}{k}": v for k, v in more.items()}}}
+    )
 
 
 def adapter(home: Path) -> Target:
     """An adapter: its config, and the names, dtypes and shapes of its tensors."""
     base, directory = small_job(home)
-    extra = {"model.embed_tokens.weight": ["BF16", [12, SIZE]], "model.layers.0.mlp.experts.down_proj": ["BF16", [3, SIZE, 8]],
-             "lm_head.weight": ["BF16", [12, SIZE]], **{f"{name}.bias": ["BF16", [SIZE]] for name in NAMES[:2]}}  # fmt: skip
+    extra = {
+        "model.embed_tokens.weight": ["BF16", [12, SIZE]],
+        "model.layers.0.mlp.experts.down_proj": ["BF16", [3, SIZE, 8]],
+        "lm_head.weight": ["BF16", [12, SIZE]],
+        **{f"{name}.bias": ["BF16", [SIZE]] for name in NAMES[:2]},
+    }
     plain = {name: ["BF16", [SIZE, SIZE]] for name in (f"{n}.weight" for n in NAMES)}
     (base / "model.safetensors.index.json").unlink()
     for shard in base.glob("*.safetensors"):
         shard.unlink()
     # Of a class whose experts are stacks: how they are stored is not guessed.
-    (base / "config.json").write_bytes(dump({"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}))
+    (base / "config.json").write_bytes(
+        dump({"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]})
+    )
     _described(base / "model.safetensors", plain | extra)
     n, r = SIZE, 2
     experts = {
@@ -236,21 +315,50 @@ def adapter(home: Path) -> Target:
         "model.embed_tokens.lora_embedding_B": ["F32", [n, r]],
     }
     seeds = [
-        _adapter("lora", {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.0": 8}, "use_rslora": True}),
-        _adapter("lora", {"target_parameters": ["mlp.experts.down_proj"], "peft_version": "0.19.1"}, experts),
-        _adapter("lora", {"modules_to_save": ["lm_head"], "lora_bias": True},
-                 {"lm_head.weight": ["F32", [12, n]], **{f"{name}.lora_B.bias": ["F32", [n]] for name in NAMES[:2]}}),
-        _adapter("lora", {"trainable_token_indices": {"embed_tokens": [1, 3]}},
-                 {"model.embed_tokens.token_adapter.trainable_tokens_delta": ["F32", [2, n]]}),
+        _adapter(
+            "lora",
+            {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.0": 8}, "use_rslora": True},
+        ),
+        _adapter(
+            "lora",
+            {"target_parameters": ["mlp.experts.down_proj"], "peft_version": "0.19.1"},
+            experts,
+        ),
+        _adapter(
+            "lora",
+            {"modules_to_save": ["lm_head"], "lora_bias": True},
+            {
+                "lm_head.weight": ["F32", [12, n]],
+                **{f"{name}.lora_B.bias": ["F32", [n]] for name in NAMES[:2]},
+            },
+        ),
+        _adapter(
+            "lora",
+            {"trainable_token_indices": {"embed_tokens": [1, 3]}},
+            {"model.embed_tokens.token_adapter.trainable_tokens_delta": ["F32", [2, n]]},
+        ),
         _adapter("lora", {"fan_in_fan_out": False, "init_lora_weights": "gaussian"}, embedding),
         _adapter("dora", {"use_dora": True}),
         _adapter("loha", {"peft_type": "LOHA"}),
         _adapter("lokr", {"peft_type": "LOKR"}),
         _adapter("adalora", {"peft_type": "ADALORA", "init_r": 4}),
-        _adapter("vera", {"peft_type": "VERA", "save_projection": True}, {"vera_A": ["F32", [r, n]], "vera_B": ["F32", [n, r]]}),
-        _adapter("oft", {"peft_type": "OFT", "peft_version": "0.21.2", "use_cayley_neumann": True, "coft": True, "eps": 1e-3}),
+        _adapter(
+            "vera",
+            {"peft_type": "VERA", "save_projection": True},
+            {"vera_A": ["F32", [r, n]], "vera_B": ["F32", [n, r]]},
+        ),
+        _adapter(
+            "oft",
+            {
+                "peft_type": "OFT",
+                "peft_version": "0.21.2",
+                "use_cayley_neumann": True,
+                "coft": True,
+                "eps": 1e-3,
+            },
+        ),
         _adapter("boft", {"peft_type": "BOFT", "boft_n_butterfly_factor": 1}),
-    ]  # fmt: skip
+    ]
 
     def run(data: bytes) -> None:
         tree = _parsed(data)
@@ -271,22 +379,45 @@ def _parsed(data: bytes) -> dict[str, Any]:
     return tree
 
 
-def _quantized(method: str | None, tensors: Mapping[str, Any], metadata: Any = None, **config: Any) -> bytes:
+def _quantized(
+    method: str | None, tensors: Mapping[str, Any], metadata: Any = None, **config: Any
+) -> bytes:
     names = {f"{NAMES[0]}{end}": what for end, what in tensors.items()}
-    return dump({"quantization_config": {"quant_method": method, **config}, "tensors": names, "metadata": metadata})
+    return dump(
+        {
+            "quantization_config": {"quant_method": method, **config},
+            "tensors": names,
+            "metadata": metadata,
+        }
+    )
 
 
 def _floats(encoding: str, bits: int, size: int, tensors: Mapping[str, Any]) -> bytes:
     """As compressed-tensors states small floats."""
-    group = {"targets": ["Linear"], "weights": {"num_bits": bits, "type": "float", "group_size": size, "symmetric": True,
-                                                "strategy": "tensor_group" if size == 16 else "group"}}  # fmt: skip
-    return _quantized("compressed-tensors", tensors, format=encoding, config_groups={"group_0": group})
+    group = {
+        "targets": ["Linear"],
+        "weights": {
+            "num_bits": bits,
+            "type": "float",
+            "group_size": size,
+            "symmetric": True,
+            "strategy": "tensor_group" if size == 16 else "group",
+        },
+    }
+    return _quantized(
+        "compressed-tensors", tensors, format=encoding, config_groups={"group_0": group}
+    )
 
 
 def _torchao(kind: str, data: Mapping[str, Any], **parts: Any) -> bytes:
     stated = {"_type": kind, "_data": data, "_tensor_data_names": [*parts]}
-    metadata = {f"{NAMES[0]}.weight": json.dumps(stated), "tensor_names": json.dumps([f"{NAMES[0]}.weight"])}
-    return _quantized("torchao", {f"._weight_{part}": what for part, what in parts.items()}, metadata)
+    metadata = {
+        f"{NAMES[0]}.weight": json.dumps(stated),
+        "tensor_names": json.dumps([f"{NAMES[0]}.weight"]),
+    }
+    return _quantized(
+        "torchao", {f"._weight_{part}": what for part, what in parts.items()}, metadata
+    )
 
 
 def quantized(home: Path) -> Target:
@@ -301,43 +432,164 @@ def quantized(home: Path) -> Target:
     nested = state | {"nested_blocksize": 256, "nested_offset": 0.1, "nested_dtype": "float32"}
     ints = {".scales": ["F16", [groups, n]], ".qzeros": ["I32", [groups, n // 8]]}
     seeds = [
-        _quantized("fp8", {".weight": ["F8_E4M3", [n, n]], ".weight_scale_inv": ["F32", [2, 2]]}, weight_block_size=[16, 16]),
-        _quantized("fp8", {".weight": ["F8_E4M3", [n, n]], ".weight_scale_inv": ["F8_E8M0", [2, 2]]}, scale_fmt="ue8m0"),
-        _quantized("compressed-tensors", {".weight": ["F8_E4M3", [n, n]], ".weight_scale": ["BF16", [n, 1]], ".input_scale": ["F32", []]}),
-        _quantized("compressed-tensors", {".weight": ["I8", [n, n]], ".weight_scale": ["BF16", [n, 1]],
-                                          ".weight_zero_point": ["I8", [n, 1], 0]}),
-        _quantized("compressed-tensors", {".weight_packed": ["I32", [n, n // 8]], ".weight_scale": ["BF16", [n, groups]],
-                                          ".weight_shape": ["I64", [2], n], ".weight_g_idx": ["I32", [n]]}, format="pack-quantized"),
-        _quantized("bitsandbytes", {".weight": ["U8", [n * n // 2, 1]], ".weight.absmax": ["F32", [n * n // 64]],
-                                    ".weight.quant_map": ["F32", [16]],
-                                    ".weight.quant_state.bitsandbytes__nf4": json.dumps(state)}, load_in_4bit=True),
-        _quantized("bitsandbytes", {".weight": ["U8", [n * n // 2, 1]], ".weight.absmax": ["U8", [n * n // 64]],
-                                    ".weight.quant_map": ["F32", [16]], ".weight.nested_absmax": ["F32", [1]],
-                                    ".weight.nested_quant_map": ["F32", [256]],
-                                    ".weight.quant_state.bitsandbytes__nf4": json.dumps(nested)}),
-        _quantized("bitsandbytes", {".weight": ["I8", [n, n]], ".SCB": ["F32", [n]], ".weight_format": ["U8", [], 0]}),
-        _quantized("gptq", {".qweight": ["I32", [n // 8, n]], ".g_idx": ["I32", [n]], **ints}, bits=4, group_size=16),
-        _quantized("gptq", {".qweight": ["I32", [n // 8, n]], **ints}, bits=4, group_size=16, checkpoint_format="gptq_v2"),
-        _quantized("awq", {".qweight": ["I32", [n, n // 8]], **ints}, bits=4, group_size=16, version="gemm"),
-        _quantized("mxfp4", {".weight": ["BF16", [n, n]], ".x_blocks": ["U8", [1, n, 1, 16]], ".x_scales": ["U8", [1, n, 1]]}),
-        _quantized("fp8", {".weight": ["BF16", [n, n]], ".x.weight": ["F8_E4M3", [2, n, n]], ".x.weight_scale": ["F32", [2, 1, 1]]}),
-        _floats("nvfp4-pack-quantized", 4, 16, {".weight_packed": ["U8", [n, n // 2]], ".weight_scale": ["F8_E4M3", [n, 2]],
-                                                ".weight_global_scale": ["F32", [1]]}),
-        _floats("mxfp4-pack-quantized", 4, 32, {".weight_packed": ["U8", [n, n // 2]], ".weight_scale": ["U8", [n, 1]]}),
-        _floats("mxfp8-quantized", 8, 32, {".weight": ["F8_E4M3", [n, n]], ".weight_scale": ["U8", [n, 1]]}),
-        _quantized("modelopt", {".weight": ["U8", [n, n // 2]], ".weight_scale": ["F8_E4M3", [n, 2]], ".weight_scale_2": ["F32", []]},
-                   quant_algo="NVFP4"),
-        _quantized("hqq", {".W_q": ["U8", [n // 2, n]], ".scale": ["BF16", [n, 1]], ".zero": ["BF16", [n, 1]], ".shape": ["I64", [2], n],
-                           ".packing": "4bit_u8", ".axis": ["I32", [], 1], ".group_size": ["I32", [], n]}),
-        _torchao("Int8Tensor", {"block_size": [1, n]}, qdata=["I8", [n, n]], scale=["F32", [n, 1]], zero_point=["I8", [n, 1]]),
-        _torchao("Int4Tensor", {"block_size": [1, n], "shape": [n, n]}, qdata=["I8", [n, n // 2]], scale=["F32", [1, n]],
-                 zero_point=["F32", [1, n]]),
-    ]  # fmt: skip
+        _quantized(
+            "fp8",
+            {".weight": ["F8_E4M3", [n, n]], ".weight_scale_inv": ["F32", [2, 2]]},
+            weight_block_size=[16, 16],
+        ),
+        _quantized(
+            "fp8",
+            {".weight": ["F8_E4M3", [n, n]], ".weight_scale_inv": ["F8_E8M0", [2, 2]]},
+            scale_fmt="ue8m0",
+        ),
+        _quantized(
+            "compressed-tensors",
+            {
+                ".weight": ["F8_E4M3", [n, n]],
+                ".weight_scale": ["BF16", [n, 1]],
+                ".input_scale": ["F32", []],
+            },
+        ),
+        _quantized(
+            "compressed-tensors",
+            {
+                ".weight": ["I8", [n, n]],
+                ".weight_scale": ["BF16", [n, 1]],
+                ".weight_zero_point": ["I8", [n, 1], 0],
+            },
+        ),
+        _quantized(
+            "compressed-tensors",
+            {
+                ".weight_packed": ["I32", [n, n // 8]],
+                ".weight_scale": ["BF16", [n, groups]],
+                ".weight_shape": ["I64", [2], n],
+                ".weight_g_idx": ["I32", [n]],
+            },
+            format="pack-quantized",
+        ),
+        _quantized(
+            "bitsandbytes",
+            {
+                ".weight": ["U8", [n * n // 2, 1]],
+                ".weight.absmax": ["F32", [n * n // 64]],
+                ".weight.quant_map": ["F32", [16]],
+                ".weight.quant_state.bitsandbytes__nf4": json.dumps(state),
+            },
+            load_in_4bit=True,
+        ),
+        _quantized(
+            "bitsandbytes",
+            {
+                ".weight": ["U8", [n * n // 2, 1]],
+                ".weight.absmax": ["U8", [n * n // 64]],
+                ".weight.quant_map": ["F32", [16]],
+                ".weight.nested_absmax": ["F32", [1]],
+                ".weight.nested_quant_map": ["F32", [256]],
+                ".weight.quant_state.bitsandbytes__nf4": json.dumps(nested),
+            },
+        ),
+        _quantized(
+            "bitsandbytes",
+            {".weight": ["I8", [n, n]], ".SCB": ["F32", [n]], ".weight_format": ["U8", [], 0]},
+        ),
+        _quantized(
+            "gptq",
+            {".qweight": ["I32", [n // 8, n]], ".g_idx": ["I32", [n]], **ints},
+            bits=4,
+            group_size=16,
+        ),
+        _quantized(
+            "gptq",
+            {".qweight": ["I32", [n // 8, n]], **ints},
+            bits=4,
+            group_size=16,
+            checkpoint_format="gptq_v2",
+        ),
+        _quantized(
+            "awq", {".qweight": ["I32", [n, n // 8]], **ints}, bits=4, group_size=16, version="gemm"
+        ),
+        _quantized(
+            "mxfp4",
+            {
+                ".weight": ["BF16", [n, n]],
+                ".x_blocks": ["U8", [1, n, 1, 16]],
+                ".x_scales": ["U8", [1, n, 1]],
+            },
+        ),
+        _quantized(
+            "fp8",
+            {
+                ".weight": ["BF16", [n, n]],
+                ".x.weight": ["F8_E4M3", [2, n, n]],
+                ".x.weight_scale": ["F32", [2, 1, 1]],
+            },
+        ),
+        _floats(
+            "nvfp4-pack-quantized",
+            4,
+            16,
+            {
+                ".weight_packed": ["U8", [n, n // 2]],
+                ".weight_scale": ["F8_E4M3", [n, 2]],
+                ".weight_global_scale": ["F32", [1]],
+            },
+        ),
+        _floats(
+            "mxfp4-pack-quantized",
+            4,
+            32,
+            {".weight_packed": ["U8", [n, n // 2]], ".weight_scale": ["U8", [n, 1]]},
+        ),
+        _floats(
+            "mxfp8-quantized",
+            8,
+            32,
+            {".weight": ["F8_E4M3", [n, n]], ".weight_scale": ["U8", [n, 1]]},
+        ),
+        _quantized(
+            "modelopt",
+            {
+                ".weight": ["U8", [n, n // 2]],
+                ".weight_scale": ["F8_E4M3", [n, 2]],
+                ".weight_scale_2": ["F32", []],
+            },
+            quant_algo="NVFP4",
+        ),
+        _quantized(
+            "hqq",
+            {
+                ".W_q": ["U8", [n // 2, n]],
+                ".scale": ["BF16", [n, 1]],
+                ".zero": ["BF16", [n, 1]],
+                ".shape": ["I64", [2], n],
+                ".packing": "4bit_u8",
+                ".axis": ["I32", [], 1],
+                ".group_size": ["I32", [], n],
+            },
+        ),
+        _torchao(
+            "Int8Tensor",
+            {"block_size": [1, n]},
+            qdata=["I8", [n, n]],
+            scale=["F32", [n, 1]],
+            zero_point=["I8", [n, 1]],
+        ),
+        _torchao(
+            "Int4Tensor",
+            {"block_size": [1, n], "shape": [n, n]},
+            qdata=["I8", [n, n // 2]],
+            scale=["F32", [1, n]],
+            zero_point=["F32", [1, n]],
+        ),
+    ]
     plain = {"model_type": "llama", "torch_dtype": "bfloat16"}
 
     def run(data: bytes) -> None:
         tree = _parsed(data)
-        (base / "config.json").write_bytes(dump({**plain, "quantization_config": tree.get("quantization_config")}))
+        (base / "config.json").write_bytes(
+            dump({**plain, "quantization_config": tree.get("quantization_config")})
+        )
         _described(base / "model.safetensors", tree.get("tensors"), tree.get("metadata"))
         use(base, directory)
 

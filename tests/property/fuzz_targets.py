@@ -11,7 +11,18 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fuzz_inputs import CPU, NAMES, Target, Trouble, adapter, config, header, index, quantized, small_job
+from fuzz_inputs import (
+    CPU,
+    NAMES,
+    Target,
+    Trouble,
+    adapter,
+    config,
+    header,
+    index,
+    quantized,
+    small_job,
+)
 from helpers import sealed
 from learned import make_learned
 from mutate import journal_bytes, mutate_journal, mutate_json, mutate_safetensors, records_of
@@ -42,7 +53,9 @@ def detect_file(plan: Plan, path: Path, options: DetectionOptions, monitor: Moni
     detect_to_files(batch, [path], options, Run(CPU, monitor=monitor), resident_bytes(batch))
 
 
-def open_job(base: Path, adapter: Path, mitigation: Method, options: DetectionOptions, findings: Path | None) -> Job:
+def open_job(
+    base: Path, adapter: Path, mitigation: Method, options: DetectionOptions, findings: Path | None
+) -> Job:
     """Open a merge."""
     found = None if findings is None else load_findings(findings)
     (job,) = open_jobs(base, AdapterPaths.of_one(adapter), [found], mitigation, options, Run(CPU))

@@ -60,7 +60,9 @@ SPECTRA: dict[str, Callable[[int], torch.Tensor]] = {
     "huge": lambda p: 1e30 * _rank(p) ** -0.7,
     "tiny": lambda p: 1e-30 * _rank(p) ** -0.7,
     "subnormal": lambda p: 1e-38 * _rank(p) ** -0.7,
-    "outlier": lambda p: torch.cat([3000 * _ones(1), torch.linspace(2, 1, p - 1, dtype=torch.float64)]),
+    "outlier": lambda p: torch.cat(
+        [3000 * _ones(1), torch.linspace(2, 1, p - 1, dtype=torch.float64)]
+    ),
 }
 BASES = (*SPECTRA, "identity", "outlier column", "gaussian")
 DELTAS = (
@@ -110,7 +112,10 @@ def make_delta(kind: str, base: torch.Tensor, epsilon: float, seed: int) -> LowR
     r = p + 3 if kind == "over rank" else min(4, p)
     L = 0.02 * size * torch.randn(m, r, generator=g, dtype=torch.float64) / m**0.5
     R = torch.randn(n, r, generator=g, dtype=torch.float64) / n**0.5
-    u, v = (torch.nn.functional.normalize(torch.randn(d, generator=g, dtype=torch.float64), dim=0) for d in (m, n))
+    u, v = (
+        torch.nn.functional.normalize(torch.randn(d, generator=g, dtype=torch.float64), dim=0)
+        for d in (m, n)
+    )
     deep = p // 2
     if kind == "zero":
         L *= 0
@@ -142,7 +147,9 @@ def make_delta(kind: str, base: torch.Tensor, epsilon: float, seed: int) -> LowR
     return LowRank(L.clamp(-3e38, 3e38).float(), R.float())
 
 
-def make_case(base_kind: str, delta_kind: str, shape: tuple[int, int], dtype: torch.dtype, i: int = 0) -> Case:
+def make_case(
+    base_kind: str, delta_kind: str, shape: tuple[int, int], dtype: torch.dtype, i: int = 0
+) -> Case:
     """The case with these ingredients; i seeds it, and turns the ε of the larger ones."""
     epsilon = EPSILONS[i % 4]
     base = make_base(base_kind, *shape, dtype, i)
@@ -198,7 +205,9 @@ class Tally:
         )
 
 
-def judge(case: Case, found: Detection, similarity: np.ndarray, epsilon: float, tally: Tally) -> None:
+def judge(
+    case: Case, found: Detection, similarity: np.ndarray, epsilon: float, tally: Tally
+) -> None:
     """Count one detection; a direction is claimed if its interval lies on one side of ε and it is not degenerate."""
     low, high = np.array(found.similarity_low), np.array(found.similarity_high)
     one_side = (low >= epsilon) | (high < epsilon)
@@ -226,7 +235,10 @@ def judge(case: Case, found: Detection, similarity: np.ndarray, epsilon: float, 
 
 
 def run(
-    what: Iterator[Case], tally: Tally, find: Callable[..., Detection] = detect, seconds: float = math.inf
+    what: Iterator[Case],
+    tally: Tally,
+    find: Callable[..., Detection] = detect,
+    seconds: float = math.inf,
 ) -> Tally:
     """Judge every case at each of its ε, until the time is up."""
     start = time.monotonic()
@@ -236,7 +248,12 @@ def run(
         similarity = truth(case)
         tally.matrices += 1
         for epsilon in case.epsilons:
-            found = find(Dense(case.base), case.delta, DetectionOptions(TOP, epsilon, "certified"), name=case.name)
+            found = find(
+                Dense(case.base),
+                case.delta,
+                DetectionOptions(TOP, epsilon, "certified"),
+                name=case.name,
+            )
             judge(case, found, similarity, epsilon, tally)
     return tally
 
@@ -245,7 +262,9 @@ def main() -> None:
     """Run a part of the gallery and print its tally."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=1000, help="matrices (default 1000)")
-    parser.add_argument("--first", type=int, default=0, help="where in the walk to begin (default 0)")
+    parser.add_argument(
+        "--first", type=int, default=0, help="where in the walk to begin (default 0)"
+    )
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default 1)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -66,7 +66,9 @@ def text(file: str, content: str | bytes, of: str = "adapter") -> Callable[[Path
     return change
 
 
-def tensors(edit: Callable[[dict[str, torch.Tensor]], object], of: str = "adapter") -> Callable[[Path, Path], object]:
+def tensors(
+    edit: Callable[[dict[str, torch.Tensor]], object], of: str = "adapter"
+) -> Callable[[Path, Path], object]:
     """A weights file with other tensors."""
 
     def change(base: Path, adapter: Path) -> None:
@@ -78,7 +80,9 @@ def tensors(edit: Callable[[dict[str, torch.Tensor]], object], of: str = "adapte
     return change
 
 
-def header(edit: Callable[[dict[str, Any]], object], of: str = "adapter") -> Callable[[Path, Path], object]:
+def header(
+    edit: Callable[[dict[str, Any]], object], of: str = "adapter"
+) -> Callable[[Path, Path], object]:
     """A weights file with another header over the same bytes."""
 
     def change(base: Path, adapter: Path) -> None:
@@ -130,7 +134,9 @@ def twice(base: Path, adapter: Path) -> None:
     path.write_bytes(struct.pack("<Q", len(again)) + again + data[8 + n :])
 
 
-def replaced(file: str, make: Callable[[Path], object], of: str = "adapter") -> Callable[[Path, Path], object]:
+def replaced(
+    file: str, make: Callable[[Path], object], of: str = "adapter"
+) -> Callable[[Path, Path], object]:
     """Something that is no file where a file should be."""
 
     def change(base: Path, adapter: Path) -> None:
@@ -142,7 +148,9 @@ def replaced(file: str, make: Callable[[Path], object], of: str = "adapter") -> 
 
 
 def moved(tree: dict[str, Any]) -> None:
-    tree["weight_map"]["model.layers.1.self_attn.q_proj.weight"] = "model-00001-of-00003.safetensors"
+    tree["weight_map"]["model.layers.1.self_attn.q_proj.weight"] = (
+        "model-00001-of-00003.safetensors"
+    )
 
 
 def renamed(to: str) -> Callable[[dict[str, torch.Tensor]], object]:
@@ -241,20 +249,33 @@ def run_case(case: Case, home: Path, run: Callable[..., tuple[int, str, str]]) -
     wrong = []
     for command in COMMANDS:
         out = home / f"out-{command}.safetensors"
-        code, said, error = run(command, base, adapter, *([] if command == "inspect" else ["-o", out]))
+        code, said, error = run(
+            command, base, adapter, *([] if command == "inspect" else ["-o", out])
+        )
         expected = 0 if command == "inspect" and case.code == 7 else case.code
         if code != expected:
             wrong.append(f"{command}: exit code {code}, expected {expected}: {error}")
-        elif code and (said or error.count("\n") != 1 or not error.startswith("streamer: ") or case.words not in error):
-            wrong.append(f"{command}: said {said!r} and {error!r}, expected one line with {case.words!r}")
+        elif code and (
+            said
+            or error.count("\n") != 1
+            or not error.startswith("streamer: ")
+            or case.words not in error
+        ):
+            wrong.append(
+                f"{command}: said {said!r} and {error!r}, expected one line with {case.words!r}"
+            )
         elif code and len(error.replace(str(home), "")) > 320:
             wrong.append(f"{command}: {len(error)} characters in {error!r}")
         elif code and "\x1b" in error:
             wrong.append(f"{command}: control characters in {error!r}")
         if case.code == 7:
             # What stands there is for the same command to go on with, and nothing has its final name.
-            final = [p for p in out.rglob("*") if not p.name.startswith(".")] if out.is_dir() else []
-            wrong += [f"{command}: left {p.name}" for p in final if p.name in (WEIGHTS, CONFIG, INDEX)]
+            final = (
+                [p for p in out.rglob("*") if not p.name.startswith(".")] if out.is_dir() else []
+            )
+            wrong += [
+                f"{command}: left {p.name}" for p in final if p.name in (WEIGHTS, CONFIG, INDEX)
+            ]
         elif contents(home) != before:
             wrong.append(f"{command}: something was written")
     return wrong
@@ -263,4 +284,6 @@ def run_case(case: Case, home: Path, run: Callable[..., tuple[int, str, str]]) -
 def contents(home: Path) -> dict[str, str]:
     """Digests of the files, and the names of what is none."""
     endless = any(p.is_symlink() for p in home.rglob("*"))
-    return ({} if endless else tree_digest(home)) | {str(p): "" for p in home.rglob("*") if not p.is_file()}
+    return ({} if endless else tree_digest(home)) | {
+        str(p): "" for p in home.rglob("*") if not p.is_file()
+    }

@@ -15,7 +15,9 @@ from seeds import vary
 from streamer.errors import StreamerError
 
 # Warnings about old versions of PEFT or odd patterns are expected here.
-pytestmark = pytest.mark.filterwarnings("ignore::streamer.errors.StreamerWarning", "ignore::FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::streamer.errors.StreamerWarning", "ignore::FutureWarning"
+)
 
 EXECUTIONS = 120
 P = f"base_model.model.{NAMES[0]}"
@@ -54,8 +56,14 @@ def test_whatever_stands_there_is_decoded_or_refused(targets: Callable[[str], Ta
     for tree in map(json.loads, target.seeds):
         for name, what in tree["tensors"].items():
             dtype, shape, *fill = what if isinstance(what, list) else ("U8", [len(what)])
-            sizes = [[n + by * (i == at) for i, n in enumerate(shape)] for at in range(len(shape)) for by in (-1, 1)]
-            others = [(other, shape) for other in ("I8", "U8", "I32", "I64", "F32", "BF16", "F8_E4M3")]
+            sizes = [
+                [n + by * (i == at) for i, n in enumerate(shape)]
+                for at in range(len(shape))
+                for by in (-1, 1)
+            ]
+            others = [
+                (other, shape) for other in ("I8", "U8", "I32", "I64", "F32", "BF16", "F8_E4M3")
+            ]
             for other in (None, *others, *((dtype, size) for size in (*sizes, shape[::-1], []))):
                 stands = {} if other is None else {name: [*other, *fill]}
                 rest = {key: value for key, value in tree["tensors"].items() if key != name}
@@ -165,7 +173,9 @@ def test_it_can_fail() -> None:
             case 3:
                 raise StreamerError("please report this")
 
-    result = fuzz(Target([b"\0\0\0"], lambda rng, data, others: rng.randbytes(3), run), "x", 60, 100)
+    result = fuzz(
+        Target([b"\0\0\0"], lambda rng, data, others: rng.randbytes(3), run), "x", 60, 100
+    )
     assert sorted(c.what.split(":")[0].split(" (")[0] for c in result.crashes.values()) == [
         "KeyError",
         "Trouble",

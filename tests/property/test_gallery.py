@@ -77,7 +77,8 @@ def test_delta(delta: str, shape: tuple[int, int], tally: Tally) -> None:
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 1), (1, 2), (2, 1), (1, 512), (512, 1), (2, 2), (16, 17), (17, 16), (3, 509), (509, 3)]
+    "shape",
+    [(1, 1), (1, 2), (2, 1), (1, 512), (512, 1), (2, 2), (16, 17), (17, 16), (3, 509), (509, 3)],
 )
 def test_extreme_shapes(shape: tuple[int, int], tally: Tally) -> None:
     for i, delta in enumerate(("intruder", "zero", "over rank", "cancelling")):
@@ -87,7 +88,9 @@ def test_extreme_shapes(shape: tuple[int, int], tally: Tally) -> None:
 
 @pytest.mark.parametrize("epsilon", EPSILONS)
 @pytest.mark.parametrize("shape", [(128, 200), (200, 128)])
-def test_an_overlap_deep_in_the_bulk_just_beside_epsilon(shape: tuple[int, int], epsilon: float, tally: Tally) -> None:
+def test_an_overlap_deep_in_the_bulk_just_beside_epsilon(
+    shape: tuple[int, int], epsilon: float, tally: Tally
+) -> None:
     for turn in range(2):  # below and above
         i = EPSILONS.index(epsilon) + 4 * turn
         case = make_case("flat", "deep", shape, torch.float32, i)
@@ -105,7 +108,12 @@ def test_a_small_base_direction_blown_up_is_never_called_an_intruder(
     for i in (0, 2):
         case = make_case(base, "blown up", shape, torch.float32, i)
         run(iter([case]), tally)
-        found = detect(Dense(case.base), case.delta, DetectionOptions(10, EPSILONS[i], "certified"), name=case.name)
+        found = detect(
+            Dense(case.base),
+            case.delta,
+            DetectionOptions(10, EPSILONS[i], "certified"),
+            name=case.name,
+        )
         similarity = truth(case)
         assert similarity[0] > 0.99
         assert not (found.certified and 0 in found.intruders)
@@ -128,7 +136,9 @@ def test_the_last_direction_of_a_tall_matrix_under_a_large_delta(tally: Tally) -
     check(tally)
 
 
-@pytest.mark.parametrize("fault", ["high too low", "low too high", "intruder missed", "bound narrowed by a tenth"])
+@pytest.mark.parametrize(
+    "fault", ["high too low", "low too high", "intruder missed", "bound narrowed by a tenth"]
+)
 def test_the_gallery_can_fail(fault: str, tally: Tally) -> None:
     def faulty(base: Dense, *args: object, **kwargs: object) -> Detection:
         found = detect(base, *args, **kwargs)  # type: ignore[arg-type]
@@ -141,7 +151,11 @@ def test_the_gallery_can_fail(fault: str, tally: Tally) -> None:
             return replace(found, intruders=())
         return replace(found, similarity_high=tuple(0.9 * high))
 
-    run(iter([make_case("power", "intruder", (96, 128), torch.float32, i) for i in range(3)]), tally, faulty)
+    run(
+        iter([make_case("power", "intruder", (96, 128), torch.float32, i) for i in range(3)]),
+        tally,
+        faulty,
+    )
     assert bool(tally.disagreements) == (fault == "intruder missed")
     assert bool(tally.outside) == (fault != "intruder missed")
 

@@ -45,7 +45,11 @@ def plain(directory: Path, scale: float = 1) -> Path:
     """Two matrices of decaying spectra, without their SVDs."""
     tensors = {}
     for layer in range(2):
-        top = noise(M, 32, seed=layer) @ (noise(32, N, seed=9) * torch.arange(1, 33).pow(-0.7)[:, None]) / 300
+        top = (
+            noise(M, 32, seed=layer)
+            @ (noise(32, N, seed=9) * torch.arange(1, 33).pow(-0.7)[:, None])
+            / 300
+        )
         tensors[f"model.layers.{layer}.mlp.up_proj.weight"] = (
             (top + noise(M, N, seed=layer + 5) / 100) * scale
         ).bfloat16()
@@ -58,7 +62,9 @@ def factors(rank: int = RANK, m: int = M, n: int = N) -> tuple[Tensor, Tensor]:
 
 def lora(directory: Path, rank: int = RANK) -> Inputs:
     names = [f"model.layers.{layer}.mlp.up_proj" for layer in range(2)]
-    return plain(directory), write_adapter(directory / "adapter", {name: factors(rank) for name in names}, rank)
+    return plain(directory), write_adapter(
+        directory / "adapter", {name: factors(rank) for name in names}, rank
+    )
 
 
 def wide_lora(directory: Path) -> Inputs:
@@ -70,7 +76,11 @@ def dora(directory: Path) -> Inputs:
     adapter.mkdir()
     A, B = factors()
     stem = f"base_model.model.{MODULE}"
-    tensors = {f"{stem}.lora_A.weight": A, f"{stem}.lora_B.weight": B, f"{stem}.lora_magnitude_vector": torch.ones(M)}
+    tensors = {
+        f"{stem}.lora_A.weight": A,
+        f"{stem}.lora_B.weight": B,
+        f"{stem}.lora_magnitude_vector": torch.ones(M),
+    }
     return base, written(adapter, tensors, peft_type="LORA", r=RANK, lora_alpha=RANK, use_dora=True)
 
 
@@ -79,7 +89,9 @@ def loha(directory: Path) -> Inputs:
     adapter.mkdir(parents=True)
     A, B = factors()
     stem = f"base_model.model.{MODULE}.hada_"
-    tensors = {f"{stem}w{i}_a": B.clone() for i in (1, 2)} | {f"{stem}w{i}_b": A.clone() for i in (1, 2)}
+    tensors = {f"{stem}w{i}_a": B.clone() for i in (1, 2)} | {
+        f"{stem}w{i}_b": A.clone() for i in (1, 2)
+    }
     return plain(directory), written(adapter, tensors, peft_type="LOHA", r=RANK, alpha=RANK)
 
 
@@ -105,12 +117,25 @@ def experts(directory: Path) -> Inputs:
     """A stack of eight, and factors of all of them in one tensor."""
     count, m, n = 8, 2048, 1024
     name = "model.layers.0.mlp.experts.gate_up_proj"
-    base = write_base(directory / "base", {name: noise(count, m, n).bfloat16()}, model_type="qwen3_moe", hidden_size=n)
+    base = write_base(
+        directory / "base",
+        {name: noise(count, m, n).bfloat16()},
+        model_type="qwen3_moe",
+        hidden_size=n,
+    )
     adapter = directory / "adapter"
     adapter.mkdir()
     stem = "base_model.model.model.layers.0.mlp.experts.lora_"
-    tensors = {f"{stem}A.weight": noise(count * 64, n) / 100, f"{stem}B.weight": noise(m, count * 64) / 100}
-    config = {"r": 64, "lora_alpha": 64, "target_parameters": ["mlp.experts.gate_up_proj"], "peft_version": "0.21.0"}
+    tensors = {
+        f"{stem}A.weight": noise(count * 64, n) / 100,
+        f"{stem}B.weight": noise(m, count * 64) / 100,
+    }
+    config = {
+        "r": 64,
+        "lora_alpha": 64,
+        "target_parameters": ["mlp.experts.gate_up_proj"],
+        "peft_version": "0.21.0",
+    }
     return base, written(adapter, tensors, peft_type="LORA", **config)
 
 
@@ -124,7 +149,10 @@ CASES: list[tuple[Callable[[Path], Inputs], str, tuple[str, ...]]] = [
 ]  # fmt: skip
 
 
-LONG = [(lora, "merge", ("--lambda", "1", "--io", "pread")), (tuned, "merge", ("--method", "shrink"))]
+LONG = [
+    (lora, "merge", ("--lambda", "1", "--io", "pread")),
+    (tuned, "merge", ("--method", "shrink")),
+]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +176,9 @@ def test_the_smallest_budget_of_coefficients_is_kept(
     base, adapter = make(tmp_path / "in")
     file = fitted.coefficients_file(tmp_path / "c.safetensors", base, adapter)
     rank = ("--to-lora", "16") if make is dora and command == "mitigate" else ()
-    keeps_smallest_budget(command, base, adapter, tmp_path / "out.safetensors", "--coefficients", str(file), *rank)
+    keeps_smallest_budget(
+        command, base, adapter, tmp_path / "out.safetensors", "--coefficients", str(file), *rank
+    )
 
 
 def smallest_budget(arguments: list[str], says: str = r"for tensor '[^']+' \([\dx]+\); ") -> int:
@@ -165,12 +195,17 @@ def assert_kept(line: list[str], budget: int) -> None:
     assert 0.4 * budget < peak <= budget, f"{peak >> 20}M of {budget >> 20}M"
 
 
-def keeps_smallest_budget(command: str, base: Path, adapter: Path, out: Path, *options: str) -> None:
+def keeps_smallest_budget(
+    command: str, base: Path, adapter: Path, out: Path, *options: str
+) -> None:
     """Run a command in the smallest budget that it says would do."""
     arguments = [command, str(base), str(adapter), "-o", str(out), *options]
     budget = smallest_budget(arguments)
     assert not out.exists()
-    assert_kept([sys.executable, "-m", "streamer", *arguments, "--quiet", "--max-memory", f"{budget}M"], budget << 20)
+    assert_kept(
+        [sys.executable, "-m", "streamer", *arguments, "--quiet", "--max-memory", f"{budget}M"],
+        budget << 20,
+    )
     assert out.exists()
 
 
@@ -182,17 +217,39 @@ def test_float64_keeps_within_its_budget(dora: bool, tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", {f"{MODULE}.weight": power_law(m, n).bfloat16()})
     magnitude = {f"base_model.model.{MODULE}.lora_magnitude_vector": torch.ones(m)} if dora else {}
     adapter = write_adapter(
-        tmp_path / "adapter", {MODULE: intruding_factors(m, n, RANK)}, RANK, None, magnitude, use_dora=dora
+        tmp_path / "adapter",
+        {MODULE: intruding_factors(m, n, RANK)},
+        RANK,
+        None,
+        magnitude,
+        use_dora=dora,
     )
     plan = make_batch(base, [adapter]).plans[0]
     (target,) = plan.targets
-    similarity = streamer.detect_intruder_dimensions(base, adapter, solver="dense")[MODULE].detection.similarity[1]
+    similarity = streamer.detect_intruder_dimensions(base, adapter, solver="dense")[
+        MODULE
+    ].detection.similarity[1]
     resident = resident_bytes(AdapterBatch(plan.base, (plan,)))
     needed = float64_way(plan, target, DetectionOptions(), resident, "dense")
     assert needed is not None
     budget, out = needed[1], tmp_path / "findings.safetensors"
-    line = [sys.executable, "-m", "streamer", "detect", str(base), str(adapter), "-o", str(out), "--quiet", "--solver", "dense",
-            "--epsilon", str(similarity + 1e-4), "--max-memory", str(budget)]  # fmt: skip
+    line = [
+        sys.executable,
+        "-m",
+        "streamer",
+        "detect",
+        str(base),
+        str(adapter),
+        "-o",
+        str(out),
+        "--quiet",
+        "--solver",
+        "dense",
+        "--epsilon",
+        str(similarity + 1e-4),
+        "--max-memory",
+        str(budget),
+    ]
     assert_kept(line, budget)
     (found,) = (row.detection for row in streamer.load_findings(out))
     assert (found.precision, found.certified) == ("float64", True)
@@ -207,24 +264,35 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     base = home / "base"
     base.mkdir()
     names = [
-        f"model.layers.{i}.mlp.{which}_proj.weight" for i in range(TENSORS // 3) for which in ("gate", "up", "down")
+        f"model.layers.{i}.mlp.{which}_proj.weight"
+        for i in range(TENSORS // 3)
+        for which in ("gate", "up", "down")
     ]
     g = torch.Generator().manual_seed(vary(0))
-    save_file({name: torch.randn(SIZE, SIZE, generator=g).bfloat16() for name in names}, base / "model.safetensors")
+    save_file(
+        {name: torch.randn(SIZE, SIZE, generator=g).bfloat16() for name in names},
+        base / "model.safetensors",
+    )
     (base / "config.json").write_text(json.dumps({"model_type": "llama"}))
     for i in range(ADAPTERS):
-        write_adapter(home / "adapters" / f"n{i}", {MODULE: intruding_factors(SIZE, SIZE, 2, seed=i)}, 2)
+        write_adapter(
+            home / "adapters" / f"n{i}", {MODULE: intruding_factors(SIZE, SIZE, 2, seed=i)}, 2
+        )
     return base, home / "adapters"
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("command", ["detect", "merge"])
-def test_many_adapters_keep_the_budget(inputs: tuple[Path, Path], command: str, tmp_path: Path) -> None:
+def test_many_adapters_keep_the_budget(
+    inputs: tuple[Path, Path], command: str, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     arguments = [command, *map(str, inputs), "-o", str(out), "--quiet"]
     budget = smallest_budget(arguments, "")
     assert not out.exists()
-    assert_kept([sys.executable, "-m", "streamer", *arguments, "--max-memory", f"{budget}M"], budget << 20)
+    assert_kept(
+        [sys.executable, "-m", "streamer", *arguments, "--max-memory", f"{budget}M"], budget << 20
+    )
     assert len(list(out.iterdir())) == ADAPTERS
 
 
@@ -242,9 +310,13 @@ def test_findings_that_stay_in_memory_are_counted(tmp_path: Path) -> None:
     names = [f"model.layers.{i}.mlp.up_proj" for i in range(160)]
     tensors = {f"{name}.weight": torch.randn(256, 256, generator=g).bfloat16() for name in names}
     base = write_sharded(tmp_path / "base", [tensors])
-    adapter = write_adapter(tmp_path / "adapter", {name: intruding_factors(256, 256, 2) for name in names}, 2)
+    adapter = write_adapter(
+        tmp_path / "adapter", {name: intruding_factors(256, 256, 2) for name in names}, 2
+    )
     command = [sys.executable, "-c", IN_MEMORY, str(base), str(adapter)]
-    refused = subprocess.run([*command, str(process_mib() + 1 << 20)], stderr=subprocess.PIPE, text=True, check=False)
+    refused = subprocess.run(
+        [*command, str(process_mib() + 1 << 20)], stderr=subprocess.PIPE, text=True, check=False
+    )
     least = re.search(r"it needs (\d+)M", refused.stderr)
     assert least, refused.stderr
     assert_kept([*command, str(int(least[1]) << 20)], int(least[1]) << 20)

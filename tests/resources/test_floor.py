@@ -36,7 +36,12 @@ print(PROCESS_BYTES, re.search(r"RssAnon:\\s*([0-9]+) kB", Path("/proc/self/stat
 def test_the_floor_is_what_this_build_of_torch_takes_whatever_the_program_holds() -> None:
     """Not less than a fresh process holds, nor so much more that small budgets are refused for nothing."""
     fresh, full = (
-        [int(n) for n in subprocess.check_output([sys.executable, "-c", code], text=True, env=ENV).split()]
+        [
+            int(n)
+            for n in subprocess.check_output(
+                [sys.executable, "-c", code], text=True, env=ENV
+            ).split()
+        ]
         for code in (READ, f"data = bytearray(b'x') * (700 << 20)\n{READ}")
     )
     assert fresh[0] == full[0]
@@ -73,7 +78,11 @@ end.set()
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux's counters")
 def test_a_thread_that_waits_keeps_little_of_what_it_freed() -> None:
     kept = {
-        how: int(subprocess.run([sys.executable, "-c", WAITING, how], stdout=subprocess.PIPE, check=True).stdout)
+        how: int(
+            subprocess.run(
+                [sys.executable, "-c", WAITING, how], stdout=subprocess.PIPE, check=True
+            ).stdout
+        )
         for how in ("as it is", "limited")
     }
     assert kept["limited"] <= 2
@@ -85,14 +94,19 @@ def test_a_large_index_is_quick(tmp_path: Path) -> None:
     """200,000 entries: read and compared with the shards in seconds, or refused at the first shard."""
     base = two_shards(tmp_path / "base")
     count = 200_000
-    tree = {f"layers.{i}": {"dtype": "U8", "shape": [1], "data_offsets": [i, i + 1]} for i in range(count)}
+    tree = {
+        f"layers.{i}": {"dtype": "U8", "shape": [1], "data_offsets": [i, i + 1]}
+        for i in range(count)
+    }
     body = json.dumps(tree).encode()
     (base / SHARDS[1]).write_bytes(struct.pack("<Q", len(body)) + body + bytes(count))
     good = {"a": SHARDS[0], "b": SHARDS[0]} | dict.fromkeys(tree, SHARDS[1])
     began = time.process_time()
     (base / INDEX_NAME).write_text(json.dumps({"weight_map": good}))
     assert len(open_checkpoint(base).weight_map) == count + 2
-    (base / INDEX_NAME).write_text(json.dumps({"weight_map": {f"t{i}": f"{i}.safetensors" for i in range(count)}}))
+    (base / INDEX_NAME).write_text(
+        json.dumps({"weight_map": {f"t{i}": f"{i}.safetensors" for i in range(count)}})
+    )
     assert "0.safetensors: no such file" in refusal(MissingInputError, base)
     assert time.process_time() - began < 15
 
@@ -110,8 +124,12 @@ def test_findings_of_an_80_layer_model_open_few_files(tmp_path: Path) -> None:
     import resource
 
     names = [f"layers.{i}.q" for i in range(560)]
-    base = helpers.write_sharded(tmp_path / "base", [{f"{n}.weight": helpers.power_law(64, 48).float() for n in names}])
-    adapter = helpers.write_adapter(tmp_path / "adapter", {n: helpers.intruding_factors(64, 48, 2) for n in names}, r=2)
+    base = helpers.write_sharded(
+        tmp_path / "base", [{f"{n}.weight": helpers.power_law(64, 48).float() for n in names}]
+    )
+    adapter = helpers.write_adapter(
+        tmp_path / "adapter", {n: helpers.intruding_factors(64, 48, 2) for n in names}, r=2
+    )
     streamer.detect_intruder_dimensions(base, adapter, tmp_path / "f.safetensors")
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))

@@ -62,9 +62,13 @@ def model(directory: Path, layers: int, m: int = 2048, n: int = 1024) -> Job:
             torch.arange(1, 33).pow(-0.7)[:, None] * torch.randn(32, n, generator=g)
         )
         name = f"model.layers.{layer}.mlp.up_proj"
-        shards.append({f"{name}.weight": (top / 1500 + torch.randn(m, n, generator=g) / 1000).bfloat16()})
+        shards.append(
+            {f"{name}.weight": (top / 1500 + torch.randn(m, n, generator=g) / 1000).bfloat16()}
+        )
         factors[name] = helpers.intruding_factors(m, n, 4, seed=layer)
-    return write_sharded(directory / "base", shards), write_adapter(directory / "adapter", factors, 4)
+    return write_sharded(directory / "base", shards), write_adapter(
+        directory / "adapter", factors, 4
+    )
 
 
 def run(*argv: object) -> Outcome:
@@ -83,7 +87,9 @@ def test_written_bytes_are_exact(job: Job, findings: Path, command: str, tmp_pat
     tree = dry_run(command, *job, "-o", out, "--findings", findings)
     assert not out.exists()
     assert run(command, *job, "-o", out, "--findings", findings).code == 0
-    written = sum(p.stat().st_size for p in out.rglob("*") if p.is_file() and p.name != "streamer.json")
+    written = sum(
+        p.stat().st_size for p in out.rglob("*") if p.is_file() and p.name != "streamer.json"
+    )
     assert tree["forecast"]["write_bytes"] == tree["bytes"]
     # Exact, but for the card, whose figures and advice are known at the end: it is given a constant beside its input's.
     card, original = ((home / "README.md") for home in (out, job[command == "mitigate"]))
@@ -92,13 +98,17 @@ def test_written_bytes_are_exact(job: Job, findings: Path, command: str, tmp_pat
     plain = tmp_path / "plain"
     tree = dry_run(command, *job, "-o", plain, "--findings", findings, "--no-card")
     assert run(command, *job, "-o", plain, "--findings", findings, "--no-card").code == 0
-    written = sum(p.stat().st_size for p in plain.rglob("*") if p.is_file() and p.name != "streamer.json")
+    written = sum(
+        p.stat().st_size for p in plain.rglob("*") if p.is_file() and p.name != "streamer.json"
+    )
     assert tree["forecast"]["write_bytes"] == tree["bytes"] == written
     assert tree["forecast"]["temporary_bytes"] == 0
 
 
 @pytest.mark.parametrize("options", [(), ("--epsilon", "1"), ("--top-k", "0.5", "--epsilon", "1")])
-def test_findings_are_no_larger_and_not_much_smaller(job: Job, options: tuple[str, ...], tmp_path: Path) -> None:
+def test_findings_are_no_larger_and_not_much_smaller(
+    job: Job, options: tuple[str, ...], tmp_path: Path
+) -> None:
     """At ε = 1 every direction is an intruder: the bound is for that."""
     out = tmp_path / "findings.safetensors"
     most = dry_run("detect", *job, "-o", out, *options)["forecast"]["write_bytes"]
@@ -112,23 +122,45 @@ def test_findings_are_no_larger_and_not_much_smaller(job: Job, options: tuple[st
 @pytest.mark.parametrize(
     ("command", "options"),
     [
-        ("detect", ()), ("detect", ("--solver", "dense")), ("merge", ()), ("merge", ("--method", "shrink")), ("mitigate", ()),
+        ("detect", ()),
+        ("detect", ("--solver", "dense")),
+        ("merge", ()),
+        ("merge", ("--method", "shrink")),
+        ("mitigate", ()),
     ],
-)  # fmt: skip
-def test_no_more_memory_than_forecast(command: str, options: tuple[str, ...], tmp_path: Path) -> None:
+)
+def test_no_more_memory_than_forecast(
+    command: str, options: tuple[str, ...], tmp_path: Path
+) -> None:
     base, adapter = model(tmp_path, 2)
     out = tmp_path / "out.safetensors"
     forecast = dry_run(command, base, adapter, "-o", out, *options)["forecast"]
-    line = [sys.executable, "-m", "streamer", command, str(base), str(adapter), "-o", str(out), "--quiet", *options]
+    line = [
+        sys.executable,
+        "-m",
+        "streamer",
+        command,
+        str(base),
+        str(adapter),
+        "-o",
+        str(out),
+        "--quiet",
+        *options,
+    ]
     peak = bench_merge.watched(line).anonymous
     assert out.exists()
-    assert 0.4 * forecast["peak_memory_bytes"] < peak <= forecast["peak_memory_bytes"], (peak, forecast)
+    assert 0.4 * forecast["peak_memory_bytes"] < peak <= forecast["peak_memory_bytes"], (
+        peak,
+        forecast,
+    )
     assert forecast["peak_memory_bytes"] <= forecast["escalated_memory_bytes"]
 
 
 def test_a_budget_is_the_most_that_is_forecast(tmp_path: Path) -> None:
     plan = make_plan(*model(tmp_path, 1, 4096, 2048))
-    budget = max(need.nbytes for need in detection_estimates([plan], DetectionOptions(), resident(plan)))
+    budget = max(
+        need.nbytes for need in detection_estimates([plan], DetectionOptions(), resident(plan))
+    )
     free, tight = (forecast_of(plan, DetectionOptions(max_memory=b)) for b in (None, budget))
     assert tight.peak_memory_bytes == tight.escalated_memory_bytes == budget
     assert budget < free.peak_memory_bytes <= free.escalated_memory_bytes
@@ -142,7 +174,8 @@ def test_a_dry_run_names_what_it_forecasts(job: Job, findings: Path, tmp_path: P
         assert set(own["forecast"]) == NAMES
         assert own["free_bytes"] > 0
     alone, both = (
-        dry_run("merge", *job, "-o", tmp_path / "m", *options)["forecast"] for options in (("--findings", findings), ())
+        dry_run("merge", *job, "-o", tmp_path / "m", *options)["forecast"]
+        for options in (("--findings", findings), ())
     )
     assert both["read_bytes"] > alone["read_bytes"]
     assert both["temporary_bytes"] > alone["temporary_bytes"] == 0
@@ -150,7 +183,10 @@ def test_a_dry_run_names_what_it_forecasts(job: Job, findings: Path, tmp_path: P
     assert "forecast: memory " in text
     assert " free; time about " in text
     assert ", writes at most " not in text
-    assert ", writes at most " in run("detect", *job, "-o", tmp_path / "d.safetensors", "--dry-run").out
+    assert (
+        ", writes at most "
+        in run("detect", *job, "-o", tmp_path / "d.safetensors", "--dry-run").out
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -164,12 +200,22 @@ def test_inspect_says_what_is_refused(job: Job, tmp_path: Path) -> None:
     tuned = helpers.three_shards(tmp_path)[0]
     done = run("inspect", base, tuned)
     why = f"{tuned}: is a model, and no adapter that could be written back; "
-    assert re.search(rf"^mitigate is refused: {why}.*--to-lora RANK ", done.out, re.MULTILINE), done.out
+    assert re.search(rf"^mitigate is refused: {why}.*--to-lora RANK ", done.out, re.MULTILINE), (
+        done.out
+    )
     tree = json.loads(run("inspect", base, tuned, "--json").out)
     assert tree["refused"].keys() == {"mitigate"}
     assert tree["refused"]["mitigate"].startswith(why)
-    assert dry_run("merge", base, tuned, "-o", tmp_path / "m", "--method", "shrink")["forecast"]["seconds"] is None
-    assert "not estimated" in run("merge", base, tuned, "-o", tmp_path / "m", "--method", "shrink", "--dry-run").out
+    assert (
+        dry_run("merge", base, tuned, "-o", tmp_path / "m", "--method", "shrink")["forecast"][
+            "seconds"
+        ]
+        is None
+    )
+    assert (
+        "not estimated"
+        in run("merge", base, tuned, "-o", tmp_path / "m", "--method", "shrink", "--dry-run").out
+    )
 
 
 def test_a_gpu_is_not_estimated(job: Job) -> None:

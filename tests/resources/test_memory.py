@@ -27,7 +27,9 @@ SLACK = 8e6  # allocator and interpreter noise, absolute; a matrix of the models
 
 
 def model(layers: int, hidden: int = 1024) -> Known:
-    return Known(hidden, hidden * 7 // 2, layers, 32000, heads=hidden // 128, kv_heads=hidden // 512)
+    return Known(
+        hidden, hidden * 7 // 2, layers, 32000, heads=hidden // 128, kv_heads=hidden // 512
+    )
 
 
 def make(directory: Path, size: Known) -> GeneratedModel:
@@ -44,7 +46,9 @@ def peak(made: GeneratedModel, out: Path, *extra: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[GeneratedModel, GeneratedModel]]:
+def models(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[GeneratedModel, GeneratedModel]]:
     """A checkpoint of 240 MB and one of twice that."""
     directory = tmp_path_factory.mktemp("models")
     one, two = model(4), model(13)
@@ -89,11 +93,21 @@ def test_the_poll_sees_memory_that_is_held() -> None:
     assert held.hwm >= held.anonymous
 
 
-def detection(made: GeneratedModel, out: Path, *extra: str) -> tuple[measure.Watched, list[tuple[int, ...]]]:
+def detection(
+    made: GeneratedModel, out: Path, *extra: str
+) -> tuple[measure.Watched, list[tuple[int, ...]]]:
     """What a detection took, and the intruders of each matrix."""
     command = [
-        sys.executable, "-m", "streamer", "detect", *map(str, (made.base, made.adapter)), "-o", str(out), "--quiet", *extra,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "streamer",
+        "detect",
+        *map(str, (made.base, made.adapter)),
+        "-o",
+        str(out),
+        "--quiet",
+        *extra,
+    ]
     return measure.watched(command), [m.detection.intruders for m in load_findings(out)]
 
 
@@ -117,26 +131,46 @@ def test_codes_are_merged_a_few_rows_at_a_time(tmp_path: Path, encoding: str) ->
     m, n = 8192, 2048
     g = torch.Generator().manual_seed(vary(0))
     if encoding == "nf4":
-        codes, state = bnb.quantize_4bit(torch.randn(m, n, generator=g), quant_type="nf4", compress_statistics=True)
-        tensors = {"weight": codes, **{f"weight.{k}": t for k, t in state.as_dict(packed=True).items()}}
+        codes, state = bnb.quantize_4bit(
+            torch.randn(m, n, generator=g), quant_type="nf4", compress_statistics=True
+        )
+        tensors = {
+            "weight": codes,
+            **{f"weight.{k}": t for k, t in state.as_dict(packed=True).items()},
+        }
         config = {"quant_method": "bitsandbytes"}
     elif encoding == "gptq":
         words = torch.randint(-(2**31), 2**31, (n // 8, m), generator=g).int()
         zeros = torch.randint(-(2**31), 2**31, (n // 128, m // 8), generator=g).int()
-        tensors = {"qweight": words, "qzeros": zeros, "scales": torch.rand(n // 128, m, generator=g).half()}
+        tensors = {
+            "qweight": words,
+            "qzeros": zeros,
+            "scales": torch.rand(n // 128, m, generator=g).half(),
+        }
         config = {"quant_method": "gptq", "bits": 4, "group_size": 128}
     else:
         codes = torch.randn(m, n, generator=g).to(torch.float8_e4m3fn)
-        tensors = {"weight": codes, "weight_scale_inv": torch.rand(m // 128, n // 128, generator=g) + 0.1}
+        tensors = {
+            "weight": codes,
+            "weight_scale_inv": torch.rand(m // 128, n // 128, generator=g) + 0.1,
+        }
         config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     peaks = []
     for layers in (2, 4):
         base = tmp_path / f"{layers}"
         base.mkdir()
         names = [f"model.layers.{i}.up_proj" for i in range(layers)]
-        save_file({f"{name}.{k}": t.clone() for name in names for k, t in tensors.items()}, base / "model.safetensors")
-        (base / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": config}))
-        factors = {name: (torch.randn(4, n, generator=g), torch.randn(m, 4, generator=g) / 1e3) for name in names}
+        save_file(
+            {f"{name}.{k}": t.clone() for name in names for k, t in tensors.items()},
+            base / "model.safetensors",
+        )
+        (base / "config.json").write_text(
+            json.dumps({"model_type": "llama", "quantization_config": config})
+        )
+        factors = {
+            name: (torch.randn(4, n, generator=g), torch.randn(m, 4, generator=g) / 1e3)
+            for name in names
+        }
         adapter = write_adapter(tmp_path / f"adapter{layers}", factors, 4)
         command = bench_merge.merge_command(base, adapter, tmp_path / f"out{layers}")
         command += ["--dequantize"] * (encoding != "fp8")

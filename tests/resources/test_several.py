@@ -53,7 +53,9 @@ def test_the_forecast_of_all_has_the_base_once(several: Several, way: str, tmp_p
     line = [verb, base, *(findings if a == several.findings else a for a in rest)]
     tree = json.loads(run(*line, "--dry-run", "--json"))
     each = [tree["adapters"][name]["forecast"] for name in names]
-    shared = 0 if verb == "detect" else sum(p.stat().st_size for p in several.base.glob("*.safetensors"))
+    shared = (
+        0 if verb == "detect" else sum(p.stat().st_size for p in several.base.glob("*.safetensors"))
+    )
     if not way.endswith("--findings"):  # detection reads the matrices
         shared += bytes_of_matrices(several.base)
     total = tree["forecast"]
@@ -68,16 +70,22 @@ def test_the_forecast_of_all_has_the_base_once(several: Several, way: str, tmp_p
     assert text.count("forecast: ") == text.count(" free") == 1
     # What stands already takes nothing.
     given = [several.findings / "lora.safetensors"] if way.endswith("--findings") else []
-    run(verb, base, tmp_path / "first", *way.split()[1:], *given, "-o", tmp_path / "one.safetensors")
+    run(
+        verb, base, tmp_path / "first", *way.split()[1:], *given, "-o", tmp_path / "one.safetensors"
+    )
     out.mkdir()
-    (tmp_path / "one.safetensors").rename(out / ("first.safetensors" if verb == "detect" else "first"))
+    (tmp_path / "one.safetensors").rename(
+        out / ("first.safetensors" if verb == "detect" else "first")
+    )
     tree = json.loads(run(*line, "--dry-run", "--json"))
     assert tree["adapters"]["first"]["forecast"] is None
     others = [tree["adapters"][name]["forecast"] for name in names[1:]]
     assert tree["forecast"]["read_bytes"] == sum(f["read_bytes"] for f in others) - shared
 
 
-def test_all_outputs_must_fit_on_the_disk(several: Several, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_outputs_must_fit_on_the_disk(
+    several: Several, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     paths = [several.adapters / name for name in NAMES]
     sizes = [
         sum(
@@ -89,8 +97,13 @@ def test_all_outputs_must_fit_on_the_disk(several: Several, tmp_path: Path, monk
     ]
     free = sum(sizes) - max(sizes) // 2
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-    merge = functools.partial(streamer.merge_with_reduced_intruder_dimensions, mitigation_lambda=1, model_card=False)
-    with pytest.raises(StorageError, match=rf"out: needs [\d.]+ kB, the disk has {re.escape(format_size(free))} free"):
+    merge = functools.partial(
+        streamer.merge_with_reduced_intruder_dimensions, mitigation_lambda=1, model_card=False
+    )
+    with pytest.raises(
+        StorageError,
+        match=rf"out: needs [\d.]+ kB, the disk has {re.escape(format_size(free))} free",
+    ):
         merge(several.base, paths, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     # What stands need not fit once more.
@@ -100,7 +113,10 @@ def test_all_outputs_must_fit_on_the_disk(several: Several, tmp_path: Path, monk
 
 
 def test_all_findings_must_fit_on_the_disk(
-    several: Several, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    several: Several,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     plans = make_batch(several.base, [several.adapters / name for name in NAMES]).plans
     needed = [2 * findings_bytes(plan, DetectionOptions()) for plan in plans]
@@ -109,8 +125,16 @@ def test_all_findings_must_fit_on_the_disk(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     out = tmp_path / "out"
     for more in [], ["--dry-run"]:
-        assert streamer_command(["detect", str(several.base), str(several.adapters), "-o", str(out), *more]) == 6
-        assert f"{out}: needs up to {free + 1} B, the disk has {free} B free" in capsys.readouterr().err
+        assert (
+            streamer_command(
+                ["detect", str(several.base), str(several.adapters), "-o", str(out), *more]
+            )
+            == 6
+        )
+        assert (
+            f"{out}: needs up to {free + 1} B, the disk has {free} B free"
+            in capsys.readouterr().err
+        )
         assert not out.exists()
 
 
@@ -128,7 +152,11 @@ print(rchar() - before)
 def read_by(*argv: object) -> int:
     """Bytes that a command reads by system calls, as the kernel counts them."""
     done = subprocess.run(
-        [sys.executable, "-c", READ, *map(str, argv)], env=ENV, text=True, capture_output=True, check=True
+        [sys.executable, "-c", READ, *map(str, argv)],
+        env=ENV,
+        text=True,
+        capture_output=True,
+        check=True,
     )
     return int(done.stdout.split()[-1])
 
@@ -137,7 +165,10 @@ def read_by(*argv: object) -> int:
 def test_detection_reads_the_base_once(tmp_path: Path) -> None:
     base, adapter = helpers.three_shards(tmp_path, hidden=256)
     size = sum(p.stat().st_size for p in base.glob("*.safetensors"))
-    adapters = [adapter, *(Path(shutil.copytree(adapter, tmp_path / name)) for name in ("second", "third"))]
+    adapters = [
+        adapter,
+        *(Path(shutil.copytree(adapter, tmp_path / name)) for name in ("second", "third")),
+    ]
     options = ("--io", "pread", "--quiet", "--solver", "certified", "--top-k", "1")
     one = read_by("detect", base, adapter, "-o", tmp_path / "one.safetensors", *options)
     three = read_by("detect", base, *adapters, "-o", tmp_path / "three", *options)
@@ -179,7 +210,9 @@ class Cache:
 
 
 @pytest.mark.long
-def test_merging_reads_the_base_once_and_lets_it_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_merging_reads_the_base_once_and_lets_it_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base, adapter = helpers.three_shards(tmp_path, hidden=1024)
     second = Path(shutil.copytree(adapter, tmp_path / "second"))
     files = sorted(base.glob("*.safetensors"))
@@ -202,7 +235,9 @@ def test_merging_reads_the_base_once_and_lets_it_go(tmp_path: Path, monkeypatch:
         """Bytes from the disk, over the base's size."""
         cache.from_disk = 0
         out = tmp_path / f"out of {len(adapters)}"
-        streamer.merge_with_reduced_intruder_dimensions(base, list(adapters), out, mitigation_lambda=1)
+        streamer.merge_with_reduced_intruder_dimensions(
+            base, list(adapters), out, mitigation_lambda=1
+        )
         return cache.from_disk / size
 
     alone = merged(adapter)

@@ -20,7 +20,12 @@ TEXT = {
 }  # fmt: skip
 
 
-MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+MOE = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}
 
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -37,14 +42,37 @@ SIGLIP = {**CLIP, "model_type": "siglip_vision_model"}
 
 
 VIT = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 28,
     "patch_size": 14,
-}  # fmt: skip
-SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
+}
+SWIN = {
+    "image_size": 32,
+    "patch_size": 4,
+    "embed_dim": 16,
+    "depths": [1, 1],
+    "num_heads": [2, 2],
+    "window_size": 4,
+}
 GPT2 = {
-    "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-BERT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "vocab_size": 64,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+BERT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 64,
+}
 
 
 ROPE = {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [1, 1, 2]}
@@ -59,15 +87,33 @@ def text(kind: str, **values: Any) -> Callable[[], Any]:
 
 
 def llava(**nested: Any) -> Any:
-    return config("Llava", vision_config=CLIP, text_config={"model_type": "llama", **TEXT}, image_token_id=5,
-                  tie_word_embeddings=False, **nested)  # fmt: skip
+    return config(
+        "Llava",
+        vision_config=CLIP,
+        text_config={"model_type": "llama", **TEXT},
+        image_token_id=5,
+        tie_word_embeddings=False,
+        **nested,
+    )
 
 
 def qwen_vl(kind: str) -> Callable[[], Any]:
-    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 4, "out_hidden_size": 32,
-              "intermediate_size": 48, "spatial_merge_size": 2, "mlp_ratio": 2}  # fmt: skip
+    vision = {
+        "depth": 2,
+        "embed_dim": 32,
+        "hidden_size": 32,
+        "num_heads": 4,
+        "patch_size": 4,
+        "out_hidden_size": 32,
+        "intermediate_size": 48,
+        "spatial_merge_size": 2,
+        "mlp_ratio": 2,
+    }
     return lambda: config(
-        kind, text_config={**TEXT, "rope_parameters": ROPE}, vision_config=vision, tie_word_embeddings=False
+        kind,
+        text_config={**TEXT, "rope_parameters": ROPE},
+        vision_config=vision,
+        tie_word_embeddings=False,
     )
 
 
@@ -78,16 +124,26 @@ def two(
 
     def make() -> Any:
         kind = transformers.VisionEncoderDecoderConfig
-        made = kind.from_encoder_decoder_configs(config(encoder, **encoder_values), config(decoder, **decoder_values))
+        made = kind.from_encoder_decoder_configs(
+            config(encoder, **encoder_values), config(decoder, **decoder_values)
+        )
         made.decoder_start_token_id = made.pad_token_id = 0
         return made
 
     return make
 
 
-def multimodal(kind: str, model_type: str, vision: dict[str, Any], **values: Any) -> Callable[[], Any]:
-    return lambda: config(kind, text_config={"model_type": model_type, **TEXT}, vision_config=vision, tie_word_embeddings=False,
-                          image_token_id=5, **values)  # fmt: skip
+def multimodal(
+    kind: str, model_type: str, vision: dict[str, Any], **values: Any
+) -> Callable[[], Any]:
+    return lambda: config(
+        kind,
+        text_config={"model_type": model_type, **TEXT},
+        vision_config=vision,
+        tie_word_embeddings=False,
+        image_token_id=5,
+        **values,
+    )
 
 
 # Name → (the model's class, its config, the adapter's target modules)
@@ -125,16 +181,30 @@ MODELS: dict[str, tuple[str, Callable[[], Any], list[str] | str]] = {
 
 # Run-time names of transformers 5 → names that transformers 4 used, where they differ
 OLD = {
-    "llava": [("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head."),
-              ("model.vision_tower.", "vision_tower.vision_model."), ("model.multi_modal_projector.", "multi_modal_projector.")],
-    "gemma3": [("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head."),
-               ("model.vision_tower.", "vision_tower.vision_model."), ("model.multi_modal_projector.", "multi_modal_projector.")],
+    "llava": [
+        ("model.language_model.", "language_model.model."),
+        ("lm_head.", "language_model.lm_head."),
+        ("model.vision_tower.", "vision_tower.vision_model."),
+        ("model.multi_modal_projector.", "multi_modal_projector."),
+    ],
+    "gemma3": [
+        ("model.language_model.", "language_model.model."),
+        ("lm_head.", "language_model.lm_head."),
+        ("model.vision_tower.", "vision_tower.vision_model."),
+        ("model.multi_modal_projector.", "multi_modal_projector."),
+    ],
     "qwen2.5-vl": [("model.language_model.", "model."), ("model.visual.", "visual.")],
-    "vit": [("vit.layers.", "vit.encoder.layer."), (".attention.q_proj.", ".attention.attention.query."),
-            (".attention.k_proj.", ".attention.attention.key."), (".attention.v_proj.", ".attention.attention.value."),
-            (".attention.o_proj.", ".attention.output.dense."), (".mlp.fc1.", ".intermediate.dense."), (".mlp.fc2.", ".output.dense.")],
+    "vit": [
+        ("vit.layers.", "vit.encoder.layer."),
+        (".attention.q_proj.", ".attention.attention.query."),
+        (".attention.k_proj.", ".attention.attention.key."),
+        (".attention.v_proj.", ".attention.attention.value."),
+        (".attention.o_proj.", ".attention.output.dense."),
+        (".mlp.fc1.", ".intermediate.dense."),
+        (".mlp.fc2.", ".output.dense."),
+    ],
     "gpt-neox": [("lm_head.", "embed_out.")],
-}  # fmt: skip
+}
 
 
 def old_name(name: str, pairs: list[tuple[str, str]]) -> str:
@@ -164,7 +234,8 @@ def make_adapter(cls: Any, base: Path, path: Path, targets: list[str] | str) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fan_in_fan_out, which PEFT sets itself
         model = get_peft_model(
-            cls.from_pretrained(base), LoraConfig(r=2, lora_alpha=8, target_modules=targets, init_lora_weights=False)
+            cls.from_pretrained(base),
+            LoraConfig(r=2, lora_alpha=8, target_modules=targets, init_lora_weights=False),
         )
         model.save_pretrained(path, save_embedding_layers=False)
     return model

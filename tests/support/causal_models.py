@@ -14,9 +14,14 @@ from seeds import vary
 OPT = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64, "word_embed_proj_dim": 32,
        "max_position_embeddings": 64, "pad_token_id": 1, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 BLOOM = {
-    "hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1,
+    "hidden_size": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "vocab_size": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
     "eos_token_id": 2,
-}  # fmt: skip
+}
 GPTJ = {
     "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64, "n_positions": 64, "rotary_dim": 4, "bos_token_id": 1,
     "eos_token_id": 2,
@@ -26,8 +31,15 @@ MLA = {**TEXT, "kv_lora_rank": 8, "q_lora_rank": 16, "qk_rope_head_dim": 4, "qk_
        "n_shared_experts": 1, "num_key_value_heads": 4, "head_dim": 4}  # fmt: skip
 FALCON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64, "alibi": True,
           "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
-NEXT = {**MOE, "shared_expert_intermediate_size": 24, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]}  # fmt: skip
+NEXT = {
+    **MOE,
+    "shared_expert_intermediate_size": 24,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+}
 
 SHARING = {**TEXT, "num_hidden_layers": 4, "num_kv_shared_layers": 2, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8,
            "tie_word_embeddings": True, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}  # fmt: skip
@@ -147,10 +159,18 @@ def make_base(name: str, path: Path, dtype: torch.dtype = torch.float32) -> Any:
     return type(model)
 
 
-def make_adapter(cls: Any, base: Path, path: Path, targets: list[str] | str | None = None, **lora: Any) -> Path:
+def make_adapter(
+    cls: Any, base: Path, path: Path, targets: list[str] | str | None = None, **lora: Any
+) -> Path:
     """An adapter with random factors, saved by PEFT as it does."""
     torch.manual_seed(vary(1))
-    options = {"r": 2, "lora_alpha": 16, "target_modules": targets, "init_lora_weights": False, **lora}
+    options = {
+        "r": 2,
+        "lora_alpha": 16,
+        "target_modules": targets,
+        "init_lora_weights": False,
+        **lora,
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = get_peft_model(cls.from_pretrained(base), LoraConfig(**options))

@@ -26,9 +26,14 @@ def with_method(argv: Iterable[object]) -> list[str]:
 def run_cli(*args: object, timeout: float = 600, **kwargs) -> subprocess.CompletedProcess[str]:
     """Run `streamer` in a process of its own; see `with_method`."""
     return subprocess.run(
-        [sys.executable, "-m", "streamer", *with_method(args)], capture_output=True, text=True, timeout=timeout, env=ENV,
-        check=False, **kwargs,
-    )  # fmt: skip
+        [sys.executable, "-m", "streamer", *with_method(args)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=ENV,
+        check=False,
+        **kwargs,
+    )
 
 
 def process_mib() -> int:

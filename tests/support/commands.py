@@ -21,7 +21,9 @@ def refuse(command: str, base: Path, adapter: Path, home: Path, code: int, *opti
     assert (done.code, done.out, done.calls) == (code, "", []), done
     assert done.err.startswith("streamer: ")
     assert done.err.count("\n") == 1
-    assert len(re.sub(rf"{re.escape(str(home))}[^\s:;,']*", "", done.err)) <= 300, done.err  # paths apart
+    assert len(re.sub(rf"{re.escape(str(home))}[^\s:;,']*", "", done.err)) <= 300, (
+        done.err
+    )  # paths apart
     assert not out.exists()
     assert tree_digest(home) == before
     return done.err

@@ -31,7 +31,9 @@ TOP_K = 4
 
 
 def token_ids(vocabulary: int, sequences: int = 3, length: int = 12) -> torch.Tensor:
-    return torch.randint(3, vocabulary, (sequences, length), generator=torch.Generator().manual_seed(vary(3)))
+    return torch.randint(
+        3, vocabulary, (sequences, length), generator=torch.Generator().manual_seed(vary(3))
+    )
 
 
 def nothing() -> None:
@@ -44,7 +46,9 @@ def sequences(ids: torch.Tensor) -> TextSequences:
 
 def loaded(cls: Any, path: Path, dtype: torch.dtype) -> Any:
     model = cls.from_pretrained(path, dtype=dtype).eval()
-    model.config.get_text_config()._experts_implementation = model.config._experts_implementation = "eager"  # float64
+    model.config.get_text_config()._experts_implementation = (
+        model.config._experts_implementation
+    ) = "eager"  # float64
     return model
 
 
@@ -67,7 +71,9 @@ def precisions(cls: Any, path: Path) -> list[Any]:
     models += [copy.deepcopy(models[1]) for _ in range(3)]
     with torch.no_grad():
         for parameter in (p for model in models[1:] for p in model.parameters()):
-            parameter.mul_(1 + torch.finfo(torch.float32).eps * (2 * torch.rand_like(parameter) - 1))
+            parameter.mul_(
+                1 + torch.finfo(torch.float32).eps * (2 * torch.rand_like(parameter) - 1)
+            )
     return models
 
 
@@ -85,7 +91,9 @@ def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 def answer(models: list[Any], ids: torch.Tensor) -> Answer:
     with torch.no_grad():
-        exact, *rounded = (logits_of(model, ids).double().log_softmax(-1)[:, :-1] for model in models)
+        exact, *rounded = (
+            logits_of(model, ids).double().log_softmax(-1)[:, :-1] for model in models
+        )
     return Answer(exact, torch.stack([(other - exact).abs().amax(-1) for other in rounded]).amax(0))
 
 
@@ -93,7 +101,9 @@ ROUNDINGS = 4
 """How many times as far as transformers in float32 the streamed sums may be from float64."""
 
 
-def assert_sums(loss: Any, kl: Any, own: Answer, base: Answer, ids: torch.Tensor, what: object) -> None:
+def assert_sums(
+    loss: Any, kl: Any, own: Answer, base: Answer, ids: torch.Tensor, what: object
+) -> None:
     """The streamed loss and KL of some sequences, added up, are those of transformers, up to what float32 does to this very model.
 
     A log-probability that is off by d moves the loss by d. The KL Σ p0 (log p0 − log p) moves by d, and as the base's own d0 moves p0 by
@@ -103,7 +113,9 @@ def assert_sums(loss: Any, kl: Any, own: Answer, base: Answer, ids: torch.Tensor
     by_base = 1 + (base.log_p.exp() * (base.log_p - own.log_p).abs()).sum(-1)
     room = own.moved.sum()
     assert abs(float(loss - exact_loss.sum())) <= ROUNDINGS * room, what
-    assert abs(float(kl - exact_kl.sum())) <= ROUNDINGS * (room + (by_base * base.moved).sum()), what
+    assert abs(float(kl - exact_kl.sum())) <= ROUNDINGS * (room + (by_base * base.moved).sum()), (
+        what
+    )
 
 
 def sums_of(
@@ -125,7 +137,9 @@ def streamed(
     projected: bool = False,
     rounds_products: bool = False,
 ) -> SequenceSums:
-    model = SweepModel(VariantSet(make_plan(base, adapter), variants, found, projected, rounds_products))
+    model = SweepModel(
+        VariantSet(make_plan(base, adapter), variants, found, projected, rounds_products)
+    )
     (part,) = riders({"text": sequences(ids)}, len(variants), model.size, ids.numel(), False)
     model.run(part.groups, nothing)
     (sums,) = part_sums(model, [part], 25, nothing)
@@ -134,7 +148,11 @@ def streamed(
 
 
 def merged_variants(
-    base: Path, adapter: Path, variants: tuple[Variant, ...], found: Findings | None, directory: Path
+    base: Path,
+    adapter: Path,
+    variants: tuple[Variant, ...],
+    found: Findings | None,
+    directory: Path,
 ) -> Iterator[Path]:
     """Write the model of each variant; of the base, itself."""
     for v, variant in enumerate(variants):
@@ -143,15 +161,29 @@ def merged_variants(
             continue
         options, merged = variant.mitigation, directory / f"merged-{v}"
         streamer.merge_with_reduced_intruder_dimensions(
-            base, adapter, merged, findings=found, top_k=TOP_K, mitigation_lambda=options.mitigation_lambda,
-            method=options.name, amplify=True,
-        )  # fmt: skip
+            base,
+            adapter,
+            merged,
+            findings=found,
+            top_k=TOP_K,
+            mitigation_lambda=options.mitigation_lambda,
+            method=options.name,
+            amplify=True,
+        )
         yield merged
 
 
-def assert_as_transformers(cls: Any, base: Path, adapter: Path, directory: Path, *, methods: tuple[Any, ...] = ("paper", "shrink"),
-                           lambdas: tuple[float, ...] = (0.5,), vocabulary: int = 64,
-                           decoded: Path | None = None) -> None:  # fmt: skip
+def assert_as_transformers(
+    cls: Any,
+    base: Path,
+    adapter: Path,
+    directory: Path,
+    *,
+    methods: tuple[Any, ...] = ("paper", "shrink"),
+    lambdas: tuple[float, ...] = (0.5,),
+    vocabulary: int = 64,
+    decoded: Path | None = None,
+) -> None:
     """The streamed losses of every variant are those of transformers with the merged model; of a quantized base, with the decoded one."""
     found = streamer.detect_intruder_dimensions(base, adapter, top_k=TOP_K)
     variants, ids = make_variants(methods, lambdas, "all", amplify=True), token_ids(vocabulary)
@@ -166,13 +198,22 @@ def assert_as_transformers(cls: Any, base: Path, adapter: Path, directory: Path,
         for merged in merged_variants(base, adapter, variants, found, directory)
     ]
     for v, own in enumerate(answers):
-        assert_sums(ours.loss[v].sum(), ours.kl_from_adapter[v].sum(), own, answers[1], ids, variants[v].name)
+        assert_sums(
+            ours.loss[v].sum(),
+            ours.kl_from_adapter[v].sum(),
+            own,
+            answers[1],
+            ids,
+            variants[v].name,
+        )
         assert_sums(ours.loss[v].sum(), ours.kl[v].sum(), own, reference, ids, variants[v].name)
         agreement = sums_of(own.log_p, reference.log_p, ids)[2]
         assert abs(ours.agree[v] - agreement.numpy()).max() <= 1, variants[v].name
         right = (own.log_p.argmax(-1) == ids[:, 1:]).sum(-1)
         assert abs(ours.right[v] - right.numpy()).max() <= 1, variants[v].name
-    assert (abs(ours.loss[1:] - ours.loss[0]).max(1) / ours.tokens.max()).min() > 1e-3, "variants differ"
+    assert (abs(ours.loss[1:] - ours.loss[0]).max(1) / ours.tokens.max()).min() > 1e-3, (
+        "variants differ"
+    )
 
 
 WEIGHTS = (0.5, 4.0)
@@ -203,7 +244,10 @@ class Sweep:
     @property
     def rights(self) -> dict[str, list[Tensor]]:
         """Return each candidate's right factors of the matrices that were fitted, by `Target.tensor`."""
-        return {name: [self.solver.spool.read(place)[0] for place in own] for name, own in self.solver.places.items()}
+        return {
+            name: [self.solver.spool.read(place)[0] for place in own]
+            for name, own in self.solver.places.items()
+        }
 
     def run(self, riders: Sequence[Group] = (), checkpoint: Any = nothing) -> None:
         """Fit."""
@@ -222,16 +266,26 @@ def make_sweep(
     plan, spool = make_plan(base, adapter), Spool()
     as_is, texts = unchanged(plan), {GENERAL: halves(general), TASK: halves(task)}
     tokens = {name: sum(ids.numel() for ids in text) for name, text in texts.items()}
-    model = SweepModel(VariantSet(plan, (Variant(BASE, None), Variant(ADAPTER, UNCHANGED)), None, device=device))
+    model = SweepModel(
+        VariantSet(plan, (Variant(BASE, None), Variant(ADAPTER, UNCHANGED)), None, device=device)
+    )
     solver = Solver(model, weights, tokens, spool)
     points = [Point(mu, solver.candidate(k, as_is)) for k, mu in enumerate(weights)]
     candidates = [point.variant for point in points]
-    model.use(replace(model.job, variants=(*model.job.variants, *candidates, Variant.of(Shrink(0.5)))))
-    groups = [Group(ids, stream.variant, stream) for stream in streams_of(len(weights)) for ids in texts[stream.text]]
+    model.use(
+        replace(model.job, variants=(*model.job.variants, *candidates, Variant.of(Shrink(0.5))))
+    )
+    groups = [
+        Group(ids, stream.variant, stream)
+        for stream in streams_of(len(weights))
+        for ids in texts[stream.text]
+    ]
     return Sweep(plan, model, solver, groups)
 
 
-def fitted(base: Path, adapter: Path, general: Tensor, task: Tensor, weights: Sequence[float] = WEIGHTS) -> Sweep:
+def fitted(
+    base: Path, adapter: Path, general: Tensor, task: Tensor, weights: Sequence[float] = WEIGHTS
+) -> Sweep:
     """Fit an adapter's factors in one sweep."""
     sweep = make_sweep(base, adapter, general, task, weights)
     sweep.run()
@@ -247,7 +301,11 @@ def delta_of(plan: Plan, target: Target, right: Tensor | None = None) -> Tensor:
 def merged(cls: Any, base: Path, plan: Plan, rights: Mapping[str, Tensor], out: Path) -> Any:
     """The base's model in float64 with the adapter's deltas, with other right factors of some matrices."""
     out.mkdir()
-    tensors = {name: t.double() for file in base.glob("*.safetensors") for name, t in load_file(file).items()}
+    tensors = {
+        name: t.double()
+        for file in base.glob("*.safetensors")
+        for name, t in load_file(file).items()
+    }
     for target in plan.targets:
         delta = delta_of(plan, target, rights.get(target.tensor))
         for part in target.slices:

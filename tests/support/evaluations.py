@@ -86,20 +86,28 @@ def evaluation(
         scatter = drawn(0, noise, len(share)) * (np.arange(len(share)) > 0)[:, None]
         size = np.abs(effect)
         return SequenceSums(
-            tokens, (hard + effect + scatter) * tokens, (size + np.abs(scatter)) * tokens,
+            tokens,
+            (hard + effect + scatter) * tokens,
+            (size + np.abs(scatter)) * tokens,
             np.abs(effect - effect[1]) * tokens,
-            np.round(np.exp(-size) * tokens), np.round(np.exp(-hard / 4 - effect) * tokens),
-        )  # fmt: skip
+            np.round(np.exp(-size) * tokens),
+            np.round(np.exp(-hard / 4 - effect) * tokens),
+        )
 
     texts = sums(shares[0], forgets), sums(shares[1], -learns)
-    facts = {**FACTS, "texts": {**TEXTS, **({"others": [text_facts(name) for name in others]} if others else {})}}
+    facts = {
+        **FACTS,
+        "texts": {**TEXTS, **({"others": [text_facts(name) for name in others]} if others else {})},
+    }
     more = {name: sums(shares[0], change) for name, change in others.items()}
     return Evaluation(tuple(variants), *texts, facts, others=more)
 
 
 def of_findings(findings: Findings) -> Evaluation:
     """The evaluation, of the base and the adapter of findings."""
-    return replace(evaluation(), facts={**FACTS, "base": {**findings.base}, "adapter": {**findings.adapter}})
+    return replace(
+        evaluation(), facts={**FACTS, "base": {**findings.base}, "adapter": {**findings.adapter}}
+    )
 
 
 def faults(tree: dict[str, Any]) -> list[str]:

@@ -15,9 +15,14 @@ def random_coefficients(base: Path, adapter: Path, keep: float = 0.9) -> Coeffic
     """Make factors for a share."""
     plan, matrices = make_plan(base, adapter), {}
     for target in plan.targets:
-        delta, generator = plan.delta(target), torch.Generator().manual_seed(vary(f"{target.tensor} {keep}"))
+        delta, generator = (
+            plan.delta(target),
+            torch.Generator().manual_seed(vary(f"{target.tensor} {keep}")),
+        )
         assert isinstance(delta, LowRank)
-        matrices[target.tensor] = 0.2 * delta.R.float() * (1 + 0.1 * torch.randn(delta.R.shape, generator=generator))
+        matrices[target.tensor] = (
+            0.2 * delta.R.float() * (1 + 0.1 * torch.randn(delta.R.shape, generator=generator))
+        )
     facts = {"base": {**plan.base_identity}, "adapter": {**plan.adapter_identity}}
     return Coefficients(keep, matrices, facts)
 
@@ -28,7 +33,9 @@ def coefficients_file(path: Path, base: Path, adapter: Path, keep: float = 0.9) 
     return path
 
 
-def random_map(base: Path, adapter: Path, vectors: int = 5, *, lacks: str = "nothing", seed: str = "") -> InputMap:
+def random_map(
+    base: Path, adapter: Path, vectors: int = 5, *, lacks: str = "nothing", seed: str = ""
+) -> InputMap:
     """Make a map of the inputs of the adapter's matrices, each its own, but for those whose names contain `lacks`."""
     plan, inputs = make_plan(base, adapter), []
     for target in plan.targets:
@@ -40,13 +47,23 @@ def random_map(base: Path, adapter: Path, vectors: int = 5, *, lacks: str = "not
             values = torch.from_numpy(drawn.integers(0, 9, n) / 200)
             inputs.append(MappedInput((target.tensor,), 200, n, float(values.sum()), values, None))
             continue
-        V = torch.linalg.qr(torch.from_numpy(drawn.normal(size=(n, vectors))))[0].T.to(torch.bfloat16).contiguous()
+        V = (
+            torch.linalg.qr(torch.from_numpy(drawn.normal(size=(n, vectors))))[0]
+            .T.to(torch.bfloat16)
+            .contiguous()
+        )
         values = torch.from_numpy(np.sort(drawn.gamma(1.0, 30.0, vectors))[::-1].copy())
-        inputs.append(MappedInput((target.tensor,), 200, n, float(values.sum()) + 0.3 * (n - vectors), values, V))
+        inputs.append(
+            MappedInput(
+                (target.tensor,), 200, n, float(values.sum()) + 0.3 * (n - vectors), values, V
+            )
+        )
     facts = {
-        "base": {**plan.base_identity}, "configs": {"base": {"rms_norm_eps": 1e-6}},
-        "texts": [{"name": f"random{seed}.txt", "sha256": f"{seed}0"}], "vectors": vectors,
-    }  # fmt: skip
+        "base": {**plan.base_identity},
+        "configs": {"base": {"rms_norm_eps": 1e-6}},
+        "texts": [{"name": f"random{seed}.txt", "sha256": f"{seed}0"}],
+        "vectors": vectors,
+    }
     return InputMap(tuple(inputs), facts)
 
 

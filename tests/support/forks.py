@@ -132,11 +132,17 @@ class Server:
         if preload is not None:
             env["LD_PRELOAD"] = str(preload)
         self._process = subprocess.Popen(
-            [sys.executable, "-c", SERVER, self._home.name, ",".join(CALLS), *modules], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, text=True, env=env, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            [sys.executable, "-c", SERVER, self._home.name, ",".join(CALLS), *modules],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+            stderr=subprocess.DEVNULL,
+        )
 
-    def run(self, *argv: object, at: int = 0, code: str = "", before: str = "", as_given: bool = False) -> Outcome:
+    def run(
+        self, *argv: object, at: int = 0, code: str = "", before: str = "", as_given: bool = False
+    ) -> Outcome:
         """Run `streamer` with these arguments; `code` runs inside before its `at`-th call, `before` at its beginning.
 
         Without `as_given`, a method is named if they name none; see `with_method`.
@@ -166,7 +172,15 @@ class Server:
         out, err = ((home / name).read_text() for name in ("out", "err"))
         last = LAST.search(err)
         said = err[: last.start()] if last else err
-        return Outcome(answer["code"], out, said, calls, answer["pid"], answer["stopped"], last[0] if last else "")
+        return Outcome(
+            answer["code"],
+            out,
+            said,
+            calls,
+            answer["pid"],
+            answer["stopped"],
+            last[0] if last else "",
+        )
 
     def close(self) -> None:
         """End the process."""
@@ -187,8 +201,10 @@ def server(*modules: str) -> Server:
 
 
 MODEL_MODULES = (
-    "streamer.api.texts", "scipy.special", "transformers.models.llama.modeling_llama",
-)  # fmt: skip
+    "streamer.api.texts",
+    "scipy.special",
+    "transformers.models.llama.modeling_llama",
+)
 """Modules that only commands with a model import."""
 
 

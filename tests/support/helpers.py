@@ -50,10 +50,15 @@ def sealed(raw: bytes) -> bytes:
     except (AttributeError, KeyError, TypeError, ValueError):
         return raw
     blank = raw[:n].replace(stated, b"0" * len(stated), 1) + raw[n:]
-    return raw[:n].replace(stated, hashlib.sha256(blank).hexdigest().encode()[: len(stated)], 1) + raw[n:]
+    return (
+        raw[:n].replace(stated, hashlib.sha256(blank).hexdigest().encode()[: len(stated)], 1)
+        + raw[n:]
+    )
 
 
-def tampered(source: Path, to: Path, key: str, change: Callable[[dict, dict[str, torch.Tensor]], object]) -> Path:
+def tampered(
+    source: Path, to: Path, key: str, change: Callable[[dict, dict[str, torch.Tensor]], object]
+) -> Path:
     """A copy of a sealed file, the JSON of a key of its metadata or its tensors changed, under a digest that fits."""
     said, tensors = metadata(source), load_file(source)
     change(tree := json.loads(said[key]), tensors)
@@ -87,10 +92,14 @@ def spectrum_matrix(m: int, n: int, sigma: torch.Tensor, seed: int = 0) -> torch
 
 def power_law(m: int, n: int, seed: int = 0, decay: float = 0.7) -> torch.Tensor:
     """A random (m, n) float64 matrix with singular values ``j^-decay``."""
-    return spectrum_matrix(m, n, torch.arange(1, min(m, n) + 1, dtype=torch.float64).pow(-decay), seed)
+    return spectrum_matrix(
+        m, n, torch.arange(1, min(m, n) + 1, dtype=torch.float64).pow(-decay), seed
+    )
 
 
-def intruding_factors(m: int, n: int, r: int, seed: int = 0, sigma: float = 0.8) -> tuple[torch.Tensor, torch.Tensor]:
+def intruding_factors(
+    m: int, n: int, r: int, seed: int = 0, sigma: float = 0.8
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A (r, n), B (m, r) float32 with one direction of singular value `sigma` and r − 1 small ones; scale 1."""
     g = torch.Generator().manual_seed(vary(seed + 1000))
     A = torch.randn(r, n, generator=g) / n**0.5
@@ -100,14 +109,18 @@ def intruding_factors(m: int, n: int, r: int, seed: int = 0, sigma: float = 0.8)
     return A, B
 
 
-def planted(m: int, n: int, r: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, Factors]:
+def planted(
+    m: int, n: int, r: int, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, Factors]:
     """A base in `dtype`, and factors that plant just one intruder among its ten leading directions, by an SVD in float64.
 
     A random direction leans on some of the base's by chance: draws in which it does are left out.
     """
     for draw in itertools.count(seed, 100):
         W0, (A, B) = power_law(m, n, seed=draw).to(dtype), intruding_factors(m, n, r, seed=draw)
-        before, after = (torch.linalg.svd(W.double(), full_matrices=False).U for W in (W0, W0.float() + B @ A))
+        before, after = (
+            torch.linalg.svd(W.double(), full_matrices=False).U for W in (W0, W0.float() + B @ A)
+        )
         if ((before.T @ after[:, :10]).abs().amax(0) < 0.5).sum() == 1:
             return W0, (A, B)
     raise AssertionError
@@ -128,18 +141,30 @@ def write_adapter(
         tensors[f"base_model.model.{module}.lora_A.weight"] = A.contiguous()
         tensors[f"base_model.model.{module}.lora_B.weight"] = B.contiguous()
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    tree = {"peft_type": "LORA", "r": r, "lora_alpha": r if alpha is None else alpha, "bias": "none", **config}
+    tree = {
+        "peft_type": "LORA",
+        "r": r,
+        "lora_alpha": r if alpha is None else alpha,
+        "bias": "none",
+        **config,
+    }
     (directory / "adapter_config.json").write_text(json.dumps(tree))
     return directory
 
 
-def write_sharded(directory: Path, shards: list[dict[str, torch.Tensor]], config: dict | None = None) -> Path:
+def write_sharded(
+    directory: Path, shards: list[dict[str, torch.Tensor]], config: dict | None = None
+) -> Path:
     """A sharded checkpoint with its index."""
     directory.mkdir(parents=True, exist_ok=True)
     weight_map, total = {}, 0
     for i, tensors in enumerate(shards, 1):
         name = f"model-{i:05}-of-{len(shards):05}.safetensors"
-        save_file({k: t.contiguous() for k, t in tensors.items()}, directory / name, metadata={"format": "pt"})
+        save_file(
+            {k: t.contiguous() for k, t in tensors.items()},
+            directory / name,
+            metadata={"format": "pt"},
+        )
         weight_map |= dict.fromkeys(tensors, name)
         total += sum(t.numel() * t.element_size() for t in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -156,7 +181,9 @@ def like(name: str, header: Header) -> ShardPlan:
     return plan_shard(name, [(t.name, t.dtype, t.shape) for t in header.tensors], header.metadata)
 
 
-def three_shards(directory: Path, dtype: torch.dtype = torch.bfloat16, hidden: int = 48) -> tuple[Path, Path]:
+def three_shards(
+    directory: Path, dtype: torch.dtype = torch.bfloat16, hidden: int = 48
+) -> tuple[Path, Path]:
     """A base of three layers in three shards, and an adapter with one intruder in each of its nine modules."""
     shards, factors = [], {}
     for layer in range(3):
@@ -184,6 +211,12 @@ def one_file(directory: Path) -> tuple[Path, Path]:
         tensors[f"layers.{i}.weight"] = power_law(24, 20, seed=i).float()
         factors[f"layers.{i}"] = intruding_factors(24, 20, 3, seed=i)
     (directory / "one").mkdir()
-    save_file(tensors, directory / "one" / "model.safetensors", metadata={"format": "pt", "note": "the base's own"})
+    save_file(
+        tensors,
+        directory / "one" / "model.safetensors",
+        metadata={"format": "pt", "note": "the base's own"},
+    )
     (directory / "one" / "README.md").write_text("---\nlicense: mit\n---\n# One\n")
-    return directory / "one", write_adapter(directory / "few", factors, r=3, base_model_name_or_path="some/one")
+    return directory / "one", write_adapter(
+        directory / "few", factors, r=3, base_model_name_or_path="some/one"
+    )

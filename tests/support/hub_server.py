@@ -35,14 +35,34 @@ class HubHandler(Handler):
         self.note(state, f"info {repo}")
         root = state.root / repo
         if state.fault(f"info {repo}", 0) == "401":
-            return self.plain(401, {"X-Error-Message": "Invalid credentials in Authorization header"})
+            return self.plain(
+                401, {"X-Error-Message": "Invalid credentials in Authorization header"}
+            )
         if not root.is_dir():
-            return self.plain(401, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
+            return self.plain(
+                401, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}
+            )
         if revision not in (None, "main", "v1", COMMIT):
-            return self.plain(404, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Revision not found"})
-        sizes = {str(p.relative_to(root)): p.stat().st_size for p in sorted(root.rglob("*")) if p.is_file()}
-        return self.json({"id": repo, "modelId": repo, "sha": COMMIT, "private": False, "tags": [], "downloads": 0, "likes": 0,
-                          "siblings": [{"rfilename": name, "size": size} for name, size in sizes.items()]})  # fmt: skip
+            return self.plain(
+                404, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Revision not found"}
+            )
+        sizes = {
+            str(p.relative_to(root)): p.stat().st_size
+            for p in sorted(root.rglob("*"))
+            if p.is_file()
+        }
+        return self.json(
+            {
+                "id": repo,
+                "modelId": repo,
+                "sha": COMMIT,
+                "private": False,
+                "tags": [],
+                "downloads": 0,
+                "likes": 0,
+                "siblings": [{"rfilename": name, "size": size} for name, size in sizes.items()],
+            }
+        )
 
     def json(self, tree: Any) -> None:
         data = json.dumps(tree).encode()
@@ -54,11 +74,15 @@ class HubHandler(Handler):
 
     def resolve(self, state: RangeServer, repo: str, name: str, body: bool) -> None:
         resolved, asked = f"resolve {repo}/{name}", self.headers.get("Range", "")
-        before = sum(r.path == resolved and (r.range == PEEK) == (asked == PEEK) for r in state.requests)
+        before = sum(
+            r.path == resolved and (r.range == PEEK) == (asked == PEEK) for r in state.requests
+        )
         self.note(state, resolved)
         fault = (state.peek_fault if asked == PEEK else state.fault)(resolved, before)
         if fault in ("401", "403", "429", "500"):
-            return self.plain(int(fault), {"X-Error-Message": "Invalid credentials in Authorization header"})
+            return self.plain(
+                int(fault), {"X-Error-Message": "Invalid credentials in Authorization header"}
+            )
         path = state.root / repo / name
         if not path.is_file():
             return self.plain(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
@@ -70,7 +94,11 @@ class HubHandler(Handler):
             headers = {"X-Linked-Etag": tag, "X-Linked-Size": str(len(data)), "ETag": tag}
             return self.plain(
                 302,
-                {**commit, **headers, "Location": f"http://localhost:{port}/storage/{repo}/{name}?X-Signature=secret"},
+                {
+                    **commit,
+                    **headers,
+                    "Location": f"http://localhost:{port}/storage/{repo}/{name}?X-Signature=secret",
+                },
             )
         self.send_response(200)
         for key, value in {

@@ -20,8 +20,12 @@ from torch.nn.functional import max_pool2d
 COMMANDS = ("detect", "merge", "merge --findings", "mitigate", "mitigate --findings")
 """On a base in three shards and its adapter."""
 
-NAMES = {"detect": "findings.safetensors", "evaluate": "evaluation.json", "map": "base.map.safetensors",
-         "repair": "repaired"}  # fmt: skip
+NAMES = {
+    "detect": "findings.safetensors",
+    "evaluate": "evaluation.json",
+    "map": "base.map.safetensors",
+    "repair": "repaired",
+}
 """What a command writes in the tree, if not the tree itself; a repair writes its fit beside the adapter."""
 
 
@@ -43,7 +47,9 @@ class Case:
 
     def run(self, out: Path, *options: str, before: str = "", **disturbance) -> Outcome:
         """Run it into a tree."""
-        return self.server.run(*self.line(out), *options, before=f"{self.before}\n{before}", **disturbance)
+        return self.server.run(
+            *self.line(out), *options, before=f"{self.before}\n{before}", **disturbance
+        )
 
     def line(self, out: Path) -> list[str]:
         """The command line that writes into a tree."""
@@ -55,7 +61,9 @@ class Case:
     def start(self, out: Path) -> subprocess.Popen[str]:
         """Start it as a user does, in a process of its own."""
         line = [sys.executable, "-m", "streamer", *with_method(self.line(out)), "--threads", "1"]
-        return subprocess.Popen(line, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return subprocess.Popen(
+            line, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
 
     @property
     def inputs(self) -> list[Path]:
@@ -71,7 +79,9 @@ class Case:
         elif self.several:
             trees = {f"{Path(name).parts[0]}/" for name in self.whole}
         for home in trees:
-            beside = {name for name in self.whole if name.startswith(home)} - {f"{home}streamer.json"}
+            beside = {name for name in self.whole if name.startswith(home)} - {
+                f"{home}streamer.json"
+            }
             of_pipeline = (f"{home}text_encoder/model.safetensors", f"{home}{pipelines.LORA}")
             of_model = (f"{home}model.safetensors.index.json", f"{home}model.safetensors")
             last = (f"{home}adapter_config.json", *of_model, *of_pipeline)
@@ -86,9 +96,15 @@ class Case:
         """P1: what has a final name and is not what an uninterrupted run gives it, or lacks what the commit point stands on."""
         if not out.exists():
             return []
-        named = {name: digest for name, digest in tree_digest(out).items() if not Path(name).name.startswith(".")}
+        named = {
+            name: digest
+            for name, digest in tree_digest(out).items()
+            if not Path(name).name.startswith(".")
+        }
         wrong = [name for name, digest in named.items() if self.whole.get(name) != digest]
-        wrong += [name for name in named if name.endswith(".safetensors") and not _loads(out / name)]
+        wrong += [
+            name for name in named if name.endswith(".safetensors") and not _loads(out / name)
+        ]
         for commit, names in self.commits().items():
             if commit in named:
                 wrong += [f"{name} is missing" for name in names - named.keys()]
@@ -104,7 +120,9 @@ class Case:
         # Notes aside: a kill after the last rename leaves nothing to do, and the run says so.
         wrong = [f"exit {again.code}: {again.told}"] if (again.code, again.told) != (0, "") else []
         now = tree_digest(out)
-        return wrong + [name for name in {**now, **self.whole} if now.get(name) != self.whole.get(name)]
+        return wrong + [
+            name for name in {**now, **self.whole} if now.get(name) != self.whole.get(name)
+        ]
 
     def check_finishes(self, out: Path, *options: str) -> None:
         """`unfinished` finds nothing."""
@@ -130,7 +148,9 @@ def fp8(home: Path, hidden: int = 48, block: tuple[int, int] | None = None) -> t
         for name, t in load_file(path).items():
             if t.dim() == 2 and block:
                 scale = max_pool2d(t.float().abs()[None], block, ceil_mode=True)[0] / 448
-                of_each = scale.repeat_interleave(block[0], 0)[: len(t)].repeat_interleave(block[1], 1)[:, : t.shape[1]]
+                of_each = scale.repeat_interleave(block[0], 0)[: len(t)].repeat_interleave(
+                    block[1], 1
+                )[:, : t.shape[1]]
                 tensors[name] = (t.float() / of_each).clamp(-448, 448).to(torch.float8_e4m3fn)
                 tensors[f"{name}_scale_inv"] = scale
             elif t.dim() == 2:
@@ -140,7 +160,10 @@ def fp8(home: Path, hidden: int = 48, block: tuple[int, int] | None = None) -> t
             else:
                 tensors[name] = t
         shards.append(tensors)
-    quantization: dict[str, Any] = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+    quantization: dict[str, Any] = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+    }
     if block:
         quantization = {"quant_method": "fp8", "weight_block_size": list(block)}
     config = {"model_type": "llama", "torch_dtype": "bfloat16", "quantization_config": quantization}
@@ -169,7 +192,9 @@ def dora(home: Path) -> tuple[Path, Path]:
         for i, name in enumerate(MODULES[1:]):
             module, (m, n) = f"model.layers.{layer}.{name}", ((96, 48), (48, 96))[i]
             factors[module] = helpers.intruding_factors(m, n, 4, seed=10 * layer + i)
-            magnitudes[f"base_model.model.{module}.lora_magnitude_vector"] = torch.linspace(0.5, 1.5, m)
+            magnitudes[f"base_model.model.{module}.lora_magnitude_vector"] = torch.linspace(
+                0.5, 1.5, m
+            )
     return base, write_adapter(home / "dora", factors, r=4, more=magnitudes, use_dora=True)
 
 
@@ -182,11 +207,21 @@ def several(home: Path) -> tuple[Path, Path]:
     dora(home / "more")[1].rename(adapters / "dora")
     layer = "model.layers.1"
     own = {
-        f"base_model.model.{layer}.mlp.up_proj.base_layer.weight": helpers.power_law(96, 48, seed=7).float(),
-        **{f"base_model.model.model.layers.{i}.input_layernorm.weight": torch.full((48,), 1.5) for i in range(3)},
+        f"base_model.model.{layer}.mlp.up_proj.base_layer.weight": helpers.power_law(
+            96, 48, seed=7
+        ).float(),
+        **{
+            f"base_model.model.model.layers.{i}.input_layernorm.weight": torch.full((48,), 1.5)
+            for i in range(3)
+        },
     }
-    factors = {f"{layer}.{name}": helpers.intruding_factors(*shape, 3, seed=5) for name, shape in SHAPES.items()}
-    write_adapter(adapters / "saved", factors, r=3, more=own, modules_to_save=[f"{layer}.input_layernorm"])
+    factors = {
+        f"{layer}.{name}": helpers.intruding_factors(*shape, 3, seed=5)
+        for name, shape in SHAPES.items()
+    }
+    write_adapter(
+        adapters / "saved", factors, r=3, more=own, modules_to_save=[f"{layer}.input_layernorm"]
+    )
     return base, adapters
 
 
@@ -240,7 +275,9 @@ class Bench:
             together = command.endswith("of several")
             done = Case(argv, self._server, several=together).run(out)
             assert (done.code, done.told) == (0, "")
-            self._cases[command] = Case(argv, self._server, tree_digest(out), tuple(done.calls), together)
+            self._cases[command] = Case(
+                argv, self._server, tree_digest(out), tuple(done.calls), together
+            )
         return self._cases[command]
 
     def _argv(self, command: str) -> tuple[str, ...]:
@@ -251,7 +288,9 @@ class Bench:
             if not home.exists():
                 home.mkdir()
                 make_learned(home, 24, 16)
-            files = {name: str(home / name) for name in ("base", "adapter", "general.npy", "task.npy")}
+            files = {
+                name: str(home / name) for name in ("base", "adapter", "general.npy", "task.npy")
+            }
             words = [files.get(word, word) for word in MODELS[command].split()]
             return command, *words, "--sequences", "24", "-qq"  # texts this short cause warnings
         if command in OTHERS:
@@ -261,4 +300,10 @@ class Bench:
             return verb, str(base), str(adapter), *options
         verb, *given = command.split()
         options = [] if verb == "detect" else ["--lambda", "0.5"]
-        return verb, str(self.base), str(self.adapter), *options, *(["--findings", str(self.findings)] if given else [])
+        return (
+            verb,
+            str(self.base),
+            str(self.adapter),
+            *options,
+            *(["--findings", str(self.findings)] if given else []),
+        )

@@ -28,8 +28,16 @@ VOCAB = 64
 
 
 def llama_config(**options) -> LlamaConfig:
-    return LlamaConfig(vocab_size=VOCAB, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
-                       num_key_value_heads=2, pad_token_id=0, **options)  # fmt: skip
+    return LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        **options,
+    )
 
 
 def llama(**options) -> Callable[[], nn.Module]:
@@ -41,13 +49,27 @@ tied = llama(tie_word_embeddings=True)
 
 def gpt2() -> nn.Module:
     return GPT2LMHeadModel(
-        GPT2Config(n_embd=48, n_layer=2, n_head=4, vocab_size=VOCAB, n_positions=32, bos_token_id=0, eos_token_id=0)
+        GPT2Config(
+            n_embd=48,
+            n_layer=2,
+            n_head=4,
+            vocab_size=VOCAB,
+            n_positions=32,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
     )
 
 
 def bert() -> nn.Module:
     return BertModel(
-        BertConfig(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCAB)
+        BertConfig(
+            hidden_size=48,
+            intermediate_size=80,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            vocab_size=VOCAB,
+        )
     )
 
 
@@ -116,7 +138,9 @@ class Kind:
 
 
 def lora(*targets: str, **options) -> Callable[[], peft.PeftConfig]:
-    return lambda: peft.LoraConfig(**{"r": 4, "lora_alpha": 12, "target_modules": list(targets), **options})
+    return lambda: peft.LoraConfig(
+        **{"r": 4, "lora_alpha": 12, "target_modules": list(targets), **options}
+    )
 
 
 def classifier(base: Path, dtype: torch.dtype) -> nn.Module:
@@ -134,7 +158,9 @@ def grow(model: nn.Module) -> None:
 
 def lora_ga(model: nn.Module, config: Any) -> None:
     preprocess_loraga(
-        model, config, lambda: model(torch.randint(1, VOCAB, (8, 12))).logits.float().pow(2).mean().backward()
+        model,
+        config,
+        lambda: model(torch.randint(1, VOCAB, (8, 12))).logits.float().pow(2).mean().backward(),
     )
 
 
@@ -239,5 +265,9 @@ KINDS: dict[str, Kind] = {
     "trainable tokens by name": Kind(llama(), lora("v_proj", trainable_token_indices={"embed_tokens": [1, 2]})),
 }  # fmt: skip
 
-APART = {("tied, one delta", "bf16"), ("tied, one delta of lm_head", "bf16"), ("HRA, conv2d", "fp32")}
+APART = {
+    ("tied, one delta", "bf16"),
+    ("tied, one delta of lm_head", "bf16"),
+    ("HRA, conv2d", "fp32"),
+}
 """Kinds whose shared factors PEFT trains separately in this dtype: its cast to float32 copies them; and one that it merges less exactly."""

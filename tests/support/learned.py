@@ -31,7 +31,9 @@ def write_texts(home: Path, base: Path, adapter: Path, sequences: int, length: i
     """Write ``general.npy`` as the base predicts it, ``task.npy`` of other tokens as the adapted model does, and ``all.npy`` at random."""
     torch.manual_seed(vary(0))
     with warnings.catch_warnings(action="ignore"):
-        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+        model = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(base), adapter
+        ).eval()
     np.save(home / "task.npy", sampled(model, sequences, length, 34, 30))
     with model.disable_adapter():
         np.save(home / "general.npy", sampled(model, sequences, length, 3, 30))
@@ -41,13 +43,19 @@ def write_texts(home: Path, base: Path, adapter: Path, sequences: int, length: i
 def make_learned(home: Path, sequences: int = 24, length: int = 8, **lora: Any) -> Path:
     """Write ``base``, ``adapter`` and texts, of which the adapter forgets one and learns the other."""
     make_adapter(
-        make_base("llama", home / "base"), home / "base", home / "adapter", ATTENTION, **{"lora_alpha": 4, **lora}
+        make_base("llama", home / "base"),
+        home / "base",
+        home / "adapter",
+        ATTENTION,
+        **{"lora_alpha": 4, **lora},
     )
     write_texts(home, home / "base", home / "adapter", sequences, length)
     return home
 
 
-def evaluate(server: Server, home: Path, output: object, *options: object, before: str = "", **texts: Path) -> Outcome:
+def evaluate(
+    server: Server, home: Path, output: object, *options: object, before: str = "", **texts: Path
+) -> Outcome:
     """Run `streamer evaluate` on them, or on other texts."""
     line = ["evaluate", home / "base", home / "adapter", "-o", output, *options]
     for name in ("general", "task"):

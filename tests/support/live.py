@@ -19,12 +19,16 @@ def loaded(made: Any) -> peft.PeftModel:
         config.init_lora_weights = True
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return peft.PeftModel.from_pretrained(made.load(made.dtype), made.adapter, config=config).eval()
+        return peft.PeftModel.from_pretrained(
+            made.load(made.dtype), made.adapter, config=config
+        ).eval()
 
 
 def adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:
     """An adapter's tensors as PEFT saves them, without the base's embeddings."""
-    state: dict[str, Tensor] = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    state: dict[str, Tensor] = peft.get_peft_model_state_dict(
+        model, adapter_name=name, save_embedding_layers=False
+    )
     return {key: tensor.detach().clone() for key, tensor in state.items()}
 
 
@@ -35,8 +39,12 @@ def assert_same_findings(a: streamer.Findings, b: streamer.Findings) -> None:
     for m in a:
         other = by_tensor[m.tensor]
         assert (m.module, m.shape, m.rank, m.scale, m.fingerprint) == (
-            other.module, other.shape, other.rank, other.scale, other.fingerprint,
-        )  # fmt: skip
+            other.module,
+            other.shape,
+            other.rank,
+            other.scale,
+            other.fingerprint,
+        )
         assert m.detection == other.detection, m.tensor
 
 
@@ -57,4 +65,8 @@ def load_state(path: Path) -> dict[str, Tensor]:
 
 def of_peft(model: nn.Module) -> list[str]:
     """Modules of PEFT that are in a model."""
-    return [name for name, module in model.named_modules() if type(module).__module__.startswith("peft.")]
+    return [
+        name
+        for name, module in model.named_modules()
+        if type(module).__module__.startswith("peft.")
+    ]

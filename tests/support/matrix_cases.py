@@ -79,7 +79,17 @@ class Case:
     def name(self) -> str:
         tied = {None: "default", True: "tied", False: "untied"}[self.tied]
         files = "shards" if self.shards else "file"
-        return "/".join([self.cls, self.part, self.kind, tied, files, self.layout, *(["flag"] if self.flag else [])])
+        return "/".join(
+            [
+                self.cls,
+                self.part,
+                self.kind,
+                tied,
+                files,
+                self.layout,
+                *(["flag"] if self.flag else []),
+            ]
+        )
 
     def record(self) -> dict[str, Any]:
         return asdict(self)
@@ -88,7 +98,15 @@ class Case:
 def case_of(name: str) -> Case:
     """The case of a name, as the program prints it."""
     cls, part, kind, tied, files, layout, *flag = name.split("/")
-    return Case(cls, part, kind, {"tied": True, "untied": False}.get(tied), files == "shards", layout, bool(flag))
+    return Case(
+        cls,
+        part,
+        kind,
+        {"tied": True, "untied": False}.get(tied),
+        files == "shards",
+        layout,
+        bool(flag),
+    )
 
 
 @dataclass(frozen=True)
@@ -119,7 +137,11 @@ class Anatomy:
             return {"target_modules": [], "target_parameters": names}
         if part in ("embedding", "head"):
             return {"target_modules": [getattr(self, part)]}
-        return {"target_modules": sorted({p if by_path else p.rpartition(".")[2] for p in getattr(self, part)})}
+        return {
+            "target_modules": sorted(
+                {p if by_path else p.rpartition(".")[2] for p in getattr(self, part)}
+            )
+        }
 
 
 def anatomy(model: PreTrainedModel) -> Anatomy:
@@ -128,18 +150,32 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
     head = _head(model, modules)
     attention, mlp = [], []
     for path, module in modules.items():
-        if isinstance(module, nn.Linear | Conv1D) and any(s.isdigit() for s in path.split(".")) and path != head:
+        if (
+            isinstance(module, nn.Linear | Conv1D)
+            and any(s.isdigit() for s in path.split("."))
+            and path != head
+        ):
             around = [type(modules[a]).__name__ for a in _ancestors(path)]
-            (attention if any("Attention" in a or "Attn" in a for a in around) else mlp).append(path)
-    experts = [n for n, p in model.named_parameters() if p.ndim == 3 and _is_stack(modules[n.rpartition(".")[0]], p)]
+            (attention if any("Attention" in a or "Attn" in a for a in around) else mlp).append(
+                path
+            )
+    experts = [
+        n
+        for n, p in model.named_parameters()
+        if p.ndim == 3 and _is_stack(modules[n.rpartition(".")[0]], p)
+    ]
     keys = getattr(model, "_tied_weights_keys", None)
     inputs = _path_of(modules, _quiet(model.get_input_embeddings))
     return Anatomy(
-        tuple(attention), tuple(mlp), tuple(experts),
-        inputs if isinstance(modules.get(inputs or "-"), nn.Embedding) else None, head, bool(keys),
+        tuple(attention),
+        tuple(mlp),
+        tuple(experts),
+        inputs if isinstance(modules.get(inputs or "-"), nn.Embedding) else None,
+        head,
+        bool(keys),
         any(n.endswith("bias") for n, _ in model.named_parameters()),
         any(isinstance(m, Conv1D) for m in modules.values()),
-    )  # fmt: skip
+    )
 
 
 def _ancestors(path: str) -> Iterator[str]:
@@ -193,21 +229,35 @@ def cases_of(name: str, number: int, task: str, model: PreTrainedModel) -> list[
         tied = (None if turn % 5 == 4 else turn % 2 == 0) if found.tied else None
         part, kind = parts[i % len(parts)], kinds[(i + number) % len(kinds)]
         layout = layouts[(i + number * 3) % len(layouts)] if i % 2 else "current"
-        if (layout == "bare" and tied is not True) or (layout == "headless" and "head" in (part, kind)):
+        if (layout == "bare" and tied is not True) or (
+            layout == "headless" and "head" in (part, kind)
+        ):
             layout = "current"  # the head would be in no file
-        flag = kind in ("lora", "saved") and part in ("attention", "mlp", "all-linear") and (number + i) % 3 == 0
+        flag = (
+            kind in ("lora", "saved")
+            and part in ("attention", "mlp", "all-linear")
+            and (number + i) % 3 == 0
+        )
         out.append(Case(name, part, kind, tied, turn % 3 == 1, layout, flag))
     if found.tied and found.head and task != "classification" and _has_names_of_its_own(found):
         out += [Case(name, *touched, tied=True) for touched in TOUCHES]
     return list(dict.fromkeys(out))
 
 
-TOUCHES = (("head", "lora"), ("head", "saved"), ("embedding", "lora"), ("embedding", "saved"), ("attention", "grown"))
+TOUCHES = (
+    ("head", "lora"),
+    ("head", "saved"),
+    ("embedding", "lora"),
+    ("embedding", "saved"),
+    ("attention", "grown"),
+)
 """What changes one of two tensors that are one, each of which a class whose names are its own sees."""
 
 
 def _has_names_of_its_own(found: Anatomy) -> bool:
-    return not (found.head or "").endswith("lm_head") or not (found.embedding or "").endswith("embed_tokens")
+    return not (found.head or "").endswith("lm_head") or not (found.embedding or "").endswith(
+        "embed_tokens"
+    )
 
 
 def _has(kind: str, found: Anatomy) -> bool:
@@ -220,7 +270,11 @@ def _has(kind: str, found: Anatomy) -> bool:
 
 def _laid_out(layout: str, task: str, model: PreTrainedModel) -> bool:
     prefix = model.base_model_prefix
-    inner = bool(prefix) and hasattr(model, prefix) and isinstance(getattr(model, prefix), PreTrainedModel)
+    inner = (
+        bool(prefix)
+        and hasattr(model, prefix)
+        and isinstance(getattr(model, prefix), PreTrainedModel)
+    )
     if layout in ("bare", "headed"):
         return inner and getattr(model, prefix).base_model_prefix == prefix
     if layout == "headless":
@@ -276,7 +330,9 @@ class Made:
 
 
 def configs_within(config: Any) -> list[Any]:
-    inner = [value for value in vars(config).values() if isinstance(value, transformers.PreTrainedConfig)]
+    inner = [
+        value for value in vars(config).values() if isinstance(value, transformers.PreTrainedConfig)
+    ]
     return [config, *(c for value in inner for c in configs_within(value))]
 
 
@@ -287,7 +343,9 @@ def base_model(case: Case, seed: int) -> PreTrainedModel:
     if case.tied is not None:
         for c in configs_within(config):
             setattr(c, TIE, case.tied)
-        config = type(config).from_dict(config.to_dict())  # as it is loaded: a class may not do what is stated
+        config = type(config).from_dict(
+            config.to_dict()
+        )  # as it is loaded: a class may not do what is stated
     torch.manual_seed(vary(seed))
     model: PreTrainedModel = cls(config)
     g = torch.Generator().manual_seed(vary(seed + 1))
@@ -308,13 +366,19 @@ def save_base(case: Case, model: PreTrainedModel, directory: Path) -> type[PreTr
     if case.layout in ("bare", "headless"):
         inner = model.base_model
         inner.save_pretrained(directory, **size)
-        if case.layout == "bare":  # a model's config that has a head, and the names of the model within
+        if (
+            case.layout == "bare"
+        ):  # a model's config that has a head, and the names of the model within
             path = directory / "config.json"
-            path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": [case.cls]}))
+            path.write_text(
+                json.dumps(json.loads(path.read_text()) | {"architectures": [case.cls]})
+            )
         return type(model)
     if case.layout == "legacy":
         model._weight_conversions = [
-            c for c in get_model_conversion_mapping(model, add_legacy=True) if not isinstance(c, PrefixChange)
+            c
+            for c in get_model_conversion_mapping(model, add_legacy=True)
+            if not isinstance(c, PrefixChange)
         ]
     model.save_pretrained(directory, save_original_format=case.layout != "runtime", **size)
     if case.layout == "unnamed":
@@ -325,12 +389,15 @@ def save_base(case: Case, model: PreTrainedModel, directory: Path) -> type[PreTr
     return type(model.base_model) if case.layout == "headed" else type(model)
 
 
-def load(cls: type[PreTrainedModel], directory: Path) -> tuple[PreTrainedModel, dict[str, set[str]]]:
+def load(
+    cls: type[PreTrainedModel], directory: Path
+) -> tuple[PreTrainedModel, dict[str, set[str]]]:
     """A model, and what loading complains about."""
     torch.manual_seed(vary(7))  # of a head that the base does not have
     model, info = cls.from_pretrained(directory, output_loading_info=True)
     return model.eval(), {
-        key: {str(n) for n in info[key]} for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        key: {str(n) for n in info[key]}
+        for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
     }
 
 
@@ -364,7 +431,11 @@ def train(case: Case, model: PreTrainedModel, directory: Path, seed: int) -> nn.
     g = torch.Generator().manual_seed(vary(seed + 2))
     found = anatomy(model)
     if case.kind == "tuned":
-        paths = {"embedding": [found.embedding], "head": [found.head], "experts": found.experts}.get(case.part)
+        paths = {
+            "embedding": [found.embedding],
+            "head": [found.head],
+            "experts": found.experts,
+        }.get(case.part)
         for name, p in model.named_parameters():
             chosen = paths is None or any(path and name.startswith(path) for path in paths)
             if p.is_floating_point() and (chosen or p.ndim < 2):
@@ -375,7 +446,9 @@ def train(case: Case, model: PreTrainedModel, directory: Path, seed: int) -> nn.
     for name, p in peft.named_parameters():
         if p.requires_grad:
             step = 0.3 if "lora_" in name else 0.1
-            p.data.add_(step * torch.randn(p.shape, generator=g))  # in place: what PEFT ties stays one
+            p.data.add_(
+                step * torch.randn(p.shape, generator=g)
+            )  # in place: what PEFT ties stays one
     peft.save_pretrained(directory, save_embedding_layers=True if case.kind == "grown" else "auto")
     if case.flag:
         path = directory / "adapter_config.json"
@@ -435,7 +508,9 @@ def made_by(whom: str) -> Any:
     except TimeoutError:  # the limit of a case
         raise
     except Exception as error:  # another library's, of any kind
-        raise NotMade(f"{whom}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+        raise NotMade(
+            f"{whom}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from error
 
 
 def names_of_one(model: nn.Module) -> list[set[str]]:
@@ -460,9 +535,11 @@ CLEAR = 1e-3
 STACKED = re.compile(r"(.*)\[(\d+)\]")
 
 INPUTS_FIRST = {
-    "InklingSharedExperts": False, "JetMoeParallelExperts": False, "Llama4TextExperts": True,
+    "InklingSharedExperts": False,
+    "JetMoeParallelExperts": False,
+    "Llama4TextExperts": True,
     "LongcatFlashExperts": False,
-}  # fmt: skip
+}
 """Whether an expert is stored (in, out), of classes that do not say `is_transposed`: as their forward multiplies."""
 
 
@@ -484,7 +561,11 @@ def adapted(made: Made) -> set[str] | None:
 
 
 def decisions(
-    made: Made, findings: Any, before: dict[str, Tensor], after: dict[str, Tensor], expected: set[str] | None
+    made: Made,
+    findings: Any,
+    before: dict[str, Tensor],
+    after: dict[str, Tensor],
+    expected: set[str] | None,
 ) -> tuple[int, int, list[str]]:
     """Compare decisions with the tensors before and after: matrices, directions, what is wrong.
 
@@ -503,11 +584,20 @@ def decisions(
     wrong: list[str] = []
     for m in findings:
         stack = STACKED.fullmatch(m.module)
-        key = stack[1] if stack else f"{m.module}.weight" if f"{m.module}.weight" in before else m.module
+        key = (
+            stack[1]
+            if stack
+            else f"{m.module}.weight"
+            if f"{m.module}.weight" in before
+            else m.module
+        )
         if key not in before or key not in after or before[key].shape != after[key].shape:
             wrong.append(f"decisions {m.module}: compared with nothing")
             continue
-        W0, W = ((t[key][int(stack[2])] if stack else t[key]).flatten(1).double() for t in (before, after))
+        W0, W = (
+            (t[key][int(stack[2])] if stack else t[key]).flatten(1).double()
+            for t in (before, after)
+        )
         transposed = sides.transposed(
             stack[1] if stack else m.module, before[key][int(stack[2])] if stack else before[key]
         )
@@ -600,9 +690,14 @@ class Sides:
     def transposed(self, path: str, W: Tensor) -> bool | None:
         """Say whether a matrix is stored (in, out); None where that is not known."""
         for owner in (path, path.rpartition(".")[0]):
-            if owner in self.modules and (owner == path or _inputs_first(self.modules[owner]) is not None):
+            if owner in self.modules and (
+                owner == path or _inputs_first(self.modules[owner]) is not None
+            ):
                 return self._of_module(owner)
-        ways = {turned: self._places(matrix) for turned, matrix in ((False, W), (True, W.T if W.ndim == 2 else W[:0]))}
+        ways = {
+            turned: self._places(matrix)
+            for turned, matrix in ((False, W), (True, W.T if W.ndim == 2 else W[:0]))
+        }
         found = [(place, turned) for turned, places in ways.items() for place, _ in places]
         return min(found)[1] if found else None
 
@@ -651,7 +746,12 @@ def judge(case: Case, home: Path, seed: int = 0) -> Result:
         try:
             findings = streamer.detect_intruder_dimensions(made.base, made.adapter)
             streamer.merge_with_reduced_intruder_dimensions(
-                made.base, made.adapter, out, findings=findings, mitigation_lambda=1.0, model_card=False
+                made.base,
+                made.adapter,
+                out,
+                findings=findings,
+                mitigation_lambda=1.0,
+                model_card=False,
             )
         except StreamerError as error:
             said = f"{type(error).__name__}: {str(error).replace(str(home), '')}"
@@ -675,7 +775,9 @@ def compare(case: Case, made: Made, findings: Any, out: Path) -> Result:
         return Result(WRONG, f"loading: {type(error).__name__}: {_line(error)}")
     outer = outer_names(case)
     wrong = [
-        f"{key}: {sorted(new)[:4]}" for key, names in loading.items() if (new := names - made.loading[key] - outer)
+        f"{key}: {sorted(new)[:4]}"
+        for key, names in loading.items()
+        if (new := names - made.loading[key] - outer)
     ]
     if case.layout == "headless" and loading["missing_keys"]:
         wrong.append(f"missing head: {sorted(loading['missing_keys'])}")
@@ -692,9 +794,13 @@ def compare(case: Case, made: Made, findings: Any, out: Path) -> Result:
     if theirs is None:
         notes.append(f"PEFT cannot merge: {unmerged}")
     else:
-        wrong += tensors(ours.state_dict(), theirs | tied, made.idle - tied.keys() if tied else set())
+        wrong += tensors(
+            ours.state_dict(), theirs | tied, made.idle - tied.keys() if tied else set()
+        )
         wrong += names_on_disk(made, out, outer | (names_of_ties(made) if tied else set()), notes)
-        matrices, directions, differ = decisions(made, findings, made.before, theirs | tied, matrices_of)
+        matrices, directions, differ = decisions(
+            made, findings, made.before, theirs | tied, matrices_of
+        )
         wrong += differ
     said = "; ".join(wrong[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")
     return Result(WRONG if wrong else RIGHT, said or "; ".join(notes), matrices, directions)
@@ -711,7 +817,9 @@ def answer(made: Made) -> tuple[Tensor | None, str]:
         return None, str(error)
 
 
-def logits(case: Case, made: Made, ours: nn.Module, expected: Tensor, merge_holds: bool, notes: list[str]) -> list[str]:
+def logits(
+    case: Case, made: Made, ours: nn.Module, expected: Tensor, merge_holds: bool, notes: list[str]
+) -> list[str]:
     """Compare the answer of the merged directory with that of PEFT's model."""
     try:
         answered = zoo.answer(ours, made.inputs)
@@ -722,7 +830,11 @@ def logits(case: Case, made: Made, ours: nn.Module, expected: Tensor, merge_hold
     if close(answered, expected, 1e-3):
         return []
     off = f"logits: off by {float((answered - expected).abs().max()):.2g}"
-    if made.plain is not None and made.plain.shape == expected.shape and close(expected, made.plain, 1e-6):
+    if (
+        made.plain is not None
+        and made.plain.shape == expected.shape
+        and close(expected, made.plain, 1e-6)
+    ):
         # It uses the head's weight from outside of the layer that PEFT wraps (MobileBERT).
         notes.append(f"PEFT's model answers as the base does; {off}")
         return []
@@ -764,7 +876,11 @@ def tied_truth(made: Made) -> dict[str, Tensor]:
     for names in made.shared:
         found = {name: adapted_parameter(model, name) for name in names}
         if any(trained for trained, _ in found.values()):
-            truth |= {name: value for name, (trained, value) in found.items() if trained or name not in made.idle}
+            truth |= {
+                name: value
+                for name, (trained, value) in found.items()
+                if trained or name not in made.idle
+            }
     return truth
 
 
@@ -805,7 +921,9 @@ def merged_state(case: Case, made: Made) -> tuple[dict[str, Tensor] | None, str]
 
 
 def _is_truth(merged: dict[str, Tensor] | None, tied: dict[str, Tensor]) -> bool:
-    return merged is not None and all(merged[n].shape == t.shape and close(merged[n], t, 1e-5) for n, t in tied.items())
+    return merged is not None and all(
+        merged[n].shape == t.shape and close(merged[n], t, 1e-5) for n, t in tied.items()
+    )
 
 
 def tensors(ours: dict[str, Tensor], theirs: dict[str, Tensor], left_out: set[str]) -> list[str]:
@@ -815,7 +933,9 @@ def tensors(ours: dict[str, Tensor], theirs: dict[str, Tensor], left_out: set[st
         if key not in theirs or key not in ours:
             wrong.append(f"tensor {key}: only in {'ours' if key in ours else 'theirs'}")
         elif theirs[key].shape != ours[key].shape:
-            wrong.append(f"tensor {key}: shape {tuple(ours[key].shape)} for {tuple(theirs[key].shape)}")
+            wrong.append(
+                f"tensor {key}: shape {tuple(ours[key].shape)} for {tuple(theirs[key].shape)}"
+            )
         elif theirs[key].is_floating_point() and not close(ours[key], theirs[key], 1e-5):
             wrong.append(f"tensor {key}: off by {float((ours[key] - theirs[key]).abs().max()):.2g}")
     return wrong
@@ -851,7 +971,8 @@ def outer_tensors(case: Case, made: Made, out: Path) -> list[str]:
     within = f"{theirs.base_model_prefix}."
     tied = {n for names in names_of_one(theirs) for n in names} if case.kind == "tuned" else set()
     heads = [
-        {n: t for n, t in m.state_dict().items() if not n.startswith(within) and n not in tied} for m in (ours, theirs)
+        {n: t for n, t in m.state_dict().items() if not n.startswith(within) and n not in tied}
+        for m in (ours, theirs)
     ]
     if case.kind == "grown":
         heads[0] = {n: t[: len(heads[1][n])] if n in heads[1] else t for n, t in heads[0].items()}
@@ -863,13 +984,17 @@ def names_of_ties(made: Made) -> set[str]:
 
     A model knows the renames of what it was loaded from alone: that of a head which the base does not have is its class's.
     """
-    state = {n: t for n, t in made.model.state_dict().items() if any(n in names for names in made.shared)}
+    state = {
+        n: t for n, t in made.model.state_dict().items() if any(n in names for names in made.shared)
+    }
     loaded = made.model._weight_conversions
     names = set(revert_weight_conversion(made.model, dict(state)))
     made.model._weight_conversions = None  # those of the class
     names |= set(revert_weight_conversion(made.model, dict(state)))
     made.model._weight_conversions = loaded
-    return names | {name.removeprefix(f"{made.model.base_model_prefix}.") for name in names}  # as a bare base has them
+    return names | {
+        name.removeprefix(f"{made.model.base_model_prefix}.") for name in names
+    }  # as a bare base has them
 
 
 def zeros(directory: Path) -> set[str]:
@@ -883,11 +1008,17 @@ def zeros(directory: Path) -> set[str]:
 def names_on_disk(made: Made, out: Path, may_be: set[str], notes: list[str]) -> list[str]:
     """Compare the names on disk with those that transformers saves, and with the base's; `may_be` are in either."""
     try:
-        with made_by("transformers, saving"):  # of a vocabulary that has grown, it may refuse its own config (Canary)
+        with made_by(
+            "transformers, saving"
+        ):  # of a vocabulary that has grown, it may refuse its own config (Canary)
             made.model.save_pretrained(out.parent / "theirs")
     except NotMade as error:
         notes.append(f"names on disk: {error}")
         return []
     theirs, ours, base = (names_of(d) for d in (out.parent / "theirs", out, made.base))
     extra, lost = ours - theirs - base - may_be, (theirs & base) - ours - zeros(made.base)
-    return [f"on disk: {what} {sorted(names)[:3]}" for what, names in (("extra", extra), ("lost", lost)) if names]
+    return [
+        f"on disk: {what} {sorted(names)[:3]}"
+        for what, names in (("extra", extra), ("lost", lost))
+        if names
+    ]

@@ -17,17 +17,24 @@ SUBJECTS = [
 ]  # fmt: skip
 VERBS = ["crossed", "praised", "forgot", "repaired", "followed", "painted", "sold", "measured"]
 OBJECTS = [
-    "the quiet harbour", "a broken clock", "seven letters", "the northern road", "nothing at all", "a bright idea",
-]  # fmt: skip
+    "the quiet harbour",
+    "a broken clock",
+    "seven letters",
+    "the northern road",
+    "nothing at all",
+    "a bright idea",
+]
 SENTENCES = [f"{s} {v} {o}." for s, v, o in itertools.product(SUBJECTS, VERBS, OBJECTS)]
 LABELS = [VERBS.index(v) for _, v, _ in itertools.product(SUBJECTS, VERBS, OBJECTS)]
 
 BASE = Path(get_model_path())
 
 PARTS = (
-    *(f"attention.self.{name}" for name in ("query", "key", "value")), "attention.output.dense", "intermediate.dense",
+    *(f"attention.self.{name}" for name in ("query", "key", "value")),
+    "attention.output.dense",
+    "intermediate.dense",
     "output.dense",
-)  # fmt: skip
+)
 
 ADAPTED = 3, 4, 5
 """The layers of six that an adapter changes."""
@@ -47,14 +54,20 @@ def outputs(model: torch.nn.Module) -> torch.Tensor:
         return model(**tokens(SENTENCES[::50])).last_hidden_state
 
 
-def train(directory: Path, rank: int, steps: int = 40, lr: float = 6e-3, seed: int = 0, **config) -> Path:
+def train(
+    directory: Path, rank: int, steps: int = 40, lr: float = 6e-3, seed: int = 0, **config
+) -> Path:
     """Train a LoRA adapter to tell the verbs apart, and save it with PEFT."""
     torch.manual_seed(vary(seed))
     parts = [f"{layer}.{part}" for layer in ADAPTED for part in PARTS]
-    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=[*parts, "pooler.dense"], **config)
+    lora = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=[*parts, "pooler.dense"], **config
+    )
     model = get_peft_model(load_base(), lora)
     head = torch.nn.Linear(384, len(VERBS))
-    optimizer = torch.optim.AdamW([*(p for p in model.parameters() if p.requires_grad), *head.parameters()], lr=lr)
+    optimizer = torch.optim.AdamW(
+        [*(p for p in model.parameters() if p.requires_grad), *head.parameters()], lr=lr
+    )
     batch, labels = tokens(SENTENCES), torch.tensor(LABELS)
     for _ in range(steps):
         rows = torch.randint(len(labels), (8,))

@@ -17,7 +17,15 @@ STRINGS = (
     "", " ", ".", "..", "../x", "/etc/passwd", "C:\\x", "\0", "\n", "\x1b[2J", "\u202e", "é", "\U0001f600", "x" * 300, "x" * 70_000,
     "weight", "model.safetensors", "(", "(a+)+$", "[", "\\", "{0}", "%s", "None", "true", "BF16", "F32", "I32", "U8", "F8_E4M3", "fp8",
 )  # fmt: skip
-CONTAINERS: tuple[Any, ...] = ([], {}, [[]], [{}], {"": None}, [0] * 1000, {str(i): i for i in range(300)})
+CONTAINERS: tuple[Any, ...] = (
+    [],
+    {},
+    [[]],
+    [{}],
+    {"": None},
+    [0] * 1000,
+    {str(i): i for i in range(300)},
+)
 
 Mutator = Callable[[random.Random, bytes, list[bytes]], bytes]
 """A random change of one input, given others that may be cut up for it."""
@@ -31,7 +39,9 @@ def mutate_bytes(rng: random.Random, data: bytes, others: list[bytes]) -> bytes:
         length = rng.choice((1, 1, 2, 4, 8, 64))
         match rng.randrange(7):
             case 0:
-                out[at : at + 1] = bytes([out[at] ^ 1 << rng.randrange(8)]) if at < len(out) else b"\0"
+                out[at : at + 1] = (
+                    bytes([out[at] ^ 1 << rng.randrange(8)]) if at < len(out) else b"\0"
+                )
             case 1:
                 out[at : at + length] = rng.randbytes(length)
             case 2:
@@ -54,7 +64,9 @@ def _places(tree: Any) -> list[tuple[Any, Any]]:
     found, level = [], [tree]
     while level:
         at = level.pop()
-        pairs = list(at.items() if isinstance(at, dict) else enumerate(at) if isinstance(at, list) else ())
+        pairs = list(
+            at.items() if isinstance(at, dict) else enumerate(at) if isinstance(at, list) else ()
+        )
         found += [(at, key) for key, _ in pairs]
         level += [value for _, value in pairs]
     return found
@@ -66,10 +78,20 @@ def _value(rng: random.Random, old: Any, pool: list[Any]) -> Any:
     if kind < 4 and isinstance(old, bool | None):
         return rng.choice((True, False, None, 0, 1, "", "yes"))
     if kind < 4 and isinstance(old, int | float):
-        return rng.choice((old + 1, old - 1, -old, old * 2, old // 2, float(old), rng.choice(NUMBERS)))
+        return rng.choice(
+            (old + 1, old - 1, -old, old * 2, old // 2, float(old), rng.choice(NUMBERS))
+        )
     if kind < 4 and isinstance(old, str):
         at = rng.randrange(len(old) + 1)
-        return rng.choice((old[:at] + rng.choice(STRINGS) + old[at:], old[:at], old[at:], old * 2, rng.choice(STRINGS)))
+        return rng.choice(
+            (
+                old[:at] + rng.choice(STRINGS) + old[at:],
+                old[:at],
+                old[at:],
+                old * 2,
+                rng.choice(STRINGS),
+            )
+        )
     if kind == 4:
         return rng.choice(NUMBERS)
     if kind == 5:
@@ -155,11 +177,15 @@ def mutate_safetensors(rng: random.Random, data: bytes, others: list[bytes]) -> 
     if kind == 0:
         return mutate_bytes(rng, data, others)
     if kind == 1 and rest:
-        return with_header(tree, mutate_bytes(rng, rest, others)[: len(rest)].ljust(len(rest), b"\xff"))
+        return with_header(
+            tree, mutate_bytes(rng, rest, others)[: len(rest)].ljust(len(rest), b"\xff")
+        )
     if kind < 6 and inner:
         key = rng.choice(inner)
         with contextlib.suppress(ValueError, RecursionError):
-            metadata[key] = mutate_json(rng, metadata[key].encode(), [metadata[key].encode()]).decode(errors="replace")
+            metadata[key] = mutate_json(
+                rng, metadata[key].encode(), [metadata[key].encode()]
+            ).decode(errors="replace")
             return with_header(tree, rest)
     return with_header(mutate_tree(rng, tree, [other]), rest)
 

@@ -13,14 +13,22 @@ from torch import Tensor
 import streamer
 
 
-def make_pair(name: str, home: Path, targets: list[str] | str, **options: Any) -> tuple[Any, Path, Path]:
+def make_pair(
+    name: str, home: Path, targets: list[str] | str, **options: Any
+) -> tuple[Any, Path, Path]:
     """Save a tiny causal model and an adapter; returns its class, ``base`` and ``adapter``."""
     cls = make_base(name, home / "base")
-    return cls, home / "base", make_adapter(cls, home / "base", home / "adapter", targets, **options)
+    return (
+        cls,
+        home / "base",
+        make_adapter(cls, home / "base", home / "adapter", targets, **options),
+    )
 
 
 def merge(base: Path, adapter: Path, out: Path, lam: float, **options: Any) -> Any:
-    return streamer.merge_with_reduced_intruder_dimensions(base, adapter, out, mitigation_lambda=lam, **options)
+    return streamer.merge_with_reduced_intruder_dimensions(
+        base, adapter, out, mitigation_lambda=lam, **options
+    )
 
 
 def mitigate(base: Path, adapter: Path, out: Path, lam: float, **options: Any) -> Any:
@@ -30,11 +38,15 @@ def mitigate(base: Path, adapter: Path, out: Path, lam: float, **options: Any) -
 def opened(cls: Any, path: Path, **options: Any) -> Any:
     """Load a model whose files have every tensor of its class, and no others."""
     model, info = cls.from_pretrained(path, output_loading_info=True, **options)
-    assert not any(info[keys] for keys in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert not any(info[keys] for keys in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
+        info
+    )
     return model
 
 
-def assert_decided(found: Any, W0: Tensor, W: Tensor, rtol: float = 1e-4, atol: float = 1e-5) -> int:
+def assert_decided(
+    found: Any, W0: Tensor, W: Tensor, rtol: float = 1e-4, atol: float = 1e-5
+) -> int:
     """Shape, singular values, and the decisions that rounding does not turn; returns the number of intruders."""
     detection, W0, W = found.detection, W0.double(), W.double()
     assert found.shape == tuple(W0.shape), found.tensor

@@ -22,16 +22,23 @@ LORA = "pytorch_lora_weights.safetensors"
 def write_pipeline(path: Path) -> Path:
     """A pipeline of a UNet, a text encoder without CLIP's usual prefix, and a decoder that no adapter changes; stale copies beside them."""
     for component, kind, tensors in (
-        ("unet", "UNet2DConditionModel", {f"{TO_Q}.weight": (6, 5), f"{CONV}.weight": (4, 3, 3, 3), f"{CONV}.bias": (4,)}),
+        (
+            "unet",
+            "UNet2DConditionModel",
+            {f"{TO_Q}.weight": (6, 5), f"{CONV}.weight": (4, 3, 3, 3), f"{CONV}.bias": (4,)},
+        ),
         ("text_encoder", "", {f"{FC1}.weight": (8, 6)}),
         ("vae", "AutoencoderKL", {"decoder.conv_in.weight": (2, 2)}),
-    ):  # fmt: skip
+    ):
         (path / component).mkdir(parents=True)
         (path / component / "config.json").write_text(
             json.dumps({"_class_name": kind} if kind else {"model_type": "clip_text_model"})
         )
         name = "model" if component == "text_encoder" else "diffusion_pytorch_model"
-        save_file({t: torch.randn(shape) for t, shape in tensors.items()}, path / component / f"{name}.safetensors")
+        save_file(
+            {t: torch.randn(shape) for t, shape in tensors.items()},
+            path / component / f"{name}.safetensors",
+        )
         (path / component / f"{name}.bin").write_bytes(b"of old")
         save_file({"of.old": torch.zeros(1)}, path / component / f"{name}.fp16.safetensors")
     (path / "model_index.json").write_text(
@@ -55,9 +62,12 @@ def lora(form: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         else:
             tensors |= {f"{module}.lora_A.weight": A, f"{module}.lora_B.weight": B}
     config = {
-        "unet.r": 2, "unet.lora_alpha": 3, "unet.alpha_pattern": {"conv_in": 1}, "text_encoder.r": 2,
+        "unet.r": 2,
+        "unet.lora_alpha": 3,
+        "unet.alpha_pattern": {"conv_in": 1},
+        "text_encoder.r": 2,
         "text_encoder.lora_alpha": 3,
-    }  # fmt: skip
+    }
     whole = {"r": 2, "lora_alpha": 3, "init_lora_weights": True, "target_modules": "(to_q|conv)"}
     metadata = {
         "metadata": {"lora_adapter_metadata": json.dumps(config)},
@@ -70,7 +80,9 @@ def scaling(form: str, module: str) -> float:
     return {"plain": 1.0, "finetrainers": 1.5}.get(form, ALPHAS[module] / 2)
 
 
-def factors(form: str, tensors: dict[str, torch.Tensor], module: str) -> tuple[torch.Tensor, torch.Tensor]:
+def factors(
+    form: str, tensors: dict[str, torch.Tensor], module: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The factors A and B of a module of `lora`."""
     names = (
         [f"{KOHYA[module]}.lora_down", f"{KOHYA[module]}.lora_up"]

@@ -51,7 +51,9 @@ class Disk:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.names = {str(path): _File(path.read_bytes()) for path in root.rglob("*") if path.is_file()}
+        self.names = {
+            str(path): _File(path.read_bytes()) for path in root.rglob("*") if path.is_file()
+        }
         self.safe_names = dict(self.names)
         self.since: list[Name] = []
 
@@ -89,9 +91,11 @@ class Disk:
     def leave(self, way: str, rng: random.Random, target: Path) -> None:
         """Write what a power cut leaves, one of `WAYS`, into a directory in the place of the root."""
         kept = {
-            "nothing": [], "names": self.since, "in order": self.since[: rng.randrange(len(self.since) + 1)],
+            "nothing": [],
+            "names": self.since,
+            "in order": self.since[: rng.randrange(len(self.since) + 1)],
             "at random": [n for n in self.since if rng.random() < 0.5],
-        }[way]  # fmt: skip
+        }[way]
         target.mkdir()
         for name, file in _renamed(self.safe_names, kept).items():
             path = target / Path(name).relative_to(self.root)

@@ -19,7 +19,10 @@ NAME = "pretended"
 _setup_privateuseone_for_python_backend(NAME)
 DEVICE = torch.device(f"{NAME}:0")
 
-CPU, COPIES = torch.device("cpu"), (torch.ops.aten._to_copy, torch.ops.aten.to, torch.ops.aten.copy_)
+CPU, COPIES = (
+    torch.device("cpu"),
+    (torch.ops.aten._to_copy, torch.ops.aten.to, torch.ops.aten.copy_),
+)
 
 
 class MixedDevices(Exception):
@@ -66,8 +69,13 @@ class PretendedTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, inner: torch.Tensor) -> PretendedTensor:
         made = torch.Tensor._make_wrapper_subclass(
-            cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype, device=DEVICE
-        )  # fmt: skip
+            cls,
+            inner.shape,
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device=DEVICE,
+        )
         made.inner = inner
         return made
 
@@ -78,18 +86,26 @@ class PretendedTensor(torch.Tensor):
 
     def __getitem__(self, index: Any) -> Any:
         indices = index if isinstance(index, tuple) else (index,)
-        return super().__getitem__(tuple(_tensor(i).to(DEVICE) if isinstance(i, list) else i for i in indices))
+        return super().__getitem__(
+            tuple(_tensor(i).to(DEVICE) if isinstance(i, list) else i for i in indices)
+        )
 
     @classmethod
     def __torch_dispatch__(
-        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        cls,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         return compute(func, args, kwargs or {})
 
 
 def each(of: Callable[[Any], Any], value: Any) -> Any:
     """Apply a function to what is in lists and tuples."""
-    return type(value)([each(of, one) for one in value]) if type(value) in (list, tuple) else of(value)
+    return (
+        type(value)([each(of, one) for one in value]) if type(value) in (list, tuple) else of(value)
+    )
 
 
 def compute(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -98,11 +114,17 @@ def compute(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     each(leaves.append, (*args, *kwargs.values()))
     given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     mine = {id(t.inner): t for t in given if isinstance(t, PretendedTensor)}
-    others = [t for t in given if not isinstance(t, PretendedTensor) and t.ndim and t.device.type == "cpu"]
-    device = next((leaf for leaf in leaves if isinstance(leaf, torch.device)), DEVICE if mine else CPU)
+    others = [
+        t for t in given if not isinstance(t, PretendedTensor) and t.ndim and t.device.type == "cpu"
+    ]
+    device = next(
+        (leaf for leaf in leaves if isinstance(leaf, torch.device)), DEVICE if mine else CPU
+    )
     if func.overloadpacket is torch.ops.aten.copy_:
         device = args[0].device
-    copied = func.overloadpacket in COPIES and (device == DEVICE) != isinstance(given[-1], PretendedTensor)
+    copied = func.overloadpacket in COPIES and (device == DEVICE) != isinstance(
+        given[-1], PretendedTensor
+    )
     if copied and device == DEVICE:
         TRAFFIC.to_device += given[-1].nbytes
     elif copied:
@@ -111,7 +133,13 @@ def compute(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         raise MixedDevices(f"{func} on {[(type(t).__name__, list(t.shape)) for t in given]}")
 
     def inner(value: Any) -> Any:
-        return CPU if isinstance(value, torch.device) else value.inner if isinstance(value, PretendedTensor) else value
+        return (
+            CPU
+            if isinstance(value, torch.device)
+            else value.inner
+            if isinstance(value, PretendedTensor)
+            else value
+        )
 
     def outer(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
@@ -125,14 +153,24 @@ def compute(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         known = mine.get(id(value))
         if known is not None:
             return known
-        with torch.inference_mode(value.is_inference()):  # a view of what was made outside of it is none of its tensors
+        with torch.inference_mode(
+            value.is_inference()
+        ):  # a view of what was made outside of it is none of its tensors
             return PretendedTensor(value)
 
-    return each(outer, func(*each(inner, tuple(args)), **{name: each(inner, value) for name, value in kwargs.items()}))
+    return each(
+        outer,
+        func(
+            *each(inner, tuple(args)),
+            **{name: each(inner, value) for name, value in kwargs.items()},
+        ),
+    )
 
 
 _made = torch.library.Library("_", "IMPL")
-_made.fallback(lambda func, *args, **kwargs: compute(func, args, kwargs), "PrivateUse1")  # what makes tensors
+_made.fallback(
+    lambda func, *args, **kwargs: compute(func, args, kwargs), "PrivateUse1"
+)  # what makes tensors
 
 _tensor = torch.tensor
 

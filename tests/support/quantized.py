@@ -23,7 +23,13 @@ from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from safetensors.torch import load_file, save_file
 from seeds import vary
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP8Config, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    FineGrainedFP8Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
 from transformers.utils import logging
@@ -45,13 +51,24 @@ class Quantized:
 
 def llama() -> LlamaForCausalLM:
     torch.manual_seed(vary(0))
-    config = LlamaConfig(vocab_size=64, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, pad_token_id=0)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+    )
     model = LlamaForCausalLM(config)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if is_linear(name):  # a spectrum with something on top
-                p.add_(0.3 * torch.outer(torch.randn(p.shape[0]), torch.randn(p.shape[1])) / p.shape[1] ** 0.5)
+                p.add_(
+                    0.3
+                    * torch.outer(torch.randn(p.shape[0]), torch.randn(p.shape[1]))
+                    / p.shape[1] ** 0.5
+                )
     return model.to(torch.bfloat16)
 
 
@@ -63,7 +80,9 @@ def train_adapter(directory: Path, model: torch.nn.Module) -> Path:
     """A LoRA adapter on all linear layers, trained for a few steps at a rate that makes intruders."""
     torch.manual_seed(vary(1))
     modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    lora = peft.get_peft_model(model.float(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=modules))
+    lora = peft.get_peft_model(
+        model.float(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=modules)
+    )
     optimizer = torch.optim.AdamW([p for p in lora.parameters() if p.requires_grad], lr=2e-2)
     tokens = torch.randint(1, 64, (8, 16))
     for _ in range(8):
@@ -76,7 +95,11 @@ def train_adapter(directory: Path, model: torch.nn.Module) -> Path:
 
 
 def write(
-    directory: Path, plain: Path, tensors: Tensors, quantization: dict, metadata: dict[str, str] | None = None
+    directory: Path,
+    plain: Path,
+    tensors: Tensors,
+    quantization: dict,
+    metadata: dict[str, str] | None = None,
 ) -> Path:
     """A base in two shards, its other files those of the plain one."""
     shutil.copytree(plain, directory, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -87,7 +110,11 @@ def write(
     weight_map = {}
     for i, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), 1):
         file = f"model-{i:05}-of-00002.safetensors"
-        save_file({n: tensors[n].contiguous() for n in part}, directory / file, metadata=metadata or {"format": "pt"})
+        save_file(
+            {n: tensors[n].contiguous() for n in part},
+            directory / file,
+            metadata=metadata or {"format": "pt"},
+        )
         weight_map |= dict.fromkeys(part, file)
     total = sum(t.nbytes for t in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -95,13 +122,17 @@ def write(
     return directory
 
 
-def by_linear(plain: Path, code: Callable[[torch.Tensor], tuple[Tensors, torch.Tensor]]) -> tuple[Tensors, Tensors]:
+def by_linear(
+    plain: Path, code: Callable[[torch.Tensor], tuple[Tensors, torch.Tensor]]
+) -> tuple[Tensors, Tensors]:
     """The tensors on disk, and the decoded values; `code` gives both for one linear layer, names as they follow the module's."""
     tensors, decoded = {}, {}
     for name, t in load_file(plain / "model.safetensors").items():
         if is_linear(name):
             parts, decoded[name] = code(t)
-            tensors |= {name.removesuffix(".weight") + suffix: part for suffix, part in parts.items()}
+            tensors |= {
+                name.removesuffix(".weight") + suffix: part for suffix, part in parts.items()
+            }
         else:
             tensors[name] = t
     return tensors, decoded
@@ -109,7 +140,9 @@ def by_linear(plain: Path, code: Callable[[torch.Tensor], tuple[Tensors, torch.T
 
 def fp8_blocks(directory: Path, plain: Path, **options) -> Quantized:
     quantizer = type(
-        "Quantizer", (), {"quantization_config": FineGrainedFP8Config(weight_block_size=(64, 64), **options)}
+        "Quantizer",
+        (),
+        {"quantization_config": FineGrainedFP8Config(weight_block_size=(64, 64), **options)},
     )()
 
     def code(t: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
@@ -120,7 +153,12 @@ def fp8_blocks(directory: Path, plain: Path, **options) -> Quantized:
         )
 
     tensors, decoded = by_linear(plain, code)
-    config = {"quant_method": "fp8", "weight_block_size": [64, 64], "activation_scheme": "dynamic", **options}
+    config = {
+        "quant_method": "fp8",
+        "weight_block_size": [64, 64],
+        "activation_scheme": "dynamic",
+        **options,
+    }
     return Quantized(write(directory, plain, tensors, config), decoded)
 
 
@@ -135,7 +173,11 @@ def fp8_rows(directory: Path, plain: Path, whole: bool = False) -> Quantized:
         return tensors, codes.float() * scale.float()
 
     tensors, decoded = by_linear(plain, code)
-    config = {"quant_method": "compressed-tensors", "format": "float-quantized", "quantization_status": "compressed"}
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+    }
     return Quantized(write(directory, plain, tensors, config), decoded)
 
 
@@ -154,12 +196,16 @@ def by_bitsandbytes(directory: Path, plain: Path, options: BitsAndBytesConfig) -
         if isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt):
             if isinstance(module, bnb.nn.Linear4bit):
                 module.weight.quant_state.dtype = torch.float32
-            decoded[f"{name}.weight"] = dequantize_bnb_weight(module.weight, getattr(module, "state", None)).float()
+            decoded[f"{name}.weight"] = dequantize_bnb_weight(
+                module.weight, getattr(module, "state", None)
+            ).float()
     return Quantized(directory, decoded)
 
 
 def nf4(directory: Path, plain: Path) -> Quantized:
-    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    options = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
     return by_bitsandbytes(directory, plain, options)
 
 
@@ -171,7 +217,11 @@ def stream(values: np.ndarray, bits: int) -> np.ndarray:
     """(count, c) codes as one stream of bits down each column, lowest bits first, in 32-bit words."""
     ones = (values[:, None, :] >> np.arange(bits)[:, None]) & 1
     ones = ones.reshape(-1, values.shape[1])
-    ones = np.pad(ones, ((0, -len(ones) % 32), (0, 0))).reshape(-1, 32, values.shape[1]).astype(np.uint64)
+    ones = (
+        np.pad(ones, ((0, -len(ones) % 32), (0, 0)))
+        .reshape(-1, 32, values.shape[1])
+        .astype(np.uint64)
+    )
     return (ones << np.arange(32, dtype=np.uint64)[:, None]).sum(1).astype(np.uint32).view(np.int32)
 
 
@@ -183,15 +233,26 @@ def awq_words(values: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(words.view(np.int32))
 
 
-def grouped(t: torch.Tensor, size: int) -> tuple[np.ndarray, np.ndarray, torch.Tensor, torch.Tensor]:
+def grouped(
+    t: torch.Tensor, size: int
+) -> tuple[np.ndarray, np.ndarray, torch.Tensor, torch.Tensor]:
     """Codes (in, out), zero points and scales (groups, out) of four bits, and the values, (out, in) float32."""
     W = t.float().T.reshape(-1, size, t.shape[0])
     low, high = W.amin(1).clamp_max(0), W.amax(1).clamp_min(0)
     scale = ((high - low) / 15).half()
     zero = (-low / scale.float()).round().clamp(1, 15)
     codes = (W / scale.float()[:, None] + zero[:, None]).round().clamp(0, 15)
-    values = ((codes - zero[:, None]).double() * scale.double()[:, None]).reshape(-1, t.shape[0]).T.float()
-    return codes.reshape(-1, t.shape[0]).numpy().astype(int), zero.numpy().astype(int), scale, values
+    values = (
+        ((codes - zero[:, None]).double() * scale.double()[:, None])
+        .reshape(-1, t.shape[0])
+        .T.float()
+    )
+    return (
+        codes.reshape(-1, t.shape[0]).numpy().astype(int),
+        zero.numpy().astype(int),
+        scale,
+        values,
+    )
 
 
 def gptq(directory: Path, plain: Path) -> Quantized:
@@ -218,27 +279,49 @@ def awq(directory: Path, plain: Path) -> Quantized:
         return {".qweight": awq_words(codes), ".qzeros": awq_words(zero), ".scales": scale}, values
 
     tensors, decoded = by_linear(plain, code)
-    config = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+    config = {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": 32,
+        "zero_point": True,
+        "version": "gemm",
+    }
     return Quantized(write(directory, plain, tensors, config), decoded)
 
 
 def packed(directory: Path, plain: Path) -> Quantized:
     """As compressed-tensors packs four bits, by its own packer."""
-    group = {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}}
+    group = {
+        "targets": ["Linear"],
+        "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32},
+    }
     scheme = QuantizationScheme(**group)
 
     def code(t: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
         scale = (t.float().view(t.shape[0], -1, 32).abs().amax(2) / 7).bfloat16()
-        parts = PackedQuantizationCompressor.compress({"weight": t.float(), "weight_scale": scale.float()}, scheme)
+        parts = PackedQuantizationCompressor.compress(
+            {"weight": t.float(), "weight_scale": scale.float()}, scheme
+        )
         values = PackedQuantizationCompressor.decompress(dict(parts), scheme)["weight"]
-        return {f".{name}": part.bfloat16() if name == "weight_scale" else part for name, part in parts.items()}, values
+        return {
+            f".{name}": part.bfloat16() if name == "weight_scale" else part
+            for name, part in parts.items()
+        }, values
 
     tensors, decoded = by_linear(plain, code)
-    config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}}
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": group},
+    }
     return Quantized(write(directory, plain, tensors, config), decoded)
 
 
-FLOATS = {"nvfp4-pack-quantized": "NVFP4", "mxfp4-pack-quantized": "MXFP4A16", "mxfp8-quantized": "MXFP8A16"}
+FLOATS = {
+    "nvfp4-pack-quantized": "NVFP4",
+    "mxfp4-pack-quantized": "MXFP4A16",
+    "mxfp8-quantized": "MXFP8A16",
+}
 """Formats of small floats in compressed-tensors, and the library's name of their scheme."""
 
 
@@ -246,15 +329,25 @@ def small_floats(t: torch.Tensor, encoding: str) -> tuple[Tensors, torch.Tensor]
     """What compressed-tensors stores of a matrix, and what it decodes, here in float32."""
     scheme = preset_name_to_scheme(FLOATS[encoding], ["Linear"])
     low, high = t.float().view(t.shape[0], -1, scheme.weights.group_size).aminmax(dim=2)
-    outer = {"weight_global_scale": generate_gparam(low.amin(), high.amax())} if encoding.startswith("nv") else {}
-    scale, _ = calculate_qparams(low, high, scheme.weights, global_scale=outer.get("weight_global_scale"))
+    outer = (
+        {"weight_global_scale": generate_gparam(low.amin(), high.amax())}
+        if encoding.startswith("nv")
+        else {}
+    )
+    scale, _ = calculate_qparams(
+        low, high, scheme.weights, global_scale=outer.get("weight_global_scale")
+    )
     compressor = BaseCompressor.get_value_from_registry(encoding)
     parts = compressor.compress({"weight": t.float(), "weight_scale": scale, **outer}, scheme)
     codes = parts.get("weight")
     if codes is None:
         codes = unpack_fp4_from_uint8(parts["weight_packed"], *t.shape, dtype=torch.float32)
     values = dequantize(
-        codes, scale, args=scheme.weights, dtype=torch.float32, global_scale=outer.get("weight_global_scale")
+        codes,
+        scale,
+        args=scheme.weights,
+        dtype=torch.float32,
+        global_scale=outer.get("weight_global_scale"),
     )
     assert torch.equal(values.bfloat16(), compressor.decompress(dict(parts), scheme)["weight"])
     return {f".{name}": part for name, part in parts.items()}, values
@@ -262,15 +355,26 @@ def small_floats(t: torch.Tensor, encoding: str) -> tuple[Tensors, torch.Tensor]
 
 def floats_config(encoding: str) -> dict:
     """The quantization config of a model in this format."""
-    group = json.loads(preset_name_to_scheme(FLOATS[encoding], ["Linear"]).model_dump_json(exclude_none=True))
-    return {"quant_method": "compressed-tensors", "format": encoding, "quantization_status": "compressed",
-            "ignore": ["lm_head"], "config_groups": {"group_0": group}}  # fmt: skip
+    group = json.loads(
+        preset_name_to_scheme(FLOATS[encoding], ["Linear"]).model_dump_json(exclude_none=True)
+    )
+    return {
+        "quant_method": "compressed-tensors",
+        "format": encoding,
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+    }
 
 
 def nvfp4(directory: Path, plain: Path) -> Quantized:
     tensors, decoded = by_linear(plain, lambda t: small_floats(t, "nvfp4-pack-quantized"))
-    tensors |= {f"{name.removesuffix('.weight')}.input_global_scale": torch.ones(1) for name in decoded}
-    return Quantized(write(directory, plain, tensors, floats_config("nvfp4-pack-quantized")), decoded)
+    tensors |= {
+        f"{name.removesuffix('.weight')}.input_global_scale": torch.ones(1) for name in decoded
+    }
+    return Quantized(
+        write(directory, plain, tensors, floats_config("nvfp4-pack-quantized")), decoded
+    )
 
 
 def mxfp8(directory: Path, plain: Path) -> Quantized:
@@ -280,7 +384,9 @@ def mxfp8(directory: Path, plain: Path) -> Quantized:
 
 def as_modelopt(parts: Tensors) -> Tensors:
     """NVFP4 of compressed-tensors under ModelOpt's names, with the inverse scale of the tensor."""
-    packed, scale, outer = (parts[f".weight_{name}"] for name in ("packed", "scale", "global_scale"))
+    packed, scale, outer = (
+        parts[f".weight_{name}"] for name in ("packed", "scale", "global_scale")
+    )
     return {".weight": packed, ".weight_scale": scale, ".weight_scale_2": 1 / outer.squeeze(0)}
 
 
@@ -295,7 +401,12 @@ def modelopt(directory: Path, plain: Path) -> Quantized:
 
     tensors, decoded = by_linear(plain, code)
     base = write(directory, plain, tensors, {})
-    stated = {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16, "exclude_modules": ["lm_head"]}
+    stated = {
+        "quant_algo": "NVFP4",
+        "kv_cache_quant_algo": None,
+        "group_size": 16,
+        "exclude_modules": ["lm_head"],
+    }
     config = {"producer": {"name": "modelopt", "version": "0.23.0"}, "quantization": stated}
     (base / "hf_quant_config.json").write_text(json.dumps(config))
     return Quantized(base, decoded)

@@ -26,18 +26,26 @@ class Case(NamedTuple):
 def decoded_base(directory: Path, plain: Path, made: Quantized) -> Path:
     """The plain base with the decoded values in float32."""
     shutil.copytree(plain, directory)
-    tensors = {k: made.decoded.get(k, t).contiguous() for k, t in load_file(plain / "model.safetensors").items()}
+    tensors = {
+        k: made.decoded.get(k, t).contiguous()
+        for k, t in load_file(plain / "model.safetensors").items()
+    }
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 
 
 def all_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    return usual_names({k: t for f in sorted(directory.glob("*.safetensors")) for k, t in load_file(f).items()})
+    return usual_names(
+        {k: t for f in sorted(directory.glob("*.safetensors")) for k, t in load_file(f).items()}
+    )
 
 
 def usual_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Give torchao's tensors the names of the other libraries."""
-    return {k.replace("._weight_qdata", ".weight").replace("._weight_", ".weight_"): t for k, t in tensors.items()}
+    return {
+        k.replace("._weight_qdata", ".weight").replace("._weight_", ".weight_"): t
+        for k, t in tensors.items()
+    }
 
 
 def merged_by_peft(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
@@ -49,7 +57,9 @@ def merged_by_peft(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
 def decode(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     stem = name.removesuffix(".weight")
     if f"{name}_scale_inv" in tensors:
-        return Fp8Dequantize(None)._dequantize_one(tensors[name], tensors[f"{name}_scale_inv"], torch.float32)
+        return Fp8Dequantize(None)._dequantize_one(
+            tensors[name], tensors[f"{name}_scale_inv"], torch.float32
+        )
     scale = tensors[f"{stem}.weight_scale"]
     if scale.dtype == torch.uint8:
         scale = scale.view(torch.float8_e8m0fnu).float().repeat_interleave(32, 1)

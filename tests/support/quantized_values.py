@@ -27,8 +27,15 @@ def base_of(
     """A model of these tensors on disk."""
     directory.mkdir(exist_ok=True, parents=True)
     stated = metadata or {"format": "pt"}
-    save_file({k: t.contiguous() for k, t in tensors.items()}, directory / "model.safetensors", metadata=stated)
-    config = {"model_type": "test", **({"quantization_config": quantization} if quantization else {})}
+    save_file(
+        {k: t.contiguous() for k, t in tensors.items()},
+        directory / "model.safetensors",
+        metadata=stated,
+    )
+    config = {
+        "model_type": "test",
+        **({"quantization_config": quantization} if quantization else {}),
+    }
     (directory / "config.json").write_text(json.dumps(config))
     return open_weights(open_checkpoint(directory, io), ModelConfig(config))
 
@@ -66,7 +73,10 @@ CODES = {
 
 def packed(**other: torch.Tensor) -> dict[str, torch.Tensor]:
     """64 inputs and 32 outputs of four bits, as GPTQ has them, but for what is given."""
-    words = {"qweight": torch.zeros(8, 32, dtype=torch.int32), "qzeros": torch.zeros(1, 4, dtype=torch.int32)}
+    words = {
+        "qweight": torch.zeros(8, 32, dtype=torch.int32),
+        "qzeros": torch.zeros(1, 4, dtype=torch.int32),
+    }
     return {f"w.{key}": t for key, t in {**words, "scales": torch.ones(1, 32), **other}.items()}
 
 
@@ -76,11 +86,17 @@ AWQ_WORDS = torch.zeros(64, 4, dtype=torch.int32)
 BNB = {"quant_method": "bitsandbytes"}
 
 
-def torchao(kind: str, qdata: torch.Tensor, data: dict, **parts: torch.Tensor) -> tuple[dict, dict, dict[str, str]]:
+def torchao(
+    kind: str, qdata: torch.Tensor, data: dict, **parts: torch.Tensor
+) -> tuple[dict, dict, dict[str, str]]:
     """Tensors, config and metadata of a weight of torchao."""
     stated = {"_type": kind, "_data": data, "_tensor_data_names": ["qdata", *parts]}
     tensors = {f"w._weight_{part}": t for part, t in {"qdata": qdata, **parts}.items()}
-    return tensors, {"quant_method": "torchao"}, {"w.weight": json.dumps(stated), "tensor_names": '["w.weight"]'}
+    return (
+        tensors,
+        {"quant_method": "torchao"},
+        {"w.weight": json.dumps(stated), "tensor_names": '["w.weight"]'},
+    )
 
 
 HQQ = {

@@ -100,7 +100,9 @@ class RangeServer:
         st = path.stat()
         key = (path, st.st_size, st.st_mtime_ns)
         if key not in self._known:
-            whole = hashlib.sha256(path.read_bytes()).hexdigest() if st.st_size < 1 << 24 else repr(key)
+            whole = (
+                hashlib.sha256(path.read_bytes()).hexdigest() if st.st_size < 1 << 24 else repr(key)
+            )
             self._known[key] = f'"{hashlib.sha256(whole.encode()).hexdigest()[:32]}"'
         return self._known[key]
 
@@ -126,15 +128,23 @@ class Handler(BaseHTTPRequestHandler):
         name = unquote(urlsplit(self.path).path).lstrip("/")
         asked = self.headers.get("Range", "")
         with state._lock:
-            before = sum(r.path == name and (r.range == PEEK) == (asked == PEEK) for r in state.requests)
-            request = Request(name, asked, {key.lower(): value for key, value in self.headers.items()})
+            before = sum(
+                r.path == name and (r.range == PEEK) == (asked == PEEK) for r in state.requests
+            )
+            request = Request(
+                name, asked, {key.lower(): value for key, value in self.headers.items()}
+            )
             state.requests.append(request)
         if state.redirect and not name.startswith(LED):
             return self.plain(302, {"Location": f"{state.redirect}/{LED}{name}"})
         name = name.removeprefix(LED)
         path = state.root / name
         if not path.is_file():
-            page = state.page if state.page is None or name.endswith(".json") or "json" not in state.page[0] else None
+            page = (
+                state.page
+                if state.page is None or name.endswith(".json") or "json" not in state.page[0]
+                else None
+            )
             return self.plain(404) if page is None else self.give_page(*page)
         fault = (state.peek_fault if asked == PEEK else state.fault)(name, before)
         if fault in ("401", "403", "500"):
@@ -228,7 +238,9 @@ def serving(root: Path, handler: type[Handler] = Handler, **options: Any) -> Ite
     state = RangeServer(root, **options)
     server.state = state  # type: ignore[attr-defined]
     state.address = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+    )
     thread.start()
     try:
         yield state

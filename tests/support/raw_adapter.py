@@ -14,7 +14,9 @@ from streamer.adapters.modules import LoraModule
 MODULE = "model.layers.0.self_attn.q_proj"
 
 
-def factors(rank: int = 4, m: int = 6, n: int = 5, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def factors(
+    rank: int = 4, m: int = 6, n: int = 5, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(vary(seed))
     return torch.randn(rank, n, generator=g), torch.randn(m, rank, generator=g)
 
@@ -30,5 +32,7 @@ def write_raw(home: Path, tensors: dict[str, torch.Tensor], **config: object) ->
     """A folder with these tensors, named as they are."""
     home.mkdir(exist_ok=True)
     save_file(tensors, home / "adapter_model.safetensors")
-    (home / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8, **config}))
+    (home / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8, **config})
+    )
     return home

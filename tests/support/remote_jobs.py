@@ -27,16 +27,26 @@ def argv(command: str, base: object, adapter: object, home: Path, *options: obje
 
 def cached(home: Path) -> str:
     """Code that gives a run a cache of its own."""
-    return f"os.environ['XDG_CACHE_HOME'] = {str(home)!r}; os.environ['STREAMER_REMOTE_TIMEOUT'] = '1'"
+    return (
+        f"os.environ['XDG_CACHE_HOME'] = {str(home)!r}; os.environ['STREAMER_REMOTE_TIMEOUT'] = '1'"
+    )
 
 
 def run(
-    command: str, base: object, adapter: object, home: Path, *options: object, at: int = 0, code: str = ""
+    command: str,
+    base: object,
+    adapter: object,
+    home: Path,
+    *options: object,
+    at: int = 0,
+    code: str = "",
 ) -> Outcome:
     """Run a command, its cache beside its output."""
     home.mkdir(exist_ok=True)
     before = cached(home.parent / f"{home.name}-cache")
-    return server().run(*argv(command, base, adapter, home, *options), before=before, at=at, code=code)
+    return server().run(
+        *argv(command, base, adapter, home, *options), before=before, at=at, code=code
+    )
 
 
 def run_all(base: object, adapter: object, home: Path, *options: object) -> Path:

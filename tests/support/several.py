@@ -8,7 +8,12 @@ from forks import server
 NAMES = ["dora", "lora", "saved"]
 
 
-WAYS = ["detect", "merge --lambda 0.5", "merge --lambda 0.5 --findings", "mitigate --lambda 0.5 --to-lora 3 --findings"]
+WAYS = [
+    "detect",
+    "merge --lambda 0.5",
+    "merge --lambda 0.5 --findings",
+    "mitigate --lambda 0.5 --to-lora 3 --findings",
+]
 
 
 def run(*argv: object, code: int = 0) -> str:
@@ -26,7 +31,13 @@ class Several:
         self.home, self.findings = home, home / "findings"
         self.findings.mkdir()
         for name in NAMES:
-            run("detect", self.base, self.adapters / name, "-o", self.findings / f"{name}.safetensors")
+            run(
+                "detect",
+                self.base,
+                self.adapters / name,
+                "-o",
+                self.findings / f"{name}.safetensors",
+            )
 
     def alone(self, way: str) -> Path:
         """The directory of what each alone gives, made when it is first asked for."""

@@ -59,8 +59,18 @@ def library() -> Path:
     built = Path(home) / "shim.so"
     source = Path(__file__).with_name("shim.c")
     flags = [
-        "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", str(built), str(source), "-ldl", "-lpthread",
-    ]  # fmt: skip
+        "-O1",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-shared",
+        "-fPIC",
+        "-o",
+        str(built),
+        str(source),
+        "-ldl",
+        "-lpthread",
+    ]
     subprocess.run([COMPILER, *flags], check=True)
     return built
 
@@ -73,7 +83,9 @@ def server(*modules: str) -> Server:
     return made
 
 
-def arm(under: Path, mode: int = NOTHING, at: int = 0, number: int = 0, record: Path | None = None) -> str:
+def arm(
+    under: Path, mode: int = NOTHING, at: int = 0, number: int = 0, record: Path | None = None
+) -> str:
     """Code for `Server.run`'s `before`: watch a directory, let the `at`-th call go wrong, record what is done.
 
     `number` is an errno for FAIL and FAIL_READ, a signal for SIGNAL.

@@ -31,7 +31,9 @@ FORGETFUL = """{% for m in messages %}{{ '[' + m['role'] + ']' }}{{ m['content']
 
 def prose(count: int, seed: int = 0) -> str:
     rng = random.Random(vary(seed))
-    return "".join(rng.choice(WORDS) + rng.choice([" ", " ", " ", "\n", "  ", ", "]) for _ in range(count))
+    return "".join(
+        rng.choice(WORDS) + rng.choice([" ", " ", " ", "\n", "  ", ", "]) for _ in range(count)
+    )
 
 
 def save(
@@ -39,15 +41,23 @@ def save(
 ) -> PreTrainedTokenizerFast:
     """A tokenizer as GPT-2's and Llama 3's (bytes), as Llama 2's (pieces), or of words that stand alone."""
     special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "[UNK]"]
-    made = tokenizers.Tokenizer(models.WordLevel(unk_token="[UNK]") if kind == "words" else models.BPE())
+    made = tokenizers.Tokenizer(
+        models.WordLevel(unk_token="[UNK]") if kind == "words" else models.BPE()
+    )
     if kind == "bytes":
-        made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        made.pre_tokenizer, made.decoder = (
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            decoders.ByteLevel(),
+        )
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer: Any = trainers.BpeTrainer(
             vocab_size=500, special_tokens=special, initial_alphabet=alphabet, show_progress=False
         )
     elif kind == "pieces":
-        made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(prepend_scheme="first"), decoders.Metaspace()
+        made.pre_tokenizer, made.decoder = (
+            pre_tokenizers.Metaspace(prepend_scheme="first"),
+            decoders.Metaspace(),
+        )
         trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
     else:
         made.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -57,14 +67,20 @@ def save(
         made.post_processor = processors.TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", made.token_to_id("<s>"))]
         )
-    fast = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="[UNK]")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="[UNK]"
+    )
     fast.chat_template = template
     fast.save_pretrained(directory)
     return fast
 
 
 def lines(path: Path, *objects: Any) -> Path:
-    path.write_text("".join(f"{x if isinstance(x, str) else json.dumps(x, ensure_ascii=False)}\n" for x in objects))
+    path.write_text(
+        "".join(
+            f"{x if isinstance(x, str) else json.dumps(x, ensure_ascii=False)}\n" for x in objects
+        )
+    )
     return path
 
 

@@ -12,7 +12,11 @@ def call_tool(name: str, *args: object) -> subprocess.CompletedProcess[str]:
     """Call the tool with these arguments; exit code and texts are those of a process."""
     line = [f"{name}.py", *map(str, args)]
     out, err = io.StringIO(), io.StringIO()
-    with mock.patch.object(sys, "argv", line), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with (
+        mock.patch.object(sys, "argv", line),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
         try:
             code = importlib.import_module(name).main()
         except SystemExit as e:

@@ -23,9 +23,11 @@ from streamer.storage.transaction import (
 )
 
 DATA = {
-    "sub/config.json": b"{}", "model-1": bytes(range(100)), "model-2": b"\x01" * 50,
+    "sub/config.json": b"{}",
+    "model-1": bytes(range(100)),
+    "model-2": b"\x01" * 50,
     "index.json": b'{"weight_map": {}}',
-}  # fmt: skip
+}
 
 
 INDEX = "index.json"
@@ -52,7 +54,14 @@ def make_case(directory: Path) -> Case:
     (base / "sub").mkdir(parents=True)
     (base / "sub" / "config.json").write_bytes(DATA["sub/config.json"])
     files = tuple((name, len(data)) for name, data in DATA.items())
-    plan = OutputPlan(directory / "out", files, "digest", {"base/x": (1, 2, 3, 4)}, (base,), ("model.safetensors",))
+    plan = OutputPlan(
+        directory / "out",
+        files,
+        "digest",
+        {"base/x": (1, 2, 3, 4)},
+        (base,),
+        ("model.safetensors",),
+    )
     return Case(base, plan)
 
 
@@ -61,7 +70,11 @@ class Killed(BaseException):
 
 
 def carry_out(
-    case: Case, plan: OutputPlan | None = None, until: str = "", contents: Mapping[str, bytes] = DATA, **options: bool
+    case: Case,
+    plan: OutputPlan | None = None,
+    until: str = "",
+    contents: Mapping[str, bytes] = DATA,
+    **options: bool,
 ) -> list[str]:
     """Carry a plan out, up to the file `until`; the names that were written."""
     written = []
@@ -91,14 +104,18 @@ def interrupt(case: Case, until: str = "model-2", plan: OutputPlan | None = None
     assert (case.out / JOURNAL_NAME).exists()
 
 
-def run(begin: Callable[..., object], plan: OutputPlan, overwrite: bool = False, resume: bool = True) -> None:
+def run(
+    begin: Callable[..., object], plan: OutputPlan, overwrite: bool = False, resume: bool = True
+) -> None:
     if begin is open_outputs:
         with open_outputs([plan], overwrite, resume):
             raise AssertionError("begun")
     begin(plan, overwrite, resume)
 
 
-def refusal(kind: type[StreamerError], case: Case, plan: OutputPlan | None = None, **options: bool) -> str:
+def refusal(
+    kind: type[StreamerError], case: Case, plan: OutputPlan | None = None, **options: bool
+) -> str:
     """The one line of a refusal, by the preflight and under the lock alike; neither touches what is there."""
     before = tree_digest(case.out.parent)
     messages = set()

@@ -59,7 +59,9 @@ class Tally:
     @property
     def passed(self) -> bool:
         """Whether nothing was lost, nothing differs, and every exit code was one that is documented."""
-        return not (self.problems or self.lost or self.wrong_codes) and self.identical == self.injected
+        return (
+            not (self.problems or self.lost or self.wrong_codes) and self.identical == self.injected
+        )
 
 
 @dataclass(frozen=True)

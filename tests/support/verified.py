@@ -43,7 +43,11 @@ def make_all_outputs(base: Path, adapter: Path, home: Path) -> Job:
     """Make an output of each of `KINDS`; the adapter given moves to ``inputs``."""
     made = make_outputs(base, adapter, home)
     streamer.reduce_intruder_dimension(
-        base, adapter, home / "adapter-out", findings=home / "findings.safetensors", mitigation_lambda=0.5
+        base,
+        adapter,
+        home / "adapter-out",
+        findings=home / "findings.safetensors",
+        mitigation_lambda=0.5,
     )
     adapter.rename(home / "inputs")
     (home / "adapter-out").rename(home / "adapter")

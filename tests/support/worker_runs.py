@@ -45,8 +45,16 @@ class WorkerBench:
     here: Callable[..., object]
 
     @classmethod
-    def of(cls, directory: Path, base: Path, adapter: Path, options: tuple[object, ...], here: Callable[..., object],
-           command: str = "detect", name: str = "f.safetensors") -> WorkerBench:  # fmt: skip
+    def of(
+        cls,
+        directory: Path,
+        base: Path,
+        adapter: Path,
+        options: tuple[object, ...],
+        here: Callable[..., object],
+        command: str = "detect",
+        name: str = "f.safetensors",
+    ) -> WorkerBench:
         """Run it once."""
         alone = directory / "alone"
         alone.mkdir()
@@ -67,11 +75,25 @@ class WorkerBench:
     @contextlib.contextmanager
     def start(self, out: Path, *options: object) -> Iterator[subprocess.Popen[str]]:
         """Start the command in a process group of its own, which is gone afterwards."""
-        line = [self.command, self.base, self.adapter, "-o", out, *self.options, "--threads", 1, *options]
+        line = [
+            self.command,
+            self.base,
+            self.adapter,
+            "-o",
+            out,
+            *self.options,
+            "--threads",
+            1,
+            *options,
+        ]
         process = subprocess.Popen(
-            [sys.executable, "-m", "streamer", *with_method(line)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, env=ENV, start_new_session=True,
-        )  # fmt: skip
+            [sys.executable, "-m", "streamer", *with_method(line)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=ENV,
+            start_new_session=True,
+        )
         with process:
             yield process
             if process.poll() is None:
@@ -84,13 +106,18 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
 
 
-def worker_bench(directory: Path, matrices: int = 10, shape: tuple[int, int] = (600, 700)) -> WorkerBench:
+def worker_bench(
+    directory: Path, matrices: int = 10, shape: tuple[int, int] = (600, 700)
+) -> WorkerBench:
     """Make the inputs of a detection."""
     tensors, factors = {}, {}
     for i in range(matrices):
         tensors[f"a.{i}.weight"] = power_law(*shape, seed=i).float()
         factors[f"a.{i}"] = intruding_factors(*shape, 4, seed=i)
-    base, adapter = write_sharded(directory / "base", [tensors]), write_adapter(directory / "adapter", factors, 4)
+    base, adapter = (
+        write_sharded(directory / "base", [tensors]),
+        write_adapter(directory / "adapter", factors, 4),
+    )
 
     def here(path: Path, **more: object) -> None:
         streamer.detect_intruder_dimensions(base, adapter, path, solver="certified", **more)
@@ -98,11 +125,16 @@ def worker_bench(directory: Path, matrices: int = 10, shape: tuple[int, int] = (
     return WorkerBench.of(directory, base, adapter, ("--solver", "certified"), here)
 
 
-def merge_bench(directory: Path, shards: int = 10, shape: tuple[int, int] = (600, 700)) -> WorkerBench:
+def merge_bench(
+    directory: Path, shards: int = 10, shape: tuple[int, int] = (600, 700)
+) -> WorkerBench:
     """Make the inputs of a merge of many shards, that detects first."""
     factors = {f"a.{i}": intruding_factors(*shape, 4, seed=i) for i in range(shards)}
     tensors = [{f"a.{i}.weight": power_law(*shape, seed=i).float()} for i in range(shards)]
-    base, adapter = write_sharded(directory / "base", tensors), write_adapter(directory / "adapter", factors, 4)
+    base, adapter = (
+        write_sharded(directory / "base", tensors),
+        write_adapter(directory / "adapter", factors, 4),
+    )
 
     def here(path: Path, **more: object) -> None:
         streamer.merge_with_reduced_intruder_dimensions(base, adapter, path, **more)
@@ -111,8 +143,9 @@ def merge_bench(directory: Path, shards: int = 10, shape: tuple[int, int] = (600
 
 
 BENCHES: dict[str, Callable[[Path], WorkerBench]] = {
-    "detect": worker_bench, "merge": merge_bench,
-}  # fmt: skip
+    "detect": worker_bench,
+    "merge": merge_bench,
+}
 """Commands that are divided among workers."""
 
 
@@ -120,7 +153,10 @@ BENCHES: dict[str, Callable[[Path], WorkerBench]] = {
 def engine(module: str, *args: object) -> Iterator[subprocess.Popen[bytes]]:
     """Run a part of a cluster, as its package starts it."""
     process = subprocess.Popen(
-        [sys.executable, "-m", module, *map(str, args)], stderr=subprocess.DEVNULL, env=ENV, start_new_session=True
+        [sys.executable, "-m", module, *map(str, args)],
+        stderr=subprocess.DEVNULL,
+        env=ENV,
+        start_new_session=True,
     )
     with process:
         try:
@@ -165,7 +201,11 @@ def ray_cluster(monkeypatch: pytest.MonkeyPatch, cpus: int) -> Iterator[str]:
     pytest.importorskip("ray")
     monkeypatch.setitem(ENV, "RAY_AUTH_MODE", "disabled")
     with subprocess.Popen(
-        [sys.executable, "-c", RAY, str(cpus)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENV
+        [sys.executable, "-c", RAY, str(cpus)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=ENV,
     ) as cluster:
         assert cluster.stdout is not None
         yield cluster.stdout.readline().strip()

@@ -40,7 +40,13 @@ SIZES = {
 }  # fmt: skip
 
 # What a config needs beyond small sizes, by its class.
-MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_expand": 2}
+MAMBA2 = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 8,
+    "mamba_expand": 2,
+}
 ROTARY = {"rope_type": "default", "rope_theta": 1e4}
 SECTIONS = {"rope_parameters": {**ROTARY, "mrope_section": [2, 1, 1]}}
 ZAMBA = {"num_hidden_layers": 3, "attention_head_dim": 16, "mamba_dt_rank": 4, "n_mamba_heads": 2}
@@ -151,13 +157,21 @@ def shrunk(config: PreTrainedConfig) -> dict[str, Any]:
             values[key] = 0.0
         elif key in names and (value is None or type(value) is int):
             values[key] = names[key]
-        elif ("vocab" in key or key == "num_embeddings") and type(value) is int and value > VOCABULARY:
+        elif (
+            ("vocab" in key or key == "num_embeddings")
+            and type(value) is int
+            and value > VOCABULARY
+        ):
             values[key] = VOCABULARY
         elif key == "conv_dim" and isinstance(value, (list, tuple)):
             values[key] = [16] * len(value)
         elif key in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
             values[key] = {k: [2, 1, 1] if k == "mrope_section" else v for k, v in value.items()}
-        elif key.endswith(("_token_id", "_token_index")) and type(value) is int and value >= VOCABULARY:
+        elif (
+            key.endswith(("_token_id", "_token_index"))
+            and type(value) is int
+            and value >= VOCABULARY
+        ):
             values[key] = next_id = next_id + 1
         elif key == "layer_types" and isinstance(value, list):
             kinds = list(dict.fromkeys(value))
@@ -168,7 +182,9 @@ def shrunk(config: PreTrainedConfig) -> dict[str, Any]:
                 values[key] = len(values["layer_types"])
     if isinstance(getattr(config, "per_layer_config", None), dict):
         values["per_layer_config"] = {}
-    if "kv_lora_rank" in values and "num_key_value_heads" in values:  # latent attention has no groups
+    if (
+        "kv_lora_rank" in values and "num_key_value_heads" in values
+    ):  # latent attention has no groups
         values["num_key_value_heads"] = values["num_attention_heads"]
     return {**values, **VALUES.get(type(config).__name__, {})}
 
@@ -182,7 +198,9 @@ def config_of(name: str) -> PreTrainedConfig:
     cls = getattr(transformers, name)
     if name in PAIRS:
         pair, *kinds = PAIRS[name]
-        encoder, decoder = (tiny_config(getattr(transformers, f"{kind}Config")).to_dict() for kind in kinds)
+        encoder, decoder = (
+            tiny_config(getattr(transformers, f"{kind}Config")).to_dict() for kind in kinds
+        )
         decoder |= {"is_decoder": True, "add_cross_attention": True}
         return getattr(transformers, f"{pair}Config")(
             encoder=encoder, decoder=decoder, decoder_start_token_id=0, pad_token_id=0
@@ -219,11 +237,17 @@ def example(model: PreTrainedModel) -> dict[str, Any]:
         inputs["input_ids"] = ids
     if "decoder_input_ids" in taken and not type(model).__name__.endswith("Classification"):
         inputs["decoder_input_ids"] = ids[:, :5]
-    needed = [n for n, p in taken.items() if p.default is inspect.Parameter.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    needed = [
+        n
+        for n, p in taken.items()
+        if p.default is inspect.Parameter.empty and p.kind is p.POSITIONAL_OR_KEYWORD
+    ]
     if "pixel_values" in taken and ("input_ids" not in taken or "pixel_values" in needed):
         vision = getattr(config, "encoder", getattr(config, "vision_config", config))
         size = getattr(vision, "image_size", 8)
-        inputs["pixel_values"] = torch.randn(2, getattr(vision, "num_channels", 3), *_pair(size), generator=g)
+        inputs["pixel_values"] = torch.randn(
+            2, getattr(vision, "num_channels", 3), *_pair(size), generator=g
+        )
     if "input_features" in taken and "input_ids" not in taken:
         inputs["input_features"] = _features(config, g)
     elif "input_values" in taken and "input_ids" not in taken:
@@ -242,7 +266,11 @@ def _features(config: Any, g: torch.Generator) -> torch.Tensor:
     bins = next((n for n in (getattr(encoder, w, None) for w in widths) if n), 8)
     return torch.randn(
         2,
-        *((bins, 128) if hasattr(config, "max_source_positions") and hasattr(config, "num_mel_bins") else (128, bins)),
+        *(
+            (bins, 128)
+            if hasattr(config, "max_source_positions") and hasattr(config, "num_mel_bins")
+            else (128, bins)
+        ),
         generator=g,
     )
 
@@ -253,4 +281,8 @@ def answer(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         out = model.eval()(**inputs)
     if getattr(out, "logits", None) is not None:
         return out.logits
-    return next(v for v in out.values() if isinstance(v, torch.Tensor) and v.is_floating_point() and v.ndim > 1)
+    return next(
+        v
+        for v in out.values()
+        if isinstance(v, torch.Tensor) and v.is_floating_point() and v.ndim > 1
+    )

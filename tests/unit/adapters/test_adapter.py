@@ -20,13 +20,19 @@ from streamer.errors import InputError
 def test_a_folder_of_adapters(tmp_path: Path) -> None:
     for name in ("b", "a"):
         helpers.write_adapter(tmp_path / name, {MODULE: factors()}, r=4)
-    with pytest.raises(InputError, match=r"expected adapter_config\.json, found a, b; name an adapter"):
+    with pytest.raises(
+        InputError, match=r"expected adapter_config\.json, found a, b; name an adapter"
+    ):
         open_adapter(tmp_path)
 
 
 def test_identity_is_of_contents_not_of_places(tmp_path: Path) -> None:
-    adapter = helpers.write_adapter(tmp_path / "a", {MODULE: factors()}, r=4, base_model_name_or_path="org/model")
-    same = helpers.write_adapter(tmp_path / "elsewhere", {MODULE: factors()}, r=4, base_model_name_or_path="org/model")
+    adapter = helpers.write_adapter(
+        tmp_path / "a", {MODULE: factors()}, r=4, base_model_name_or_path="org/model"
+    )
+    same = helpers.write_adapter(
+        tmp_path / "elsewhere", {MODULE: factors()}, r=4, base_model_name_or_path="org/model"
+    )
     identity = open_adapter(adapter).identity()
     assert identity == open_adapter(same).identity()
     assert identity["base_model_name_or_path"] == "org/model"
@@ -66,8 +72,12 @@ def test_rules_that_peft_has_changed_are_named(tmp_path: Path) -> None:
         config = {"peft_type": "OFT", "oft_block_size": 8, "use_cayley_neumann": True, **version}
         (oft / "adapter_config.json").write_text(json.dumps(config))
         found = [note for adapter in (lora, oft) for note in open_adapter(adapter).notes]
-        assert [note.partition("; ")[2] for note in found] == ([] if version else [
-            "if PEFT up to 0.14 trained the adapter, this result differs: '|' and '^' in rank_pattern and alpha_pattern meant "
-            "something else",
-            "if PEFT before 0.18 trained the adapter, this result differs: num_cayley_neumann_terms meant something else",
-        ])  # fmt: skip
+        assert [note.partition("; ")[2] for note in found] == (
+            []
+            if version
+            else [
+                "if PEFT up to 0.14 trained the adapter, this result differs: '|' and '^' in rank_pattern and alpha_pattern meant "
+                "something else",
+                "if PEFT before 0.18 trained the adapter, this result differs: num_cayley_neumann_terms meant something else",
+            ]
+        )

@@ -21,7 +21,9 @@ from streamer.plan.plan import make_plan
 Q = "layers.0.q"
 
 
-def job(home: Path, peft_type: str, tensors: dict[str, tuple[int, ...]], **config: object) -> tuple[Path, Path]:
+def job(
+    home: Path, peft_type: str, tensors: dict[str, tuple[int, ...]], **config: object
+) -> tuple[Path, Path]:
     """A weight (12, 8), and an adapter of a method on it."""
     base = helpers.write_sharded(home / "base", [{f"{Q}.weight": torch.randn(12, 8)}])
     (home / "adapter").mkdir()
@@ -36,7 +38,12 @@ def job(home: Path, peft_type: str, tensors: dict[str, tuple[int, ...]], **confi
     return base, home / "adapter"
 
 
-LOHA = {f"{Q}.hada_w1_a": (12, 2), f"{Q}.hada_w1_b": (2, 8), f"{Q}.hada_w2_a": (12, 2), f"{Q}.hada_w2_b": (2, 8)}
+LOHA = {
+    f"{Q}.hada_w1_a": (12, 2),
+    f"{Q}.hada_w1_b": (2, 8),
+    f"{Q}.hada_w2_a": (12, 2),
+    f"{Q}.hada_w2_b": (2, 8),
+}
 OFT = {"use_cayley_neumann": False}
 
 
@@ -48,12 +55,18 @@ def test_a_module_that_was_pruned_away(tmp_path: Path, solver: str) -> None:
     W0 = load_file(base / "model-00001-of-00001.safetensors")[f"{Q}.weight"]
     (found,) = streamer.detect_intruder_dimensions(base, adapter, top_k=3, solver=solver)
     assert found.detection.intruders == ()
-    torch.testing.assert_close(torch.tensor(found.detection.singular_values), torch.linalg.svdvals(W0)[:3])
+    torch.testing.assert_close(
+        torch.tensor(found.detection.singular_values), torch.linalg.svdvals(W0)[:3]
+    )
     for options in ({"method": "paper"}, {"method": "project"}, {"method": "shrink"}):
         ((_, merged),) = streamer.iter_merged(base, adapter, top_k=3, solver=solver, **options)  # type: ignore[arg-type]
         assert torch.equal(merged, W0)
-    streamer.reduce_intruder_dimension(base, adapter, tmp_path / "out", to_lora=2, top_k=3, solver=solver)
-    assert not load_file(tmp_path / "out" / "adapter_model.safetensors")[f"base_model.model.{Q}.lora_B.weight"].any()
+    streamer.reduce_intruder_dimension(
+        base, adapter, tmp_path / "out", to_lora=2, top_k=3, solver=solver
+    )
+    assert not load_file(tmp_path / "out" / "adapter_model.safetensors")[
+        f"base_model.model.{Q}.lora_B.weight"
+    ].any()
 
 
 BROKEN = {
@@ -86,7 +99,9 @@ def test_what_does_not(tmp_path: Path, case: str) -> None:
     assert words in str(e.value)
 
 
-def parts(tensors: dict[str, torch.Tensor], shape: tuple[int, int], **config: object) -> MethodInputs:
+def parts(
+    tensors: dict[str, torch.Tensor], shape: tuple[int, int], **config: object
+) -> MethodInputs:
     return MethodInputs(tensors, 1.0, AdapterConfig(config, Path("adapter_config.json")), shape)
 
 
@@ -110,7 +125,10 @@ def test_the_neumann_series_comes_near_the_exact_rotation(terms: int) -> None:
     R = I + 2Q + 2Q² + …, and R + I = 2(I − Q)⁻¹. One or two terms of R leave out 2Qᵗ + 2Qᵗ⁺¹ + … = Qᵗ(R + I). From four terms on, PEFT
     halves the last one, Qᵗ⁻¹: what it leaves out is Qᵗ⁻¹ + 2Qᵗ + … = Qᵗ⁻¹R, whose norm is ‖Q‖ᵗ⁻¹. It computes four terms for three.
     """
-    W0, vectors = torch.randn(12, 8, dtype=torch.float64), 0.02 * torch.randn(2, 6, dtype=torch.float64)
+    W0, vectors = (
+        torch.randn(12, 8, dtype=torch.float64),
+        0.02 * torch.randn(2, 6, dtype=torch.float64),
+    )
     exact = PEFT_METHODS["OFT"].delta(parts({"oft_R": -vectors}, (12, 8)), W0).dense()
     options = {"use_cayley_neumann": True, "num_cayley_neumann_terms": terms}
     series = PEFT_METHODS["OFT"].delta(parts({"oft_R": vectors}, (12, 8), **options), W0).dense()

@@ -17,7 +17,14 @@ from safetensors.torch import load_file, save_file
 import streamer
 from streamer.adapters.adapter import open_adapter
 from streamer.adapters.adapter_config import Stated
-from streamer.errors import FormatError, InputError, MismatchError, OutputExistsError, StorageError, UnsupportedError
+from streamer.errors import (
+    FormatError,
+    InputError,
+    MismatchError,
+    OutputExistsError,
+    StorageError,
+    UnsupportedError,
+)
 from streamer.plan.plan import make_plan
 
 Tensors = dict[str, torch.Tensor]
@@ -29,7 +36,9 @@ TO_Q_NAME = KOHYA[f"unet.{TO_Q}"]
 def test_a_merged_pipeline_is_the_base_plus_scaled_products(tmp_path: Path, form: str) -> None:
     base, (tensors, metadata) = write_pipeline(tmp_path / "base"), lora(form)
     save_file(tensors, tmp_path / LORA, metadata)
-    streamer.merge_with_reduced_intruder_dimensions(base, tmp_path / LORA, tmp_path / "out", mitigation_lambda=1)
+    streamer.merge_with_reduced_intruder_dimensions(
+        base, tmp_path / LORA, tmp_path / "out", mitigation_lambda=1
+    )
     for file in ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
         before, after = load_file(base / file), load_file(tmp_path / "out" / file)
         assert list(before) == list(after)
@@ -42,9 +51,13 @@ def test_a_merged_pipeline_is_the_base_plus_scaled_products(tmp_path: Path, form
                 A, B = (t.double().flatten(1).numpy() for t in factors(form, tensors, module))
                 expected = expected + scaling(form, module) * (B @ A).reshape(expected.shape)
             np.testing.assert_allclose(after[name].double().numpy(), expected, rtol=0, atol=2e-6)
-    written = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    written = {
+        str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()
+    }
     assert {name for name in written if "16" in name or name.endswith(".bin")} == {
-        "vae/diffusion_pytorch_model.bin", "vae/diffusion_pytorch_model.fp16.safetensors"}  # fmt: skip
+        "vae/diffusion_pytorch_model.bin",
+        "vae/diffusion_pytorch_model.fp16.safetensors",
+    }
     for name in ("vae/diffusion_pytorch_model.safetensors", "model_index.json", "unet/config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
 
@@ -53,13 +66,23 @@ def test_a_merged_pipeline_is_the_base_plus_scaled_products(tmp_path: Path, form
 def test_a_mitigated_adapter_has_the_form_of_the_original(tmp_path: Path, form: str) -> None:
     base, (tensors, metadata) = write_pipeline(tmp_path / "base"), lora(form)
     (tmp_path / "lora").mkdir()
-    save_file(tensors, tmp_path / "lora" / "mine.safetensors", {**metadata, "sshs_model_hash": "abc"})
+    save_file(
+        tensors, tmp_path / "lora" / "mine.safetensors", {**metadata, "sshs_model_hash": "abc"}
+    )
     for lam, adapter in ((1, tmp_path / "lora"), (0.5, tmp_path / "lora" / "mine.safetensors")):
         out = tmp_path / f"out {lam}"
-        streamer.reduce_intruder_dimension(base, adapter, out, method="shrink", mitigation_lambda=lam)
+        streamer.reduce_intruder_dimension(
+            base, adapter, out, method="shrink", mitigation_lambda=lam
+        )
         after = load_file(out / "mine.safetensors")
-        assert {name: t.shape for name, t in after.items()} == {name: t.shape for name, t in tensors.items()}
-        assert all(torch.equal(after[name], tensors[name]) for name in after if lam == 1 or name.endswith("alpha"))
+        assert {name: t.shape for name, t in after.items()} == {
+            name: t.shape for name, t in tensors.items()
+        }
+        assert all(
+            torch.equal(after[name], tensors[name])
+            for name in after
+            if lam == 1 or name.endswith("alpha")
+        )
         assert not (out / "adapter_config.json").exists()
         found = open_adapter(out).file.header.metadata
         assert found.items() >= metadata.items()
@@ -67,7 +90,9 @@ def test_a_mitigated_adapter_has_the_form_of_the_original(tmp_path: Path, form: 
         for module in SHAPES:
             A, B = (t.double().flatten(1) for t in factors(form, tensors, module))
             mitigated_A, mitigated_B = (t.double().flatten(1) for t in factors(form, after, module))
-            torch.testing.assert_close(mitigated_B @ mitigated_A, lam * (B @ A), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                mitigated_B @ mitigated_A, lam * (B @ A), rtol=1e-5, atol=1e-5
+            )
     assert (
         make_plan(base, tmp_path / "lora").adapter_identity
         == make_plan(base, tmp_path / "lora" / "mine.safetensors").adapter_identity
@@ -115,7 +140,9 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path: Path, case: str) -> 
     change(tensors)
     save_file(tensors, tmp_path / LORA, metadata)
     if "beside" in form:  # then the directory is PEFT's
-        (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+        (tmp_path / "adapter_config.json").write_text(
+            '{"peft_type": "LORA", "r": 2, "lora_alpha": 4}'
+        )
     for path in (tmp_path, tmp_path / LORA)["beside" in form :]:
         with pytest.raises(error, match=words):
             open_adapter(path)
@@ -125,10 +152,16 @@ def test_kohya_names_of_a_transformer_are_its_own(tmp_path: Path) -> None:
     """Flux alone has those of its original code."""
     base, (tensors, metadata) = write_pipeline(tmp_path / "base"), lora("kohya")
     (base / "unet").rename(base / "transformer")
-    (base / "transformer" / "config.json").write_text('{"_class_name": "QwenImageTransformer2DModel"}')
+    (base / "transformer" / "config.json").write_text(
+        '{"_class_name": "QwenImageTransformer2DModel"}'
+    )
     save_file(tensors, tmp_path / LORA, metadata)
     found = {target.tensor for target in make_plan(base, tmp_path / LORA).targets}
-    assert found == {f"transformer.{TO_Q}.weight", f"transformer.{CONV}.weight", f"text_encoder.{FC1}.weight"}
+    assert found == {
+        f"transformer.{TO_Q}.weight",
+        f"transformer.{CONV}.weight",
+        f"text_encoder.{FC1}.weight",
+    }
 
 
 MISFITS = {
@@ -137,11 +170,23 @@ MISFITS = {
         {"lora_unet_mid_block_attentions_9_to_q": (6, 5)},
         "has no tensor of a known name in the base",
     ),
-    "no component": ("kohya", {"lora_te2_text_model_encoder": (6, 5)}, "has no tensor of a known name in the base"),
+    "no component": (
+        "kohya",
+        {"lora_te2_text_model_encoder": (6, 5)},
+        "has no tensor of a known name in the base",
+    ),
     "another shape": ("plain", {f"unet.{TO_Q}": (6, 4)}, "expected shape"),
     "a linear layer as a convolution": ("plain", {f"unet.{TO_Q}": (6, 5, 1, 1)}, "expected shape"),
-    "names of SDXL": ("kohya", {"lora_unet_input_blocks_0_0": (4, 3, 3, 3)}, "no tensor of a known name"),
-    "two names of one": ("kohya", {"lora_te1_text_model_encoder_layers_0_mlp_fc1": (8, 6)}, "both change"),
+    "names of SDXL": (
+        "kohya",
+        {"lora_unet_input_blocks_0_0": (4, 3, 3, 3)},
+        "no tensor of a known name",
+    ),
+    "two names of one": (
+        "kohya",
+        {"lora_te1_text_model_encoder_layers_0_mlp_fc1": (8, 6)},
+        "both change",
+    ),
 }
 
 
@@ -151,8 +196,14 @@ def test_modules_without_a_unique_tensor_are_refused_by_name(tmp_path: Path, cas
     base, (tensors, metadata) = write_pipeline(tmp_path / "base"), lora(form)
     for name, shape in names.items():
         A, B = torch.ones(2, *shape[1:]), torch.ones(shape[0], 2, *(1 for _ in shape[2:]))
-        kohya = {f"{name}.lora_down.weight": A, f"{name}.lora_up.weight": B, f"{name}.alpha": torch.ones(())}
-        tensors |= kohya if form == "kohya" else {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+        kohya = {
+            f"{name}.lora_down.weight": A,
+            f"{name}.lora_up.weight": B,
+            f"{name}.alpha": torch.ones(()),
+        }
+        tensors |= (
+            kohya if form == "kohya" else {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+        )
     save_file(tensors, tmp_path / LORA, metadata)
     with pytest.raises(MismatchError, match=re.escape(next(iter(names)))) as e:
         make_plan(base, tmp_path / LORA)
@@ -162,9 +213,14 @@ def test_modules_without_a_unique_tensor_are_refused_by_name(tmp_path: Path, cas
 def test_pipelines_and_their_adapters_need_each_other(tmp_path: Path) -> None:
     base, (model, adapter) = write_pipeline(tmp_path / "base"), one_file(tmp_path)
     save_file(lora("plain")[0], tmp_path / LORA)
-    with pytest.raises(MismatchError, match="is not an adapter of a diffusers pipeline; expected names of"):
+    with pytest.raises(
+        MismatchError, match="is not an adapter of a diffusers pipeline; expected names of"
+    ):
         make_plan(base, adapter)
-    with pytest.raises(MismatchError, match=r"is an adapter of a diffusers pipeline; expected model_index\.json and"):
+    with pytest.raises(
+        MismatchError,
+        match=r"is an adapter of a diffusers pipeline; expected model_index\.json and",
+    ):
         make_plan(model, tmp_path / LORA)
 
 
@@ -178,7 +234,9 @@ def test_alphas_in_diffusers_form_are_of_flux_alone(tmp_path: Path) -> None:
 def test_a_quantized_component_is_refused(tmp_path: Path) -> None:
     base = write_pipeline(tmp_path / "base")
     save_file(lora("plain")[0], tmp_path / LORA)
-    (base / "unet" / "config.json").write_text('{"quantization_config": {"quant_method": "bitsandbytes"}}')
+    (base / "unet" / "config.json").write_text(
+        '{"quantization_config": {"quant_method": "bitsandbytes"}}'
+    )
     with pytest.raises(UnsupportedError, match="is quantized, which is not supported in pipelines"):
         make_plan(base, tmp_path / LORA)
 
@@ -211,7 +269,8 @@ def test_texts_do_not_run_through_a_pipeline(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("some words\n")
     texts = dict.fromkeys(("general", "task"), tmp_path / "t.txt")
     with pytest.raises(
-        UnsupportedError, match="is a diffusers pipeline; evaluate, repair and map need a language model"
+        UnsupportedError,
+        match="is a diffusers pipeline; evaluate, repair and map need a language model",
     ):
         streamer.evaluate_variants(base, tmp_path / LORA, **texts)
     with pytest.raises(UnsupportedError, match="is a diffusers pipeline; evaluate"):
@@ -230,9 +289,15 @@ def test_a_quantized_matrix_of_a_component_is_refused(tmp_path: Path) -> None:
         make_plan(base, tmp_path / LORA)
 
 
-@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file here whose first byte cannot be read")
+@pytest.mark.skipif(
+    not Path("/proc/self/mem").exists(), reason="no file here whose first byte cannot be read"
+)
 @pytest.mark.parametrize("name", [LORA, "model.safetensors"])
-def test_a_file_that_the_disk_cannot_read_is_not_refused_as_another_format(tmp_path: Path, name: str) -> None:
+def test_a_file_that_the_disk_cannot_read_is_not_refused_as_another_format(
+    tmp_path: Path, name: str
+) -> None:
     (tmp_path / name).symlink_to("/proc/self/mem")
-    with pytest.raises(StorageError, match=f"{name}: cannot read: Input/output error; run the same command again"):
+    with pytest.raises(
+        StorageError, match=f"{name}: cannot read: Input/output error; run the same command again"
+    ):
         open_adapter(tmp_path)

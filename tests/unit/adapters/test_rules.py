@@ -14,7 +14,13 @@ from raw_adapter import MODULE, factors, one_module, write_raw
 from safetensors.torch import save_file
 
 from streamer.adapters.adapter import open_adapter
-from streamer.adapters.adapter_config import INSTEAD, AdapterConfig, Stated, refusals, stated_options
+from streamer.adapters.adapter_config import (
+    INSTEAD,
+    AdapterConfig,
+    Stated,
+    refusals,
+    stated_options,
+)
 from streamer.errors import FormatError, MismatchError, StreamerError, UnsupportedError, UsageError
 from streamer.options import Ignoring
 
@@ -31,7 +37,11 @@ from streamer.options import Ignoring
         ({"alpha_pattern": {"k_proj": 1}}, 4, 2.0),
         ({"alpha_pattern": {"proj": 1}}, 4, 2.0),  # a key is a whole component, or several
         ({"alpha_pattern": {"self_attn.q_proj": 1, "q_proj": 2}}, 4, 0.25),
-        ({"alpha_pattern": {"q_proj": 2, "self_attn.q_proj": 1}}, 4, 0.5),  # the first in the config's order
+        (
+            {"alpha_pattern": {"q_proj": 2, "self_attn.q_proj": 1}},
+            4,
+            0.5,
+        ),  # the first in the config's order
         ({"alpha_pattern": {".*attn.*": 2}}, 4, 0.5),
         ({"alpha_pattern": {"^model.layers.0.self_attn.q_proj": 2}}, 4, 0.5),
         ({"alpha_pattern": {r"layers\.\d+\.self_attn\.(q|k)_proj": 2}}, 4, 0.5),
@@ -39,7 +49,11 @@ from streamer.options import Ignoring
         ({"alpha_pattern": {"layers.1.self_attn.q_proj": 2}}, 4, 2.0),
         ({"rank_pattern": {"q_proj": 2}}, 2, 4.0),
         ({"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 1}}, 2, 0.5),
-        ({"rank_pattern": {"q_proj": 9}, "alpha_pattern": {"q_proj": 1}, "use_rslora": True}, 9, 1 / 3),
+        (
+            {"rank_pattern": {"q_proj": 9}, "alpha_pattern": {"q_proj": 1}, "use_rslora": True},
+            9,
+            1 / 3,
+        ),
         ({"rank_pattern": {}, "alpha_pattern": None}, 4, 2.0),
     ],
 )
@@ -57,8 +71,16 @@ def test_scale(tmp_path: Path, config: dict, rank: int, scale: float) -> None:
             MismatchError,
             "expected rank 8 by the config, found 4 rows in lora_A; config and weights belong to different adapters",
         ),
-        ({"rank_pattern": {"q_proj": 2}}, MismatchError, "expected rank 2 by the config, found 4 rows"),
-        ({"alpha": 0}, FormatError, "its alpha gives a scale of 0.0, expected a finite number other than 0"),
+        (
+            {"rank_pattern": {"q_proj": 2}},
+            MismatchError,
+            "expected rank 2 by the config, found 4 rows",
+        ),
+        (
+            {"alpha": 0},
+            FormatError,
+            "its alpha gives a scale of 0.0, expected a finite number other than 0",
+        ),
         (
             {"alpha": "8"},
             FormatError,
@@ -66,14 +88,20 @@ def test_scale(tmp_path: Path, config: dict, rank: int, scale: float) -> None:
         ),
         ({"alpha": True}, FormatError, "expected a number, found True"),
         ({"alpha_pattern": {"q_proj": None}}, FormatError, "expected a number, found None"),
-        ({"alpha_pattern": ["q_proj"]}, FormatError, "alpha_pattern: expected an object, found list"),
+        (
+            {"alpha_pattern": ["q_proj"]},
+            FormatError,
+            "alpha_pattern: expected an object, found list",
+        ),
         ({"alpha": 10**400}, FormatError, "is not a finite number"),
         ({"rank_pattern": {"a{99999999999}": 4}}, FormatError, "is not a regular expression"),
         ({"rank_pattern": {"(" * 5000: 4}}, FormatError, "is not a regular expression"),
         ({"rank_pattern": {"(": 4}}, FormatError, "pattern '(' is not a regular expression"),
     ],
 )
-def test_a_config_that_is_wrong(tmp_path: Path, config: dict, error: type[StreamerError], words: str) -> None:
+def test_a_config_that_is_wrong(
+    tmp_path: Path, config: dict, error: type[StreamerError], words: str
+) -> None:
     with pytest.raises(error) as e:
         one_module(tmp_path, **config)
     assert str(e.value).startswith(str(tmp_path / "adapter_config.json"))
@@ -82,7 +110,10 @@ def test_a_config_that_is_wrong(tmp_path: Path, config: dict, error: type[Stream
 
 
 def test_alpha_must_be_stated(tmp_path: Path) -> None:
-    write_raw(tmp_path, dict(zip((f"{MODULE}.lora_A.weight", f"{MODULE}.lora_B.weight"), factors(), strict=True)))
+    write_raw(
+        tmp_path,
+        dict(zip((f"{MODULE}.lora_A.weight", f"{MODULE}.lora_B.weight"), factors(), strict=True)),
+    )
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     with pytest.raises(FormatError, match=r"lora_alpha of module .* expected a number, found None"):
         open_adapter(tmp_path)
@@ -102,11 +133,17 @@ def test_alpha_must_be_stated(tmp_path: Path) -> None:
         ({"init_lora_weights": "tomorrow"}, "unknown initialisation"),
         ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "residual-base"),
         ({"megatron_config": {"x": 1}}, "Megatron"),
-        ({"invocation_string": "<|start_of_role|>"}, "aLoRA: its change of the weights is not known here"),
+        (
+            {"invocation_string": "<|start_of_role|>"},
+            "aLoRA: its change of the weights is not known here",
+        ),
         ({"enable_lora": [True, False, True]}, "MergedLinear: its change of the weights"),
         ({"peft_type": "C3A"}, "C3A adapter"),
         ({"peft_type": ["LORA"]}, "adapter: its change of the weights is not known here"),
-        ({"peft_type": "BOFT", "boft_n_butterfly_factor": 2}, "BOFT: only a boft_n_butterfly_factor of 1"),
+        (
+            {"peft_type": "BOFT", "boft_n_butterfly_factor": 2},
+            "BOFT: only a boft_n_butterfly_factor of 1",
+        ),
         ({"peft_type": "OFT", "fan_in_fan_out": True}, "OFT: PEFT does not merge"),
         (
             {"peft_type": "OFT", "num_cayley_neumann_terms": None},
@@ -134,13 +171,29 @@ def test_refused_by_config(config: dict, kind: str) -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [
-        {"init_lora_weights": init} for init in (True, False, None, "gaussian", "eva", "orthogonal")
-    ] + [{"loftq_config": {}}, {"bias": None}, {"use_tomorrow": False}, {"tomorrow_config": None}, {"a_note": ""},
-         {"tomorrow": []}, {"tomorrow_config": {}}, {"merge_weights": True}, {"merge_weights": False},
-         {"invocation_string": None}, {"invocation_string": False}, {"enable_lora": None}, {"enable_lora": False},
-         {"target_modules": ["q"], "layers_to_transform": [1], "lora_dropout": 0.1, "task_type": "CAUSAL_LM"}],
-)  # fmt: skip
+    [{"init_lora_weights": init} for init in (True, False, None, "gaussian", "eva", "orthogonal")]
+    + [
+        {"loftq_config": {}},
+        {"bias": None},
+        {"use_tomorrow": False},
+        {"tomorrow_config": None},
+        {"a_note": ""},
+        {"tomorrow": []},
+        {"tomorrow_config": {}},
+        {"merge_weights": True},
+        {"merge_weights": False},
+        {"invocation_string": None},
+        {"invocation_string": False},
+        {"enable_lora": None},
+        {"enable_lora": False},
+        {
+            "target_modules": ["q"],
+            "layers_to_transform": [1],
+            "lora_dropout": 0.1,
+            "task_type": "CAUSAL_LM",
+        },
+    ],
+)
 def test_taken_by_config(config: dict) -> None:
     assert refusals(AdapterConfig(config, Path("adapter_config.json"))) == []
 
@@ -172,7 +225,10 @@ def test_what_cannot_be_ignored(tmp_path: Path) -> None:
     config = AdapterConfig({"kasa_config": {"x": 1}}, Path(), Stated(ignore_keys=["kasa_config"]))
     assert refusals(config)[0].startswith("KaSA: ")
     for keys in ("lora_scaling", 5, [5]):
-        with pytest.raises(UsageError, match=f"^ignore_keys: expected a list of keys, found {re.escape(repr(keys))}$"):
+        with pytest.raises(
+            UsageError,
+            match=f"^ignore_keys: expected a list of keys, found {re.escape(repr(keys))}$",
+        ):
             Ignoring(ignore_keys=keys)  # type: ignore[arg-type]
 
 
@@ -180,7 +236,10 @@ def test_what_cannot_be_ignored(tmp_path: Path) -> None:
 
 OTHER = {
     "LoHa": ("lora_unet_down_blocks_0_attn.hada_w1_a", "last.safetensors"),
-    "diffusers of old": ("unet.mid_block.attn.to_q_lora.down.weight", "pytorch_lora_weights.safetensors"),
+    "diffusers of old": (
+        "unet.mid_block.attn.to_q_lora.down.weight",
+        "pytorch_lora_weights.safetensors",
+    ),
     "ComfyUI": ("diffusion_model.blocks.0.attn.to_q.lora_down.weight", "flux.safetensors"),
     "MLX": ("model.layers.0.self_attn.q_proj.lora_a", "adapters.safetensors"),
 }
@@ -193,7 +252,9 @@ def test_a_lora_of_another_library_is_refused(tmp_path: Path, case: str) -> None
     if case == "MLX":
         (tmp_path / "adapter_config.json").write_text('{"fine_tune_type": "lora", "num_layers": 2}')
     for path in (tmp_path, tmp_path / file):
-        with pytest.raises(UnsupportedError, match=r"another library.s LoRA; if of LyCORIS .* convert it"):
+        with pytest.raises(
+            UnsupportedError, match=r"another library.s LoRA; if of LyCORIS .* convert it"
+        ):
             open_adapter(path)
     (tmp_path / file).rename(tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 8}')
@@ -211,8 +272,11 @@ def test_a_lora_of_another_library_is_refused(tmp_path: Path, case: str) -> None
 )
 def test_two_files_of_a_pipelines_adapters(tmp_path: Path, tensors: list[str]) -> None:
     for name in ("a", "b"):
-        save_file({tensor: torch.zeros(4, 5) for tensor in tensors}, tmp_path / f"{name}.safetensors")
+        save_file(
+            {tensor: torch.zeros(4, 5) for tensor in tensors}, tmp_path / f"{name}.safetensors"
+        )
     with pytest.raises(
-        UnsupportedError, match=r"a\.safetensors: refused: another library's LoRA; .* name the one file"
+        UnsupportedError,
+        match=r"a\.safetensors: refused: another library's LoRA; .* name the one file",
     ):
         open_adapter(tmp_path)

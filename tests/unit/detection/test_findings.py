@@ -35,7 +35,10 @@ def test_round_trip(made: tuple[Path, Path, Path, Findings]) -> None:
         for key, value in b.arrays().items():
             assert arrays[key].dtype == value.dtype
             assert torch.equal(arrays[key], value)
-        assert (a.detection.intruders, a.detection.degenerate) == (b.detection.intruders, b.detection.degenerate)
+        assert (a.detection.intruders, a.detection.degenerate) == (
+            b.detection.intruders,
+            b.detection.degenerate,
+        )
 
 
 def test_no_paths_and_no_times(made: tuple[Path, Path, Path, Findings], tmp_path: Path) -> None:
@@ -132,7 +135,9 @@ TAMPERED: dict[str, tuple[Callable[[dict, dict[str, torch.Tensor]], object], str
 
 
 @pytest.mark.parametrize("how", TAMPERED)
-def test_tampering_is_refused(made: tuple[Path, Path, Path, Findings], tmp_path: Path, how: str) -> None:
+def test_tampering_is_refused(
+    made: tuple[Path, Path, Path, Findings], tmp_path: Path, how: str
+) -> None:
     change, words = TAMPERED[how]
     path = helpers.tampered(made[2], tmp_path / "tampered.safetensors", "findings", change)
     with pytest.raises(errors.FormatError) as e:
@@ -144,9 +149,12 @@ def test_tampering_is_refused(made: tuple[Path, Path, Path, Findings], tmp_path:
 
 
 @pytest.mark.parametrize(
-    "where", ["U", "S", "Vh", "similarity", "base_singular_values", "intruders", "the JSON", "its digest"]
+    "where",
+    ["U", "S", "Vh", "similarity", "base_singular_values", "intruders", "the JSON", "its digest"],
 )
-def test_a_flipped_bit_is_refused(made: tuple[Path, Path, Path, Findings], tmp_path: Path, where: str) -> None:
+def test_a_flipped_bit_is_refused(
+    made: tuple[Path, Path, Path, Findings], tmp_path: Path, where: str
+) -> None:
     raw = bytearray(made[2].read_bytes())
     n = 8 + int.from_bytes(raw[:8], "little")
     places = {"the JSON": raw.index(b"delta_norm") + 15, "its digest": raw.index(b'"sha256":') + 12}
@@ -154,24 +162,33 @@ def test_a_flipped_bit_is_refused(made: tuple[Path, Path, Path, Findings], tmp_p
     raw[places[where] if entry is None else n + entry["data_offsets"][0]] ^= 1
     path = tmp_path / "damaged.safetensors"
     path.write_bytes(raw)
-    with pytest.raises(errors.FormatError, match=rf"^{path}: .*; (copy it again, or )?run detect again$") as e:
+    with pytest.raises(
+        errors.FormatError, match=rf"^{path}: .*; (copy it again, or )?run detect again$"
+    ) as e:
         load_findings(path)
     assert len(str(e.value)) < 300
 
 
-def test_findings_without_a_digest_are_refused(made: tuple[Path, Path, Path, Findings], tmp_path: Path) -> None:
+def test_findings_without_a_digest_are_refused(
+    made: tuple[Path, Path, Path, Findings], tmp_path: Path
+) -> None:
     path = tmp_path / "old.safetensors"
     with safe_open(made[2], "pt") as f:
         metadata = {key: value for key, value in f.metadata().items() if key != "sha256"}
     save_file(load_file(made[2]), path, metadata)
     with pytest.raises(
-        errors.FormatError, match=r"expected a SHA-256 .*, as in files of versions before 0.2; run detect"
+        errors.FormatError,
+        match=r"expected a SHA-256 .*, as in files of versions before 0.2; run detect",
     ):
         load_findings(path)
 
 
-def test_untampered_copies_are_read(made: tuple[Path, Path, Path, Findings], tmp_path: Path) -> None:
-    path = helpers.tampered(made[2], tmp_path / "tampered.safetensors", "findings", lambda t, a: None)
+def test_untampered_copies_are_read(
+    made: tuple[Path, Path, Path, Findings], tmp_path: Path
+) -> None:
+    path = helpers.tampered(
+        made[2], tmp_path / "tampered.safetensors", "findings", lambda t, a: None
+    )
     assert load_findings(path).intruders == made[3].intruders
 
 
@@ -183,10 +200,19 @@ def test_factors_are_checked_when_they_are_used(
     """They are read matrix by matrix, so that a bad one is known only then; it goes into no output."""
     base, adapter, path, _ = made
     bad = helpers.tampered(
-        path, tmp_path / "tampered.safetensors", "findings", lambda _, a: a[f"{Q}/{key}"].view(-1)[-1:].fill_(value)
+        path,
+        tmp_path / "tampered.safetensors",
+        "findings",
+        lambda _, a: a[f"{Q}/{key}"].view(-1)[-1:].fill_(value),
     )
-    for write in (streamer.reduce_intruder_dimension, streamer.merge_with_reduced_intruder_dimensions):
-        with pytest.raises(errors.NumericError, match=rf"findings: those on '{Q}' hold NaN or Inf; run detect again"):
+    for write in (
+        streamer.reduce_intruder_dimension,
+        streamer.merge_with_reduced_intruder_dimensions,
+    ):
+        with pytest.raises(
+            errors.NumericError,
+            match=rf"findings: those on '{Q}' hold NaN or Inf; run detect again",
+        ):
             write(base, adapter, tmp_path / "out", findings=bad, top_k=6, overwrite=True)
         assert not list((tmp_path / "out").glob("*.safetensors"))
 
@@ -204,7 +230,9 @@ def test_saved_findings_are_detects_own_bytes(
         streamer.detect_intruder_dimensions(base, adapter, out, top_k=3)
     assert [p.name for p in out.parent.iterdir()] == [out.name]
     before = out.stat().st_ino
-    again = streamer.detect_intruder_dimensions(base, adapter, out, top_k=6)  # it is detect's own output: nothing to do
+    again = streamer.detect_intruder_dimensions(
+        base, adapter, out, top_k=6
+    )  # it is detect's own output: nothing to do
     assert out.stat().st_ino == before
     assert again.digest() == memory.digest()
 
@@ -219,7 +247,9 @@ def test_a_part_is_saved_as_a_part(findings: Findings, tmp_path: Path) -> None:
 def test_saving_replaces_nothing_unasked(findings: Findings, tmp_path: Path) -> None:
     path = tmp_path / "f"
     path.write_text("mine")
-    with pytest.raises(errors.OutputExistsError, match=r"f: exists; choose another output, or pass overwrite=True$"):
+    with pytest.raises(
+        errors.OutputExistsError, match=r"f: exists; choose another output, or pass overwrite=True$"
+    ):
         findings.save(path)
     with pytest.raises(
         errors.OutputExistsError,
@@ -229,7 +259,9 @@ def test_saving_replaces_nothing_unasked(findings: Findings, tmp_path: Path) -> 
     assert path.read_text() == "mine"
     path.write_text("")
     findings.save(path)
-    with pytest.raises(errors.OutputExistsError, match=r"f: exists; choose another output, or pass overwrite=True$"):
+    with pytest.raises(
+        errors.OutputExistsError, match=r"f: exists; choose another output, or pass overwrite=True$"
+    ):
         findings[:2].save(path)
     again = load_findings(path)
     again[:3].save(path, overwrite=True)  # onto the file that is mapped
@@ -248,7 +280,9 @@ def test_findings_that_are_equal(made: tuple[Path, Path, Path, Findings]) -> Non
 def test_saving_beside_an_interrupted_run(findings: Findings, tmp_path: Path) -> None:
     path = tmp_path / "f"
     journal_of(path).write_bytes(b"x")
-    with pytest.raises(errors.OutputExistsError, match="f: an interrupted run has its journal there"):
+    with pytest.raises(
+        errors.OutputExistsError, match="f: an interrupted run has its journal there"
+    ):
         findings.save(path)
     findings.save(path, overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
@@ -293,7 +327,11 @@ def detected(base: Path, adapter: Path) -> Findings:
 
 def test_a_wider_dtype_and_other_shards_keep_it(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = inputs
-    tensors = {name: t.double() for shard in sorted(base.glob("*.safetensors")) for name, t in load_file(shard).items()}
+    tensors = {
+        name: t.double()
+        for shard in sorted(base.glob("*.safetensors"))
+        for name, t in load_file(shard).items()
+    }
     (tmp_path / "one").mkdir()
     save_file(tensors, tmp_path / "one" / "model.safetensors")
     if (base / "config.json").exists():
@@ -319,7 +357,9 @@ def test_findings_are_matched_by_module_and_values(inputs: tuple[Path, Path]) ->
     base, adapter = inputs
     found, plan = detected(base, adapter), make_plan(base, adapter)
     assert [m.fingerprint for m in found] == prints(plan)
-    elsewhere = replace(found, matrices=tuple(replace(m, tensor=f"elsewhere.{m.tensor}") for m in found))
+    elsewhere = replace(
+        found, matrices=tuple(replace(m, tensor=f"elsewhere.{m.tensor}") for m in found)
+    )
     assert matched_findings(plan, elsewhere, "findings") == found
     with pytest.raises(errors.MismatchError, match="has no findings on 1 of"):
         matched_findings(plan, found[1:], "findings")
@@ -327,4 +367,8 @@ def test_findings_are_matched_by_module_and_values(inputs: tuple[Path, Path]) ->
     with pytest.raises(errors.MismatchError, match="was judged with other values"):
         matched_findings(plan, replace(found, matrices=(first, *found.matrices[1:])), "findings")
     with pytest.raises(errors.MismatchError, match="does not say by which values"):
-        matched_findings(plan, replace(found, matrices=(replace(first, fingerprint=None), *found.matrices[1:])), "f")
+        matched_findings(
+            plan,
+            replace(found, matrices=(replace(first, fingerprint=None), *found.matrices[1:])),
+            "f",
+        )

@@ -23,7 +23,9 @@ def test_findings_are_three_lines(findings: Findings) -> None:
         f"<Findings: {findings.intruders} intruders in 9 of 9 matrices, 9 certified; top_k=6, threshold_epsilon=0.5, solver=auto"
     )
     assert lines[1].startswith(" base model-00001-of-00003.safetensors and 2 more (7")
-    assert lines[2] == " model.layers.0.mlp.down_proj.weight … model.layers.2.self_attn.q_proj.weight>"
+    assert (
+        lines[2] == " model.layers.0.mlp.down_proj.weight … model.layers.2.self_attn.q_proj.weight>"
+    )
     assert f"{findings}" == repr(findings)
 
 
@@ -64,7 +66,14 @@ def test_a_part_without_matrices(findings: Findings) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [f"{Q}.weight", Q, "layers.1.self_attn.q_proj", "1.self_attn.q_proj", "1.self_attn.q_proj.weight"]
+    "name",
+    [
+        f"{Q}.weight",
+        Q,
+        "layers.1.self_attn.q_proj",
+        "1.self_attn.q_proj",
+        "1.self_attn.q_proj.weight",
+    ],
 )
 def test_a_matrix_by_its_name(findings: Findings, name: str) -> None:
     assert findings[name] is findings.find(name)
@@ -72,14 +81,20 @@ def test_a_matrix_by_its_name(findings: Findings, name: str) -> None:
     assert name in findings
 
 
-@pytest.mark.parametrize(("name", "words"), [
-    ("q_proj", "'q_proj' fits 3 matrices: model.layers.0.self_attn.q_proj.weight, "),
-    (f"{Q}s", f"no matrix is called '{Q}s'; did you mean '{Q}'?"),
-    ("elf_attn.q_proj", "no matrix is called 'elf_attn.q_proj'"),
-    ("nothing like it", "no matrix is called 'nothing like it'; there are model.layers.0.mlp.down_proj.weight, "),
-    ("", "no matrix is called ''"),
-    ("*.k_proj", "no matrix fits '*.k_proj'; there are model.layers.0.mlp.down_proj.weight, "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("q_proj", "'q_proj' fits 3 matrices: model.layers.0.self_attn.q_proj.weight, "),
+        (f"{Q}s", f"no matrix is called '{Q}s'; did you mean '{Q}'?"),
+        ("elf_attn.q_proj", "no matrix is called 'elf_attn.q_proj'"),
+        (
+            "nothing like it",
+            "no matrix is called 'nothing like it'; there are model.layers.0.mlp.down_proj.weight, ",
+        ),
+        ("", "no matrix is called ''"),
+        ("*.k_proj", "no matrix fits '*.k_proj'; there are model.layers.0.mlp.down_proj.weight, "),
+    ],
+)
 def test_a_name_that_is_none(findings: Findings, name: str, words: str) -> None:
     with pytest.raises(KeyError) as e:
         findings[name]
@@ -90,18 +105,25 @@ def test_a_name_that_is_none(findings: Findings, name: str, words: str) -> None:
     assert name not in findings
 
 
-@pytest.mark.parametrize(("pattern", "tensors"), [
-    ("*.q_proj", [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(3)]),
-    ("*.q_proj.weight", [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(3)]),
-    ("*.layers.[!12].self_attn.*", ["model.layers.0.self_attn.q_proj.weight"]),
-    ("*.layers.?.mlp.up_proj", [f"model.layers.{i}.mlp.up_proj.weight" for i in range(3)]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("pattern", "tensors"),
+    [
+        ("*.q_proj", [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(3)]),
+        ("*.q_proj.weight", [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(3)]),
+        ("*.layers.[!12].self_attn.*", ["model.layers.0.self_attn.q_proj.weight"]),
+        ("*.layers.?.mlp.up_proj", [f"model.layers.{i}.mlp.up_proj.weight" for i in range(3)]),
+    ],
+)
 def test_matrices_by_a_pattern(findings: Findings, pattern: str, tensors: list[str]) -> None:
     part = findings[pattern]
     assert isinstance(part, Findings)
     assert [m.tensor for m in part] == tensors
     assert [m.tensor for m in findings.select(pattern)] == tensors
-    assert (part.base, part.adapter, part.options) == (findings.base, findings.adapter, findings.options)
+    assert (part.base, part.adapter, part.options) == (
+        findings.base,
+        findings.adapter,
+        findings.options,
+    )
 
 
 def test_integers_and_slices(findings: Findings) -> None:
@@ -109,7 +131,9 @@ def test_integers_and_slices(findings: Findings) -> None:
     assert findings[-1] is findings.matrices[-1]
     assert isinstance(findings[2:5], Findings)
     assert findings[2:5].matrices == findings.matrices[2:5]
-    assert findings[::3].intruders == sum(len(m.detection.intruders) for m in findings.matrices[::3])
+    assert findings[::3].intruders == sum(
+        len(m.detection.intruders) for m in findings.matrices[::3]
+    )
     assert findings.matrices[4] in findings
     assert 3 not in findings
     with pytest.raises(IndexError):
@@ -117,7 +141,10 @@ def test_integers_and_slices(findings: Findings) -> None:
 
 
 def test_experts_are_numbered_in_brackets(findings: Findings) -> None:
-    stack = [replace(findings[0], tensor=f"mlp.experts.gate_up_proj[{i}]", module="mlp.experts") for i in range(12)]
+    stack = [
+        replace(findings[0], tensor=f"mlp.experts.gate_up_proj[{i}]", module="mlp.experts")
+        for i in range(12)
+    ]
     experts = replace(findings, matrices=tuple(stack))
     assert experts["experts.gate_up_proj[3]"] is stack[3]
     assert experts["*.gate_up_proj[11]"].matrices == (stack[11],)
@@ -126,20 +153,28 @@ def test_experts_are_numbered_in_brackets(findings: Findings) -> None:
         experts["mlp.experts"]
 
 
-def test_a_part_does_not_pass_for_the_whole(made: tuple[Path, Path, Path, Findings], tmp_path: Path) -> None:
+def test_a_part_does_not_pass_for_the_whole(
+    made: tuple[Path, Path, Path, Findings], tmp_path: Path
+) -> None:
     base, adapter, _, findings = made
     with pytest.raises(
         MismatchError,
         match=r"^findings: has no findings on 6 of 9 matrices, 'model.layers.0.mlp.down_proj.weight' first; pass those on all",
     ):
-        streamer.reduce_intruder_dimension(base, adapter, tmp_path / "out", findings=findings["*.q_proj"], top_k=6)
+        streamer.reduce_intruder_dimension(
+            base, adapter, tmp_path / "out", findings=findings["*.q_proj"], top_k=6
+        )
     assert not (tmp_path / "out").exists()
 
 
 def test_names_do_not_break_lines(tmp_path: Path) -> None:
     name = "layers.0.\u2028x\u202ey\x1b[31m"
-    base = helpers.write_sharded(tmp_path / "base", [{f"{name}.weight": helpers.power_law(16, 12).float()}])
-    adapter = helpers.write_adapter(tmp_path / "adapter", {name: helpers.intruding_factors(16, 12, 2)}, r=2)
+    base = helpers.write_sharded(
+        tmp_path / "base", [{f"{name}.weight": helpers.power_law(16, 12).float()}]
+    )
+    adapter = helpers.write_adapter(
+        tmp_path / "adapter", {name: helpers.intruding_factors(16, 12, 2)}, r=2
+    )
     found = streamer.detect_intruder_dimensions(base, adapter, top_k=3)
     assert len(found.table().splitlines()) == 2 + len(found) + 3
     for text in (found.table(), repr(found)):

@@ -13,7 +13,13 @@ from scipy.sparse.linalg import svds
 from seeds import vary
 
 from streamer.detection import detect as memory
-from streamer.detection.detect import best_way, detect_matrix, detection_bytes, float64_way, is_repeated
+from streamer.detection.detect import (
+    best_way,
+    detect_matrix,
+    detection_bytes,
+    float64_way,
+    is_repeated,
+)
 from streamer.detection.intruders import Detection
 from streamer.detection.options import DetectionOptions
 from streamer.detection.solvers import Way
@@ -24,7 +30,12 @@ CPU = torch.device("cpu")
 
 
 def make_plan(
-    home: Path, W0: torch.Tensor, A: torch.Tensor, B: torch.Tensor, more: dict | None = None, **config
+    home: Path,
+    W0: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    more: dict | None = None,
+    **config,
 ) -> Plan:
     """A plan of a base of one matrix, and an adapter on it."""
     home.mkdir(exist_ok=True)
@@ -55,7 +66,9 @@ def product(A: torch.Tensor, B: torch.Tensor, scaling: float) -> np.ndarray:
     return scaling * (B.double().numpy() @ A.double().numpy())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.long)]
+)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("distance", [1e-3, 1e-4, 1e-5, 2e-6, 1e-7, 0.0])
 def test_a_similarity_near_epsilon_is_settled(
@@ -151,7 +164,10 @@ def test_without_room_for_float64_a_matrix_stays_open(tmp_path: Path) -> None:
     options = DetectionOptions(threshold_epsilon=epsilon)
     needed = float64_way(plan, target, options, resident(plan), "dense")
     assert needed is not None
-    assert needed == (Way.DENSE, detection_bytes(plan, target, options, resident(plan), 8)[Way.DENSE])
+    assert needed == (
+        Way.DENSE,
+        detection_bytes(plan, target, options, resident(plan), 8)[Way.DENSE],
+    )
     assert needed[1] > detection_bytes(plan, target, options, resident(plan))[Way.DENSE]
     enough, short = (replace(options, max_memory=needed[1] - less) for less in (0, 1))
     assert best_way(plan, target, short, resident(plan)) is Way.DENSE
@@ -161,7 +177,9 @@ def test_without_room_for_float64_a_matrix_stays_open(tmp_path: Path) -> None:
     assert (open_.certified, open_.precision) == (False, "float32")
 
 
-@pytest.mark.parametrize(("shape", "repeated"), [((4096, 4096), True), ((4096, 4097), False), ((80, 10**6), True)])
+@pytest.mark.parametrize(
+    ("shape", "repeated"), [((4096, 4096), True), ((4096, 4097), False), ((80, 10**6), True)]
+)
 def test_full_svds_are_repeated_up_to_a_size(shape: tuple[int, int], repeated: bool) -> None:
     assert is_repeated(shape) == is_repeated(shape[::-1]) == repeated
 
@@ -176,7 +194,10 @@ def test_a_larger_matrix_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     found = detected(plan, epsilon)
     assert (found.certified, found.precision) == (False, "float32")
     # Products are repeated whatever the size.
-    assert float64_way(plan, plan.targets[0], DetectionOptions(), resident(plan), "certified") is not None
+    assert (
+        float64_way(plan, plan.targets[0], DetectionOptions(), resident(plan), "certified")
+        is not None
+    )
 
 
 def leaning(home: Path, shape: tuple[int, int], outlier: float, lean: float) -> tuple[Plan, float]:
@@ -192,7 +213,9 @@ def leaning(home: Path, shape: tuple[int, int], outlier: float, lean: float) -> 
     u[min(shape) :] = 0.0
     u *= (1 - lean**2) ** 0.5 / u.norm()
     u[300] = lean
-    v = torch.nn.functional.normalize(torch.randn(1, shape[1], generator=torch.Generator().manual_seed(vary(2))))
+    v = torch.nn.functional.normalize(
+        torch.randn(1, shape[1], generator=torch.Generator().manual_seed(vary(2)))
+    )
     A, B = v, 40 * outlier * u[:, None]
     W = W0.double().numpy() + product(A, B, 1.0)
     exact = np.abs(svds(W, k=1, v0=np.ones(min(shape)))[0][: min(shape)]).max()

@@ -74,15 +74,21 @@ def test_what_cannot_be_read_is_raised_at_its_turn() -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_device_decides_the_same(plan: Plan, device: str) -> None:
     options = DetectionOptions()
-    expected = [decisions(detect_matrix(plan, t, options, torch.device("cpu"), 0)) for t in plan.targets]
+    expected = [
+        decisions(detect_matrix(plan, t, options, torch.device("cpu"), 0)) for t in plan.targets
+    ]
     found = [
-        decisions(f) for _, f in detect_all(AdapterBatch(plan.base, (plan,)), options, Run(torch.device(device)), 0)
+        decisions(f)
+        for _, f in detect_all(
+            AdapterBatch(plan.base, (plan,)), options, Run(torch.device(device)), 0
+        )
     ]
     assert found == expected
 
 
 @pytest.mark.parametrize(
-    "error", [NO_ROOM, RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), RuntimeError("misaligned")]
+    "error",
+    [NO_ROOM, RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), RuntimeError("misaligned")],
 )
 def test_a_matrix_without_room_on_the_device_is_computed_on_the_cpu_and_that_is_said(
     plan: Plan, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
@@ -100,13 +106,19 @@ def test_a_matrix_without_room_on_the_device_is_computed_on_the_cpu_and_that_is_
         with pytest.raises(RuntimeError, match="misaligned"):
             detect_matrix(plan, target, options, torch.device("cuda"), 0)
         return
-    found = detect_matrix(plan, target, options, torch.device("cuda"), 0, monitor=Monitor(events.append))
+    found = detect_matrix(
+        plan, target, options, torch.device("cuda"), 0, monitor=Monitor(events.append)
+    )
     text = f"{target.tensor}: cuda has not enough memory for it; it is computed on the CPU"
     assert events == [Event("warning", text)]
-    assert decisions(found) == decisions(detect_matrix(plan, target, options, torch.device("cpu"), 0))
+    assert decisions(found) == decisions(
+        detect_matrix(plan, target, options, torch.device("cpu"), 0)
+    )
 
 
-def test_without_room_on_the_cpu_there_is_nowhere_to_go(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_room_on_the_cpu_there_is_nowhere_to_go(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def without_room(*_: object) -> torch.Tensor:
         raise NO_ROOM
 

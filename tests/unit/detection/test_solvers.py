@@ -18,21 +18,27 @@ from streamer.methods import make_method
 SHAPES = [(150, 200), (200, 150), (160, 160)]
 
 
-def solve(name: str, base: Dense, delta: LowRank, k: int = 10, epsilon: float = 0.5, seed: int = 0) -> SolverResult:
+def solve(
+    name: str, base: Dense, delta: LowRank, k: int = 10, epsilon: float = 0.5, seed: int = 0
+) -> SolverResult:
     return SOLVERS[name](base, delta, k, epsilon, torch.Generator().manual_seed(vary(seed)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", SOLVERS)
-def test_triplets_and_intervals_are_right(name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_triplets_and_intervals_are_right(
+    name: str, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
     base, delta = problem(*shape, dtype)
     found = solve(name, base, delta)
     U, S, _, similarity = oracle(base, delta)
     assert found.solver == name
     assert not found.escalated
     eps = torch.finfo(dtype).eps
-    np.testing.assert_allclose(found.triplets.S, S, rtol=100 * eps if dtype == torch.float32 else 1e-9)
+    np.testing.assert_allclose(
+        found.triplets.S, S, rtol=100 * eps if dtype == torch.float32 else 1e-9
+    )
     assert float(found.triplets.residuals.max()) < 1e-4
     angle = 1 - np.abs((found.triplets.U.double().numpy() * U).sum(0))
     assert (angle <= found.triplets.angle_error_estimate.numpy() ** 2 + 50 * eps).all()
@@ -40,7 +46,10 @@ def test_triplets_and_intervals_are_right(name: str, shape: tuple[int, int], dty
     assert (found.bounds.high.numpy() >= similarity - 1e-5).all()
     assert bool(((found.bounds.low >= 0.5) | (found.bounds.high < 0.5)).all())
     assert (found.bounds.steps > 0) == (found.bounds.products > 0) == (name == "certified")
-    of_base, values = np.linalg.svd(base.matrix.double().numpy(), compute_uv=False)[:10], found.bounds.values.numpy()
+    of_base, values = (
+        np.linalg.svd(base.matrix.double().numpy(), compute_uv=False)[:10],
+        found.bounds.values.numpy(),
+    )
     assert (values <= of_base * (1 + 100 * eps)).all()
     np.testing.assert_allclose(values, of_base, rtol=0.05 if name == "certified" else 100 * eps)
 
@@ -48,7 +57,9 @@ def test_triplets_and_intervals_are_right(name: str, shape: tuple[int, int], dty
 def test_values_of_a_base_are_on_its_own_scale() -> None:
     base, delta = problem(96, 64)
     usual = solve("certified", base, delta).bounds.values
-    small = solve("certified", Dense(base.matrix * 2.0**-40), LowRank(delta.L * 2.0**-40, delta.R)).bounds.values
+    small = solve(
+        "certified", Dense(base.matrix * 2.0**-40), LowRank(delta.L * 2.0**-40, delta.R)
+    ).bounds.values
     np.testing.assert_allclose(small, usual * 2.0**-40, rtol=1e-5)
     assert solve("dense", Dense(torch.zeros(96, 64)), delta).bounds.values.tolist() == [0.0] * 10
 
@@ -75,7 +86,9 @@ def test_size_does_not_matter(name: str, size: float, dtype: torch.dtype) -> Non
     base, delta = Dense(base.matrix * size), LowRank(delta.L * size, delta.R)
     found = solve(name, base, delta)
     _, S, _, _ = oracle(base, delta)
-    np.testing.assert_allclose(found.triplets.S.double() / size, S / size, rtol=1e-2 if size < 2.0**-126 else 1e-5)
+    np.testing.assert_allclose(
+        found.triplets.S.double() / size, S / size, rtol=1e-2 if size < 2.0**-126 else 1e-5
+    )
     assert torch.equal(found.similarity < 0.5, usual.similarity < 0.5)
     assert bool(torch.isfinite(found.triplets.residuals).all())
 
@@ -93,7 +106,12 @@ def test_a_base_far_below_the_delta_is_judged_on_its_own_scale(ratio: float) -> 
 
 @pytest.mark.parametrize(
     ("base", "k"),
-    [(torch.zeros(60, 80), 10), (power_law(60, 80), 55), (power_law(12, 80), 10), (torch.eye(60, 80), 10)],
+    [
+        (torch.zeros(60, 80), 10),
+        (power_law(60, 80), 55),
+        (power_law(12, 80), 10),
+        (torch.eye(60, 80), 10),
+    ],
     ids=["zero base", "most directions", "few rows", "degenerate"],
 )
 def test_what_cannot_be_certified_is_escalated_and_said(base: torch.Tensor, k: int) -> None:
@@ -133,7 +151,8 @@ def test_nothing_non_finite_reaches_a_solver(
     base, delta = problem(40, 50)
     {"base": base.matrix, "lora_B": delta.L, "lora_A": delta.R}[where][-1, -1] = bad
     with pytest.raises(
-        NumericError, match=f"{where}.* holds NaN or Inf" if where != "base" else "the base matrix holds"
+        NumericError,
+        match=f"{where}.* holds NaN or Inf" if where != "base" else "the base matrix holds",
     ):
         detect(base, delta, DetectionOptions(solver=solver))
 
@@ -154,7 +173,9 @@ def stored_in_bf16(base: Dense) -> tuple[Dense, RowBlocks]:
         def dense(self) -> torch.Tensor:
             raise AssertionError("formed")
 
-    return Dense(raw.float()), Unformed((len(raw), raw.shape[1]), lambda i, j: raw[i:j], torch.empty(0))
+    return Dense(raw.float()), Unformed(
+        (len(raw), raw.shape[1]), lambda i, j: raw[i:j], torch.empty(0)
+    )
 
 
 @pytest.mark.parametrize("shape", [(300, 400), (400, 300), (320, 320)])
@@ -162,7 +183,9 @@ def test_without_a_copy_of_the_matrix_the_answer_is_the_same(shape: tuple[int, i
     base, delta = problem(*shape)
     copied, blocks = stored_in_bf16(base)
     _, S, _, similarity = oracle(copied, delta)
-    found = SOLVERS["certified"](blocks, delta, 10, 0.5, torch.Generator().manual_seed(vary(0)), False)
+    found = SOLVERS["certified"](
+        blocks, delta, 10, 0.5, torch.Generator().manual_seed(vary(0)), False
+    )
     assert found.solver == "certified"
     np.testing.assert_allclose(found.triplets.S, S, rtol=1e-5)
     assert (found.bounds.low.numpy() <= similarity + 1e-5).all()
@@ -181,10 +204,14 @@ def test_what_only_the_dense_solver_could_settle_stays_open_where_there_is_no_ro
     u = torch.randn(shape[0], generator=torch.Generator().manual_seed(vary(1)), dtype=torch.float64)
     u -= U0[:, 300] * (U0[:, 300] @ u)
     u = 0.49 * U0[:, 300] + (1 - 0.49**2) ** 0.5 * u / u.norm()
-    v = torch.nn.functional.normalize(torch.randn(shape[1], 1, generator=torch.Generator().manual_seed(vary(2))), dim=0)
+    v = torch.nn.functional.normalize(
+        torch.randn(shape[1], 1, generator=torch.Generator().manual_seed(vary(2))), dim=0
+    )
     _, blocks = stored_in_bf16(Dense(W0.float()))
     delta = LowRank(40 * u[:, None].float(), v)
-    found = SOLVERS["certified"](blocks, delta, 1, 0.5, torch.Generator().manual_seed(vary(0)), False)
+    found = SOLVERS["certified"](
+        blocks, delta, 1, 0.5, torch.Generator().manual_seed(vary(0)), False
+    )
     assert found.solver == "certified"
     assert float(found.bounds.low[0]) < 0.5 <= float(found.bounds.high[0])
     assert float(found.similarity[0]) >= 0.5  # not proven to be an intruder, so not called one
@@ -204,7 +231,9 @@ def test_without_room_for_it_no_path_forms_the_matrix(shape: tuple[int, int], k:
         _, blocks = stored_in_bf16(matrix)
         _, flipped = stored_in_bf16(Dense(matrix.matrix.T.contiguous()))
         for stored in (blocks, flipped.T):
-            found = SOLVERS["certified"](stored, delta, k, 0.5, torch.Generator().manual_seed(vary(0)), False)
+            found = SOLVERS["certified"](
+                stored, delta, k, 0.5, torch.Generator().manual_seed(vary(0)), False
+            )
             assert found.solver == "certified"
             assert len(found.bounds.low) == k
 
@@ -218,7 +247,10 @@ def test_the_ways_that_memory_leaves() -> None:
     assert list(working_bytes((300, 400), 295, 8, 4)) == [Way.DENSE]  # no room for Krylov
     # A dense delta is a matrix more, and another one while it is formed; it is never multiplied from the disk.
     assert list(working_bytes((8192, 28672), 10, None, 4)) == [Way.DENSE, Way.WHOLE]
-    assert working_bytes((8192, 28672), 10, None, 4)[Way.WHOLE] - large[Way.WHOLE] > 1.9 * 4 * 8192 * 28672
+    assert (
+        working_bytes((8192, 28672), 10, None, 4)[Way.WHOLE] - large[Way.WHOLE]
+        > 1.9 * 4 * 8192 * 28672
+    )
     base, delta = problem(300, 400)
     assert detect(base, delta, DetectionOptions()).solver == "dense"
     assert detect(base, delta, DetectionOptions(), allow_dense=False).solver == "certified"
@@ -226,7 +258,11 @@ def test_the_ways_that_memory_leaves() -> None:
 
 def test_the_cost_follows_the_solver_that_runs() -> None:
     """Certified by the products with the matrix, dense by the cube; a forced solver counts as itself."""
-    assert cost((8192, 8192), 10) == cost((8192, 8192), 10, "certified") < cost((8192, 8192), 10, "dense") / 100
+    assert (
+        cost((8192, 8192), 10)
+        == cost((8192, 8192), 10, "certified")
+        < cost((8192, 8192), 10, "dense") / 100
+    )
     assert cost((300, 300), 10) == cost((300, 300), 10, "dense")
     assert 1.8 < cost((16384, 8192), 10) / cost((8192, 8192), 10) < 2.2
     assert cost((8192, 8192), 40) > 2.5 * cost((8192, 8192), 10)
@@ -238,8 +274,13 @@ def test_the_planted_intruder_is_found_with_its_energy() -> None:
     assert found.intruders == (1,)  # 0.8 lies between the base's 1 and 0.616
     U, S, Vh, _ = oracle(base, delta)
     np.testing.assert_allclose(np.abs(found.U.numpy().T @ U[:, [1]]), 1, atol=1e-5)
-    np.testing.assert_allclose((found.U * found.S) @ found.Vh, (U[:, [1]] * S[1]) @ Vh[[1]], atol=1e-5)
-    energy = np.linalg.norm(U[:, [1]].T @ delta.dense().numpy()) ** 2 / np.linalg.norm(delta.dense()) ** 2
+    np.testing.assert_allclose(
+        (found.U * found.S) @ found.Vh, (U[:, [1]] * S[1]) @ Vh[[1]], atol=1e-5
+    )
+    energy = (
+        np.linalg.norm(U[:, [1]].T @ delta.dense().numpy()) ** 2
+        / np.linalg.norm(delta.dense()) ** 2
+    )
     assert found.intruder_energy == pytest.approx(energy, rel=1e-4)
     assert found.delta_norm == pytest.approx(float(np.linalg.norm(delta.dense())), rel=1e-6)
     assert found.certified
@@ -281,16 +322,31 @@ def test_top_k_as_a_count_or_a_share() -> None:
     assert len(detect(base, delta, DetectionOptions(top_k=0.5)).singular_values) == 32
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    (lambda: DetectionOptions(top_k=0), "top_k: expected a count from 1, or a share"),
-    (lambda: DetectionOptions(top_k=1.5), "top_k"),
-    (lambda: DetectionOptions(top_k=True), "top_k"),
-    (lambda: DetectionOptions(threshold_epsilon=0), r"threshold_epsilon: expected a number in \(0, 1\]"),
-    (lambda: DetectionOptions(threshold_epsilon=float("nan")), "threshold_epsilon"),
-    (lambda: DetectionOptions(threshold_epsilon="0.5"), r"threshold_epsilon: expected a number in .*, found '0.5'"),
-    (lambda: DetectionOptions(solver="magic"), "solver: expected one of auto, certified, dense"),
-    (lambda: make_method("papre", mitigation_lambda=0.5), "method: expected one of paper, project, shrink"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (lambda: DetectionOptions(top_k=0), "top_k: expected a count from 1, or a share"),
+        (lambda: DetectionOptions(top_k=1.5), "top_k"),
+        (lambda: DetectionOptions(top_k=True), "top_k"),
+        (
+            lambda: DetectionOptions(threshold_epsilon=0),
+            r"threshold_epsilon: expected a number in \(0, 1\]",
+        ),
+        (lambda: DetectionOptions(threshold_epsilon=float("nan")), "threshold_epsilon"),
+        (
+            lambda: DetectionOptions(threshold_epsilon="0.5"),
+            r"threshold_epsilon: expected a number in .*, found '0.5'",
+        ),
+        (
+            lambda: DetectionOptions(solver="magic"),
+            "solver: expected one of auto, certified, dense",
+        ),
+        (
+            lambda: make_method("papre", mitigation_lambda=0.5),
+            "method: expected one of paper, project, shrink",
+        ),
+    ],
+)
 def test_options_that_make_no_sense_are_refused(options, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         options()

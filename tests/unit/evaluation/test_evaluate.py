@@ -38,24 +38,39 @@ def test_a_shrink_is_placed_that_keeps_the_share(curve: str, keep: float) -> Non
     assert share(min(x for x in (*LAMBDAS, 1.0) if x > lam)) >= keep
 
 
-@pytest.mark.parametrize("curves", [
-    {"paper": CURVES["paper"]},
-    {"shrink": lambda x: (x, 0.95 + x / 20)},  # every shrink keeps the share
-    {"shrink": lambda x: (x, 0.901 if x == 0.5 else x)},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "curves",
+    [
+        {"paper": CURVES["paper"]},
+        {"shrink": lambda x: (x, 0.95 + x / 20)},  # every shrink keeps the share
+        {"shrink": lambda x: (x, 0.901 if x == 0.5 else x)},
+    ],
+)
 def test_where_nothing_is_to_be_placed(curves: dict[str, Shares]) -> None:
     e = evaluation(curves, noise=0.0)  # type: ignore[arg-type]
     assert lambda_to_place(e, 0.9) is None
 
 
-@pytest.mark.parametrize(("options", "is_clear"), [
-    ({}, True),
-    ({"noise": 0.08}, False),  # the shares are not known
-    ({"learns": 0.0}, False),
-    ({"forgets": 0.0, "noise": 0.0}, False),
-    ({"curves": {"shrink": CURVES["shrink"], "project": lambda x: (x**2, 1 - (1 - x) ** 2)}}, False),  # a rival as good
-    ({"curves": {"shrink": lambda x: (x**2, 0.901 if x == 0.75 else 1 - (1 - x) ** 2)}, "noise": 0.02}, False),  # it may keep less
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "is_clear"),
+    [
+        ({}, True),
+        ({"noise": 0.08}, False),  # the shares are not known
+        ({"learns": 0.0}, False),
+        ({"forgets": 0.0, "noise": 0.0}, False),
+        (
+            {"curves": {"shrink": CURVES["shrink"], "project": lambda x: (x**2, 1 - (1 - x) ** 2)}},
+            False,
+        ),  # a rival as good
+        (
+            {
+                "curves": {"shrink": lambda x: (x**2, 0.901 if x == 0.75 else 1 - (1 - x) ** 2)},
+                "noise": 0.02,
+            },
+            False,
+        ),  # it may keep less
+    ],
+)
 def test_when_the_answer_is_clear(options: dict[str, object], is_clear: bool) -> None:
     assert clear(evaluation(**options)) is is_clear  # type: ignore[arg-type]
 

@@ -30,36 +30,58 @@ def test_the_one_that_forgets_least_of_those_that_keep_enough() -> None:
 def test_an_adapter_that_improves_general_text_forgets_all_the_same() -> None:
     """As on an instruction-tuned base, the loss on plain text falls; the divergence from the base says what is lost."""
     found = evaluation(forgets=-0.2).best()
-    assert (found.variant, found.reason) == (EvaluatedVariant("shrink 0.75", "shrink", 0.75), "forgets least")
+    assert (found.variant, found.reason) == (
+        EvaluatedVariant("shrink 0.75", "shrink", 0.75),
+        "forgets least",
+    )
 
 
 def test_a_trade_that_gives_up_many_times_what_it_regains_is_not_suggested() -> None:
     """An adapter that hardly forgets: what a shrink gives up of the task is many times what it regains."""
     e = evaluation(forgets=0.0037, noise=0.0005)
     found = e.best()
-    assert (found.variant, found.reason, found.declined) == (ADAPTER, "not worth it", e.variants[-4])
+    assert (found.variant, found.reason, found.declined) == (
+        ADAPTER,
+        "not worth it",
+        e.variants[-4],
+    )
     assert e.variants[-4].name == "shrink 0.75"
     tree = e.to_dict()["suggestion"]
     trade = tree["trade"]
     assert trade is not None
     assert (tree["name"], trade["name"], trade["worth"]) == ("adapter", "shrink 0.75", WORTH)
     assert trade["regained"] == -e["shrink 0.75"]["against_adapter"]["general_kl"]
-    assert trade["given_up"] == e["shrink 0.75"]["against_adapter"]["task_loss"] > 5 * trade["regained"]
+    assert (
+        trade["given_up"]
+        == e["shrink 0.75"]["against_adapter"]["task_loss"]
+        > 5 * trade["regained"]
+    )
     lines = e.table().splitlines()
     assert (
-        lines[0] == "use the adapter as it is: no variant that keeps 90% of what it learned is worth what it gives up"
+        lines[0]
+        == "use the adapter as it is: no variant that keeps 90% of what it learned is worth what it gives up"
     )
-    assert any(line.startswith("shrink 0.75, which diverges least, regains 0.00") and line.endswith(
-        "; a suggested variant regains over 0.5 of what it gives up, by two standard errors") for line in lines)  # fmt: skip
+    assert any(
+        line.startswith("shrink 0.75, which diverges least, regains 0.00")
+        and line.endswith(
+            "; a suggested variant regains over 0.5 of what it gives up, by two standard errors"
+        )
+        for line in lines
+    )
     assert lines[-1] == "next: streamer merge BASE ADAPTER -o OUTPUT --lambda 1"
 
 
 def test_of_what_keeps_enough_the_worth_decides_before_the_divergence() -> None:
     """The mildest shrink is worth it, and the one of least divergence is not."""
-    e = evaluation({"shrink": lambda x: (0.1 + 0.8 * x, 0.99 if x > 0.8 else 0.4 + 0.5 * x)}, learns=3.0)
+    e = evaluation(
+        {"shrink": lambda x: (0.1 + 0.8 * x, 0.99 if x > 0.8 else 0.4 + 0.5 * x)}, learns=3.0
+    )
     assert e.task.share("loss", -1).value == pytest.approx(0.4, abs=0.01)
     found = e.best(0.3)
-    assert (found.reason, found.variant) == ("forgets least", EvaluatedVariant("shrink 0.9", "shrink", 0.9))
+    assert (found.reason, found.variant) == (
+        "forgets least",
+        EvaluatedVariant("shrink 0.9", "shrink", 0.9),
+    )
     trade = Trade.of(e, 2)
     assert trade.worth_it
     assert not Trade.of(e, len(e.variants) - 1).worth_it
@@ -84,7 +106,9 @@ def test_the_front_has_what_no_other_excels() -> None:
     found = [names.index(name) for name in e.front()]
     task, kl = e.task.loss.sum(axis=1), e.general.kl.sum(axis=1)
     numbers = range(len(e.variants))
-    excelled = {v for v in numbers if any(task[w] <= task[v] and kl[w] <= kl[v] and w != v for w in numbers)}
+    excelled = {
+        v for v in numbers if any(task[w] <= task[v] and kl[w] <= kl[v] and w != v for w in numbers)
+    }
     assert set(found) == set(numbers) - excelled
     assert found == sorted(found, key=lambda v: task[v])
 
@@ -100,14 +124,20 @@ def test_nothing_is_suggested_that_is_known_to_be_worse_than_a_shrink() -> None:
     e = evaluation({"project": lambda x: (0.561, 0.9361), "shrink": CURVES["shrink"]}, noise=0.0)
     found = e.best(0.936)
     assert e["project 0.5"]["general"]["kl"] < e["shrink 0.75"]["general"]["kl"]
-    assert (found.reason, found.variant) == ("forgets least", EvaluatedVariant("shrink 0.75", "shrink", 0.75))
+    assert (found.reason, found.variant) == (
+        "forgets least",
+        EvaluatedVariant("shrink 0.75", "shrink", 0.75),
+    )
 
 
 def test_the_shrink_that_keeps_as_much_is_found_between_those_that_were_tried() -> None:
     """Its λ and losses are known: what a shrink by x keeps, and what it forgets, are polynomials."""
     e = evaluation(noise=0.0)
     for v, variant in enumerate(e.variants):
-        if variant.method not in ("paper", "project") or not 0.02 < e.task.share("loss", v).value < 0.98:
+        if (
+            variant.method not in ("paper", "project")
+            or not 0.02 < e.task.share("loss", v).value < 0.98
+        ):
             continue
         found = against_shrink(e, v)
         assert found is not None
@@ -142,21 +172,28 @@ def test_what_is_uncertain_about_the_share_kept_is_in_the_error() -> None:
         errors.append(found.loss.error)
     assert told <= binom.isf(1e-6, trials, FALSE_ALARMS)  # more are seen once in a million runs
     # Five standard deviations, of a standard deviation from so many values, and of a mean.
-    assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(values), rel=5 / np.sqrt(2 * trials))
+    assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(
+        np.std(values), rel=5 / np.sqrt(2 * trials)
+    )
     assert abs(np.mean(values)) < 5 * np.std(values) / np.sqrt(trials)
 
 
-@pytest.mark.parametrize(("loss", "kl", "verdict"), [
-    (-3, -3, "better"),
-    (3, -3, "better"),  # the loss decides nothing
-    (-3, 1, "not told apart"),
-    (3, -1, "not told apart"),
-    (-3, 3, "worse"),
-    (1, 3, "worse"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("loss", "kl", "verdict"),
+    [
+        (-3, -3, "better"),
+        (3, -3, "better"),  # the loss decides nothing
+        (-3, 1, "not told apart"),
+        (3, -1, "not told apart"),
+        (-3, 3, "worse"),
+        (1, 3, "worse"),
+    ],
+)
 def test_the_verdict_is_by_the_divergence(loss: float, kl: float, verdict: str) -> None:
     """Differences are in units of their errors, over 64 sequences: two tell."""
-    found = ShrinkComparison(0.7, (0.5, 0.75), Estimate(loss, 1, 64), Estimate(kl, 1, 64), Estimate(0, 1, 64))
+    found = ShrinkComparison(
+        0.7, (0.5, 0.75), Estimate(loss, 1, 64), Estimate(kl, 1, 64), Estimate(0, 1, 64)
+    )
     assert found.verdict == verdict
 
 
@@ -164,7 +201,9 @@ def test_the_verdict_is_by_the_divergence(loss: float, kl: float, verdict: str) 
 def test_a_lambda_of_almost_zero_counts_as_zero(lam: float) -> None:
     """A cubic through the losses at both would be steep, or NaN."""
     e = evaluation({"project": CURVES["project"], "shrink": CURVES["shrink"]})
-    near = tuple(replace(v, mitigation_lambda=lam) if v.name == "shrink 0" else v for v in e.variants)
+    near = tuple(
+        replace(v, mitigation_lambda=lam) if v.name == "shrink 0" else v for v in e.variants
+    )
     for variant in range(2, 7):
         assert against_shrink(replace(e, variants=near), variant) == against_shrink(e, variant)
 
@@ -178,7 +217,9 @@ def test_no_comparison_where_there_is_none() -> None:
 
 
 def test_what_keeps_more_than_every_shrink_is_compared_with_the_one_that_keeps_most() -> None:
-    e = evaluation({"project": lambda x: (x, 2.0), "shrink": lambda x: (x**2, 1.2 if x == 0.75 else x)})
+    e = evaluation(
+        {"project": lambda x: (x, 2.0), "shrink": lambda x: (x**2, 1.2 if x == 0.75 else x)}
+    )
     found = against_shrink(e, 4)
     assert found is not None
     assert (found.mitigation_lambda, found.between) == (0.75, (0.75, 0.75))
@@ -189,7 +230,11 @@ def test_what_keeps_more_than_every_shrink_is_compared_with_the_one_that_keeps_m
     assert (
         line
         in evaluation(
-            {**CURVES, "project": lambda x: (x**9, 2.0), "shrink": lambda x: (x, 1.2 if x == 0.75 else x)}
+            {
+                **CURVES,
+                "project": lambda x: (x**9, 2.0),
+                "shrink": lambda x: (x, 1.2 if x == 0.75 else x),
+            }
         ).table()
     )
 
@@ -203,7 +248,10 @@ def test_a_shrink_that_is_left_out_is_found_again_within_the_error(left_out: flo
 
     def found_again(noise: float, seed: int) -> ShrinkComparison | None:
         e = evaluation({"shrink": lambda x: (x**2.5, kept(x))}, noise=noise, seed=seed)
-        variants = tuple(replace(v, method="project") if v.mitigation_lambda == left_out else v for v in e.variants)
+        variants = tuple(
+            replace(v, method="project") if v.mitigation_lambda == left_out else v
+            for v in e.variants
+        )
         row = next(i for i, v in enumerate(variants) if v.method == "project")
         found = against_shrink(replace(e, variants=variants), row)
         assert (found is None) == (

@@ -13,9 +13,9 @@ DTYPES = [torch.float32, torch.float64]
 
 
 def gaussian(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(vary(seed)), dtype=torch.float32).to(
-        dtype
-    )
+    return torch.randn(
+        rows, columns, generator=torch.Generator().manual_seed(vary(seed)), dtype=torch.float32
+    ).to(dtype)
 
 
 def started(M: torch.Tensor, width: int = 8, seed: int = 0) -> GolubKahan:
@@ -37,7 +37,9 @@ def check_invariant(gk: GolubKahan, units: float = 50, deflated: float = 0) -> N
     eps = torch.finfo(gk.P.dtype).eps
     norm = float(torch.linalg.matrix_norm(gk.op.dense().double(), 2))
     for defect in defects(gk):
-        assert float(torch.linalg.matrix_norm(defect)) <= units * eps * norm + min(gk.deflated, deflated * eps * norm)
+        assert float(torch.linalg.matrix_norm(defect)) <= units * eps * norm + min(
+            gk.deflated, deflated * eps * norm
+        )
     for basis in (torch.cat([gk.P, gk.following], 1).double(), gk.Q.double()):
         gram = basis.T @ basis - torch.eye(basis.shape[1])
         assert float(torch.linalg.matrix_norm(gram)) <= units * eps
@@ -55,7 +57,9 @@ def run_out(gk: GolubKahan) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("width", [1, 5, 16])
-def test_the_invariant_holds_at_every_step(shape: tuple[int, int], dtype: torch.dtype, width: int) -> None:
+def test_the_invariant_holds_at_every_step(
+    shape: tuple[int, int], dtype: torch.dtype, width: int
+) -> None:
     gk = started(power_law(*shape).to(dtype), width)
     check_invariant(gk)
     while not gk.exhausted:
@@ -65,7 +69,9 @@ def test_the_invariant_holds_at_every_step(shape: tuple[int, int], dtype: torch.
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_an_exhausted_process_has_the_singular_values(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_an_exhausted_process_has_the_singular_values(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
     M = power_law(*shape).to(dtype)
     gk = started(M)
     run_out(gk)
@@ -87,7 +93,9 @@ def test_ritz_triplets_have_the_residuals_that_their_tails_say(dtype: torch.dtyp
     eps = torch.finfo(dtype).eps
     assert float((M.double() @ right - left * S).abs().max()) <= 20 * eps
     residual = torch.linalg.vector_norm(M.double().T @ left - right * S, dim=0)
-    torch.testing.assert_close(torch.linalg.vector_norm(tail, dim=0), residual, rtol=0, atol=20 * eps)
+    torch.testing.assert_close(
+        torch.linalg.vector_norm(tail, dim=0), residual, rtol=0, atol=20 * eps
+    )
     assert float(residual[0]) < 0.01 * float(residual.max())
 
 
@@ -123,7 +131,9 @@ def clusters(*sizes: int) -> torch.Tensor:
 @pytest.mark.parametrize("width", [5, 8, 12])
 @pytest.mark.parametrize("sizes", [(64,), (24, 40), (20, 22, 22), (16, 18, 30)])
 @pytest.mark.parametrize("seed", range(3))
-def test_noise_is_no_direction(sizes: tuple[int, ...], width: int, dtype: torch.dtype, seed: int) -> None:
+def test_noise_is_no_direction(
+    sizes: tuple[int, ...], width: int, dtype: torch.dtype, seed: int
+) -> None:
     """Of an exhausted space no noise is normalised into a block, whichever kernels computed it.
 
     With more clusters the rounding of the first steps is amplified beyond what tells it from directions of M.
@@ -172,7 +182,9 @@ def test_an_invariant_start_ends_after_one_step(shape: tuple[int, int], dtype: t
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES[:3])
 @pytest.mark.parametrize("size", [1.0, 1e4])
-def test_defect_estimate_is_near_the_defect(shape: tuple[int, int], dtype: torch.dtype, size: float) -> None:
+def test_defect_estimate_is_near_the_defect(
+    shape: tuple[int, int], dtype: torch.dtype, size: float
+) -> None:
     """Within a factor of 3 of ‖F‖_F where that stands clear of the rounding of the probes themselves."""
     M = (power_law(*shape) * size).to(dtype)
     gk = started(M)

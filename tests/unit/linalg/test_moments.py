@@ -51,7 +51,9 @@ def test_the_formula(kind: str, share: float) -> None:
     found = reduced(delta, spectrum, share)
     before, after = delta.dense().numpy(), found.dense().numpy()
     np.testing.assert_allclose(after, answer(before, C, share), atol=1e-9 * np.abs(before).max())
-    assert np.sum((after @ C) * after) == pytest.approx(share * np.sum((before @ C) * before), rel=1e-7)
+    assert np.sum((after @ C) * after) == pytest.approx(
+        share * np.sum((before @ C) * before), rel=1e-7
+    )
     if isinstance(delta, LowRank):
         assert isinstance(found, LowRank)
         assert torch.equal(found.L, delta.L)

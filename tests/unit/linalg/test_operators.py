@@ -10,7 +10,15 @@ from measure import kilobytes
 from seeds import vary
 
 from streamer.linalg import operators
-from streamer.linalg.operators import Delta, Dense, LowRank, RowBlocks, Sum, all_finite, skinny_product
+from streamer.linalg.operators import (
+    Delta,
+    Dense,
+    LowRank,
+    RowBlocks,
+    Sum,
+    all_finite,
+    skinny_product,
+)
 from streamer.linalg.svd import dense_triplets, residuals
 from streamer.linalg.torch_state import LARGE_BYTES, empty_matrix
 
@@ -18,7 +26,9 @@ SHAPES = [(17, 29), (29, 17), (23, 23), (1, 13), (13, 1)]
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(vary(seed)), dtype=torch.float64)
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(vary(seed)), dtype=torch.float64
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -28,8 +38,19 @@ def test_every_operator_multiplies_as_its_dense_form(shape: tuple[int, int]) -> 
     matrix = random(m, n, seed=2)
     dense, blocks = Dense(matrix), RowBlocks((m, n), lambda i, j: matrix[i:j], matrix.new_empty(0))
     flipped = RowBlocks((n, m), lambda i, j: matrix.T[i:j], matrix.new_empty(0)).T
-    for op in (low, dense, Sum(dense, low), low.T.T, low + low.scaled(-0.5), dense.scaled(0.25), dense.T.scaled(4.0).T,
-               blocks, flipped, blocks.scaled(0.25), flipped.T.T.scaled(8.0)):  # fmt: skip
+    for op in (
+        low,
+        dense,
+        Sum(dense, low),
+        low.T.T,
+        low + low.scaled(-0.5),
+        dense.scaled(0.25),
+        dense.T.scaled(4.0).T,
+        blocks,
+        flipped,
+        blocks.scaled(0.25),
+        flipped.T.T.scaled(8.0),
+    ):
         assert op.shape == shape
         X, Y = random(n, 4, seed=3), random(m, 4, seed=4)
         torch.testing.assert_close(op.matmat(X), op.dense() @ X)
@@ -39,31 +60,44 @@ def test_every_operator_multiplies_as_its_dense_form(shape: tuple[int, int]) -> 
 @pytest.mark.parametrize("m", [1, 500, 1024, 1031, 2050, 10007])
 @pytest.mark.parametrize("layout", ["rows", "columns", "neither"])
 @pytest.mark.parametrize("onednn", [True, False], ids=["onednn", "pieces"])
-def test_a_skinny_product_is_the_product(m: int, layout: str, onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_skinny_product_is_the_product(
+    m: int, layout: str, onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With oneDNN and without; lengths that do not divide by the number of pieces, long rows, and layouts that cannot be cut."""
     if onednn and not operators._has_fast_onednn():
         pytest.skip("oneDNN's products are not used here")
     monkeypatch.setattr(operators, "_has_fast_onednn", lambda: onednn)
-    M = {"rows": random(m, 40).float(), "columns": random(40, m).float().T, "neither": random(m, 80).float()[:, ::2]}[
-        layout
-    ]
-    assert (M.is_contiguous(), M.T.is_contiguous()) == (layout == "rows", layout == "columns") or m == 1
+    M = {
+        "rows": random(m, 40).float(),
+        "columns": random(40, m).float().T,
+        "neither": random(m, 80).float()[:, ::2],
+    }[layout]
+    assert (M.is_contiguous(), M.T.is_contiguous()) == (
+        layout == "rows",
+        layout == "columns",
+    ) or m == 1
     for c in (1, 10, 16, 17):
         for A, X in ((M, random(40, c, seed=1).float()), (M.T, random(m, c, seed=2).float())):
             exact, size = A.double() @ X.double(), A.double().abs() @ X.double().abs()
-            rounding = A.shape[1] * torch.finfo(torch.float32).eps * size  # of a sum in any order (Higham 2002, 3.5)
+            rounding = (
+                A.shape[1] * torch.finfo(torch.float32).eps * size
+            )  # of a sum in any order (Higham 2002, 3.5)
             assert bool(((skinny_product(A, X).double() - exact).abs() <= rounding).all())
 
 
 @pytest.mark.skipif(not operators._has_fast_onednn(), reason="oneDNN's products are not used here")
-@pytest.mark.parametrize(("n", "longest", "calls"), [(500, 500, 1), (499, 500, 2), (10007, math.inf, 2)])
+@pytest.mark.parametrize(
+    ("n", "longest", "calls"), [(500, 500, 1), (499, 500, 2), (10007, math.inf, 2)]
+)
 def test_onednn_multiplies_transposes_of_short_rows(
     n: int, longest: float, calls: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Longer rows are BLAS's on the processors whose BLAS is faster; the matrix itself is oneDNN's in any case."""
     asked, real = [], operators._onednn_linear
     monkeypatch.setattr(operators, "_long_rows", lambda: longest)
-    monkeypatch.setattr(operators, "_onednn_linear", lambda *both: asked.append(both) or real(*both))
+    monkeypatch.setattr(
+        operators, "_onednn_linear", lambda *both: asked.append(both) or real(*both)
+    )
     M = random(40, n).float()
     skinny_product(M, random(n, 10).float())
     skinny_product(M.T, random(40, 10).float())
@@ -79,7 +113,9 @@ def test_a_skinny_product_of_nothing_is_zero(sides: tuple[int, int], c: int) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_row_blocks_read_a_few_rows_at_a_time(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_blocks_read_a_few_rows_at_a_time(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stored = random(103, 20).to(dtype)
     asked = []
 
@@ -104,9 +140,16 @@ def test_both_forms_of_a_delta_do_the_same(shape: tuple[int, int], form: str) ->
     (m, n), low = shape, LowRank(random(shape[0], 3), random(shape[1], 3, seed=1))
     matrix = low.dense()
     delta: Delta = {
-        "factors": low, "dense": Dense(matrix), "dense, scaled": Dense(matrix * 4, 0.25), "transposes": Dense(matrix.T).T,
-    }[form]  # fmt: skip
-    U, S, V = torch.linalg.qr(random(m, 2, seed=2)).Q, torch.tensor([3.0, 2.0]).double(), random(n, 2, seed=3)
+        "factors": low,
+        "dense": Dense(matrix),
+        "dense, scaled": Dense(matrix * 4, 0.25),
+        "transposes": Dense(matrix.T).T,
+    }[form]
+    U, S, V = (
+        torch.linalg.qr(random(m, 2, seed=2)).Q,
+        torch.tensor([3.0, 2.0]).double(),
+        random(n, 2, seed=3),
+    )
     i, j = m // 3, max(m // 3 + 1, m // 2)
     torch.testing.assert_close(delta.dense(), matrix)
     assert delta.norm() == pytest.approx(float(matrix.norm()))
@@ -117,16 +160,24 @@ def test_both_forms_of_a_delta_do_the_same(shape: tuple[int, int], form: str) ->
     expected = rows + matrix[i:j]
     delta.add_rows(rows, i, j)
     torch.testing.assert_close(rows, expected)
-    torch.testing.assert_close(delta.plus_projection(U, -0.5).dense(), matrix - 0.5 * U @ (U.T @ matrix))
-    torch.testing.assert_close(delta.plus_triplets(U, S, V.T, -0.5).dense(), matrix - 0.5 * (U * S) @ V.T)
+    torch.testing.assert_close(
+        delta.plus_projection(U, -0.5).dense(), matrix - 0.5 * U @ (U.T @ matrix)
+    )
+    torch.testing.assert_close(
+        delta.plus_triplets(U, S, V.T, -0.5).dense(), matrix - 0.5 * (U * S) @ V.T
+    )
     other = LowRank(random(m, 2, seed=5), random(n, 2, seed=6))
     assert delta.distance(other) == pytest.approx(float((matrix - other.dense()).norm()))
-    nearest = delta.nearest(1, lambda dense, _: torch.linalg.svd(dense.dense(), full_matrices=False))
+    nearest = delta.nearest(
+        1, lambda dense, _: torch.linalg.svd(dense.dense(), full_matrices=False)
+    )
     best = float(torch.linalg.svdvals(matrix)[1:].norm())
     assert delta.distance(nearest) == pytest.approx(best, abs=1e-12)
     assert not delta.is_zero()
     assert delta.row_slice(0, 0).is_zero()
-    assert [t.dtype for _, t in delta.to(torch.float32).named_tensors()] == [torch.float32] * len(delta.named_tensors())
+    assert [t.dtype for _, t in delta.to(torch.float32).named_tensors()] == [torch.float32] * len(
+        delta.named_tensors()
+    )
 
 
 def test_norm_survives_cancellation() -> None:
@@ -172,7 +223,9 @@ def test_too_large_a_matrix_is_refused_in_the_words_of_torch() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(60, 90), (90, 60), (64, 64)])
 @pytest.mark.parametrize("scale", [1.0, 1e30, 1e-30])
-def test_dense_triplets_satisfy_their_identities(shape: tuple[int, int], dtype: torch.dtype, scale: float) -> None:
+def test_dense_triplets_satisfy_their_identities(
+    shape: tuple[int, int], dtype: torch.dtype, scale: float
+) -> None:
     W = (power_law(*shape) * scale).to(dtype)
     t = dense_triplets(Dense(W), 10)
     eps = torch.finfo(dtype).eps
@@ -183,7 +236,8 @@ def test_dense_triplets_satisfy_their_identities(shape: tuple[int, int], dtype: 
     expected = np.linalg.svd(W.double().numpy(), compute_uv=False)
     np.testing.assert_allclose(t.S.double(), expected[:10], rtol=100 * eps)
     gaps = np.minimum(
-        np.abs(expected[:-1] - expected[1:])[:10], np.r_[np.inf, np.abs(expected[:-1] - expected[1:])[:9]]
+        np.abs(expected[:-1] - expected[1:])[:10],
+        np.r_[np.inf, np.abs(expected[:-1] - expected[1:])[:9]],
     )
     np.testing.assert_allclose(t.gaps, gaps, rtol=1e-3)
 

@@ -9,7 +9,12 @@ from seeds import vary
 
 from streamer.linalg import overlap_bounds
 from streamer.linalg.operators import Dense, RowBlocks
-from streamer.linalg.overlap_bounds import OverlapProcess, christoffel_bound, dense_overlaps, singular_values_exceed
+from streamer.linalg.overlap_bounds import (
+    OverlapProcess,
+    christoffel_bound,
+    dense_overlaps,
+    singular_values_exceed,
+)
 from streamer.linalg.svd import GolubKahan
 
 SHAPES = [(80, 120), (120, 80), (97, 97), (9, 200), (200, 9)]
@@ -48,7 +53,9 @@ SILENT = {"equal"}
 @pytest.mark.parametrize("steps", [1, 3, 6, 40])
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_christoffel_bound_holds_for_each_singular_vector(shape: tuple[int, int], spectrum: str, steps: int) -> None:
+def test_christoffel_bound_holds_for_each_singular_vector(
+    shape: tuple[int, int], spectrum: str, steps: int
+) -> None:
     """Not for the largest overlap only: for every right singular vector at its own singular value."""
     M = spectrum_matrix(*shape, SPECTRA[spectrum](min(shape)))
     X = directions(M.shape[1], 4)
@@ -95,19 +102,27 @@ def test_rounding_enters_the_christoffel_bound() -> None:
     sigma = torch.linspace(0, 1, 50, dtype=torch.float64)
     bounds = [christoffel_bound(sigma, ritz, w, phi) for phi in (1e-14, 1e-6, 1e-4, 1e-2)]
     for exact, rough in itertools.pairwise(bounds):
-        assert float((rough - exact).min()) >= -0.02  # windows differ: by what rounding costs, at most
+        assert (
+            float((rough - exact).min()) >= -0.02
+        )  # windows differ: by what rounding costs, at most
     assert float(bounds[-1].mean()) > 1.1 * float(bounds[0].mean())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.long)]
+)
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_intervals_hold_the_similarity_at_every_step(shape: tuple[int, int], spectrum: str, dtype: torch.dtype) -> None:
+def test_intervals_hold_the_similarity_at_every_step(
+    shape: tuple[int, int], spectrum: str, dtype: torch.dtype
+) -> None:
     m = shape[0]
     W0 = spectrum_matrix(*shape, SPECTRA[spectrum](min(shape))).to(dtype)
     U0 = torch.linalg.svd(W0.double(), full_matrices=False).U
     p = min(shape)
-    U = torch.stack([U0[:, 0], leaning(U0, p // 2, 0.61), leaning(U0, 1, 0.9), directions(m, 1)[:, 0]], 1)
+    U = torch.stack(
+        [U0[:, 0], leaning(U0, p // 2, 0.61), leaning(U0, 1, 0.9), directions(m, 1)[:, 0]], 1
+    )
     U = torch.cat([U, ((U0[:, p // 3] + U0[:, p // 3 + 1]) / 2**0.5)[:, None]], 1)
     true = (U0.T @ U).abs().amax(0)
     process = OverlapProcess(Dense(W0), U.to(dtype), torch.Generator().manual_seed(vary(0)))
@@ -129,13 +144,19 @@ def test_intervals_hold_the_similarity_at_every_step(shape: tuple[int, int], spe
 def test_intervals_become_narrow_where_decisions_are_wanted(shape: tuple[int, int]) -> None:
     W0 = power_law(*shape).float()
     U0 = torch.linalg.svd(W0.double(), full_matrices=False).U
-    U = torch.stack([U0[:, 0], leaning(U0, 1, 0.9), leaning(U0, 2, 0.7), directions(shape[0], 1)[:, 0]], 1)
+    U = torch.stack(
+        [U0[:, 0], leaning(U0, 1, 0.9), leaning(U0, 2, 0.7), directions(shape[0], 1)[:, 0]], 1
+    )
     process = OverlapProcess(Dense(W0), U.float(), torch.Generator().manual_seed(vary(0)))
     process.step()
-    while (bounds := process.bounds(0.5)).high[3] >= 0.5:  # for 10 to 15 steps of 16 vectors, by the draw
+    while (bounds := process.bounds(0.5)).high[
+        3
+    ] >= 0.5:  # for 10 to 15 steps of 16 vectors, by the draw
         process.step()
         assert not process.exhausted  # which a decomposition of the whole would be
-    torch.testing.assert_close(bounds.low[:3], torch.tensor([1.0, 0.9, 0.7], dtype=torch.float64), rtol=0, atol=0.02)
+    torch.testing.assert_close(
+        bounds.low[:3], torch.tensor([1.0, 0.9, 0.7], dtype=torch.float64), rtol=0, atol=0.02
+    )
     assert float(bounds.low[3]) <= float((U0.T @ U[:, 3]).abs().max())
 
 
@@ -147,8 +168,12 @@ def bulk() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("times", "form"), [(10, "square"), (300, "transposed"), (30000, "transposed")])
-def test_an_outlier_does_not_hide_the_bulk(bulk: tuple[torch.Tensor, ...], times: float, form: str) -> None:
+@pytest.mark.parametrize(
+    ("times", "form"), [(10, "square"), (300, "transposed"), (30000, "transposed")]
+)
+def test_an_outlier_does_not_hide_the_bulk(
+    bulk: tuple[torch.Tensor, ...], times: float, form: str
+) -> None:
     """On the Gram matrix, without a term for rounding, the bound was 0.08 at 30,000 times the bulk where 0.61 is true."""
     U0, V0, S = bulk
     S = S.clone()
@@ -159,7 +184,9 @@ def test_an_outlier_does_not_hide_the_bulk(bulk: tuple[torch.Tensor, ...], times
     u = leaning(U0, 500, 0.61)
     tightest = []
     for seed in range(3):
-        process = OverlapProcess(Dense(W0), u.float()[:, None], torch.Generator().manual_seed(vary(seed)))
+        process = OverlapProcess(
+            Dense(W0), u.float()[:, None], torch.Generator().manual_seed(vary(seed))
+        )
         seen = []
         for step in range(1, 21):
             process.step()
@@ -200,7 +227,9 @@ def test_a_tall_base_with_hidden_small_singular_values_gets_no_upper_bound() -> 
     assert process.hopeless
     assert float(bounds.high[0]) == 1
     sound = OverlapProcess(
-        Dense(power_law(512, 300).float()), U0[:, -1:].float(), torch.Generator().manual_seed(vary(0))
+        Dense(power_law(512, 300).float()),
+        U0[:, -1:].float(),
+        torch.Generator().manual_seed(vary(0)),
     )
     for _ in range(10):
         sound.step()
@@ -215,7 +244,9 @@ def test_below_the_cut_off_a_tall_base_is_not_judged() -> None:
     S[-3:] = 1e-6
     W0 = spectrum_matrix(300, 40, S).float()
     U0 = torch.linalg.svd(W0.double(), full_matrices=False).U
-    process = OverlapProcess(Dense(W0), directions(300, 4).float(), torch.Generator().manual_seed(vary(0)))
+    process = OverlapProcess(
+        Dense(W0), directions(300, 4).float(), torch.Generator().manual_seed(vary(0))
+    )
     while not process.exhausted:
         process.step()
     bounds = process.bounds(0.9)
@@ -230,7 +261,9 @@ def test_below_the_cut_off_a_tall_base_is_not_judged() -> None:
 @pytest.mark.parametrize("shape", [(60, 20), (20, 60), (30, 30)])
 def test_a_zero_base_leaves_every_direction_open(shape: tuple[int, int]) -> None:
     """Its singular vectors may be any: no similarity is defined, so the interval is everything."""
-    bounds, _ = dense_overlaps(Dense(torch.zeros(shape)), directions(shape[0], 3).float(), torch.Generator())
+    bounds, _ = dense_overlaps(
+        Dense(torch.zeros(shape)), directions(shape[0], 3).float(), torch.Generator()
+    )
     assert bool((bounds.low == 0).all())
     assert bool((bounds.high >= 0.99).all())
 
@@ -268,7 +301,9 @@ def test_an_interval_holds_for_what_is_near_the_vectors_given() -> None:
 
 
 @pytest.mark.parametrize("width", [40, 100])
-def test_the_bound_of_wide_blocks_is_that_of_narrow_ones(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bound_of_wide_blocks_is_that_of_narrow_ones(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gk = GolubKahan(Dense(power_law(300, 300)), directions(300, width))
     for _ in range(2):
         gk.step()

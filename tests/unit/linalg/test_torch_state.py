@@ -56,7 +56,11 @@ def test_detection_does_not_depend_on_it(solver: str) -> None:
 def setting() -> str:
     """How float32 matrices are multiplied, as torch before 2.9 and since calls it."""
     since = hasattr(torch.backends, "fp32_precision")
-    return torch.backends.mkldnn.matmul.fp32_precision if since else torch.get_float32_matmul_precision()
+    return (
+        torch.backends.mkldnn.matmul.fp32_precision
+        if since
+        else torch.get_float32_matmul_precision()
+    )
 
 
 @pytest.mark.usefixtures("reduced")

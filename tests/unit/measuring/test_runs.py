@@ -13,7 +13,16 @@ from streamer.storage.transaction import Journal
 from streamer.streaming.model import ModelSize
 from streamer.streaming.values import ROOM
 
-LARGE = ModelSize(widest=14336, hidden=4096, vocabulary=128256, attention=0, dense=0, factors=0, products={}, read=0)
+LARGE = ModelSize(
+    widest=14336,
+    hidden=4096,
+    vocabulary=128256,
+    attention=0,
+    dense=0,
+    factors=0,
+    products={},
+    read=0,
+)
 RESIDENT = 250 << 20
 
 
@@ -47,11 +56,16 @@ def test_sequences_of_one_length_go_together_if_padding_changes_the_model() -> N
 def test_every_variant_sees_every_sequence_once() -> None:
     texts = {"general": text(*[512] * 3), "task": text(64, 30)}
     found = riders(texts, 3, LARGE, 1024, False)
-    assert [(part.name, part.numbers) for part in found] == [("general", (0, 1)), ("general", (2,)), ("task", (0, 1))]
+    assert [(part.name, part.numbers) for part in found] == [
+        ("general", (0, 1)),
+        ("general", (2,)),
+        ("task", (0, 1)),
+    ]
     for part in found:
         assert [group.variant for group in part.groups] == [0, 1, 2]
         assert all(
-            group.stream is None and group.rows == part.text.longest * len(part.numbers) for group in part.groups
+            group.stream is None and group.rows == part.text.longest * len(part.numbers)
+            for group in part.groups
         )
 
 
@@ -66,12 +80,15 @@ def test_the_longest_padded_sequence_shows_what_padding_does() -> None:
 def test_a_budget_limits_a_sweep() -> None:
     """First what groups share goes, then states to a spool, then the number of tokens that run together."""
     work = Work(fitted=2048, riding=40960, length=512)
-    unlimited, least = work.limits(LARGE, RESIDENT, None), work.nbytes(LARGE, RESIDENT, Limits(512, 0, True))
+    unlimited, least = (
+        work.limits(LARGE, RESIDENT, None),
+        work.nbytes(LARGE, RESIDENT, Limits(512, 0, True)),
+    )
     assert unlimited == (ROWS, ROOM, False)
     found = [work.limits(LARGE, RESIDENT, least + more) for more in range(0, 8 << 30, 64 << 20)]
-    assert [work.nbytes(LARGE, RESIDENT, one) <= least + i * (64 << 20) for i, one in enumerate(found)] == [True] * len(
-        found
-    )
+    assert [
+        work.nbytes(LARGE, RESIDENT, one) <= least + i * (64 << 20) for i, one in enumerate(found)
+    ] == [True] * len(found)
     kinds = [(one.rows, one.spools) for one in found]
     assert list(dict.fromkeys(kinds)) == [(512, True), (ROWS, True), (ROWS, False)]
     assert (found[0].room, found[-1]) == (0, unlimited)
@@ -80,16 +97,23 @@ def test_a_budget_limits_a_sweep() -> None:
 def test_a_budget_for_no_group_names_the_smallest() -> None:
     work = Work(fitted=0, riding=3 * 576, length=512)
     least = work.nbytes(LARGE, RESIDENT, Limits(512, 0, True))
-    with pytest.raises(UsageError, match=rf"max_memory: 400M is not enough .* it needs {-(-least >> 20)}M"):
+    with pytest.raises(
+        UsageError, match=rf"max_memory: 400M is not enough .* it needs {-(-least >> 20)}M"
+    ):
         work.limits(LARGE, RESIDENT, 400 << 20)
     work.limits(LARGE, RESIDENT, least)
 
 
-ARRAYS = {"sums": np.array([0.1 + 0.2, np.pi]), "loss": np.array([[1e-300, -0.0], [np.nextafter(1, 2), 5e-324]])}
+ARRAYS = {
+    "sums": np.array([0.1 + 0.2, np.pi]),
+    "loss": np.array([[1e-300, -0.0], [np.nextafter(1, 2), 5e-324]]),
+}
 
 
 def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
-    return list(a) == list(b) and all(a[n].shape == b[n].shape and a[n].tobytes() == b[n].tobytes() for n in a)
+    return list(a) == list(b) and all(
+        a[n].shape == b[n].shape and a[n].tobytes() == b[n].tobytes() for n in a
+    )
 
 
 def opened(path: Path) -> tuple[Journal, Records]:

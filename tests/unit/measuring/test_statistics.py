@@ -34,16 +34,22 @@ def test_the_errors_are_those_of_bootstrapping_sequences() -> None:
     draws: dict[str, list[float]] = {"mean": [], "difference": [], "share": [], "kl": []}
     for _ in range(3000):
         rows = rng.integers(0, 64, 64)
-        n, loss, kl = general.tokens[rows].sum(), general.loss[:, rows].sum(axis=1), general.kl[:, rows].sum(axis=1)
+        n, loss, kl = (
+            general.tokens[rows].sum(),
+            general.loss[:, rows].sum(axis=1),
+            general.kl[:, rows].sum(axis=1),
+        )
         draws["mean"].append(loss[5] / n)
         draws["difference"].append((loss[5] - loss[1]) / n)
         fall = task.loss[:, rows].sum(axis=1)
         draws["share"].append((fall[5] - fall[0]) / (fall[1] - fall[0]))
         draws["kl"].append(kl[5] / kl[1])
     found = {
-        "mean": general.mean("loss", 5), "difference": general.mean("loss", 5, 1),
-        "share": task.share("loss", 5), "kl": general.share("kl", 5),
-    }  # fmt: skip
+        "mean": general.mean("loss", 5),
+        "difference": general.mean("loss", 5, 1),
+        "share": task.share("loss", 5),
+        "kl": general.share("kl", 5),
+    }
     for name, estimate in found.items():
         assert estimate.value == pytest.approx(np.mean(draws[name]), abs=estimate.error / 5), name
         assert estimate.error == pytest.approx(np.std(draws[name]), rel=0.08), name

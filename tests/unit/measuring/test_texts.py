@@ -37,7 +37,8 @@ def test_a_stream_is_cut_at_even_distances(kind: type, tmp_path: Path) -> None:
 def test_the_length_that_is_named_gives_the_least_number_of_sequences(tmp_path: Path) -> None:
     path = save(tmp_path / "ids.npy", np.arange(127))
     with pytest.raises(
-        FormatError, match=r"expected 4 sequences of 64 tokens at least, found 127 tokens; .*--length 31"
+        FormatError,
+        match=r"expected 4 sequences of 64 tokens at least, found 127 tokens; .*--length 31",
     ):
         read_text(path, None, length=64, least=4)
     assert len(read_text(path, None, length=31, least=4).ids) == 4
@@ -69,14 +70,18 @@ def test_rows_are_sequences(tmp_path: Path) -> None:
 def test_the_digest_is_of_ids_and_of_which_count(tmp_path: Path) -> None:
     path = save(tmp_path / "ids.npy", np.arange(64))
     text = read_text(path, None, length=8)
-    assert text.digest() == read_text(save(path, np.arange(64).reshape(8, 8)), None, length=8).digest()
+    assert (
+        text.digest() == read_text(save(path, np.arange(64).reshape(8, 8)), None, length=8).digest()
+    )
     assert text.digest() != read_text(save(path, np.arange(64)[::-1]), None, length=8).digest()
     assert text.digest() != read_text(save(path, np.arange(64)), None, length=16).digest()
     fewer = tuple(np.where(np.arange(8) > 1, c, False) for c in text.counted)
     assert text.digest() != TextSequences(text.ids, fewer).digest()
 
 
-@pytest.mark.parametrize(("count", "wanted"), [(0, 3), (1, 3), (3, 3), (10, 3), (1000, 64), (65, 64)])
+@pytest.mark.parametrize(
+    ("count", "wanted"), [(0, 3), (1, 3), (3, 3), (10, 3), (1000, 64), (65, 64)]
+)
 def test_even_choices(count: int, wanted: int) -> None:
     chosen = evenly(count, wanted)
     assert len(chosen) == min(count, wanted)
@@ -85,19 +90,40 @@ def test_even_choices(count: int, wanted: int) -> None:
     assert {b - a for a, b in itertools.pairwise(chosen)} <= {count // wanted, count // wanted + 1}
 
 
-@pytest.mark.parametrize(("array", "words"), [
-    (np.ones(64), "expected token ids, integers in 1 dimension (a stream) or 2 (sequences), found float64 in 1"),
-    (np.ones((2, 2, 2), int), "found int64 in 3"),
-    (np.array(3), "found int64 in 0"),
-    (np.array([], int), "expected 2 sequences of 8 tokens at least, found 0 tokens; give more text"),
-    (np.arange(15), "expected 2 sequences of 8 tokens at least, found 15 tokens; give more text, or --length 7"),
-    (np.arange(8)[None], "expected at least 2 sequences, whose difference gives the error, found 1; give more text"),
-    (np.zeros((0, 8), int), "found 0; give more text"),
-    (np.arange(8)[:, None], "expected sequences of at least 2 tokens, found 1"),
-    (np.array([[1, 2], [3, 100]]), "expected token ids from 0 to 99, found 100 in sequence 2; it was made with another tokenizer"),
-    (np.array([[1, -100], [3, 4]]), "expected token ids from 0 to 99, found -100 in sequence 1"),
-    (np.array(["a"], object), "expected an array as numpy.save writes it"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (
+            np.ones(64),
+            "expected token ids, integers in 1 dimension (a stream) or 2 (sequences), found float64 in 1",
+        ),
+        (np.ones((2, 2, 2), int), "found int64 in 3"),
+        (np.array(3), "found int64 in 0"),
+        (
+            np.array([], int),
+            "expected 2 sequences of 8 tokens at least, found 0 tokens; give more text",
+        ),
+        (
+            np.arange(15),
+            "expected 2 sequences of 8 tokens at least, found 15 tokens; give more text, or --length 7",
+        ),
+        (
+            np.arange(8)[None],
+            "expected at least 2 sequences, whose difference gives the error, found 1; give more text",
+        ),
+        (np.zeros((0, 8), int), "found 0; give more text"),
+        (np.arange(8)[:, None], "expected sequences of at least 2 tokens, found 1"),
+        (
+            np.array([[1, 2], [3, 100]]),
+            "expected token ids from 0 to 99, found 100 in sequence 2; it was made with another tokenizer",
+        ),
+        (
+            np.array([[1, -100], [3, 4]]),
+            "expected token ids from 0 to 99, found -100 in sequence 1",
+        ),
+        (np.array(["a"], object), "expected an array as numpy.save writes it"),
+    ],
+)
 def test_arrays_that_are_refused(array: np.ndarray, words: str, tmp_path: Path) -> None:
     path = save(tmp_path / "ids.npy", array)
     with pytest.raises(FormatError) as e:
@@ -119,13 +145,18 @@ def test_other_files_that_are_refused(tmp_path: Path) -> None:
     for name in ("no.npy", "no.txt", "no.jsonl"):
         with pytest.raises(MissingInputError):
             read_text(tmp_path / name, None)
-    with pytest.raises(UsageError, match=r"expected the name of a text to end in \.txt, \.jsonl, \.npy, found '\.md'"):
+    with pytest.raises(
+        UsageError,
+        match=r"expected the name of a text to end in \.txt, \.jsonl, \.npy, found '\.md'",
+    ):
         read_text(tmp_path / "text.md", None)
 
 
 def test_a_sequence_longer_than_the_models_positions(tmp_path: Path) -> None:
     path = save(tmp_path / "ids.npy", np.arange(64))
-    with pytest.raises(UsageError, match="a sequence has 16 tokens, and the model 8 positions; give --length 8"):
+    with pytest.raises(
+        UsageError, match="a sequence has 16 tokens, and the model 8 positions; give --length 8"
+    ):
         read_text(path, None, length=16, positions=8)
     assert read_text(path, None, length=8, positions=8).longest == 8
 
@@ -134,7 +165,8 @@ def test_a_sequence_longer_than_the_models_positions(tmp_path: Path) -> None:
 def test_a_directory_without_a_tokenizer(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text('{"text": "words"}\n')
     with pytest.raises(
-        MissingInputError, match=rf"has no tokenizer, which {name} needs; .* or give token ids \(\.npy\)"
+        MissingInputError,
+        match=rf"has no tokenizer, which {name} needs; .* or give token ids \(\.npy\)",
     ):
         read_text(tmp_path / name, tmp_path)
     with pytest.raises(MissingInputError, match="has no tokenizer"):
@@ -145,7 +177,9 @@ def test_token_ids_need_no_transformers(monkeypatch: pytest.MonkeyPatch, tmp_pat
     imported: list[str] = []
     real = builtins.__import__
     monkeypatch.setattr(
-        builtins, "__import__", lambda name, *args, **kwargs: (imported.append(name), real(name, *args, **kwargs))[1]
+        builtins,
+        "__import__",
+        lambda name, *args, **kwargs: (imported.append(name), real(name, *args, **kwargs))[1],
     )
     read_text(save(tmp_path / "ids.npy", np.arange(64)), None, length=8)
     assert not {"transformers", "tokenizers", "jinja2"} & set(imported)

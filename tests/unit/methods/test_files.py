@@ -16,7 +16,11 @@ from seeds import vary
 from streamer.errors import FormatError
 from streamer.methods.files import Coefficients, load_coefficients, load_map
 
-FACTS = {"base": {"files": []}, "adapter": {"modules": 2}, "sets": [{"keep": 0.9, "shrink": {"lambda": 0.67}}]}
+FACTS = {
+    "base": {"files": []},
+    "adapter": {"modules": 2},
+    "sets": [{"keep": 0.9, "shrink": {"lambda": 0.67}}],
+}
 
 
 @pytest.fixture(params=["fit", "map"])
@@ -34,7 +38,11 @@ def test_every_flipped_bit_is_refused(file: tuple[Path, Callable[[Path], Any]]) 
     path, load = file
     raw, rng = path.read_bytes(), random.Random(vary(0))
     header = 8 + int.from_bytes(raw[:8], "little")
-    for at in [*range(8), *rng.choices(range(header), k=200), *rng.choices(range(header, len(raw)), k=100)]:
+    for at in [
+        *range(8),
+        *rng.choices(range(header), k=200),
+        *rng.choices(range(header, len(raw)), k=100),
+    ]:
         changed = bytearray(raw)
         changed[at] ^= 1 << rng.randrange(8)
         path.write_bytes(changed)

@@ -29,7 +29,12 @@ def test_a_file_holds_it_whole(made: InputMap, tmp_path: Path) -> None:
     assert (found.digest, dict(found.facts)) == (made.digest, dict(made.facts))
     assert found.name == str(tmp_path / "new" / "m.safetensors")
     for one, other in zip(made.inputs, found.inputs, strict=True):
-        assert (one.names, one.tokens, one.size, one.trace) == (other.names, other.tokens, other.size, other.trace)
+        assert (one.names, one.tokens, one.size, one.trace) == (
+            other.names,
+            other.tokens,
+            other.size,
+            other.trace,
+        )
         assert torch.equal(one.values, other.values)
         assert one.vectors is not None
         assert other.vectors is not None
@@ -55,15 +60,20 @@ def test_vectors_are_orthonormal_whatever_rounding_did(made: InputMap) -> None:
 def test_a_file_of_another_version_is_refused(made: InputMap, tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     made.save(path)
-    path.write_bytes(helpers.sealed(path.read_bytes().replace(b"streamer.map/2", b"streamer.map/1")))
+    path.write_bytes(
+        helpers.sealed(path.read_bytes().replace(b"streamer.map/2", b"streamer.map/1"))
+    )
     with pytest.raises(
-        FormatError, match=r"another version: expected streamer.map/2, found 'streamer.map/1'; make a map"
+        FormatError,
+        match=r"another version: expected streamer.map/2, found 'streamer.map/1'; make a map",
     ):
         load_map(path)
 
 
 def test_other_files_are_no_maps(inputs: tuple[Path, Path]) -> None:
-    with pytest.raises(FormatError, match="found another safetensors file; make a map with `streamer map`"):
+    with pytest.raises(
+        FormatError, match="found another safetensors file; make a map with `streamer map`"
+    ):
         load_map(inputs[1] / "adapter_model.safetensors")
     with pytest.raises(FormatError, match="found a directory"):
         load_map(inputs[0])

@@ -28,7 +28,9 @@ PACKAGE = Path(streamer.__file__).parent
 
 
 def test_each_name_is_one_of_a_method_and_has_a_witness() -> None:
-    assert list(METHODS) == list(get_args(MethodName)) == [method.name for method in METHODS.values()]
+    assert (
+        list(METHODS) == list(get_args(MethodName)) == [method.name for method in METHODS.values()]
+    )
     assert {name: method.needs for name, method in METHODS.items() if method.missing} == NEEDS
     assert [name for name in METHODS if takes_findings(name)] == [
         name for name, method in METHODS.items() if method.needs == "findings"
@@ -37,7 +39,9 @@ def test_each_name_is_one_of_a_method_and_has_a_witness() -> None:
 
 
 def test_the_page_has_a_colour_for_each_method() -> None:
-    light = re.findall(r"--s(\d): (#\w+);", (PACKAGE / "report" / "page.css").read_text().split("@media")[0])
+    light = re.findall(
+        r"--s(\d): (#\w+);", (PACKAGE / "report" / "page.css").read_text().split("@media")[0]
+    )
     assert len({colour for _, colour in light}) >= len(METHODS)
 
 
@@ -61,14 +65,21 @@ def test_a_map_chooses_its_method_and_no_other_takes_it() -> None:
     mapped = InputMap((), {"vectors": 16})
     assert make_method(None, map=mapped).label == "nullspace 0.3"
     for lam in (1.5, -0.1):
-        with pytest.raises(UsageError, match=r"^lambda must be between 0 \(remove\) and 1 \(keep\), got [-0-9.]+$"):
+        with pytest.raises(
+            UsageError, match=r"^lambda must be between 0 \(remove\) and 1 \(keep\), got [-0-9.]+$"
+        ):
             make_method(None, mitigation_lambda=lam, map=mapped)
 
 
 def test_a_method_refuses_the_options_that_it_lacks() -> None:
     """One line for all, from the fields of the methods; each takes its own."""
-    given = {"mitigation_lambda": 0.5, "select": "first", "amplify": True, "coefficients": Coefficients(0.9, {}),
-             "map": InputMap((), {"vectors": 16})}  # fmt: skip
+    given = {
+        "mitigation_lambda": 0.5,
+        "select": "first",
+        "amplify": True,
+        "coefficients": Coefficients(0.9, {}),
+        "map": InputMap((), {"vectors": 16}),
+    }
     taken = {
         "paper": {"mitigation_lambda", "select", "amplify"},
         "project": {"mitigation_lambda", "select", "amplify"},
@@ -92,16 +103,22 @@ def test_methods_are_named_in_few_other_files() -> None:
     found = {
         str(path.relative_to(PACKAGE))
         for path in PACKAGE.rglob("*.py")
-        if path.relative_to(PACKAGE).parts[0] not in ("methods", "verification") and quoted.search(path.read_text())
+        if path.relative_to(PACKAGE).parts[0] not in ("methods", "verification")
+        and quoted.search(path.read_text())
     }
     assert found == {
-        "evaluation/evaluation.py", "fitting/choice.py", "fitting/fit.py", "cli/tables.py", "api/texts.py",
-    }  # fmt: skip
+        "evaluation/evaluation.py",
+        "fitting/choice.py",
+        "fitting/fit.py",
+        "cli/tables.py",
+        "api/texts.py",
+    }
 
 
 def test_what_is_no_name_is_refused() -> None:
     for name in ("papr", ["paper"], 1):
         with pytest.raises(
-            UsageError, match=r"^method: expected one of paper, project, shrink, regmean, nullspace, found "
+            UsageError,
+            match=r"^method: expected one of paper, project, shrink, regmean, nullspace, found ",
         ):
             make_method(name)  # type: ignore[arg-type]

@@ -17,14 +17,20 @@ FACTS = {"base": {"files": []}, "adapter": {"modules": 2}, "grain": "inputs"}
 
 
 def made(keep: float) -> Coefficients:
-    matrices = {"a.weight": torch.tensor([[3.0, 2.0], [1.0, 0.5]]), "b.weight": torch.tensor([[1.5]])}
+    matrices = {
+        "a.weight": torch.tensor([[3.0, 2.0], [1.0, 0.5]]),
+        "b.weight": torch.tensor([[1.5]]),
+    }
     return Coefficients(keep, {name: keep * factor for name, factor in matrices.items()}, FACTS)
 
 
 def test_they_print_in_a_line(tmp_path: Path) -> None:
     assert repr(made(0.9)) == "<Coefficients: keep 0.9, factors of 2 matrices>"
     made(0.9).save(path := tmp_path / "c.safetensors")
-    assert repr(load_coefficients(path)) == f"<Coefficients: keep 0.9, factors of 2 matrices from {path}>"
+    assert (
+        repr(load_coefficients(path))
+        == f"<Coefficients: keep 0.9, factors of 2 matrices from {path}>"
+    )
 
 
 def test_mitigate_takes_them_by_the_name_of_the_matrix() -> None:
@@ -38,10 +44,18 @@ def test_mitigate_takes_them_by_the_name_of_the_matrix() -> None:
     torch.testing.assert_close(after.dense(), delta.L.double() @ R.double().T)
     assert not options.needs_detection
     record = {"keep": 0.9, "sha256": one.digest}
-    assert options.as_json() == {"method": "regmean", "scale": "all", "lambda": None, "coefficients": record}
+    assert options.as_json() == {
+        "method": "regmean",
+        "scale": "all",
+        "lambda": None,
+        "coefficients": record,
+    }
     assert options.as_dict()["coefficients"] == record
     for other in (Dense(delta.dense()), LowRank(delta.L, delta.R[:7])):
-        with pytest.raises(MismatchError, match="the factor of 'x' does not have this adapter's shape; fit it to this"):
+        with pytest.raises(
+            MismatchError,
+            match="the factor of 'x' does not have this adapter's shape; fit it to this",
+        ):
             options.mitigated(other, None, "x")
 
 
@@ -64,7 +78,10 @@ def test_the_file_holds_them_to_the_bit(tmp_path: Path) -> None:
     read.save(again)
     assert again.read_bytes() == path.read_bytes()
     tampered(path, again, FIT.key, lambda tree, _: tree.update(keeps=[0.95, 0.9]))
-    with pytest.raises(FormatError, match="expected factors for one share of the learning, found 2; make coefficients"):
+    with pytest.raises(
+        FormatError,
+        match="expected factors for one share of the learning, found 2; make coefficients",
+    ):
         load_coefficients(again)
 
 

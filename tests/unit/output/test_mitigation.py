@@ -28,12 +28,16 @@ def test_paper_and_project_are_their_formulas(shape: tuple[int, int], lam: float
     paper = Paper(lam, amplify=True).mitigated(delta, found)
     np.testing.assert_allclose(paper.dense(), D + (lam - 1) * (U[:, I] * S[I]) @ Vh[I], atol=2e-5)
     project = Project(lam, amplify=True).mitigated(delta, found)
-    np.testing.assert_allclose(project.dense(), D - (1 - lam) * U[:, I] @ (U[:, I].T @ D), atol=2e-5)
+    np.testing.assert_allclose(
+        project.dense(), D - (1 - lam) * U[:, I] @ (U[:, I].T @ D), atol=2e-5
+    )
     assert project.rank == delta.rank
     assert project.R is not delta.L
     torch.testing.assert_close(project.R, delta.R.double(), rtol=0, atol=0)
     shrink = Shrink(lam, amplify=True).mitigated(delta, None)
-    np.testing.assert_allclose(shrink.dense(), lam * D, rtol=1e-6, atol=1e-7)  # D was formed in float32
+    np.testing.assert_allclose(
+        shrink.dense(), lam * D, rtol=1e-6, atol=1e-7
+    )  # D was formed in float32
 
 
 def test_lambda_one_and_no_intruders_give_the_delta_itself() -> None:
@@ -48,14 +52,19 @@ def test_lambda_one_and_no_intruders_give_the_delta_itself() -> None:
 
 def test_first_scales_only_the_highest_ranked() -> None:
     base = Dense(power_law(80, 80).float())
-    deltas = (problem(80, 80, seed=i)[1].scaled(1.8) + problem(80, 80, seed=i + 1)[1] for i in itertools.count(1))
+    deltas = (
+        problem(80, 80, seed=i)[1].scaled(1.8) + problem(80, 80, seed=i + 1)[1]
+        for i in itertools.count(1)
+    )
     delta = next(d for d in deltas if (oracle(base, d)[3] < 0.5).sum() == 2)
     found = detect(base, delta, DetectionOptions())
     assert len(found.intruders) == 2
     U, S, Vh, _ = oracle(base, delta)
     j = found.intruders[0]
     after = Paper(0.0, "first").mitigated(delta, found)
-    np.testing.assert_allclose(after.dense(), delta.dense().numpy() - S[j] * np.outer(U[:, j], Vh[j]), atol=2e-5)
+    np.testing.assert_allclose(
+        after.dense(), delta.dense().numpy() - S[j] * np.outer(U[:, j], Vh[j]), atol=2e-5
+    )
 
 
 @pytest.mark.parametrize("rank", [1, 4])

@@ -50,20 +50,29 @@ def merge(base: Path, adapter: Path, out: Path, **options) -> dict:
 def job(tmp_path: Path) -> tuple[Path, Path]:
     base, adapter = three_shards(tmp_path)
     config = (adapter / "adapter_config.json").read_text()
-    (adapter / "adapter_config.json").write_text(config.replace("{", '{"base_model_name_or_path": "some/base", ', 1))
+    (adapter / "adapter_config.json").write_text(
+        config.replace("{", '{"base_model_name_or_path": "some/base", ', 1)
+    )
     return base, adapter
 
 
-def test_a_merged_model_is_not_passed_off_as_its_base(job: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_merged_model_is_not_passed_off_as_its_base(
+    job: tuple[Path, Path], tmp_path: Path
+) -> None:
     base, adapter = job
     (base / "README.md").write_text(BASE)
     record = merge(base, adapter, tmp_path / "out", mitigation_lambda=0.5)
     head, body = parts(tmp_path / "out" / "README.md")
     assert head == {
-        "base_model": ["some/base"], "base_model_relation": "finetune", "library_name": "transformers",
-        "tags": ["intruder-dimensions", "merged", "peft", "lora"], "license": "other", "license_name": "llama3",
-        "language": ["en", "de"], "pipeline_tag": "text-generation",
-    }  # fmt: skip
+        "base_model": ["some/base"],
+        "base_model_relation": "finetune",
+        "library_name": "transformers",
+        "tags": ["intruder-dimensions", "merged", "peft", "lora"],
+        "license": "other",
+        "license_name": "llama3",
+        "language": ["en", "de"],
+        "pipeline_tag": "text-generation",
+    }
     facts, _, rest = body.partition("# Card of the base model")
     assert "[some/base](https://huggingface.co/some/base), digest" in facts
     scaled = f"{record['totals']['intruders']} intruders scaled"
@@ -84,8 +93,11 @@ def test_a_mitigated_adapter_keeps_its_head(job: tuple[Path, Path], tmp_path: Pa
     streamer.reduce_intruder_dimension(base, adapter, tmp_path / "out")
     head, body = parts(tmp_path / "out" / "README.md")
     assert head == {
-        "base_model": "some/base", "library_name": "peft", "tags": ["lora", "intruder-dimensions"], "mine": 1,
-    }  # fmt: skip
+        "base_model": "some/base",
+        "library_name": "peft",
+        "tags": ["lora", "intruder-dimensions"],
+        "mine": 1,
+    }
     assert body.index("- lost in projection: at most") < body.index("# Mine")
     assert "`--method project`" in body  # what was recommended
 
@@ -98,7 +110,9 @@ def test_matrices_with_intruders_are_counted(tmp_path: Path) -> None:
         factors[f"layers.{i}"] = (a, b if i < 2 else 0 * b)
     (tmp_path / "base").mkdir()
     save_file(tensors, tmp_path / "base" / "model.safetensors")
-    record = merge(tmp_path / "base", write_adapter(tmp_path / "adapter", factors, r=3), tmp_path / "out")
+    record = merge(
+        tmp_path / "base", write_adapter(tmp_path / "adapter", factors, r=3), tmp_path / "out"
+    )
     scaled = [m for m in record["matrices"] if m["intruders"]]
     assert len(scaled) == 2
     text = (tmp_path / "out" / "README.md").read_text()
@@ -112,7 +126,10 @@ def test_the_library_is_that_of_the_class(tmp_path: Path) -> None:
         "library_name": "library_name: sentence-transformers\n",
         "pipeline_tag": "pipeline_tag: sentence-similarity\n",
     }
-    for pipeline, library in (("text-classification", "transformers"), ("", "sentence-transformers")):
+    for pipeline, library in (
+        ("text-classification", "transformers"),
+        ("", "sentence-transformers"),
+    ):
         head = yaml.safe_load(_merged_head(Card(b"", pipeline), (source, source), dict(blocks)))
         assert head["library_name"] == library
         assert head["pipeline_tag"] == (pipeline or "sentence-similarity")
@@ -135,11 +152,21 @@ def test_no_card_leaves_it_as_it_is(job: tuple[Path, Path], tmp_path: Path) -> N
         merge(base, adapter, tmp_path / "out")
 
 
-@pytest.mark.parametrize("head", [
-    "license: &x mit\nlanguage: *x\n", "a: 1\na: 2\n", "- a\n", "tags: [a,\nb]\n", "? a\n: b\n", "\ta: 1\n",
-    "a: 1\n...\n",
-])  # fmt: skip
-def test_a_head_that_is_not_plain_stays_as_it_is(job: tuple[Path, Path], tmp_path: Path, head: str) -> None:
+@pytest.mark.parametrize(
+    "head",
+    [
+        "license: &x mit\nlanguage: *x\n",
+        "a: 1\na: 2\n",
+        "- a\n",
+        "tags: [a,\nb]\n",
+        "? a\n: b\n",
+        "\ta: 1\n",
+        "a: 1\n...\n",
+    ],
+)
+def test_a_head_that_is_not_plain_stays_as_it_is(
+    job: tuple[Path, Path], tmp_path: Path, head: str
+) -> None:
     base, adapter = job
     (base / "README.md").write_bytes(f"---\n{head}---\n".encode() + b"\xff not text\n")
     merge(base, adapter, tmp_path / "out")
@@ -149,15 +176,18 @@ def test_a_head_that_is_not_plain_stays_as_it_is(job: tuple[Path, Path], tmp_pat
     assert b"\xff not text\n" in data
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("tags:\n- a\n- b\n", ["a", "b", "intruder-dimensions"]),
-    ("tags:\n  - a\n  - b\n", ["a", "b", "intruder-dimensions"]),
-    ("tags: [a, b]\n", ["a", "b", "intruder-dimensions"]),
-    ("tags:\n", ["intruder-dimensions"]),
-    ("tags: []\n", ["intruder-dimensions"]),
-    ("tags:\n- intruder-dimensions\n- a\n", ["intruder-dimensions", "a"]),
-    ("tags: some\n", "some"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("tags:\n- a\n- b\n", ["a", "b", "intruder-dimensions"]),
+        ("tags:\n  - a\n  - b\n", ["a", "b", "intruder-dimensions"]),
+        ("tags: [a, b]\n", ["a", "b", "intruder-dimensions"]),
+        ("tags:\n", ["intruder-dimensions"]),
+        ("tags: []\n", ["intruder-dimensions"]),
+        ("tags:\n- intruder-dimensions\n- a\n", ["intruder-dimensions", "a"]),
+        ("tags: some\n", "some"),
+    ],
+)
 def test_tags(text: str, expected: object) -> None:
     assert yaml.safe_load(_with_tag(text)) == {"tags": expected}
 
@@ -170,11 +200,16 @@ def test_a_card_of_a_fine_tuned_model_is_called_so(job: tuple[Path, Path], tmp_p
     head, body = parts(tmp_path / "out" / "README.md")
     assert "base_model" not in head  # nothing says what it is called
     assert head["tags"] == ["intruder-dimensions", "merged"]
-    assert "# Card of the fine-tuned model\n\nThe rest is the unchanged card of tuned.\n\n# Tuned" in body
+    assert (
+        "# Card of the fine-tuned model\n\nThe rest is the unchanged card of tuned.\n\n# Tuned"
+        in body
+    )
     assert (tmp_path / "out" / "README.md").read_text().count("# Tuned") == 1
 
 
-def test_an_edited_card_stands_and_is_never_replaced(job: tuple[Path, Path], tmp_path: Path) -> None:
+def test_an_edited_card_stands_and_is_never_replaced(
+    job: tuple[Path, Path], tmp_path: Path
+) -> None:
     base, adapter = job
     merge, out = streamer.merge_with_reduced_intruder_dimensions, tmp_path / "out"
     merge(base, adapter, out)
@@ -212,4 +247,6 @@ def test_names_do_not_steer_a_terminal(tmp_path: Path) -> None:
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8", errors="surrogateescape")
     assert all(line.isprintable() for line in text.split("\n"))
     _, block, _ = text.split("\n```", 2)
-    assert block.startswith("sh\nstreamer merge 'ba\\x1b[31m\\u202e\\u2028\\n```se' adapter -o OUTPUT")
+    assert block.startswith(
+        "sh\nstreamer merge 'ba\\x1b[31m\\u202e\\u2028\\n```se' adapter -o OUTPUT"
+    )

@@ -20,21 +20,32 @@ from streamer.weights.model_config import ModelConfig
 
 def test_every_file_is_stamped(single: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = single
-    findings = streamer.detect_intruder_dimensions(base, adapter, tmp_path / "f.safetensors", top_k=3)
+    findings = streamer.detect_intruder_dimensions(
+        base, adapter, tmp_path / "f.safetensors", top_k=3
+    )
     streamer.reduce_intruder_dimension(base, adapter, tmp_path / "mit", findings=findings, top_k=3)
-    streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "out", findings=findings, top_k=3)
+    streamer.merge_with_reduced_intruder_dimensions(
+        base, adapter, tmp_path / "out", findings=findings, top_k=3
+    )
     certified = sum(m.detection.certified for m in findings)
     sources = {"base": ("one", "some/one"), "adapter": ("few", None)}
-    for path, command in (("f.safetensors", "detect"), ("mit/adapter_model.safetensors", "mitigate"),
-                          ("out/model.safetensors", "merge")):  # fmt: skip
+    for path, command in (
+        ("f.safetensors", "detect"),
+        ("mit/adapter_model.safetensors", "mitigate"),
+        ("out/model.safetensors", "merge"),
+    ):
         said = stamp(tmp_path / path)
         assert (said["version"], said["command"]) == (streamer.__version__, command)
         for what, (name, model_id) in sources.items():
             assert (said[what]["name"], said[what].get("model_id")) == (name, model_id)
             assert len(said[what]["digest"]) == 16
         assert said["detection"] == {
-            "top_k": 3, "threshold_epsilon": 0.5, "solver": "auto", "certified": certified, "matrices": 3,
-        }  # fmt: skip
+            "top_k": 3,
+            "threshold_epsilon": 0.5,
+            "solver": "auto",
+            "certified": certified,
+            "matrices": 3,
+        }
         if command != "detect":
             assert (said["method"], said["lambda"]) == ("paper", 0.75)
     assert metadata(tmp_path / "out" / "model.safetensors")["format"] == "pt"
@@ -45,16 +56,30 @@ def test_every_file_is_stamped(single: tuple[Path, Path], tmp_path: Path) -> Non
 def test_a_record_names_inputs_and_holds_no_path(job: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = job
     config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
-    record = streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "out", mitigation_lambda=0.5)
-    assert (record["output"], record["state"], record["lambda"]) == (str(tmp_path / "out"), "written", 0.5)
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": str(base)})
+    )
+    record = streamer.merge_with_reduced_intruder_dimensions(
+        base, adapter, tmp_path / "out", mitigation_lambda=0.5
+    )
+    assert (record["output"], record["state"], record["lambda"]) == (
+        str(tmp_path / "out"),
+        "written",
+        0.5,
+    )
     assert (record["base"]["name"], record["adapter"]["name"]) == ("base", "adapter")
     assert record["detection"]["certified"] == record["detection"]["matrices"] == 9
-    text = (tmp_path / "out" / "streamer.json").read_text() + (tmp_path / "out" / "README.md").read_text()
+    text = (tmp_path / "out" / "streamer.json").read_text() + (
+        tmp_path / "out" / "README.md"
+    ).read_text()
     assert str(tmp_path) not in text
-    again = streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "out", mitigation_lambda=0.5)
+    again = streamer.merge_with_reduced_intruder_dimensions(
+        base, adapter, tmp_path / "out", mitigation_lambda=0.5
+    )
     assert again == {**record, "state": "present"}
-    plain = streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "one", mitigation_lambda=1)
+    plain = streamer.merge_with_reduced_intruder_dimensions(
+        base, adapter, tmp_path / "one", mitigation_lambda=1
+    )
     assert plain["detection"] is None
     assert {m["certified"] for m in plain["matrices"]} == {None}
 
@@ -63,7 +88,11 @@ def test_what_a_base_is_called(tmp_path: Path) -> None:
     cached = tmp_path / "models--some--thing" / "snapshots" / "0123abc"
     cached.mkdir(parents=True)
     found = base_source(cached, ModelConfig(), "an/other", {})
-    assert (found["name"], found["model_id"], found["revision"]) == ("thing", "some/thing", "0123abc")
+    assert (found["name"], found["model_id"], found["revision"]) == (
+        "thing",
+        "some/thing",
+        "0123abc",
+    )
     calls = [
         ("thing", {}, "some/thing", "some/thing"),
         ("thing", {}, str(tmp_path / "thing"), None),
@@ -71,9 +100,19 @@ def test_what_a_base_is_called(tmp_path: Path) -> None:
         ("thing-ft", {}, "models/thing", None),  # another model than the one that it was trained on
         ("own/thing", {}, "own/thing", None),  # where it lies, and so a path
         ("thing", {}, "models/thing", None),
-        ("thing", {}, "some/thing-bnb-4bit", None),  # trained on its quantized copy, which this is not
+        (
+            "thing",
+            {},
+            "some/thing-bnb-4bit",
+            None,
+        ),  # trained on its quantized copy, which this is not
         ("thing", {"_name_or_path": "some/thing"}, None, "some/thing"),
-        ("thing", {"_name_or_path": "some/parent"}, None, None),  # what it was trained from, perhaps
+        (
+            "thing",
+            {"_name_or_path": "some/parent"},
+            None,
+            None,
+        ),  # what it was trained from, perhaps
     ]
     for directory, config, stated, expected in calls:
         path = tmp_path / directory
@@ -85,9 +124,17 @@ def test_what_a_base_is_called(tmp_path: Path) -> None:
 def test_what_a_base_is_not_called_is_said(single: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = single
     config = json.loads((adapter / "adapter_config.json").read_text())
-    said = {"models/llama": "models/llama", "llama": "llama", "some/one": None, "/data/llama": None, "../llama": None}
+    said = {
+        "models/llama": "models/llama",
+        "llama": "llama",
+        "some/one": None,
+        "/data/llama": None,
+        "../llama": None,
+    }
     for n, (stated, named) in enumerate(said.items()):
-        (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": stated}))
+        (adapter / "adapter_config.json").write_text(
+            json.dumps({**config, "base_model_name_or_path": stated})
+        )
         record = streamer.merge_with_reduced_intruder_dimensions(
             base, adapter, tmp_path / f"out{n}", mitigation_lambda=1
         )
@@ -113,11 +160,15 @@ def test_a_result_is_shown_in_a_few_lines(job: tuple[Path, Path], tmp_path: Path
     ]
     assert repr(record).count("\n") == 3
     assert json.loads(json.dumps(record)) == record
-    grown = streamer.reduce_intruder_dimension(*job, tmp_path / "grown", mitigation_lambda=1.5, amplify=True)
+    grown = streamer.reduce_intruder_dimension(
+        *job, tmp_path / "grown", mitigation_lambda=1.5, amplify=True
+    )
     assert grown["totals"]["delta_norm_after"] > grown["totals"]["delta_norm"]
     assert "equal norm" not in repr(grown)  # a shrink cannot be given such a lambda
     assert "equal norm" not in (tmp_path / "grown" / "README.md").read_text()
-    merged = streamer.merge_with_reduced_intruder_dimensions(*job, tmp_path / "merged", mitigation_lambda=1)
+    merged = streamer.merge_with_reduced_intruder_dimensions(
+        *job, tmp_path / "merged", mitigation_lambda=1
+    )
     assert "\n lambda 1: the unchanged adapter, nothing mitigated\n |delta| " in repr(merged)
     assert "(merge, written): 8 files" in repr({"llama": merged})
 
@@ -128,8 +179,14 @@ def test_what_is_lost_in_projection_is_a_warning_with_a_remedy_that_works(
     base, adapter = job
     findings = streamer.detect_intruder_dimensions(base, adapter)
     events: list[tuple[str, str]] = []
-    record = streamer.reduce_intruder_dimension(base, adapter, tmp_path / "a", findings=findings, mitigation_lambda=0.25,
-                                                on_event=lambda e: events.append((e.stage, e.name)))  # fmt: skip
+    record = streamer.reduce_intruder_dimension(
+        base,
+        adapter,
+        tmp_path / "a",
+        findings=findings,
+        mitigation_lambda=0.25,
+        on_event=lambda e: events.append((e.stage, e.name)),
+    )
     assert record["totals"]["dropped_max"] > 0.01
     q = max(len(m["intruders"]) for m in record["matrices"])
     (line,) = record["warnings"]
@@ -140,11 +197,15 @@ def test_what_is_lost_in_projection_is_a_warning_with_a_remedy_that_works(
         f"lost in projection: more than 1 % of the delta in {len(lossy)} of {len(record['matrices'])} matrices, most in "
         f"{worst['tensor']!r} ({100 * worst['dropped']:.2f} %); "
     )
-    assert line.endswith(f"; `--method project`, `--to-lora {4 + q}` or `streamer merge` loses nothing")
+    assert line.endswith(
+        f"; `--method project`, `--to-lora {4 + q}` or `streamer merge` loses nothing"
+    )
     with pytest.warns(
         streamer.StreamerWarning, match="^lost in projection: more than 1 %"
     ):  # a finished output says so again
-        streamer.reduce_intruder_dimension(base, adapter, tmp_path / "a", findings=findings, mitigation_lambda=0.25)
+        streamer.reduce_intruder_dimension(
+            base, adapter, tmp_path / "a", findings=findings, mitigation_lambda=0.25
+        )
     assert line in (tmp_path / "a" / "README.md").read_text()
     for n, options in enumerate(({"method": "project"}, {"to_lora": 4 + q})):
         better = streamer.reduce_intruder_dimension(
@@ -165,10 +226,16 @@ def test_iter_merged_tells_of_each_tensor(job: Job) -> None:
     base, adapter = job
     events: list[Event] = []
     sizes = {
-        name: t.nbytes for name, t in streamer.iter_merged(base, adapter, mitigation_lambda=1.0, on_event=events.append)
+        name: t.nbytes
+        for name, t in streamer.iter_merged(
+            base, adapter, mitigation_lambda=1.0, on_event=events.append
+        )
     }
     assert [e.name for e in events if e.stage == "write"] == [*sizes, ""]
-    assert [e.done for e in events if e.stage == "write"] == [0, *itertools.accumulate(sizes.values())]
+    assert [e.done for e in events if e.stage == "write"] == [
+        0,
+        *itertools.accumulate(sizes.values()),
+    ]
     assert {e.total for e in events} == {sum(sizes.values())}
 
 
@@ -176,24 +243,41 @@ def test_iter_merged_makes_only_the_tensors_that_are_wanted(job: Job) -> None:
     base, adapter = job
     every, events = dict(streamer.iter_merged(base, adapter, mitigation_lambda=0.5)), list[Event]()
     *_, last = (name for name in every if name.endswith("proj.weight"))
-    found = streamer.iter_merged(base, adapter, mitigation_lambda=0.5, tensors=last.__eq__, on_event=events.append)
+    found = streamer.iter_merged(
+        base, adapter, mitigation_lambda=0.5, tensors=last.__eq__, on_event=events.append
+    )
     ((name, tensor),) = found
     assert name == last
     assert torch.equal(tensor, every[last])
     assert [e.total for e in events if e.stage == "write"] == [tensor.nbytes] * 2
-    assert list(streamer.iter_merged(base, adapter, max_memory="4G", tensors=lambda name: name not in every)) == []
-    with pytest.raises(UsageError, match=r"^tensors: expected a function that takes a name, found \['a'\]$"):
+    assert (
+        list(
+            streamer.iter_merged(
+                base, adapter, max_memory="4G", tensors=lambda name: name not in every
+            )
+        )
+        == []
+    )
+    with pytest.raises(
+        UsageError, match=r"^tensors: expected a function that takes a name, found \['a'\]$"
+    ):
         streamer.iter_merged(base, adapter, tensors=["a"])  # type: ignore[arg-type]
 
 
-def test_progress_of_several_outputs_counts_each_tensor_once_it_is_written(job: Job, tmp_path: Path) -> None:
+def test_progress_of_several_outputs_counts_each_tensor_once_it_is_written(
+    job: Job, tmp_path: Path
+) -> None:
     base, adapter = job
     for name in ("one", "two"):
         shutil.copytree(adapter, tmp_path / "adapters" / name)
     events: list[Event] = []
     merge = streamer.merge_with_reduced_intruder_dimensions
     merge(base, tmp_path / "adapters", tmp_path / "out", method="shrink", on_event=events.append)
-    sizes = {n: t.nbytes for f in (tmp_path / "out" / "one").glob("*.safetensors") for n, t in load_file(f).items()}
+    sizes = {
+        n: t.nbytes
+        for f in (tmp_path / "out" / "one").glob("*.safetensors")
+        for n, t in load_file(f).items()
+    }
     steps = [event for event in events if event.name in sizes]
     pairs = [(a, b) for a, b in itertools.pairwise(steps) if a.name == b.name]
     assert [(a.adapter, b.adapter) for a, b in pairs] == [("one", "two")] * len(sizes)
@@ -207,19 +291,25 @@ def test_iter_merged_stops_when_the_adapter_changes(job: Job) -> None:
     next(tensors)
     weights = adapter / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes())
-    with pytest.raises(InputChangedError, match=r"adapter_model.safetensors: changed since the run began"):
+    with pytest.raises(
+        InputChangedError, match=r"adapter_model.safetensors: changed since the run began"
+    ):
         list(tensors)
 
 
 def test_the_norm_reported_is_that_of_the_adapter_written(job: Job, tmp_path: Path) -> None:
     base, adapter = job
-    record = streamer.reduce_intruder_dimension(base, adapter, tmp_path / "out", mitigation_lambda=0.2)
+    record = streamer.reduce_intruder_dimension(
+        base, adapter, tmp_path / "out", mitigation_lambda=0.2
+    )
     written = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert record["totals"]["dropped_max"] > 0
     for m in record["matrices"]:
         name = f"base_model.model.{m['module']}.lora_"
         delta = written[f"{name}B.weight"].double() @ written[f"{name}A.weight"].double()
-        assert m["delta_norm_after"] == pytest.approx(float(torch.linalg.matrix_norm(delta)), rel=1e-9)
+        assert m["delta_norm_after"] == pytest.approx(
+            float(torch.linalg.matrix_norm(delta)), rel=1e-9
+        )
 
 
 def test_output_of_findings_with_other_last_bits_is_there_already(job: Job, tmp_path: Path) -> None:
@@ -241,7 +331,9 @@ def test_output_of_findings_with_other_last_bits_is_there_already(job: Job, tmp_
 def test_output_of_other_findings_is_not_taken_for_done(job: Job, tmp_path: Path) -> None:
     base, adapter = job
     findings = streamer.detect_intruder_dimensions(base, adapter)
-    streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "out", findings=findings)
+    streamer.merge_with_reduced_intruder_dimensions(
+        base, adapter, tmp_path / "out", findings=findings
+    )
     import dataclasses
 
     first = findings.matrices[0]
@@ -251,4 +343,6 @@ def test_output_of_other_findings_is_not_taken_for_done(job: Job, tmp_path: Path
     )
     edited = dataclasses.replace(findings, matrices=(none, *findings.matrices[1:]))
     with pytest.raises(OutputError, match="holds another output"):
-        streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "out", findings=edited)
+        streamer.merge_with_reduced_intruder_dimensions(
+            base, adapter, tmp_path / "out", findings=edited
+        )

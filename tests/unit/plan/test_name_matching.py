@@ -16,14 +16,20 @@ from streamer.weights.model_config import ModelConfig
 def match_names(
     modules: list[str], tensors: list[str], model: dict[str, object] | Renames | None = None
 ) -> dict[str, Match]:
-    return match(modules, tensors, model if isinstance(model, Renames) else renames_for(ModelConfig(model or {})))
+    return match(
+        modules,
+        tensors,
+        model if isinstance(model, Renames) else renames_for(ModelConfig(model or {})),
+    )
 
 
 def weights(*stems: str) -> list[str]:
     return [f"{stem}.weight" for stem in stems]
 
 
-LAYERS = [f"layers.{i}.{part}" for i in range(12) for part in ("attn.q_proj", "attn.k_proj", "mlp.up")]
+LAYERS = [
+    f"layers.{i}.{part}" for i in range(12) for part in ("attn.q_proj", "attn.k_proj", "mlp.up")
+]
 
 
 def prefixed(prefix: str) -> list[str]:
@@ -48,13 +54,17 @@ def prefixed(prefix: str) -> list[str]:
 )
 def test_prefixes(mine: str, theirs: str, why: str) -> None:
     found = match_names(prefixed(mine), weights(*prefixed(theirs)))
-    assert {n: m[:2] for n, m in found.items()} == {mine + name: (f"{theirs}{name}.weight", why) for name in LAYERS}
+    assert {n: m[:2] for n, m in found.items()} == {
+        mine + name: (f"{theirs}{name}.weight", why) for name in LAYERS
+    }
 
 
 def test_an_exact_name_wins_over_a_longer_one() -> None:
     modules = prefixed("model.")
     found = match_names(modules, weights(*prefixed("model."), *prefixed("draft.model.")))
-    assert {n: m[:2] for n, m in found.items()} == {name: (f"{name}.weight", "exact") for name in modules}
+    assert {n: m[:2] for n, m in found.items()} == {
+        name: (f"{name}.weight", "exact") for name in modules
+    }
 
 
 def test_an_ambiguous_prefix_lists_the_places() -> None:
@@ -76,11 +86,20 @@ def test_one_prefix_must_fit_every_module() -> None:
 
 
 def test_layers_are_never_exchanged() -> None:
-    for mine, theirs in [("layers.0.q", "layers.1.q"), ("model.layers.0.q", "model.layers.10.q"), ("h.0.q", "layers.1.q"),
-                         ("0.q", "1.q"), ("model.0.q", "model.q"), ("q", "layers.0.q"), ("layers.0.q", "q")]:  # fmt: skip
+    for mine, theirs in [
+        ("layers.0.q", "layers.1.q"),
+        ("model.layers.0.q", "model.layers.10.q"),
+        ("h.0.q", "layers.1.q"),
+        ("0.q", "1.q"),
+        ("model.0.q", "model.q"),
+        ("q", "layers.0.q"),
+        ("layers.0.q", "q"),
+    ]:
         found = match_names([mine], weights(theirs))
         assert found[mine].tensor == "", (mine, theirs)
-    found = match_names(prefixed("model."), weights(*(n.replace("layers.", "layers.1") for n in prefixed("model."))))
+    found = match_names(
+        prefixed("model."), weights(*(n.replace("layers.", "layers.1") for n in prefixed("model.")))
+    )
     for name, (tensor, rule, why, _) in found.items():
         assert (
             (tensor, rule) == (f"{name}.weight", "exact")
@@ -92,7 +111,9 @@ def test_layers_are_never_exchanged() -> None:
 @given(st.data())
 def test_a_match_keeps_the_path_and_its_numbers(data: st.DataObject) -> None:
     """Whatever the names: a found tensor has the module's last component and its numbers, and no two modules share one."""
-    path = st.lists(st.sampled_from(["a", "b", "model", "0", "1", "q"]), min_size=1, max_size=5).map(".".join)
+    path = st.lists(
+        st.sampled_from(["a", "b", "model", "0", "1", "q"]), min_size=1, max_size=5
+    ).map(".".join)
     modules = data.draw(st.lists(path, min_size=1, max_size=4, unique=True))
     tensors = data.draw(st.lists(path, min_size=1, max_size=6, unique=True))
     found = match_names(modules, weights(*tensors))
@@ -104,7 +125,9 @@ def test_a_match_keeps_the_path_and_its_numbers(data: st.DataObject) -> None:
         stem = tensor.removesuffix(".weight")
         assert stem in tensors
         assert stem.split(".")[-1] == name.split(".")[-1]
-        assert [p for p in stem.split(".") if p.isdigit()] == [p for p in name.split(".") if p.isdigit()]
+        assert [p for p in stem.split(".") if p.isdigit()] == [
+            p for p in name.split(".") if p.isdigit()
+        ]
     if all(m.tensor for m in found.values()):
         assert len({m.tensor for m in found.values()}) == len(modules)
 
@@ -112,7 +135,9 @@ def test_a_match_keeps_the_path_and_its_numbers(data: st.DataObject) -> None:
 def test_a_multihead_attention_is_named() -> None:
     """PEFT's LoRA on one is on a parameter of its own name, and on a layer below a wrapper: neither is on disk."""
     tensors = ["model.q.weight", "head.attention.in_proj_weight", "head.attention.out_proj.weight"]
-    found = match_names(["model.q", "head.attention", "head.attention.base_layer.out_proj"], tensors)
+    found = match_names(
+        ["model.q", "head.attention", "head.attention.base_layer.out_proj"], tensors
+    )
     for name in ("head.attention", "head.attention.base_layer.out_proj"):
         assert found[name].why.startswith(f"has no tensor in the base (looked for '{name}.weight'")
 
@@ -135,14 +160,22 @@ def test_a_name_that_means_one_tensor_on_disk_and_another_in_the_loaded_model() 
     """transformers loads fc0 as fc1, and fc1 as fc2: which naming an adapter has, all of its modules together say."""
     tensors = weights(BLOCK + "fc0", BLOCK + "fc1")
     loaded = match_names([LAYER + "fc1", LAYER + "fc2"], tensors, KIMI)
-    assert [m[:2] for m in loaded.values()] == [(BLOCK + "fc0.weight", "rename"), (BLOCK + "fc1.weight", "rename")]
+    assert [m[:2] for m in loaded.values()] == [
+        (BLOCK + "fc0.weight", "rename"),
+        (BLOCK + "fc1.weight", "rename"),
+    ]
     stored = match_names([BLOCK + "fc0", BLOCK + "fc1"], tensors, KIMI)
-    assert [m[:2] for m in stored.values()] == [(BLOCK + "fc0.weight", "exact"), (BLOCK + "fc1.weight", "exact")]
+    assert [m[:2] for m in stored.values()] == [
+        (BLOCK + "fc0.weight", "exact"),
+        (BLOCK + "fc1.weight", "exact"),
+    ]
 
 
 def test_where_it_stays_open_the_places_are_listed() -> None:
     """On disk ``next`` is one tensor, in the loaded model another, and the other modules do not tell which naming this is."""
-    swap = Renames("swap", (Rename(((re.compile("first"), "next"), (re.compile("next"), "last"))),), ())
+    swap = Renames(
+        "swap", (Rename(((re.compile("first"), "next"), (re.compile("next"), "last"))),), ()
+    )
     tensors = weights("layers.0.first", "layers.0.next", "layers.0.q")
     (match,) = match_names(["layers.0.next"], tensors, swap).values()
     assert match.tensor == ""
@@ -151,14 +184,22 @@ def test_where_it_stays_open_the_places_are_listed() -> None:
         "first": ("layers.0.next.weight", "exact"),
         "last": ("layers.0.first.weight", "rename"),
     }.items():
-        assert match_names(["layers.0.next", f"layers.0.{other}"], tensors, swap)["layers.0.next"][:2] == (tensor, rule)
+        assert match_names(["layers.0.next", f"layers.0.{other}"], tensors, swap)["layers.0.next"][
+            :2
+        ] == (tensor, rule)
 
 
 def test_what_a_loader_builds_has_no_tensor_of_its_own() -> None:
     tensors = weights(
-        *(f"model.layers.0.mlp.experts.{e}.{part}_proj" for e in range(4) for part in ("gate", "up", "down"))
+        *(
+            f"model.layers.0.mlp.experts.{e}.{part}_proj"
+            for e in range(4)
+            for part in ("gate", "up", "down")
+        )
     )
-    found = match_names(["model.layers.0.mlp.experts.gate_up_proj"], tensors, {"model_type": "qwen3_moe"})
+    found = match_names(
+        ["model.layers.0.mlp.experts.gate_up_proj"], tensors, {"model_type": "qwen3_moe"}
+    )
     (match,) = found.values()
     assert match.tensor == ""
     assert match.why.startswith("has no tensor in the base (looked for ")
@@ -168,7 +209,10 @@ def test_a_fused_tensor_is_found_by_its_name_on_disk_alone() -> None:
     """Where a loader splits a tensor, its first part is not the whole."""
     config = {"model_type": "hrm_text"}
     tensors = weights("model.layers.0.mlp.gate_up_proj")
-    assert match_names(["model.layers.0.mlp.gate_up_proj"], tensors, config).popitem()[1].rule == "exact"
+    assert (
+        match_names(["model.layers.0.mlp.gate_up_proj"], tensors, config).popitem()[1].rule
+        == "exact"
+    )
     (match,) = match_names(["model.layers.0.mlp.gate_proj"], tensors, config).values()
     assert match.tensor == ""
 
@@ -180,7 +224,9 @@ def test_nested_models_bring_their_renames() -> None:
         "vision_config": {"model_type": "clip_vision_model"},
         "text_config": {"model_type": "llama"},
     }
-    tensors = weights("vision_tower.vision_model.encoder.layers.0.q_proj", "language_model.model.layers.0.q_proj")
+    tensors = weights(
+        "vision_tower.vision_model.encoder.layers.0.q_proj", "language_model.model.layers.0.q_proj"
+    )
     modules = ["model.vision_tower.encoder.layers.0.q_proj", "model.language_model.layers.0.q_proj"]
     found = match_names(modules, tensors, config)
     assert [m.tensor for m in found.values()] == tensors
@@ -191,7 +237,8 @@ def test_nested_models_bring_their_renames() -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [{"model_type": 3}, {"architectures": "x"}, {"architectures": [None]}, {"text_config": [1]}]
+    "config",
+    [{"model_type": 3}, {"architectures": "x"}, {"architectures": [None]}, {"text_config": [1]}],
 )
 def test_a_strange_config_is_no_model_that_is_known(config: dict[str, object]) -> None:
     assert match_names(["model.q"], weights("model.q"), config)["model.q"].rule == "exact"

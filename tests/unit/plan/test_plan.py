@@ -34,9 +34,13 @@ def test_weights_of_modules_of_their_own_are_taken_along(job: Job, tmp_path: Pat
     (base / "code").symlink_to(tmp_path / "code")
     (base / "loop").symlink_to(base)
     (base / "itself").symlink_to(base / "itself")
-    record = streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "out", mitigation_lambda=1.0)
+    record = streamer.merge_with_reduced_intruder_dimensions(
+        base, adapter, tmp_path / "out", mitigation_lambda=1.0
+    )
     out = tmp_path / "out"
-    assert torch.equal(load_file(out / "2_Dense" / "model.safetensors")["linear.weight"], torch.ones(2, 2))
+    assert torch.equal(
+        load_file(out / "2_Dense" / "model.safetensors")["linear.weight"], torch.ones(2, 2)
+    )
     assert (out / "code" / "model.py").read_text() == "x"
     assert not (out / "code").is_symlink()
     assert record["left_out"] == ["onnx", "pytorch_model.bin", "pytorch_model.bin.index.json"]
@@ -74,7 +78,9 @@ def test_an_adapter_where_the_model_goes_is_refused(job: Job, tmp_path: Path) ->
                 base, adapter, out, mitigation_lambda=1.0, overwrite=overwrite
             )
     (out / "adapter_config.json").unlink()
-    streamer.merge_with_reduced_intruder_dimensions(base, adapter, out, mitigation_lambda=1.0, overwrite=True)
+    streamer.merge_with_reduced_intruder_dimensions(
+        base, adapter, out, mitigation_lambda=1.0, overwrite=True
+    )
     assert (out / "model.safetensors.index.json").exists()
 
 
@@ -83,16 +89,22 @@ def test_a_config_as_transformers_writes_it_is_read(job: Job, tmp_path: Path) ->
     text = json.dumps({"model_type": "x", "time_step_limit": [0.0, float("inf")]})
     (base / "config.json").write_text(text)
     assert make_plan(base, adapter).config.model_type == "x"
-    streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "out", mitigation_lambda=1.0)
+    streamer.merge_with_reduced_intruder_dimensions(
+        base, adapter, tmp_path / "out", mitigation_lambda=1.0
+    )
     assert (tmp_path / "out" / "config.json").read_text() == text
 
 
-def test_stamps_do_not_depend_on_the_spelling(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stamps_do_not_depend_on_the_spelling(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base, adapter = job
     absolute = make_plan(base, adapter).stamps()
     monkeypatch.chdir(tmp_path)
     assert make_plan(os.path.relpath(base), os.path.relpath(adapter)).stamps() == absolute
-    assert not any(path.endswith("tokenizer.json") for path in make_plan(base, adapter).detection_stamps())
+    assert not any(
+        path.endswith("tokenizer.json") for path in make_plan(base, adapter).detection_stamps()
+    )
 
 
 def test_a_config_that_appears_during_a_run_was_not_read(job: Job, tmp_path: Path) -> None:

@@ -39,7 +39,11 @@ from streamer.weights.model_config import ModelConfig
         ("pretrained/llama-8b", ["meta-llama/Llama-3.1-8B"], False),
         ("meta-llama/Llama-3.1-8B", ["llama-3.1-8b"], False),
         ("meta-llama/Llama-3.1-8B", ["unsloth/Meta-Llama-3.1-8B"], False),
-        ("unsloth/Llama-3.2-1B-Instruct-unsloth-bnb-4bit", ["meta-llama/Llama-3.2-1B-Instruct"], False),
+        (
+            "unsloth/Llama-3.2-1B-Instruct-unsloth-bnb-4bit",
+            ["meta-llama/Llama-3.2-1B-Instruct"],
+            False,
+        ),
         ("Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4", ["Qwen2.5-7B-Instruct"], False),
         ("casperhansen/llama-3-8b-awq", ["Meta-Llama-3-8B"], False),
         ("org/Llama-2-7b-hf", ["Llama-2-7b-merged"], False),
@@ -59,9 +63,14 @@ from streamer.weights.model_config import ModelConfig
         ("org/one-1b", [None, 7], False),
     ],
 )
-def test_a_base_of_another_name_is_told(trained_on: object, names: list[object], differ: bool, tmp_path: Path) -> None:
+def test_a_base_of_another_name_is_told(
+    trained_on: object, names: list[object], differ: bool, tmp_path: Path
+) -> None:
     directory, name = names if len(names) == 2 else ("base", names[0])
-    assert len(other_base(trained_on, tmp_path / str(directory), ModelConfig({"_name_or_path": name}))) == differ
+    assert (
+        len(other_base(trained_on, tmp_path / str(directory), ModelConfig({"_name_or_path": name})))
+        == differ
+    )
 
 
 def test_a_base_in_the_hubs_cache_has_its_id(tmp_path: Path) -> None:
@@ -70,24 +79,36 @@ def test_a_base_in_the_hubs_cache_has_its_id(tmp_path: Path) -> None:
     assert "the base given here is 'org/one'" in other_base("org/other", path, ModelConfig())[0]
 
 
-def test_both_names_are_said(job: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_both_names_are_said(
+    job: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     base, adapter = job
     for path, values in (
-        (adapter / "adapter_config.json", {"base_model_name_or_path": "/models/meta-llama/Llama-3.1-8B"}),
+        (
+            adapter / "adapter_config.json",
+            {"base_model_name_or_path": "/models/meta-llama/Llama-3.1-8B"},
+        ),
         (base / "config.json", {"_name_or_path": "org/Qwen2.5-7B"}),
     ):
         path.write_text(json.dumps(json.loads(path.read_text()) | values))
     assert run(["inspect", str(base), str(adapter), "--json"]) == 0
     shown = capsys.readouterr()
     (note,) = json.loads(shown.out)["warnings"]
-    assert "names 'Llama-3.1-8B' as its base, but the base given here is 'org/Qwen2.5-7B'; check" in note
+    assert (
+        "names 'Llama-3.1-8B' as its base, but the base given here is 'org/Qwen2.5-7B'; check"
+        in note
+    )
     assert f"streamer: warning: {note}" in shown.err
     with pytest.warns(streamer.StreamerWarning, match="given here is 'org/Qwen2.5-7B'"):
-        record = streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "out", mitigation_lambda=1.0)
+        record = streamer.merge_with_reduced_intruder_dimensions(
+            base, adapter, tmp_path / "out", mitigation_lambda=1.0
+        )
     assert record["warnings"] == [note]
 
 
-def test_an_adapter_that_is_mitigated_already_is_told(job: tuple[Path, Path], tmp_path: Path) -> None:
+def test_an_adapter_that_is_mitigated_already_is_told(
+    job: tuple[Path, Path], tmp_path: Path
+) -> None:
     """Mitigating and then merging the result is what one would try first, and scales intruders twice."""
     base, adapter = job
     says = (
@@ -95,12 +116,18 @@ def test_an_adapter_that_is_mitigated_already_is_told(job: tuple[Path, Path], tm
         "in addition"
     )
     merge = streamer.merge_with_reduced_intruder_dimensions
-    once = streamer.reduce_intruder_dimension(base, adapter, tmp_path / "once", mitigation_lambda=0.5, method="project")
+    once = streamer.reduce_intruder_dimension(
+        base, adapter, tmp_path / "once", mitigation_lambda=0.5, method="project"
+    )
     assert once["warnings"] == []
     with pytest.warns(streamer.StreamerWarning, match="mitigated already"):
-        assert merge(base, tmp_path / "once", tmp_path / "twice", mitigation_lambda=0.5)["warnings"] == [says]
+        assert merge(base, tmp_path / "once", tmp_path / "twice", mitigation_lambda=0.5)[
+            "warnings"
+        ] == [says]
     assert says in (tmp_path / "twice" / "README.md").read_text()
-    assert merge(base, tmp_path / "once", tmp_path / "as it is", mitigation_lambda=1)["warnings"] == []
+    assert (
+        merge(base, tmp_path / "once", tmp_path / "as it is", mitigation_lambda=1)["warnings"] == []
+    )
     streamer.reduce_intruder_dimension(base, adapter, tmp_path / "same", mitigation_lambda=1)
     assert merge(base, tmp_path / "same", tmp_path / "merged")["warnings"] == []
 
@@ -117,12 +144,23 @@ def test_merging_a_mitigated_adapter_without_a_method_leaves_it_as_it_is(
 ) -> None:
     base, adapter = job
     merge = streamer.merge_with_reduced_intruder_dimensions
-    streamer.reduce_intruder_dimension(base, adapter, tmp_path / "once", mitigation_lambda=0.5, method="shrink")
+    streamer.reduce_intruder_dimension(
+        base, adapter, tmp_path / "once", mitigation_lambda=0.5, method="shrink"
+    )
     notes: list[str] = []
-    plain = merge(base, tmp_path / "once", tmp_path / "plain", on_event=lambda event: notes.append(event.name))
-    assert (plain["method"], plain["lambda"], plain["detection"], plain["warnings"]) == ("shrink", 1.0, None, [])
+    plain = merge(
+        base, tmp_path / "once", tmp_path / "plain", on_event=lambda event: notes.append(event.name)
+    )
+    assert (plain["method"], plain["lambda"], plain["detection"], plain["warnings"]) == (
+        "shrink",
+        1.0,
+        None,
+        [],
+    )
     assert any("mitigated already as it is; --method mitigates it" in note for note in notes)
-    stated = merge(base, tmp_path / "once", tmp_path / "stated", mitigation_lambda=1, method="shrink")
+    stated = merge(
+        base, tmp_path / "once", tmp_path / "stated", mitigation_lambda=1, method="shrink"
+    )
     assert plain["files"] == stated["files"]
 
 
@@ -141,7 +179,9 @@ def test_a_base_that_holds_nan_where_the_adapter_changes_it_is_refused(
     tensors[changed.tensor].view(-1)[3] = value
     save_file(tensors, file)
     with pytest.raises(NumericError, match=rf"{changed.tensor}.* hold NaN or Inf; check the file"):
-        streamer.merge_with_reduced_intruder_dimensions(base, adapter, tmp_path / "out", method="shrink", **options)
+        streamer.merge_with_reduced_intruder_dimensions(
+            base, adapter, tmp_path / "out", method="shrink", **options
+        )
     assert not (tmp_path / "out" / "streamer.json").exists()
     with pytest.raises(NumericError, match="hold NaN or Inf"):
         list(streamer.iter_merged(base, adapter, method="shrink", **options))

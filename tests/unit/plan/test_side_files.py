@@ -11,7 +11,9 @@ from streamer.plan.plan import make_plan
 from streamer.plan.side_files import token_count
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[", '{"model": {"vocab": {"a": 0', '{"model": {"vocab": {"a": "b"}}}'])
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[", '{"model": {"vocab": {"a": 0', '{"model": {"vocab": {"a": "b"}}}']
+)
 def test_what_is_no_vocabulary_is_not_counted(text: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(text)
     assert token_count(tmp_path) is None
@@ -40,4 +42,7 @@ def test_weights_beside_an_adapter_are_named(tmp_path: Path) -> None:
         "result lacks it"
     )
     (adapter / "model_projector.safetensors").write_bytes(b"x")
-    assert "model_projector.safetensors, non_lora_trainables.bin beside" in make_plan(base, adapter).notes[0]
+    assert (
+        "model_projector.safetensors, non_lora_trainables.bin beside"
+        in make_plan(base, adapter).notes[0]
+    )

@@ -71,8 +71,13 @@ def test_two_that_download_the_same_file_at_once_do_not_write_into_one(tmp_path:
         listing = listed(served(state))
         there, same = pool.map(lambda _: listing.download(listing.files, Monitor()), range(2))
         assert there == same
-        assert (there / "model.safetensors").read_bytes() == (tmp_path / "site" / "model.safetensors").read_bytes()
-        assert {path.name for path in there.iterdir()} == {"model.safetensors", ".streamer.remote.json"}
+        assert (there / "model.safetensors").read_bytes() == (
+            tmp_path / "site" / "model.safetensors"
+        ).read_bytes()
+        assert {path.name for path in there.iterdir()} == {
+            "model.safetensors",
+            ".streamer.remote.json",
+        }
 
 
 def test_what_a_killed_download_left_is_removed(tmp_path: Path) -> None:
@@ -97,14 +102,23 @@ def test_small_files_that_are_gone_are_put_there_again(tmp_path: Path) -> None:
             config = Path(Remote().path(state.address)) / "config.json"
             assert config.read_text() == "{}"
             # The size, the file to look for code, and again for each download, after which the size is asked for once more.
-            assert sum(request.path == "config.json" for request in state.requests) == 2 + 2 * downloaded
+            assert (
+                sum(request.path == "config.json" for request in state.requests)
+                == 2 + 2 * downloaded
+            )
             if not downloaded:
                 config.resolve().unlink()
 
 
 @pytest.mark.parametrize(
     "address",
-    ["https://h/a/..%2F..%2Fevil", "https://h/a/%2Ftmp%2Fx", "s3://b/..", "https://h/.hidden", "https://h/a%0Ab"],
+    [
+        "https://h/a/..%2F..%2Fevil",
+        "https://h/a/%2Ftmp%2Fx",
+        "s3://b/..",
+        "https://h/.hidden",
+        "https://h/a%0Ab",
+    ],
 )
 def test_an_address_names_no_directory_outside_of_the_cache(address: str) -> None:
     name = Url(address, address).name

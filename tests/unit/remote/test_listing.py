@@ -52,10 +52,14 @@ def test_on_the_hub(root: Path, name: str, words: str, monkeypatch: pytest.Monke
             inputs.list_hub(HubName(f"owner/{name}", COMMIT, "", f"owner/{name}"))
 
 
-@pytest.mark.parametrize("beside", ["model.safetensors", "model.safetensors.index.json", "adapter_config.json"])
+@pytest.mark.parametrize(
+    "beside", ["model.safetensors", "model.safetensors.index.json", "adapter_config.json"]
+)
 def test_a_model_or_adapter_beside_the_names_of_a_pipeline(beside: str) -> None:
     names = {beside, "model_index.json", shard := "model-00001-of-00001.safetensors"}
-    small, weights = needed_files("here", {name: RemoteFile(name, name, 9, "1") for name in (*names, LORA)}, [shard])
+    small, weights = needed_files(
+        "here", {name: RemoteFile(name, name, 9, "1") for name in (*names, LORA)}, [shard]
+    )
     assert {*small, *weights} == names
 
 
@@ -77,7 +81,8 @@ def test_a_server_without_ranges_is_refused_as_one(tmp_path: Path) -> None:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         with pytest.raises(
-            UnsupportedError, match=r"model-0000\d-of-00003.safetensors: .* gives whole files only; download it"
+            UnsupportedError,
+            match=r"model-0000\d-of-00003.safetensors: .* gives whole files only; download it",
         ):
             list_address(Url(url, url))
         server.shutdown()

@@ -18,14 +18,18 @@ from streamer.report.page import lambda_curve, threshold_curve, write_files
 from streamer.storage.files import locked
 
 
-def test_a_page_is_written_found_again_and_replaced_on_demand(findings: Findings, tmp_path: Path) -> None:
+def test_a_page_is_written_found_again_and_replaced_on_demand(
+    findings: Findings, tmp_path: Path
+) -> None:
     path = tmp_path / "new" / "r.html"
     subject = findings
     assert write_files(subject, path).state == "written"
     before = path.read_bytes()
     assert write_files(subject, path).state == "present"
     other = of_findings(findings)
-    with pytest.raises(OutputExistsError, match="holds another report; choose another output, or pass --overwrite"):
+    with pytest.raises(
+        OutputExistsError, match="holds another report; choose another output, or pass --overwrite"
+    ):
         write_files(other, path)
     assert path.read_bytes() == before
     assert write_files(other, path, overwrite=True).state == "written"
@@ -33,15 +37,24 @@ def test_a_page_is_written_found_again_and_replaced_on_demand(findings: Findings
     assert names(path.parent) == ["r.html"]
 
 
-@pytest.mark.parametrize("content", [
-    b"my thesis", b"<!doctype html>\n<title>mine</title>\n", b"<p>How to call streamer report: it has -o",
-    b"x" * 10_000,
-])  # fmt: skip
-def test_what_is_no_report_is_never_replaced(findings: Findings, tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"my thesis",
+        b"<!doctype html>\n<title>mine</title>\n",
+        b"<p>How to call streamer report: it has -o",
+        b"x" * 10_000,
+    ],
+)
+def test_what_is_no_report_is_never_replaced(
+    findings: Findings, tmp_path: Path, content: bytes
+) -> None:
     path = tmp_path / "r.html"
     path.write_bytes(content)
     for overwrite in (False, True):
-        with pytest.raises(OutputExistsError, match="exists and is not a report, and no other file is replaced"):
+        with pytest.raises(
+            OutputExistsError, match="exists and is not a report, and no other file is replaced"
+        ):
             write_files(findings, path, overwrite)
     assert path.read_bytes() == content
     path.write_bytes(b"")  # made beforehand, as mktemp does
@@ -66,7 +79,10 @@ def test_paths_that_are_refused(findings: Findings, tmp_path: Path) -> None:
     assert tree_digest(tmp_path) == before
     with pytest.raises(UsageError, match="is an address"):
         write_files(findings, "s3://bucket/r.html")
-    with locked(tmp_path / ".r.html.lock"), pytest.raises(LockedError, match="another run is writing here"):
+    with (
+        locked(tmp_path / ".r.html.lock"),
+        pytest.raises(LockedError, match="another run is writing here"),
+    ):
         write_files(findings, tmp_path / "r.html")
 
 
@@ -77,7 +93,8 @@ def test_nothing_is_written_into_a_complete_output(
     streamer.reduce_intruder_dimension(*pair, tmp_path / "out", findings=findings)
     before = tree_digest(tmp_path)
     with pytest.raises(
-        OutputError, match=r"lies inside the output .*/out, which is complete: its streamer.json lists its files"
+        OutputError,
+        match=r"lies inside the output .*/out, which is complete: its streamer.json lists its files",
     ):
         write_files(findings, tmp_path / "out" / name)
     assert tree_digest(tmp_path) == before
@@ -89,7 +106,9 @@ def delta(adapter: Path, module: str) -> torch.Tensor:
     return B @ A
 
 
-def test_what_a_lambda_takes_away_is_what_the_formulas_do(pair: tuple[Path, Path], findings: Findings) -> None:
+def test_what_a_lambda_takes_away_is_what_the_formulas_do(
+    pair: tuple[Path, Path], findings: Findings
+) -> None:
     total = {"before": 0.0, "project": 0.0, "left": 0.0, "paper": 0.0}
     lam = 0.25
     for m in findings:
@@ -103,16 +122,22 @@ def test_what_a_lambda_takes_away_is_what_the_formulas_do(pair: tuple[Path, Path
         total["paper"] += float((paper - D).square().sum())
     found = next(c for c in lambda_curve(findings) if c.mitigation_lambda == lam)
     for key, square in (("norm_left", "left"), ("project", "project"), ("paper", "paper")):
-        assert getattr(found, key) == pytest.approx(math.sqrt(total[square] / total["before"]), rel=1e-5)
+        assert getattr(found, key) == pytest.approx(
+            math.sqrt(total[square] / total["before"]), rel=1e-5
+        )
 
 
-def test_thresholds_count_what_detection_finds_there(pair: tuple[Path, Path], findings: Findings) -> None:
+def test_thresholds_count_what_detection_finds_there(
+    pair: tuple[Path, Path], findings: Findings
+) -> None:
     curve = {c.epsilon: c for c in threshold_curve(findings)}
     assert curve[0.5].intruders == curve[0.5].least == curve[0.5].most == findings.intruders
     other = streamer.detect_intruder_dimensions(*pair, threshold_epsilon=0.7)
     assert curve[0.7].least <= other.intruders <= curve[0.7].most
     values = list(curve.values())
-    assert all(a.intruders <= b.intruders and a.most <= b.most for a, b in itertools.pairwise(values))
+    assert all(
+        a.intruders <= b.intruders and a.most <= b.most for a, b in itertools.pairwise(values)
+    )
 
 
 def test_a_threshold_between_the_steps_is_among_them(findings: Findings) -> None:

@@ -67,7 +67,9 @@ def test_nothing_and_views_of_any_type(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [ValueError, KeyError, KeyboardInterrupt, SystemExit])
-def test_an_exception_leaves_the_old_file_and_no_partial(tmp_path: Path, kind: type[BaseException]) -> None:
+def test_an_exception_leaves_the_old_file_and_no_partial(
+    tmp_path: Path, kind: type[BaseException]
+) -> None:
     """Whatever it is, and after the file is complete too."""
     path = tmp_path / "f"
     path.write_bytes(b"old")
@@ -93,12 +95,17 @@ def test_the_byte_count_must_be_the_planned_one(tmp_path: Path, data: bytes) -> 
 
     with pytest.raises(StorageError) as caught:
         write()
-    assert str(caught.value) == f"{tmp_path}/f: expected 3 bytes, wrote {len(data)}; please report this"
+    assert (
+        str(caught.value)
+        == f"{tmp_path}/f: expected 3 bytes, wrote {len(data)}; please report this"
+    )
     assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
-def test_the_mode_follows_the_umask(tmp_path: Path, umask: Callable[[int], int], mask: int, mode: int) -> None:
+def test_the_mode_follows_the_umask(
+    tmp_path: Path, umask: Callable[[int], int], mask: int, mode: int
+) -> None:
     umask(mask)
     write_atomic(tmp_path / "f", b"x")
     journal = Journal(tmp_path / "journal")
@@ -131,7 +138,9 @@ def test_what_stands_at_the_partials_name_is_neither_followed_nor_removed(
     else:
         partial.symlink_to(elsewhere)
     before = names(tmp_path)
-    with pytest.raises(StorageError, match=r"f: cannot create: File exists; run the same command again"):
+    with pytest.raises(
+        StorageError, match=r"f: cannot create: File exists; run the same command again"
+    ):
         write_atomic(tmp_path / "f", b"new")
     assert names(tmp_path) == before
     if what != "dangling":
@@ -145,17 +154,32 @@ def test_short_writes_are_written_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (tmp_path / "f").read_bytes() == bytes(range(100))
 
 
-@pytest.mark.parametrize(("call", "number", "words"), [
-    ("open", errno.EACCES, f"cannot create: Permission denied; {ADVICE}"),
-    ("posix_fallocate", errno.ENOSPC, "cannot create: No space left on device; free some space, then run"),
-    ("posix_fallocate", errno.EDQUOT, "cannot create: Disk quota exceeded; free some space, then run"),
-    ("posix_fallocate", errno.EFBIG, "cannot create: File too large; free some space, then run"),
-    ("write", errno.ENOSPC, "cannot write: No space left on device; free some space, then run"),
-    ("write", errno.EIO, f"cannot write: Input/output error; {ADVICE}"),
-    ("fsync", errno.EIO, f"cannot finish: Input/output error; {ADVICE}"),
-    ("close", errno.EIO, f"cannot finish: Input/output error; {ADVICE}"),
-    ("rename", errno.EIO, f"cannot finish: Input/output error; {ADVICE}"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("call", "number", "words"),
+    [
+        ("open", errno.EACCES, f"cannot create: Permission denied; {ADVICE}"),
+        (
+            "posix_fallocate",
+            errno.ENOSPC,
+            "cannot create: No space left on device; free some space, then run",
+        ),
+        (
+            "posix_fallocate",
+            errno.EDQUOT,
+            "cannot create: Disk quota exceeded; free some space, then run",
+        ),
+        (
+            "posix_fallocate",
+            errno.EFBIG,
+            "cannot create: File too large; free some space, then run",
+        ),
+        ("write", errno.ENOSPC, "cannot write: No space left on device; free some space, then run"),
+        ("write", errno.EIO, f"cannot write: Input/output error; {ADVICE}"),
+        ("fsync", errno.EIO, f"cannot finish: Input/output error; {ADVICE}"),
+        ("close", errno.EIO, f"cannot finish: Input/output error; {ADVICE}"),
+        ("rename", errno.EIO, f"cannot finish: Input/output error; {ADVICE}"),
+    ],
+)
 def test_a_system_that_refuses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int, words: str
 ) -> None:
@@ -220,7 +244,13 @@ def test_a_missing_directory(tmp_path: Path) -> None:
 def test_own_partials_only_are_removed(tmp_path: Path) -> None:
     digits = "0123456789abcdef"
     ours = f".f.{digits}.partial"
-    others = [f".g.{digits}.partial", f".f.{digits[:-1]}.partial", f"f.{digits}.partial", f".f.{digits}.partial2", ".f"]
+    others = [
+        f".g.{digits}.partial",
+        f".f.{digits[:-1]}.partial",
+        f"f.{digits}.partial",
+        f".f.{digits}.partial2",
+        ".f",
+    ]
     for name in (ours, *others):
         (tmp_path / name).touch()
     (tmp_path / f".f.{digits[::-1]}.partial").symlink_to("elsewhere")
@@ -233,7 +263,10 @@ def test_own_partials_only_are_removed(tmp_path: Path) -> None:
 def test_a_partial_that_cannot_be_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / f".f.{'0' * 16}.partial").touch()
     monkeypatch.setattr(os, "unlink", failing(errno.EPERM))
-    with pytest.raises(StorageError, match=r"\.partial: cannot remove: Operation not permitted; run the same command"):
+    with pytest.raises(
+        StorageError,
+        match=r"\.partial: cannot remove: Operation not permitted; run the same command",
+    ):
         remove_partials(tmp_path, {"f"})
 
 
@@ -276,7 +309,9 @@ def slow_write(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-def test_pieces_of_every_size_arrive_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_of_every_size_arrive_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     slow_write(monkeypatch)
     sizes = [5, LARGE, LARGE, 3, LARGE, THREADED_BYTES, THREADED_BYTES - 1, 0, LARGE]
     pieces = [bytes([65 + i]) * size for i, size in enumerate(sizes)]
@@ -284,12 +319,16 @@ def test_pieces_of_every_size_arrive_in_order(tmp_path: Path, monkeypatch: pytes
         for i, piece in enumerate(pieces):
             f.write(piece)
             assert f.written == sum(sizes[: i + 1])
-        assert f.sha256 == hashlib.sha256(b"".join(pieces)).hexdigest()  # of all of it, the piece in hand too
+        assert (
+            f.sha256 == hashlib.sha256(b"".join(pieces)).hexdigest()
+        )  # of all of it, the piece in hand too
     assert (tmp_path / "f").read_bytes() == b"".join(pieces)
     assert writers() == []
 
 
-def test_no_write_is_asked_for_more_than_every_system_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_write_is_asked_for_more_than_every_system_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, asked = os.write, []
     monkeypatch.setattr(files, "MAX_CALL_BYTES", THREADED_BYTES)
     monkeypatch.setattr(os, "write", lambda fd, data: asked.append(len(data)) or real(fd, data))
@@ -300,7 +339,9 @@ def test_no_write_is_asked_for_more_than_every_system_takes(tmp_path: Path, monk
     assert asked == [THREADED_BYTES, THREADED_BYTES, 5]
 
 
-def test_a_ring_of_one_buffer_more_than_is_in_hand_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ring_of_one_buffer_more_than_is_in_hand_is_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     slow_write(monkeypatch)
     ring, rounds = BufferRing(LARGE), 3 * (QUEUE + 1)
     with AtomicFile(tmp_path / "f", rounds * (LARGE + 1)) as f:
@@ -311,7 +352,9 @@ def test_a_ring_of_one_buffer_more_than_is_in_hand_is_enough(tmp_path: Path, mon
             small = bytearray([i])
             f.write(small)
             small[0] = 255  # a small piece may be changed at once
-    assert (tmp_path / "f").read_bytes() == b"".join(bytes([i]) * (LARGE + 1) for i in range(rounds))
+    assert (tmp_path / "f").read_bytes() == b"".join(
+        bytes([i]) * (LARGE + 1) for i in range(rounds)
+    )
 
 
 def test_a_slow_disk_holds_the_caller_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,7 +379,9 @@ def test_what_the_system_refuses_is_raised_though_late(
 
     monkeypatch.setattr(os, "write", write)
     with (  # noqa: PT012  # the error comes with the next call, or at the end
-        pytest.raises(StorageError, match=r"f: cannot write: No space left on device; free some space"),
+        pytest.raises(
+            StorageError, match=r"f: cannot write: No space left on device; free some space"
+        ),
         AtomicFile(tmp_path / "f", 2 * LARGE) as f,
     ):
         f.write(bytes(LARGE))
@@ -345,7 +390,9 @@ def test_what_the_system_refuses_is_raised_though_late(
     assert writers() == []
 
 
-def test_a_caller_that_fails_leaves_no_thread_that_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_caller_that_fails_leaves_no_thread_that_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = slow_write(monkeypatch)
     with pytest.raises(KeyError), AtomicFile(tmp_path / "f", LARGE) as f:  # noqa: PT012  # what is tested is the block
         f.write(bytes(LARGE))
@@ -362,7 +409,9 @@ MOST_LEFT = 1 / 8
 def cached(path: Path) -> list[bool]:
     """Whether each step of a file lies in the cache, by its first byte."""
     fd = os.open(path, os.O_RDONLY)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # or the first question brings in what the next ones ask for
+    os.posix_fadvise(
+        fd, 0, 0, os.POSIX_FADV_RANDOM
+    )  # or the first question brings in what the next ones ask for
 
     def there(at: int) -> bool:
         try:

@@ -73,10 +73,14 @@ def test_a_hub_cache_is_read_through_its_symlinks(base: Path, tmp_path: Path) ->
     checkpoint = open_checkpoint(snapshot)
     assert checkpoint.identity == open_checkpoint(base).identity
     checkpoint.check_unchanged()
-    assert f"expected {SINGLE_NAME}, found blobs, snapshots; name " in refusal(errors.MissingInputError, entry)
+    assert f"expected {SINGLE_NAME}, found blobs, snapshots; name " in refusal(
+        errors.MissingInputError, entry
+    )
     (snapshot / SHARDS[1]).unlink()
     (snapshot / SHARDS[1]).symlink_to("gone")
-    assert "no such file; check the path, or finish the download" in refusal(errors.MissingInputError, snapshot)
+    assert "no such file; check the path, or finish the download" in refusal(
+        errors.MissingInputError, snapshot
+    )
 
 
 def test_unaligned_data(tmp_path: Path) -> None:
@@ -133,14 +137,19 @@ def edit_index(base: Path, change: Callable[[dict], object]) -> None:
     (base / INDEX_NAME).write_text(json.dumps(tree))
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    (lambda index: index["metadata"].pop("total_size"), "is absent"),
-    (lambda index: index.pop("metadata"), "is absent"),
-    (lambda index: index.update(metadata=[1]), "is absent"),
-    (lambda index: index["metadata"].update(total_size=7), "says 7"),
-    (lambda index: index["metadata"].update(total_size="16064"), "says 16064"),
-])  # fmt: skip
-def test_total_size_absent_or_wrong_is_a_warning(base: Path, change: Callable[[dict], object], said: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda index: index["metadata"].pop("total_size"), "is absent"),
+        (lambda index: index.pop("metadata"), "is absent"),
+        (lambda index: index.update(metadata=[1]), "is absent"),
+        (lambda index: index["metadata"].update(total_size=7), "says 7"),
+        (lambda index: index["metadata"].update(total_size="16064"), "says 16064"),
+    ],
+)
+def test_total_size_absent_or_wrong_is_a_warning(
+    base: Path, change: Callable[[dict], object], said: str
+) -> None:
     edit_index(base, change)
     checkpoint = open_checkpoint(base)
     expected = f"{base / INDEX_NAME}: total_size {said}, the shards hold 16064 bytes; the output's will be right"
@@ -160,7 +169,9 @@ ATTACKS = [
 
 
 @pytest.mark.parametrize("name", ATTACKS, ids=lambda name: repr(name)[:30])
-def test_names_that_are_not_opened(base: Path, monkeypatch: pytest.MonkeyPatch, name: object) -> None:
+def test_names_that_are_not_opened(
+    base: Path, monkeypatch: pytest.MonkeyPatch, name: object
+) -> None:
     """Refused by the name alone: no shard has been opened, not even a good one."""
     edit_index(base, lambda index: index["weight_map"].update(c=name))
     opened: list[object] = []
@@ -173,7 +184,8 @@ def test_names_that_are_not_opened(base: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize(
-    "name", ["x.safetensors", SHARDS[0], "é b.safetensors", "ab:c.safetensors", "x" * 243 + ".safetensors"]
+    "name",
+    ["x.safetensors", SHARDS[0], "é b.safetensors", "ab:c.safetensors", "x" * 243 + ".safetensors"],
 )
 def test_plain_names(name: str) -> None:
     assert check_shard_name(name, Path("index")) == name
@@ -190,10 +202,16 @@ def test_nothing_that_could_be_a_model(tmp_path: Path) -> None:
     assert "an address has two slashes, of which a Path keeps one" in refusal(
         errors.MissingInputError, Path("s3://models/x")
     )
-    assert f"expected {SINGLE_NAME}, found nothing; name a" in refusal(errors.MissingInputError, tmp_path)
+    assert f"expected {SINGLE_NAME}, found nothing; name a" in refusal(
+        errors.MissingInputError, tmp_path
+    )
     (tmp_path / "pytorch_model.bin").touch()
-    assert f"expected {SINGLE_NAME}, found pytorch_model.bin; name a" in refusal(errors.MissingInputError, tmp_path)
-    assert "expected a directory or a .safetensors file" in refusal(errors.InputError, tmp_path / "pytorch_model.bin")
+    assert f"expected {SINGLE_NAME}, found pytorch_model.bin; name a" in refusal(
+        errors.MissingInputError, tmp_path
+    )
+    assert "expected a directory or a .safetensors file" in refusal(
+        errors.InputError, tmp_path / "pytorch_model.bin"
+    )
     (tmp_path / "pytorch_model.bin").unlink()
     (tmp_path / "consolidated.safetensors").touch()
     (tmp_path / "adapter_model.safetensors").touch()
@@ -206,15 +224,15 @@ def test_nothing_that_could_be_a_model(tmp_path: Path) -> None:
 
 def test_a_single_file_and_an_index(base: Path) -> None:
     save_file({"a": torch.ones(1)}, base / SINGLE_NAME)
-    words = f"holds both {SINGLE_NAME} and {INDEX_NAME}; name the file you mean, or remove one of them"
+    words = (
+        f"holds both {SINGLE_NAME} and {INDEX_NAME}; name the file you mean, or remove one of them"
+    )
     assert words in refusal(errors.InputError, base)
 
 
 def test_a_tensor_in_two_shards(base: Path) -> None:
     save_file({"a": torch.ones(1), "c": torch.ones(1)}, base / SHARDS[1])
-    words = (
-        f"tensor 'a': expected in {SHARDS[0]}, found in {SHARDS[0]}, {SHARDS[1]}; get index and shards of one version"
-    )
+    words = f"tensor 'a': expected in {SHARDS[0]}, found in {SHARDS[0]}, {SHARDS[1]}; get index and shards of one version"
     assert refusal(errors.FormatError, base) == f"{base / INDEX_NAME}: {words}"
 
 
@@ -224,28 +242,46 @@ def test_one_shard_under_two_names(base: Path) -> None:
     assert f"found in {SHARDS[0]}, again.safetensors" in refusal(errors.FormatError, base)
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"a": SHARDS[1]}, f"tensor 'a': expected in {SHARDS[1]}, found in {SHARDS[0]}; get index and shards of one version"),
-    ({"c": SHARDS[0]}, f"tensor 'c': expected in {SHARDS[0]}, found in no shard; get index and shards of one version"),
-    ({"d": SHARDS[0]}, f"tensor 'd': expected in {SHARDS[0]}, found in no shard; get index and shards of one version"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"a": SHARDS[1]},
+            f"tensor 'a': expected in {SHARDS[1]}, found in {SHARDS[0]}; get index and shards of one version",
+        ),
+        (
+            {"c": SHARDS[0]},
+            f"tensor 'c': expected in {SHARDS[0]}, found in no shard; get index and shards of one version",
+        ),
+        (
+            {"d": SHARDS[0]},
+            f"tensor 'd': expected in {SHARDS[0]}, found in no shard; get index and shards of one version",
+        ),
+    ],
+)
 def test_index_and_shards_disagree(base: Path, change: dict[str, str], words: str) -> None:
     edit_index(base, lambda index: index["weight_map"].update(change))
     assert refusal(errors.FormatError, base) == f"{base / INDEX_NAME}: {words}"
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("", "bad JSON: Expecting value"),
-    ("[]", "expected a JSON object, found list"),
-    ("{}", "expected a weight_map, found none; get the file again"),
-    ('{"weight_map": {}}', "expected a weight_map, found none"),
-    ('{"weight_map": []}', "expected a weight_map, found none"),
-    ('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "bad JSON: key 'a' appears twice"),
-    ('{"weight_map": {"\\ud800": "x.safetensors"}}', "bad JSON: "),
-    ('{"metadata": {"total_size": NaN}}', "bad JSON: NaN is not a finite number"),
-    ('{"metadata": {"total_size": 1e999}}', "bad JSON: 1e999 is not a finite number"),
-    ("[" * 100_000, "bad JSON: nested too deeply"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "bad JSON: Expecting value"),
+        ("[]", "expected a JSON object, found list"),
+        ("{}", "expected a weight_map, found none; get the file again"),
+        ('{"weight_map": {}}', "expected a weight_map, found none"),
+        ('{"weight_map": []}', "expected a weight_map, found none"),
+        (
+            '{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}',
+            "bad JSON: key 'a' appears twice",
+        ),
+        ('{"weight_map": {"\\ud800": "x.safetensors"}}', "bad JSON: "),
+        ('{"metadata": {"total_size": NaN}}', "bad JSON: NaN is not a finite number"),
+        ('{"metadata": {"total_size": 1e999}}', "bad JSON: 1e999 is not a finite number"),
+        ("[" * 100_000, "bad JSON: nested too deeply"),
+    ],
+)
 def test_a_bad_index(base: Path, text: str, words: str) -> None:
     (base / INDEX_NAME).write_text(text)
     message = refusal(errors.FormatError, base)
@@ -266,7 +302,8 @@ def test_json_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(tmp_path / "fifo")
     for none in (tmp_path, tmp_path / "fifo"):
         with pytest.raises(
-            errors.FormatError, match="expected a JSON file, found something that is not a regular file"
+            errors.FormatError,
+            match="expected a JSON file, found something that is not a regular file",
         ):
             read_json_object(none)
 
@@ -284,7 +321,9 @@ def test_a_sparse_tail(base: Path) -> None:
 def test_a_shard_that_cannot_be_opened(base: Path) -> None:
     (base / SHARDS[1]).unlink()
     (base / SHARDS[1]).symlink_to(SHARDS[1])
-    assert "expected a safetensors file, found a link that leads to itself" in refusal(errors.FormatError, base)
+    assert "expected a safetensors file, found a link that leads to itself" in refusal(
+        errors.FormatError, base
+    )
 
 
 # Files that change under us -----------------------------------------------------------------------------------------
@@ -296,7 +335,11 @@ def test_a_file_that_shrinks_is_an_error(base: Path, io: IOMode) -> None:
     file, info = checkpoint.locate("c")
     os.truncate(base / SHARDS[1], 5000)
     words = f"{base / SHARDS[1]}: shrank to 5.0 kB during the run; get the file again"
-    for read in (lambda: file.view(info), lambda: gather(file.chunks(info), info.nbytes), file.sample):
+    for read in (
+        lambda: file.view(info),
+        lambda: gather(file.chunks(info), info.nbytes),
+        file.sample,
+    ):
         with pytest.raises(errors.InputChangedError) as caught:
             read()
         assert str(caught.value) == words
@@ -307,7 +350,9 @@ def test_a_file_that_shrinks_is_an_error(base: Path, io: IOMode) -> None:
         checkpoint.check_unchanged()
 
 
-def test_a_file_that_shrinks_between_check_and_map(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_shrinks_between_check_and_map(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint = open_checkpoint(base)
     file, info = checkpoint.locate("c")
     real = LocalSource._check_size
@@ -407,5 +452,7 @@ def test_a_read_that_brings_nothing(base: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_map_that_is_refused(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("streamer.storage.local_source.mmap.mmap", failing(errno.ENODEV))
-    with pytest.raises(errors.StorageError, match=r"cannot map 16\.0 kB: No such device; try --io pread"):
+    with pytest.raises(
+        errors.StorageError, match=r"cannot map 16\.0 kB: No such device; try --io pread"
+    ):
         view(open_checkpoint(base), "c")

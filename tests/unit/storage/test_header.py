@@ -78,7 +78,9 @@ def test_a_length_over_the_limit_is_not_read(tmp_path: Path) -> None:
         f.truncate(8 + MAX_HEADER_BYTES + 1 + 10)
     fd = os.open(path, os.O_RDONLY)
     try:
-        with pytest.raises(FormatError, match=f"its length field says {MAX_HEADER_BYTES + 1} B of header"):
+        with pytest.raises(
+            FormatError, match=f"its length field says {MAX_HEADER_BYTES + 1} B of header"
+        ):
             read_header(fd, str(path))
     finally:
         os.close(fd)
@@ -96,7 +98,9 @@ def test_a_length_over_the_limit_is_not_read(tmp_path: Path) -> None:
 def test_what_stands_where_a_shard_should_be_is_shown(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(FormatError) as caught:
         read(tmp_path / "model.safetensors", content)
-    assert f": not a safetensors file, or truncated: begins with {content[:24]!r}, " in str(caught.value)
+    assert f": not a safetensors file, or truncated: begins with {content[:24]!r}, " in str(
+        caught.value
+    )
 
 
 def test_short_reads_are_read_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +109,9 @@ def test_short_reads_are_read_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(read(tmp_path / "f", two_tensors()).tensors) == 2
 
 
-def test_a_file_that_ends_inside_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_ends_inside_its_header(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It shrank after its size was taken: an error, not an endless loop."""
     real = os.pread
     monkeypatch.setattr(os, "pread", lambda fd, n, at: real(fd, n, at) if at < 8 else b"")

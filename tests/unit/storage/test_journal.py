@@ -72,7 +72,9 @@ def test_a_flipped_bit_ends_the_journal(tmp_path: Path) -> None:
         assert contents(path) == [b"head", b"second", b"third"][:hit], bit
 
 
-@pytest.mark.parametrize("tail", [bytes(4096), b"\xff" * 4096, b"\xff" * 7, (2**63).to_bytes(8, "little") + bytes(40)])
+@pytest.mark.parametrize(
+    "tail", [bytes(4096), b"\xff" * 4096, b"\xff" * 7, (2**63).to_bytes(8, "little") + bytes(40)]
+)
 def test_garbage_after_the_records(tmp_path: Path, tail: bytes) -> None:
     """What a power loss may leave of a record: zeros, or anything."""
     path = tmp_path / "j"
@@ -82,17 +84,23 @@ def test_garbage_after_the_records(tmp_path: Path, tail: bytes) -> None:
     assert path.read_bytes() == raw
 
 
-def test_no_call_is_asked_for_more_than_every_system_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_call_is_asked_for_more_than_every_system_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pread, pwrite, asked = os.pread, os.pwrite, []
     monkeypatch.setattr(files, "MAX_CALL_BYTES", 7)
     monkeypatch.setattr(os, "pread", lambda fd, n, at: asked.append(n) or pread(fd, n, at))
-    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: asked.append(len(data)) or pwrite(fd, data, at))
+    monkeypatch.setattr(
+        os, "pwrite", lambda fd, data, at: asked.append(len(data)) or pwrite(fd, data, at)
+    )
     journal_of(tmp_path / "j", RECORDS)
     assert contents(tmp_path / "j") == RECORDS
     assert max(asked) == 7
 
 
-def test_short_reads_and_writes_of_a_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_reads_and_writes_of_a_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pread, pwrite = os.pread, os.pwrite
     monkeypatch.setattr(os, "pread", lambda fd, n, at: pread(fd, min(n, 7), at))
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:7], at))
@@ -100,8 +108,12 @@ def test_short_reads_and_writes_of_a_journal(tmp_path: Path, monkeypatch: pytest
     assert contents(tmp_path / "j") == RECORDS
 
 
-@pytest.mark.parametrize(("call", "number"), [("pwrite", errno.ENOSPC), ("pwrite", errno.EIO), ("fsync", errno.EIO)])
-def test_an_append_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int) -> None:
+@pytest.mark.parametrize(
+    ("call", "number"), [("pwrite", errno.ENOSPC), ("pwrite", errno.EIO), ("fsync", errno.EIO)]
+)
+def test_an_append_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
+) -> None:
     journal = Journal(tmp_path / "j")
     journal.append(b"head")
     with monkeypatch.context() as m:
@@ -143,7 +155,9 @@ def test_starting_over_replaces_the_journal_in_one_step(
     assert names(tmp_path) == ["j"]
 
 
-def test_a_journal_without_a_record_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_journal_without_a_record_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As after a full disk."""
     journal = Journal(tmp_path / "j")
     with monkeypatch.context() as m:
@@ -173,7 +187,9 @@ def test_what_a_killed_start_over_left_is_removed(tmp_path: Path) -> None:
 def test_a_journal_is_not_a_symlink(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").write_bytes(b"precious")
     (tmp_path / "j").symlink_to("elsewhere")
-    with pytest.raises(StorageError, match="j: cannot open the journal: Too many levels of symbolic links"):
+    with pytest.raises(
+        StorageError, match="j: cannot open the journal: Too many levels of symbolic links"
+    ):
         Journal(tmp_path / "j")
     assert (tmp_path / "elsewhere").read_bytes() == b"precious"
 

@@ -11,7 +11,18 @@ from typing import Any
 import pytest
 import torch
 from helpers import tree_digest
-from transactions import DATA, INDEX, Case, Killed, carry_out, check_whole, copied_at, interrupt, refusal, run
+from transactions import (
+    DATA,
+    INDEX,
+    Case,
+    Killed,
+    carry_out,
+    check_whole,
+    copied_at,
+    interrupt,
+    refusal,
+    run,
+)
 
 import streamer
 from streamer.errors import FormatError, LockedError, OutputError, OutputExistsError, StreamerError
@@ -79,12 +90,17 @@ def test_a_foreign_file_beside_another_output_is_kept(case: Case, name: str) -> 
     (case.out / name).parent.mkdir(exist_ok=True)
     (case.out / name).write_bytes(b"foreign")
     words = "exists and is not ours; choose another output, or move it away"
-    assert refusal(OutputExistsError, case, case.other(), overwrite=True) == f"{case.out / name}: {words}"
+    assert (
+        refusal(OutputExistsError, case, case.other(), overwrite=True)
+        == f"{case.out / name}: {words}"
+    )
 
 
 def test_a_rival_of_the_old_output_goes_unless_it_was_changed(case: Case) -> None:
     rival = case.out / "model.safetensors"
-    old = dataclasses.replace(case.plan, files=((rival.name, 3),), digest="old", conflicting_names=())
+    old = dataclasses.replace(
+        case.plan, files=((rival.name, 3),), digest="old", conflicting_names=()
+    )
     for changed in (False, True):
         with open_outputs([old]) as (out,):
             with out.file(rival.name, 3) as f:
@@ -108,7 +124,10 @@ def test_a_foreign_record_is_kept(case: Case, record: bytes) -> None:
     (case.out / RECORD_NAME).write_bytes(record)
     words = "exists and is not ours; choose another output, or move it away"
     for overwrite in (False, True):
-        assert refusal(OutputExistsError, case, overwrite=overwrite) == f"{case.out / RECORD_NAME}: {words}"
+        assert (
+            refusal(OutputExistsError, case, overwrite=overwrite)
+            == f"{case.out / RECORD_NAME}: {words}"
+        )
 
 
 def test_the_interrupted_run_of_another_plan_is_kept(case: Case) -> None:
@@ -124,7 +143,12 @@ def test_the_interrupted_run_of_another_plan_is_kept(case: Case) -> None:
 
 
 NEWER = {
-    "every file": {"sub/config.json": b"{}", "model-1": bytes(101), "model-2": b"\x02" * 50, INDEX: b"{}"},
+    "every file": {
+        "sub/config.json": b"{}",
+        "model-1": bytes(101),
+        "model-2": b"\x02" * 50,
+        INDEX: b"{}",
+    },
     "one shard": {**DATA, "model-2": b"\x02" * 50},
     "other files": {"sub/config.json": b"{}", "other/model": b"12", "model.safetensors": b"123"},
     "no file": DATA,
@@ -138,16 +162,28 @@ def test_an_output_stays_until_the_new_one_is_complete(case: Case, what: str) ->
     new = NEWER[what]
     if what == "every file":
         (case.base / "sub/config.json").unlink()
-    plan = dataclasses.replace(case.other(), files=tuple((name, len(data)) for name, data in new.items()))
-    plan = dataclasses.replace(plan, conflicting_names=tuple({INDEX, "model.safetensors"} - new.keys()))
+    plan = dataclasses.replace(
+        case.other(), files=tuple((name, len(data)) for name, data in new.items())
+    )
+    plan = dataclasses.replace(
+        plan, conflicting_names=tuple({INDEX, "model.safetensors"} - new.keys())
+    )
 
     with copied_at(case.out, "fsync", "rename", "pwrite", "rmdir") as copies:
         carry_out(case, plan, contents=new, overwrite=True)
     whole, loaded = tree_digest(case.out), set()
     assert whole.keys() == {*new, RECORD_NAME}
     for copy in copies:
-        found = {str(p.relative_to(copy)): p.read_bytes() for p in copy.rglob("*") if p.is_file() and p.name[0] != "."}
-        found = {name: data for name, data in found.items() if name != RECORD_NAME and STAGE_NAME not in name}
+        found = {
+            str(p.relative_to(copy)): p.read_bytes()
+            for p in copy.rglob("*")
+            if p.is_file() and p.name[0] != "."
+        }
+        found = {
+            name: data
+            for name, data in found.items()
+            if name != RECORD_NAME and STAGE_NAME not in name
+        }
         if INDEX in found or "model.safetensors" in found:
             assert found in (DATA, new)
             loaded.add(found == new)
@@ -220,7 +256,9 @@ def test_a_large_file_that_was_edited_stays(tmp_path: Path) -> None:
     from streamer.storage.transaction import OldFile, remove_own_files
 
     data = bytes(70_000_000)
-    files = [OldFile(name, len(data), hashlib.sha256(data).hexdigest()) for name in ("edited", "own")]
+    files = [
+        OldFile(name, len(data), hashlib.sha256(data).hexdigest()) for name in ("edited", "own")
+    ]
     for file in files:
         (tmp_path / file.file).write_bytes(data)
     with (tmp_path / "edited").open("r+b") as f:
@@ -275,14 +313,19 @@ def test_the_public_writer_keeps_what_is_left_of_a_finished_output(written: Path
     assert tree_digest(written) == before
 
 
-@pytest.mark.parametrize(("name", "words"), [
-    ("out/model-00001-of-00003.safetensors", "lies inside the output"),
-    ("out/new.safetensors", "lies inside the output"),
-    ("models--a--b/x.safetensors", "lies inside a hub cache"),
-    (f"{'n' * 230}.safetensors", "its name is too long"),
-    ("s3:/x.safetensors", "is an address"),
-])  # fmt: skip
-def test_the_public_writer_refuses_a_file_where_no_output_may_be(written: Path, name: str, words: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("out/model-00001-of-00003.safetensors", "lies inside the output"),
+        ("out/new.safetensors", "lies inside the output"),
+        ("models--a--b/x.safetensors", "lies inside a hub cache"),
+        (f"{'n' * 230}.safetensors", "its name is too long"),
+        ("s3:/x.safetensors", "is an address"),
+    ],
+)
+def test_the_public_writer_refuses_a_file_where_no_output_may_be(
+    written: Path, name: str, words: str
+) -> None:
     (written.parent / "models--a--b" / "blobs").mkdir(parents=True)
     before = tree_digest(written.parent)
     with pytest.raises(StreamerError, match=words), contextlib.chdir(written.parent):

@@ -11,7 +11,13 @@ import pytest
 from range_server import Handler, RangeServer, serving
 
 from streamer.detection.detect import read_ahead
-from streamer.errors import InputChangedError, Interrupted, StorageError, StreamerError, UnsupportedError
+from streamer.errors import (
+    InputChangedError,
+    Interrupted,
+    StorageError,
+    StreamerError,
+    UnsupportedError,
+)
 from streamer.events import Monitor
 from streamer.storage.remote_source import (
     RANGE_BYTES,
@@ -56,14 +62,18 @@ def test_a_range(site: RangeServer) -> None:
 
 
 @pytest.mark.parametrize("kind", ["stall", "reset", "429", "500", "short"])
-def test_what_passes_is_tried_again(site: RangeServer, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_passes_is_tried_again(
+    site: RangeServer, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And only what has not come is asked for again."""
     file, site.fault = opened(site), once(kind)
     if kind == "stall":
         monkeypatch.setenv("STREAMER_REMOTE_TIMEOUT", "0.3")
     assert read(file, 1000, 2_001_000) == DATA[1000:2_001_000]
     asked = [r for r in site.requests if r.range != "bytes=0-0"]
-    assert len(asked) == 2 or (kind == "stall" and len(asked) > 2)  # a busy machine may be silent for as long, too
+    assert len(asked) == 2 or (
+        kind == "stall" and len(asked) > 2
+    )  # a busy machine may be silent for as long, too
     if kind == "short":
         assert asked[1].range == "bytes=1001000-2000999"
         assert sum(r.sent for r in asked) == 2_000_000
@@ -79,8 +89,16 @@ def test_a_whole_file_once_in_place_of_a_range(site: RangeServer) -> None:
 @pytest.mark.parametrize(
     ("kind", "error", "words"),
     [
-        ("whole", UnsupportedError, "expected a part of the file, its server gives whole files only; download it"),
-        ("401", StorageError, "refuses to give it (status 401); check its user, password or signature"),
+        (
+            "whole",
+            UnsupportedError,
+            "expected a part of the file, its server gives whole files only; download it",
+        ),
+        (
+            "401",
+            StorageError,
+            "refuses to give it (status 401); check its user, password or signature",
+        ),
         ("403", StorageError, "refuses to give it (status 403)"),
         ("changed", InputChangedError, "changed since the run began; start again"),
     ],
@@ -99,7 +117,9 @@ def test_what_does_not_pass_is_said_at_once(
 def test_what_never_passes_ends(site: RangeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("streamer.storage.remote_source.TRIES", 2)
     file, site.fault = opened(site), lambda path, n: "500"
-    with pytest.raises(StorageError, match=r"cannot read in 2 attempts: status 500; run the same command again"):
+    with pytest.raises(
+        StorageError, match=r"cannot read in 2 attempts: status 500; run the same command again"
+    ):
         read(file, 0, 10)
 
 
@@ -192,7 +212,10 @@ def test_a_bucket_by_a_file_system_of_fsspec(tmp_path: Path) -> None:
     assert found == {"dir/file": stat_remote(f"file://{path}", f"file://{path}")}
     file = found["dir/file"]
     assert (file.size, read(file, 1000, 300_000)) == (len(DATA), DATA[1000:300_000])
-    assert [stat_remote(f"file://{tmp_path}/{name}", "shown") for name in ("dir", "none")] == [None, None]
+    assert [stat_remote(f"file://{tmp_path}/{name}", "shown") for name in ("dir", "none")] == [
+        None,
+        None,
+    ]
     assert list_remote(f"file://{tmp_path}/none", "shown") == {}
     source = RemoteSource(file)
     source.check_unchanged()
@@ -204,7 +227,9 @@ def test_a_bucket_by_a_file_system_of_fsspec(tmp_path: Path) -> None:
         read(file, 0, 10)
 
 
-def test_reading_from_front_to_back_sends_for_what_follows(site: RangeServer, tmp_path: Path) -> None:
+def test_reading_from_front_to_back_sends_for_what_follows(
+    site: RangeServer, tmp_path: Path
+) -> None:
     """Bytes are those of the file, each is asked for once, and nothing beyond the end that was named."""
     data = DATA * 5
     (tmp_path / "file").write_bytes(data)

@@ -10,11 +10,27 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tree_digest
-from transactions import DATA, INDEX, Case, Killed, carry_out, check_whole, copied_at, interrupt, refusal
+from transactions import (
+    DATA,
+    INDEX,
+    Case,
+    Killed,
+    carry_out,
+    check_whole,
+    copied_at,
+    interrupt,
+    refusal,
+)
 
 import streamer
 from streamer.errors import InputChangedError, OutputExistsError
-from streamer.storage.transaction import JOURNAL_NAME, LOCK_NAME, RECORD_NAME, Journal, inspect_output
+from streamer.storage.transaction import (
+    JOURNAL_NAME,
+    LOCK_NAME,
+    RECORD_NAME,
+    Journal,
+    inspect_output,
+)
 
 
 @pytest.mark.parametrize("until", list(DATA)[1:])
@@ -66,9 +82,13 @@ def test_the_public_writer_killed_at_any_call(tmp_path: Path, name: str) -> None
     whole = tree_digest(home)
     assert len(copies) >= (6 if name == "out" else 4)
     for copy in copies:
-        found = {n: digest for n, digest in tree_digest(copy).items() if not Path(n).name.startswith(".")}
+        found = {
+            n: digest for n, digest in tree_digest(copy).items() if not Path(n).name.startswith(".")
+        }
         assert found.items() <= whole.items(), copy
-        assert "out/model.safetensors.index.json" not in found or whole.keys() - found.keys() <= {f"out/{RECORD_NAME}"}
+        assert "out/model.safetensors.index.json" not in found or whole.keys() - found.keys() <= {
+            f"out/{RECORD_NAME}"
+        }
         with contextlib.suppress(OutputExistsError):
             write(copy)
         for lock in copy.rglob(".*.lock"):
@@ -126,7 +146,9 @@ def test_starting_over_keeps_a_finished_output(case: Case) -> None:
     check_whole(case)
 
 
-def test_a_kill_while_starting_over_keeps_the_journal(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_while_starting_over_keeps_the_journal(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At each call of the start over there is the old head or the new one; no journal would make our files foreign ones."""
     interrupt(case)
     before = case.out.parent / "before"
@@ -137,7 +159,13 @@ def test_a_kill_while_starting_over_keeps_the_journal(case: Case, monkeypatch: p
             shutil.copytree(before, case.out)
             real, calls = getattr(os, call), []
 
-            def dies(*args: object, nth: int = nth, real=real, calls: list[object] = calls, **kwargs: object) -> object:
+            def dies(
+                *args: object,
+                nth: int = nth,
+                real=real,
+                calls: list[object] = calls,
+                **kwargs: object,
+            ) -> object:
                 calls.append(args)
                 if len(calls) == nth:
                     raise Killed
@@ -176,7 +204,9 @@ def test_a_journal_of_something_else(case: Case, head: bytes) -> None:
 
 def test_an_input_whose_path_is_not_utf_8(case: Case) -> None:
     """Such a path is in the journal's head with lone surrogates; the run is known again all the same."""
-    case = dataclasses.replace(case, plan=dataclasses.replace(case.plan, stamps={os.fsdecode(b"base/\xff"): (1, 2)}))
+    case = dataclasses.replace(
+        case, plan=dataclasses.replace(case.plan, stamps={os.fsdecode(b"base/\xff"): (1, 2)})
+    )
     interrupt(case)
     assert inspect_output(case.plan) == "resume"
     carry_out(case)
@@ -185,7 +215,10 @@ def test_an_input_whose_path_is_not_utf_8(case: Case) -> None:
 
 def test_partials_of_a_killed_run_are_removed(case: Case) -> None:
     interrupt(case)
-    own = [case.out / f".model-2.{'0' * 16}.partial", case.out / "sub" / f".config.json.{'1' * 16}.partial"]
+    own = [
+        case.out / f".model-2.{'0' * 16}.partial",
+        case.out / "sub" / f".config.json.{'1' * 16}.partial",
+    ]
     foreign = [case.out / f".other.{'0' * 16}.partial", case.out / ".model-2.partial"]
     for path in (*own, *foreign):
         path.write_bytes(b"half")

@@ -13,7 +13,13 @@ from faults import failing
 from helpers import names, tree_digest
 from transactions import DATA, INDEX, Case, carry_out, check_whole, interrupt, refusal, run, take
 
-from streamer.errors import InputChangedError, LockedError, OutputError, OutputExistsError, StorageError
+from streamer.errors import (
+    InputChangedError,
+    LockedError,
+    OutputError,
+    OutputExistsError,
+    StorageError,
+)
 from streamer.storage.checkpoint import read_json_object
 from streamer.storage.files import locked
 from streamer.storage.transaction import (
@@ -39,7 +45,9 @@ def test_new_then_done(case: Case) -> None:
     assert record["made"] == "here"
     assert [(f["file"], f["bytes"]) for f in record["files"]] == list(case.plan.files)
     before = tree_digest(case.out)
-    with pytest.raises(OutputError, match="another run has just finished this; run the command again to see it"):
+    with pytest.raises(
+        OutputError, match="another run has just finished this; run the command again to see it"
+    ):
         carry_out(case)
     assert tree_digest(case.out) == before
 
@@ -102,7 +110,9 @@ def test_an_existing_empty_directory_is_taken(case: Case) -> None:
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 @pytest.mark.parametrize("call", ["write", "fsync", "rename", "posix_fallocate"])
-def test_a_system_that_refuses(case: Case, monkeypatch: pytest.MonkeyPatch, call: str, number: int) -> None:
+def test_a_system_that_refuses(
+    case: Case, monkeypatch: pytest.MonkeyPatch, call: str, number: int
+) -> None:
     """Stops cleanly, keeps what is finished, and the same run finishes later."""
     interrupt(case)
     with monkeypatch.context() as m:
@@ -130,7 +140,9 @@ def test_a_copied_file_that_vanished(case: Case) -> None:
         with open_outputs([case.plan]) as (out,), out.file("sub/config.json", 2) as f:
             f.copy(case.base / "gone")
 
-    with pytest.raises(InputChangedError, match="gone: vanished during the run; put it back and start again"):
+    with pytest.raises(
+        InputChangedError, match="gone: vanished during the run; put it back and start again"
+    ):
         copy()
 
 
@@ -144,24 +156,47 @@ def test_copies_take_the_umasks_mode(case: Case) -> None:
     assert {(case.out / n).stat().st_mode & 0o777 for n in (*DATA, RECORD_NAME)} == {0o640}
 
 
-@pytest.mark.parametrize(("place", "words"), [
-    ("base", "is the input {base}; choose another output"),
-    ("base/../base", "is the input {base}; choose another output"),
-    ("link", "is a symlink, and writing never follows one; name its target {base}"),
-    ("dangling", "is a symlink, and writing never follows one; name its target {out.parent}/gone"),
-    ("base/out", "lies inside the input {base}; choose an output outside it"),
-    ("base/sub/new/out", "lies inside the input {base}; choose an output outside it"),
-    ("link/out", "lies inside the input {base}; choose an output outside it"),
-    (".", "contains the input {base}; choose an output beside it"),
-    ("base/sub/../../out/..", "contains the input {base}; choose an output beside it"),
-    ("hub/models--x--y/snapshots/0f", "lies inside a hub cache, which is never written to; choose another output"),
-    ("hub/models--x--y", "lies inside a hub cache, which is never written to; choose another output"),
-    ("hub/datasets--x/new", "lies inside a hub cache, which is never written to; choose another output"),
-    ("cache/0f/out", "lies inside a hub cache, which is never written to; choose another output"),
-    ("file", "is a file, not a directory; choose another output, or move the file away"),
-    ("file/out", "{out.parent} is a file, not a directory; choose another output, or move the file away"),
-])  # fmt: skip
-def test_places_where_nothing_is_written(case: Case, tmp_path: Path, place: str, words: str) -> None:
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("base", "is the input {base}; choose another output"),
+        ("base/../base", "is the input {base}; choose another output"),
+        ("link", "is a symlink, and writing never follows one; name its target {base}"),
+        (
+            "dangling",
+            "is a symlink, and writing never follows one; name its target {out.parent}/gone",
+        ),
+        ("base/out", "lies inside the input {base}; choose an output outside it"),
+        ("base/sub/new/out", "lies inside the input {base}; choose an output outside it"),
+        ("link/out", "lies inside the input {base}; choose an output outside it"),
+        (".", "contains the input {base}; choose an output beside it"),
+        ("base/sub/../../out/..", "contains the input {base}; choose an output beside it"),
+        (
+            "hub/models--x--y/snapshots/0f",
+            "lies inside a hub cache, which is never written to; choose another output",
+        ),
+        (
+            "hub/models--x--y",
+            "lies inside a hub cache, which is never written to; choose another output",
+        ),
+        (
+            "hub/datasets--x/new",
+            "lies inside a hub cache, which is never written to; choose another output",
+        ),
+        (
+            "cache/0f/out",
+            "lies inside a hub cache, which is never written to; choose another output",
+        ),
+        ("file", "is a file, not a directory; choose another output, or move the file away"),
+        (
+            "file/out",
+            "{out.parent} is a file, not a directory; choose another output, or move the file away",
+        ),
+    ],
+)
+def test_places_where_nothing_is_written(
+    case: Case, tmp_path: Path, place: str, words: str
+) -> None:
     (tmp_path / "link").symlink_to("base")
     (tmp_path / "dangling").symlink_to("gone")
     (tmp_path / "hub" / "models--x--y" / "snapshots").mkdir(parents=True)
@@ -189,7 +224,9 @@ def test_an_input_that_is_one_file(case: Case, tmp_path: Path) -> None:
     check_output_path(tmp_path / "three", inputs)
 
 
-def test_one_directory_under_two_names(case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_one_directory_under_two_names(
+    case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """As under a second mount: known by device and inode, in both directions."""
     (tmp_path / "mount" / "base").mkdir(parents=True)
     real = Path.samefile
@@ -227,7 +264,9 @@ Usage = namedtuple("Usage", "total used free")
 def test_a_plan_that_does_not_fit(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     need = case.plan.total_bytes
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(need, 1, need - 1))
-    words = f"needs {need} B, the disk has {need - 1} B free; free some space, or choose another disk"
+    words = (
+        f"needs {need} B, the disk has {need - 1} B free; free some space, or choose another disk"
+    )
     with pytest.raises(StorageError) as caught:
         inspect_output(case.plan)
     assert str(caught.value) == f"{case.out}: {words}"
@@ -253,7 +292,9 @@ def test_a_resume_needs_room_for_the_rest_only(case: Case, monkeypatch: pytest.M
         inspect_output(case.plan)
 
 
-def test_what_a_killed_run_holds_in_partials_is_free(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_killed_run_holds_in_partials_is_free(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They are removed first: without counting them a run on a nearly full disk could not be taken up."""
     interrupt(case)
     (case.out / f".model-2.{'0' * 16}.partial").write_bytes(bytes(8192))
@@ -275,7 +316,9 @@ def test_the_lock_comes_and_goes(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-def test_a_lock_file_removed_between_open_and_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_file_removed_between_open_and_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The holder before us ends just then: the lock of a file without a name would exclude nobody."""
     path, real, calls = tmp_path / "lock", fcntl.flock, []
 

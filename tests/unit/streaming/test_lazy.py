@@ -18,7 +18,12 @@ class Given(Reader):
     name = "w"
 
     def __init__(self, values: Tensor) -> None:
-        self.values, self.shape, self.device, self.asked = values, tuple(values.shape), values.device, list[Any]()
+        self.values, self.shape, self.device, self.asked = (
+            values,
+            tuple(values.shape),
+            values.device,
+            list[Any](),
+        )
 
     def read(self) -> Tensor:
         self.asked.append("all")
@@ -45,8 +50,17 @@ def weight() -> tuple[Given, LazyTensor]:
 
 def test_shape_dtype_and_device_are_known_without_reading(weight: tuple[Given, LazyTensor]) -> None:
     given, lazy_weight = weight
-    assert (lazy_weight.shape, lazy_weight.size(0), lazy_weight.ndim, lazy_weight.numel()) == ((7, 5), 7, 2, 35)
-    assert (lazy_weight.dtype, lazy_weight.device, lazy_weight.is_meta) == (torch.float32, torch.device("cpu"), True)
+    assert (lazy_weight.shape, lazy_weight.size(0), lazy_weight.ndim, lazy_weight.numel()) == (
+        (7, 5),
+        7,
+        2,
+        35,
+    )
+    assert (lazy_weight.dtype, lazy_weight.device, lazy_weight.is_meta) == (
+        torch.float32,
+        torch.device("cpu"),
+        True,
+    )
     assert given.asked == []
 
 
@@ -54,29 +68,41 @@ def test_other_operations_read_all(weight: tuple[Given, LazyTensor]) -> None:
     given, lazy_weight = weight
     x, values = torch.randn(3, 5), given.values
     for result, expected in (
-        (x @ lazy_weight.T, x @ values.T), (lazy_weight * 2, values * 2), (lazy_weight[1:3], values[1:3]),
+        (x @ lazy_weight.T, x @ values.T),
+        (lazy_weight * 2, values * 2),
+        (lazy_weight[1:3], values[1:3]),
         (lazy_weight.double(), values.double()),
         (functional.rms_norm(x, (5,), lazy_weight[0]), functional.rms_norm(x, (5,), values[0])),
         (torch.cat([lazy_weight, x]), torch.cat([values, x])),
-    ):  # fmt: skip
+    ):
         assert type(result) is Tensor
         torch.testing.assert_close(result, expected)
 
 
-@pytest.mark.parametrize("change", [
-    lambda w: w.div_(2), lambda w: w.data.div_(2), lambda w: w.detach().copy_(w * 2), lambda w: w.__setitem__(0, 0.0),
-    lambda w: w.__imul__(2), lambda w: torch.mul(torch.ones(7, 5), 2, out=w),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: w.div_(2),
+        lambda w: w.data.div_(2),
+        lambda w: w.detach().copy_(w * 2),
+        lambda w: w.__setitem__(0, 0.0),
+        lambda w: w.__imul__(2),
+        lambda w: torch.mul(torch.ones(7, 5), 2, out=w),
+    ],
+)
 def test_what_would_change_it_is_refused(weight: tuple[Given, LazyTensor], change: Any) -> None:
     with pytest.raises(UnsupportedError, match="'w' is changed by the model as it runs"):
         change(weight[1])
 
 
-def test_embeddings_are_looked_up_and_experts_taken_one_by_one(weight: tuple[Given, LazyTensor]) -> None:
+def test_embeddings_are_looked_up_and_experts_taken_one_by_one(
+    weight: tuple[Given, LazyTensor],
+) -> None:
     given, lazy_weight = weight
     ids = torch.tensor([[1, 6], [0, 1]])
     torch.testing.assert_close(
-        functional.embedding(ids, lazy_weight, padding_idx=0), functional.embedding(ids, given.values)
+        functional.embedding(ids, lazy_weight, padding_idx=0),
+        functional.embedding(ids, given.values),
     )
     assert given.asked == ["rows"]
     stack = Given(torch.randn(3, 4, 5))

@@ -15,8 +15,12 @@ from streamer.streaming.sweep import Spool
 def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
     spool = Spool(tmp_path)
     tensors = [
-        torch.randn(3, 4), torch.randn(5).double(), torch.arange(6).view(2, 3).T, torch.zeros(0, 2), torch.tensor(1.5),
-    ]  # fmt: skip
+        torch.randn(3, 4),
+        torch.randn(5).double(),
+        torch.arange(6).view(2, 3).T,
+        torch.zeros(0, 2),
+        torch.tensor(1.5),
+    ]
     first, second = spool.write(tensors), spool.write([torch.ones(2)])
     for found, tensor in zip(spool.read(first), tensors, strict=True):
         assert found.dtype == tensor.dtype
@@ -25,7 +29,9 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def opened(path: Path, flags: int, mode: int = 0o777, real: Callable[..., int] = os.open, **options: int) -> int:
+def opened(
+    path: Path, flags: int, mode: int = 0o777, real: Callable[..., int] = os.open, **options: int
+) -> int:
     """Open a file, unless that makes a name."""
     assert not flags & os.O_CREAT, f"{path} has a name"
     return real(path, flags, mode, **options)
@@ -42,7 +48,9 @@ def without_unnamed_files(
 
 @pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="this system has no unnamed files")
 @pytest.mark.parametrize("way", [opened, without_unnamed_files])
-def test_the_file_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: Callable[..., int]) -> None:
+def test_the_file_has_no_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: Callable[..., int]
+) -> None:
     """It never has one, which a power cut could leave behind, or not for long, if the file system has no unnamed files."""
     monkeypatch.setattr(os, "open", way)
     spool = Spool(tmp_path)
@@ -58,14 +66,19 @@ def test_what_is_written_after_a_rewind_lies_where_the_first_did(tmp_path: Path)
     assert not spool.read(before)[0].any()
 
 
-def test_a_full_disk_is_told_from_other_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_told_from_other_faults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spool = Spool(tmp_path)
 
     def full(*args: object) -> int:
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(StorageError, match=r"cannot write a temporary file: No space left on device; free some space"):
+    with pytest.raises(
+        StorageError,
+        match=r"cannot write a temporary file: No space left on device; free some space",
+    ):
         spool.write([torch.ones(2)])
     with pytest.raises(StorageError, match="cannot make a temporary file"):
         Spool(tmp_path / "missing")

@@ -12,8 +12,19 @@ from streamer.streaming.values import make_variants
 
 def test_base_and_adapter_come_first() -> None:
     variants = make_variants(("paper", "shrink"), (0.75, 0), "first")
-    assert [v.name for v in variants] == ["base", "adapter", "paper 0.75", "paper 0", "shrink 0.75", "shrink 0"]
-    assert [(v.method, v.mitigation_lambda) for v in variants[:3]] == [(None, None), (None, None), ("paper", 0.75)]
+    assert [v.name for v in variants] == [
+        "base",
+        "adapter",
+        "paper 0.75",
+        "paper 0",
+        "shrink 0.75",
+        "shrink 0",
+    ]
+    assert [(v.method, v.mitigation_lambda) for v in variants[:3]] == [
+        (None, None),
+        (None, None),
+        ("paper", 0.75),
+    ]
     base, adapter, paper = (v.mitigation for v in variants[:3])
     assert base is None
     assert adapter is not None
@@ -45,8 +56,14 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"lambdas": 0.5}, r"lambdas: expected a list, such as \[0.75, 0.5\], found 0.5"),
     ({"methods": ()}, "method: expected at least one"),
     ({"methods": ("paper", "paper")}, "method: expected different values"),
-    ({"methods": ("average",)}, "method: expected one of paper, project, shrink, regmean, nullspace, found 'average'"),
-    ({"methods": ("regmean",)}, "method 'regmean' needs coefficients; make them with `streamer repair`"),
+    (
+        {"methods": ("average",)},
+        "method: expected one of paper, project, shrink, regmean, nullspace, found 'average'",
+    ),
+    (
+        {"methods": ("regmean",)},
+        "method 'regmean' needs coefficients; make them with `streamer repair`",
+    ),
     ({"lambdas": ()}, "lambda: expected at least one"),
     ({"lambdas": (0.5, 0.5)}, "lambda: expected different values"),
     ({"lambdas": (0.5, 1.0)}, "lambda: 1 is the unchanged adapter"),
@@ -68,8 +85,11 @@ def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> No
 def test_names_and_scale_are_checked_beside_coefficients() -> None:
     coefficients = Coefficients(0.9, {}, {"base": {"files": []}})
     with pytest.raises(
-        UsageError, match="method: expected one of paper, project, shrink, regmean, nullspace, found 'papr'"
+        UsageError,
+        match="method: expected one of paper, project, shrink, regmean, nullspace, found 'papr'",
     ):
         make_variants(("papr", "shrink"), (0.5,), "all", coefficients)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="select: expected one of all, first, found 'some'"):
-        EvaluateRequest(base="b", adapter="a", general="g", task="t", select="some", coefficients=coefficients)
+        EvaluateRequest(
+            base="b", adapter="a", general="g", task="t", select="some", coefficients=coefficients
+        )

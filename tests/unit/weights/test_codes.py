@@ -5,7 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantized_values import AWQ_WORDS, BNB, CODES, CPU, FP8_CONFIG, HQQ, base_of, fp8, packed, torchao
+from quantized_values import (
+    AWQ_WORDS,
+    BNB,
+    CODES,
+    CPU,
+    FP8_CONFIG,
+    HQQ,
+    base_of,
+    fp8,
+    packed,
+    torchao,
+)
 
 from streamer.errors import FormatError, InputError, UnsupportedError
 from streamer.weights.logical import plain_weights
@@ -30,28 +41,50 @@ def test_a_view_holds_the_names_that_it_looks_up(tmp_path: Path) -> None:
     assert base["w.weight"].quantized
     assert view.quantized_names == {"w.weight"}
     assert [view.file_index(name) for name in ("v.weight", "w.weight", "new.weight")] == [
-        base.file_index("v.weight"), base.file_index("w.weight"), 3,
-    ]  # fmt: skip
+        base.file_index("v.weight"),
+        base.file_index("w.weight"),
+        3,
+    ]
     for name in ("w.weight_scale_inv", "x"):
         assert name not in view
         with pytest.raises(KeyError):
             view[name]
 
 
-@pytest.mark.parametrize("quantization", [
-    *(
-        {"quant_method": m}
-        for m in (
-            "aqlm", "quanto", "bitnet", "eetq", "vptq", "higgs", "auto-round", "quark", ["x"], 3,
-        )
-    ),
-    {"bits": 4},
-    {"quant_method": "compressed-tensors", "format": "mxfp6-pack-quantized"},
-    {"quant_method": "compressed-tensors", "format": "float-quantized", "transform_config": {"a": 1}},
-    {"quant_method": "compressed-tensors", "format": "dense", "sparsity_config": {"format": "sparse-24-bitmask"}},
-    {"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"},
-    {"quant_method": "gptq", "bits": 4, "is_marlin_format": True},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        *(
+            {"quant_method": m}
+            for m in (
+                "aqlm",
+                "quanto",
+                "bitnet",
+                "eetq",
+                "vptq",
+                "higgs",
+                "auto-round",
+                "quark",
+                ["x"],
+                3,
+            )
+        ),
+        {"bits": 4},
+        {"quant_method": "compressed-tensors", "format": "mxfp6-pack-quantized"},
+        {
+            "quant_method": "compressed-tensors",
+            "format": "float-quantized",
+            "transform_config": {"a": 1},
+        },
+        {
+            "quant_method": "compressed-tensors",
+            "format": "dense",
+            "sparsity_config": {"format": "sparse-24-bitmask"},
+        },
+        {"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"},
+        {"quant_method": "gptq", "bits": 4, "is_marlin_format": True},
+    ],
+)
 def test_other_ways_of_quantization_are_refused_by_name(tmp_path: Path, quantization: dict) -> None:
     with pytest.raises(UnsupportedError) as e:
         base_of(tmp_path, CODES, quantization)
@@ -68,13 +101,16 @@ def test_other_ways_of_quantization_are_refused_by_name(tmp_path: Path, quantiza
         )
 
 
-@pytest.mark.parametrize(("apart", "config", "quantization"), [
-    ({"quant_algo": "NVFP4"}, {}, {"quant_method": "modelopt", "quant_algo": "NVFP4"}),
-    ({"quant_algo": None, "kv_cache_quant_algo": "FP8"}, {}, {}),
-    ([], {}, {}),
-    ({"quant_algo": "NVFP4"}, {"quantization_config": BNB}, BNB),
-    ({"quant_algo": "NVFP4"}, None, {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("apart", "config", "quantization"),
+    [
+        ({"quant_algo": "NVFP4"}, {}, {"quant_method": "modelopt", "quant_algo": "NVFP4"}),
+        ({"quant_algo": None, "kv_cache_quant_algo": "FP8"}, {}, {}),
+        ([], {}, {}),
+        ({"quant_algo": "NVFP4"}, {"quantization_config": BNB}, BNB),
+        ({"quant_algo": "NVFP4"}, None, {}),
+    ],
+)
 def test_modelopt_may_state_its_quantization_apart(
     tmp_path: Path, apart: object, config: dict | None, quantization: dict
 ) -> None:
@@ -85,16 +121,25 @@ def test_modelopt_may_state_its_quantization_apart(
     read = read_model_config(tmp_path)
     assert read.quantization == quantization
     assert bool(read.values) == (config is not None)
-    (tmp_path / "hf_quant_config.json").write_text(json.dumps(producer | {"producer": {"name": "x"}}))
+    (tmp_path / "hf_quant_config.json").write_text(
+        json.dumps(producer | {"producer": {"name": "x"}})
+    )
     assert read_model_config(tmp_path).quantization == (config or {}).get("quantization_config", {})
 
 
-@pytest.mark.parametrize("config", [None, {"quant_method": "bitsandbytes"}, {"quant_method": "fp8"}])
+@pytest.mark.parametrize(
+    "config", [None, {"quant_method": "bitsandbytes"}, {"quant_method": "fp8"}]
+)
 def test_codes_that_nothing_explains_are_refused(tmp_path: Path, config: dict | None) -> None:
     weights = base_of(tmp_path, CODES, config)
-    with pytest.raises(UnsupportedError, match=r"tensor 'w\.weight': dtype I8 is not one of .* use the 16-bit model"):
+    with pytest.raises(
+        UnsupportedError,
+        match=r"tensor 'w\.weight': dtype I8 is not one of .* use the 16-bit model",
+    ):
         weights["w.weight"]
-    with pytest.raises(UnsupportedError, match=r"tensor 'w\.weight': dtype I8 with no scale or table"):
+    with pytest.raises(
+        UnsupportedError, match=r"tensor 'w\.weight': dtype I8 with no scale or table"
+    ):
         plain_weights(weights, ModelConfig())
     assert torch.equal(weights["w.bias"].whole(CPU), torch.zeros(64))
 
@@ -115,7 +160,11 @@ EXPONENTS = torch.full((64, 3), 127, dtype=torch.uint8)
 def float_groups(encoding: str, **weights) -> dict:
     """A config of compressed-tensors that states this of the weights."""
     group = {"weights": {"num_bits": 4, "type": "float", "group_size": 16, **weights}}
-    return {"quant_method": "compressed-tensors", "format": encoding, "config_groups": {"group_0": group}}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": encoding,
+        "config_groups": {"group_0": group},
+    }
 
 
 MXFP8 = float_groups("mxfp8-quantized", num_bits=8, group_size=32)
@@ -231,7 +280,9 @@ def test_broken_codes(tmp_path: Path, name: str) -> None:
 def test_quantized_scales_of_hqq_are_not_supported(tmp_path: Path, role: str) -> None:
     kept = {k: t for k, t in HQQ.items() if k.removeprefix("w.") not in role.split("_")}
     weights = base_of(tmp_path, kept | {f"w.{role}": torch.ones(192, 1)}, {"quant_method": "hqq"})
-    with pytest.raises(UnsupportedError, match=f"HQQ with '{role}' is not supported; use the 16-bit model"):
+    with pytest.raises(
+        UnsupportedError, match=f"HQQ with '{role}' is not supported; use the 16-bit model"
+    ):
         weights["w.weight"]
 
 
@@ -242,35 +293,87 @@ INT8 = {"scale": torch.ones(64, 3)}
 INT8_DATA = {"block_size": [1, 32]}
 
 
-@pytest.mark.parametrize(("kind", "qdata", "data", "parts", "message"), [
-    *(
-        (kind, BYTES, INT8_DATA, INT8, rf"torchao's {kind} is not supported; use the 16-bit model")
-        for kind in ("Int4TilePackedTo4dTensor", "Int4PlainInt32Tensor", "MXTensor", "NVFP4Tensor", "Other")
-    ),
-    ("Int4TilePackedTo4dTensor", torch.zeros(8, 1, 32, 4, dtype=torch.int32), INT4_DATA,
-     {"scale_and_zero": torch.ones(3, 64, 2)}, "Int4TilePackedTo4dTensor with scale_and_zero is not"),
-    ("Int8Tensor", BYTES, INT8_DATA, INT8 | {"act_pre_scale": torch.ones(96)}, "Int8Tensor with act_pre_scale is not"),
-    ("Int8Tensor", BYTES, {"block_size": [1, 16]}, INT8, "do not fit"),
-    ("Int8Tensor", BYTES, {"block_size": [2, 32]}, {"scale": torch.ones(32, 3)}, None),
-    ("Int8Tensor", BYTES, {"block_size": [64, 19]}, {"scale": torch.ones(1, 5)}, "do not fit"),
-    ("Int8Tensor", BYTES, {"block_size": [1, 96]}, {"scale": torch.ones(64)}, "do not fit"),
-    ("Int8Tensor", BYTES, INT8_DATA, INT8 | {"zero_point": torch.ones(64, 1).to(torch.int8)}, "do not fit"),
-    ("Int8Tensor", BYTES, INT8_DATA, INT8 | {"zero_point": torch.ones(64, 3, dtype=torch.int32)}, "do not fit"),
-    *(
-        (kind, BYTES, INT8_DATA, INT8 | {"zero_point": torch.ones(64, 3)}, r"zero point in F32 .* use the 16-bit model")
-        for kind in ("Int8Tensor", "IntxUnpackedToInt8Tensor")
-    ),
-    ("Float8Tensor", fp8((64, 96)).view(torch.float8_e5m2), INT8_DATA, INT8, "do not fit"),
-    ("Float8Tensor", fp8((64, 96)), {"block_size": [1, 96]}, INT8, "do not fit"),
-    ("Float8Tensor", fp8((64, 96)), INT8_DATA, INT8, None),
-    ("Int8Tensor", fp8((64, 96)), INT8_DATA, INT8, "do not fit"),
-    ("Int4Tensor", BYTES[:, :48], INT4_DATA, INT4, None),
-    ("Int4Tensor", BYTES[:, :48], INT4_DATA, {"scale": torch.ones(3, 64)}, "do not fit"),
-    ("Int4Tensor", BYTES[:, :48], INT4_DATA, INT4 | {"zero_point": torch.ones(3, 64).to(torch.int8)}, "do not fit"),
-    ("Int4Tensor", BYTES[:, :48], INT4_DATA | {"block_size": [1, 48]}, INT4, "do not fit"),
-    ("Int4Tensor", BYTES, INT4_DATA, INT4, "do not fit"),
-])  # fmt: skip
-def test_classes_of_torchao(tmp_path: Path, kind: str, qdata, data: dict, parts: dict, message: str | None) -> None:
+@pytest.mark.parametrize(
+    ("kind", "qdata", "data", "parts", "message"),
+    [
+        *(
+            (
+                kind,
+                BYTES,
+                INT8_DATA,
+                INT8,
+                rf"torchao's {kind} is not supported; use the 16-bit model",
+            )
+            for kind in (
+                "Int4TilePackedTo4dTensor",
+                "Int4PlainInt32Tensor",
+                "MXTensor",
+                "NVFP4Tensor",
+                "Other",
+            )
+        ),
+        (
+            "Int4TilePackedTo4dTensor",
+            torch.zeros(8, 1, 32, 4, dtype=torch.int32),
+            INT4_DATA,
+            {"scale_and_zero": torch.ones(3, 64, 2)},
+            "Int4TilePackedTo4dTensor with scale_and_zero is not",
+        ),
+        (
+            "Int8Tensor",
+            BYTES,
+            INT8_DATA,
+            INT8 | {"act_pre_scale": torch.ones(96)},
+            "Int8Tensor with act_pre_scale is not",
+        ),
+        ("Int8Tensor", BYTES, {"block_size": [1, 16]}, INT8, "do not fit"),
+        ("Int8Tensor", BYTES, {"block_size": [2, 32]}, {"scale": torch.ones(32, 3)}, None),
+        ("Int8Tensor", BYTES, {"block_size": [64, 19]}, {"scale": torch.ones(1, 5)}, "do not fit"),
+        ("Int8Tensor", BYTES, {"block_size": [1, 96]}, {"scale": torch.ones(64)}, "do not fit"),
+        (
+            "Int8Tensor",
+            BYTES,
+            INT8_DATA,
+            INT8 | {"zero_point": torch.ones(64, 1).to(torch.int8)},
+            "do not fit",
+        ),
+        (
+            "Int8Tensor",
+            BYTES,
+            INT8_DATA,
+            INT8 | {"zero_point": torch.ones(64, 3, dtype=torch.int32)},
+            "do not fit",
+        ),
+        *(
+            (
+                kind,
+                BYTES,
+                INT8_DATA,
+                INT8 | {"zero_point": torch.ones(64, 3)},
+                r"zero point in F32 .* use the 16-bit model",
+            )
+            for kind in ("Int8Tensor", "IntxUnpackedToInt8Tensor")
+        ),
+        ("Float8Tensor", fp8((64, 96)).view(torch.float8_e5m2), INT8_DATA, INT8, "do not fit"),
+        ("Float8Tensor", fp8((64, 96)), {"block_size": [1, 96]}, INT8, "do not fit"),
+        ("Float8Tensor", fp8((64, 96)), INT8_DATA, INT8, None),
+        ("Int8Tensor", fp8((64, 96)), INT8_DATA, INT8, "do not fit"),
+        ("Int4Tensor", BYTES[:, :48], INT4_DATA, INT4, None),
+        ("Int4Tensor", BYTES[:, :48], INT4_DATA, {"scale": torch.ones(3, 64)}, "do not fit"),
+        (
+            "Int4Tensor",
+            BYTES[:, :48],
+            INT4_DATA,
+            INT4 | {"zero_point": torch.ones(3, 64).to(torch.int8)},
+            "do not fit",
+        ),
+        ("Int4Tensor", BYTES[:, :48], INT4_DATA | {"block_size": [1, 48]}, INT4, "do not fit"),
+        ("Int4Tensor", BYTES, INT4_DATA, INT4, "do not fit"),
+    ],
+)
+def test_classes_of_torchao(
+    tmp_path: Path, kind: str, qdata, data: dict, parts: dict, message: str | None
+) -> None:
     tensors, config, metadata = torchao(kind, qdata, data, **parts)
     weights = base_of(tmp_path, tensors, config, metadata=metadata)
     if message is None:
@@ -280,11 +383,15 @@ def test_classes_of_torchao(tmp_path: Path, kind: str, qdata, data: dict, parts:
         weights["w.weight"]
 
 
-@pytest.mark.parametrize("stated", [None, "{", "[]", '{"_type": "Int8Tensor"}', '{"_type": "Tensor"}'])
+@pytest.mark.parametrize(
+    "stated", [None, "{", "[]", '{"_type": "Int8Tensor"}', '{"_type": "Tensor"}']
+)
 def test_metadata_that_does_not_describe_the_tensor(tmp_path: Path, stated: str | None) -> None:
     tensors, config, _ = torchao("Int8Tensor", BYTES, INT8_DATA, **INT8)
     other = {} if stated is None else {"w.weight": stated}
-    with pytest.raises(FormatError, match=r"the file's metadata does not describe 'w\.weight' as torchao does"):
+    with pytest.raises(
+        FormatError, match=r"the file's metadata does not describe 'w\.weight' as torchao does"
+    ):
         base_of(tmp_path, tensors, config, metadata={"tensor_names": "[]"} | other)["w.weight"]
 
 

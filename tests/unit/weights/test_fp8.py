@@ -25,11 +25,25 @@ def test_fp8_blocks_at_the_edges(tmp_path: Path, shape: tuple[int, int]) -> None
 
 
 @pytest.mark.parametrize(
-    ("grid", "dtype"), [((), torch.float32), ((1,), torch.float32), ((64,), torch.bfloat16), ((64, 1), torch.bfloat16)]
+    ("grid", "dtype"),
+    [
+        ((), torch.float32),
+        ((1,), torch.float32),
+        ((64,), torch.bfloat16),
+        ((64, 1), torch.bfloat16),
+    ],
 )
-def test_fp8_with_one_scale_or_one_a_row(tmp_path: Path, grid: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_fp8_with_one_scale_or_one_a_row(
+    tmp_path: Path, grid: tuple[int, ...], dtype: torch.dtype
+) -> None:
     """compressed-tensors and modelopt: ``weight_scale`` multiplies; the scale of activations is no part of the weight."""
     code, scale = fp8((64, 96)), scales(grid).to(dtype)
     tensors = {"w.weight": code, "w.weight_scale": scale, "w.input_scale": torch.tensor(0.5)}
-    weights = base_of(tmp_path, tensors, {"quant_method": "compressed-tensors", "format": "float-quantized"})
-    assert_decodes(weights, "w.weight", code.float() * (scale.float()[:, None] if len(grid) == 1 else scale.float()))
+    weights = base_of(
+        tmp_path, tensors, {"quant_method": "compressed-tensors", "format": "float-quantized"}
+    )
+    assert_decodes(
+        weights,
+        "w.weight",
+        code.float() * (scale.float()[:, None] if len(grid) == 1 else scale.float()),
+    )
