@@ -43,11 +43,11 @@ if TYPE_CHECKING:
 
 
 METHOD_LINES = (
-    "  streamer repair BASE ADAPTER -o OUTPUT  no text needed: kept 92 %, left 12 %; with text of the task 98 and 8 %",
+    "  streamer repair BASE ADAPTER -o OUTPUT  no text needed: kept 93 %, left 12 %; with text of the task 98 and 8 %",
+    "  --map FILE                              a map of BASE from `streamer map`: kept 99 %, left 39 %",
     "  --method shrink --lambda 0.5            nothing needed: kept 91 %, left 29 %",
-    "  --map FILE                              a map of BASE from `streamer map`: kept 102 %, left 68 %",
     "  --method paper, --method project        intruders, which `detect` finds: kept 100 %, left 100 % (none were found)",
-    "  --coefficients FILE                     the fit of a repair: as the repair",
+    "  --coefficients FILE                     what `repair` wrote beside its output",
     "  --lambda 1                              the adapter as it is",
     "  means over four adapters: learning kept, and KL from the base left on general text (docs/methods.md)",
 )

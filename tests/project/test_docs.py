@@ -258,3 +258,21 @@ def test_defaults_are_those_of_the_command_line() -> None:
         assert parameter.default == (
             tuple(action.default) if isinstance(action.default, list) else action.default
         ), name
+
+
+def test_the_choices_of_a_method_have_the_figures_of_the_table() -> None:
+    from streamer.api.intruders import METHOD_LINES
+
+    rows = [line.strip("| ").split(" | ") for line in README.splitlines() if line.startswith("| ")]
+    rounded = {
+        row[0]: [re.sub(r"\*| ±.*", "", cell) for cell in row[1:3]] for row in rows if len(row) == 6
+    }
+    for words, first in (
+        ("no text needed: kept {} %, left {} %", "`repair` without text"),
+        ("with text of the task {} and {} %", "`repair`:"),
+        ("nothing needed: kept {} %, left {} %", "`--method shrink --lambda 0.5`"),
+        ("from `streamer map`: kept {} %, left {} %", "`--map`"),
+        ("kept {} %, left {} % (none were found)", "`--method paper`"),
+    ):
+        (figures,) = (cells for name, cells in rounded.items() if name.startswith(first))
+        assert any(words.format(*figures) in line for line in METHOD_LINES), words.format(*figures)

@@ -199,6 +199,7 @@ def test_the_source_distribution_is_told_of_every_file() -> None:
     grafted = {word for kind, *words in lines for word in words if kind == "graft"}
     included = {word for kind, *words in lines for word in words if kind == "include"}
     always = {"README.md", "LICENSE", "pyproject.toml", "MANIFEST.in", "streamer", ".gitignore"}
+    always.add(".git-blame-ignore-revs")
     tracked = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.split("\n")
