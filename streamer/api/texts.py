@@ -172,16 +172,16 @@ class TextsRequest(Request):
         own = self.own_text(monitor)
         if own is None:
             return None
-        if self.file is None:
-            self.own_path.write_text(own.result(None).to_json(), encoding="utf-8")
-            return self.own_path
-        if own.inspect(self.own_path) != "done":
+        if self.file is None or own.inspect(self.own_path) != "done":
             with self._standing_in(own, Monitor(lambda event: None)) as prepared:
                 for work in prepared.sweeps():
                     prepared.limits_of(work)
                 if output is not None and output.is_file() and not self.overwrite:
                     prepared.refuse_others(output, except_for=TASK)
-        own.result(self.own_path)
+        if self.file is None:
+            self.own_path.write_text(own.result(None).to_json(), encoding="utf-8")
+        else:
+            own.result(self.own_path)
         return self.own_path
 
 
@@ -191,6 +191,9 @@ class EvaluateRequest(TextsRequest, VariantsRequest, EvaluateOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         _ = self.texts
+
+    def _refuse_seed(self) -> None:
+        """Refuse a seed that decides nothing, since the text is given."""
         if self.task is not None and self.seed != EvaluateOptions.seed:
             raise UsageError(
                 "seed: decides only what the adapter writes, found task too; leave one of them out"
@@ -211,6 +214,7 @@ class EvaluateRequest(TextsRequest, VariantsRequest, EvaluateOptions):
 
     def run(self, monitor: Monitor) -> Evaluation:
         """Run the evaluation."""
+        self._refuse_seed()
         own = self.write_own_text(monitor, self.file)
         try:
             return self._prepared(monitor).result(self.file)
@@ -220,6 +224,9 @@ class EvaluateRequest(TextsRequest, VariantsRequest, EvaluateOptions):
 
     def forecast(self, monitor: Monitor) -> DryRun:
         """Check everything and forecast a run, without writing anything."""
+        self._refuse_seed()
+        if self.file is None:
+            raise UsageError("output: a forecast is for a file, found none; give one")
         return self.forecast_with_text("evaluate", monitor, self.file)
 
     def _prepared(self, monitor: Monitor, peek: bool = False) -> PreparedEvaluation:

@@ -254,7 +254,9 @@ def prepare_own_text(
     require_transformers()
     plan = make_plan(base, adapter, run.io, run.stated, run.architecture)
     variants = Variant(BASE, None), Variant(ADAPTER, UNCHANGED)
-    model = SweepModel(VariantSet(plan, variants, None, False, False, run.model_device))
+    model = SweepModel(
+        VariantSet(plan, variants, None, False, options.dtype == "bf16", run.model_device)
+    )
     directory = tokenizer_directory(plan)
     try:
         tokenizer = load_tokenizer(adapter, directory)

@@ -321,6 +321,12 @@ def test_an_evaluation_without_a_file_leaves_nothing(server: Server) -> None:
     done = server.run("evaluate", BASE, ADAPTER, "--sequences", 8, "--length", 32)
     assert (done.code, "of its behaviour on text that it wrote" in done.out) == (0, True)
     assert {*Path(tempfile.gettempdir()).glob("streamer-*")} == before
+    assert (
+        server.run("evaluate", BASE, ADAPTER, "--sequences", 8, "--length", 32, "--seed", 7).code
+        == 0
+    )
+    refused = server.run("evaluate", BASE, ADAPTER, "--dry-run")
+    assert (refused.code, "-o: a forecast is for a file" in refused.err) == (2, True)
     refused = server.run(
         "evaluate", BASE, ADAPTER, "--task", BASE.with_name("task.npy"), "--seed", 7
     )
