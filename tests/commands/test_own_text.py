@@ -279,6 +279,7 @@ def test_a_fit_of_other_options_is_refused_before_the_adapter_writes(
     ), "under any name"
 
 
+@pytest.mark.long
 def test_a_base_without_a_tokenizer_needs_none(server: Server, tmp_path: Path) -> None:
     for path in BASE.iterdir():
         if not path.name.startswith("tokenizer"):
@@ -292,6 +293,7 @@ def test_a_base_without_a_tokenizer_needs_none(server: Server, tmp_path: Path) -
     assert "text" not in json.loads((tmp_path / "out.own.jsonl").read_text().splitlines()[0])
 
 
+@pytest.mark.long
 def test_text_of_another_adapter_is_a_text_like_any_other(repaired: Path, tmp_path: Path) -> None:
     """Its loss is that of its tokens, and not an expectation under an adapter that did not draw them."""
     own = repaired.with_name("out.own.jsonl")
@@ -316,6 +318,7 @@ def test_text_of_another_adapter_is_a_text_like_any_other(repaired: Path, tmp_pa
     assert not np.allclose(by_this.task.loss, plain.task.loss, rtol=1e-3)
 
 
+@pytest.mark.long
 def test_an_evaluation_without_a_file_leaves_nothing(server: Server) -> None:
     before = {*Path(tempfile.gettempdir()).glob("streamer-*")}
     done = server.run("evaluate", BASE, ADAPTER, "--sequences", 8, "--length", 32)
