@@ -82,7 +82,8 @@ def choose(fit: Coefficients) -> Choice:
 
 def shown_shares(fit: Coefficients) -> dict[str, bool]:
     """Say which shares have a meaning: reliable ones, and on text that the adapter wrote only its behaviour, not its learning."""
-    reliable: dict[str, bool] = {**fit.facts["reliable"]}
+    # In one order, whether the fit was just made or read from its file: the record of the output has it.
+    reliable: dict[str, bool] = dict(sorted(fit.facts["reliable"].items()))
     if "drawn" in fit.facts["texts"]["task"]:
         reliable["kept"] = reliable["top1_kept"] = False
     return reliable

@@ -11,7 +11,7 @@ from pathlib import Path
 import helpers
 import pytest
 import terminal
-from command_line import ENV
+from command_line import ENV, with_method
 from forks import server
 from helpers import intruding_factors, planted, power_law, write_adapter, write_sharded
 
@@ -328,7 +328,7 @@ SHELL = 'exec "$0" -m streamer "$@" '
 
 
 def closed(streams: str, *argv: object) -> subprocess.CompletedProcess[str]:
-    command = ["sh", "-c", f"{SHELL}{streams}", sys.executable, *map(str, argv)]
+    command = ["sh", "-c", f"{SHELL}{streams}", sys.executable, *with_method(argv)]
     return subprocess.run(command, capture_output=True, text=True, env=ENV, check=False)
 
 

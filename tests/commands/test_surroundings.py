@@ -11,7 +11,7 @@ from pathlib import Path
 
 import helpers
 import pytest
-from command_line import ENV
+from command_line import ENV, with_method
 from forks import server
 from learned import make_learned
 
@@ -22,7 +22,7 @@ from streamer.storage.files import available_cores
 
 
 def run(*argv: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "streamer", *map(str, argv)]
+    command = [sys.executable, "-m", "streamer", *with_method(argv)]
     environment = {
         "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
         **ENV,

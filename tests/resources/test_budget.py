@@ -13,7 +13,7 @@ import fitted
 import measure
 import pytest
 import torch
-from command_line import process_mib
+from command_line import process_mib, with_method
 from forks import server
 from helpers import intruding_factors, power_law, write_adapter, write_sharded
 from safetensors.torch import save_file
@@ -199,7 +199,7 @@ def keeps_smallest_budget(
     command: str, base: Path, adapter: Path, out: Path, *options: str
 ) -> None:
     """Run a command in the smallest budget that it says would do."""
-    arguments = [command, str(base), str(adapter), "-o", str(out), *options]
+    arguments = with_method([command, base, adapter, "-o", out, *options])
     budget = smallest_budget(arguments)
     assert not out.exists()
     assert_kept(
@@ -287,7 +287,7 @@ def test_many_adapters_keep_the_budget(
     inputs: tuple[Path, Path], command: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    arguments = [command, *map(str, inputs), "-o", str(out), "--quiet"]
+    arguments = with_method([command, *inputs, "-o", out, "--quiet"])
     budget = smallest_budget(arguments, "")
     assert not out.exists()
     assert_kept(

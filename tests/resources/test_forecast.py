@@ -12,6 +12,7 @@ import bench_merge
 import helpers
 import pytest
 import torch
+from command_line import with_method
 from forks import Outcome, server
 from helpers import write_adapter, write_sharded
 from seeds import vary
@@ -139,13 +140,7 @@ def test_no_more_memory_than_forecast(
         sys.executable,
         "-m",
         "streamer",
-        command,
-        str(base),
-        str(adapter),
-        "-o",
-        str(out),
-        "--quiet",
-        *options,
+        *with_method([command, base, adapter, "-o", out, "--quiet", *options]),
     ]
     peak = bench_merge.watched(line).anonymous
     assert out.exists()
