@@ -98,7 +98,7 @@ EVALUATE = (
     "streamer evaluate base adapter --general general-test.npy --task task-test.npy --coefficients repaired.fit.safetensors "
     "-o evaluation.json"
 )
-NEXT = "next, with your own: streamer repair BASE ADAPTER -o OUTPUT"
+NEXT = "next: streamer repair BASE ADAPTER -o OUTPUT"
 
 
 def _outcome(record: Mapping[str, Any]) -> str:

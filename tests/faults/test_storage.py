@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command_line import ENV
+from command_line import ENV, with_method
 from forks import Server, partials
 from helpers import tree_digest
 from jobs import Bench
@@ -132,7 +132,8 @@ finally:
 
 
 def elsewhere(argv: list[str], kill: int = 0, limit: int = 0) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-c", ELSEWHERE, str(kill), str(limit), *argv, "--threads", "1"]
+    words = [*with_method(argv), "--threads", "1"]
+    line = [sys.executable, "-c", ELSEWHERE, str(kill), str(limit), *words]
     return subprocess.run(line, env=ENV, capture_output=True, text=True, timeout=300, check=False)
 
 
