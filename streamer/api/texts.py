@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import tempfile
-import uuid
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, TypedDict, Unpack, cast
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    NotRequired,
+    Self,
+    TypedDict,
+    Unpack,
+    cast,
+)
 
 from streamer.api.calls import call, explained
 from streamer.api.intruders import OutputRequest
@@ -32,7 +42,7 @@ from streamer.fitting.fit import PreparedFit, prepare_fit, refuse_dense
 from streamer.fitting.mapping import PreparedMap, prepare_map
 from streamer.forecast import Forecast, forecast_texts, together
 from streamer.json_types import State
-from streamer.measuring.own_text import PreparedOwnText, prepare_own_text
+from streamer.measuring.own_text import OwnText, PreparedOwnText, prepare_own_text
 from streamer.measuring.runs import Prepared
 from streamer.measuring.texts import BUILT_IN, GENERAL, OWN_NAME, TASK
 from streamer.methods import Paper, Shrink, share_name
@@ -103,15 +113,10 @@ class TextsRequest(Request):
                 "prompts: applies only to text that the adapter writes, found task too; leave one of them out"
             )
 
-    @cached_property
-    def _scratch(self) -> Path:
-        """Name a file beside which a text lies that is not kept."""
-        return Path(tempfile.gettempdir(), f"streamer-{uuid.uuid4().hex}")
-
     @property
     def own_path(self) -> Path:
-        """Return the path of the text that the adapter writes: beside the output, if there is one."""
-        file = self._scratch if self.file is None else self.file
+        """Return the path of the text that the adapter writes, beside the output; without an output, it is not kept."""
+        file = self.file or Path("text")
         return file.with_name(f"{file.name}.own.jsonl")
 
     @property
@@ -137,7 +142,8 @@ class TextsRequest(Request):
         text = _forecast(command, own, self.own_path)
         if text["state"] == "done":
             return _forecast(command, self._prepared(monitor, peek=True), output)
-        with self._standing_in(own, monitor) as prepared:
+        with self._given(own.stand_in()) as request:
+            prepared = request._prepared(monitor, peek=True)
             if output is not None and output.exists() and not self.overwrite:
                 monitor.note(
                     f"forecast only of {self.own_path}: whether {output} is of this text is not known before it"
@@ -153,36 +159,33 @@ class TextsRequest(Request):
         }
 
     @contextmanager
-    def _standing_in(self, own: PreparedOwnText, monitor: Monitor) -> Iterator[Prepared[Any]]:
-        """Open and check the inputs of the run with a text of the size that the adapter is to write."""
+    def _given(self, text: OwnText) -> Iterator[Self]:
+        """Return the request with a text given that is not kept."""
         with tempfile.TemporaryDirectory() as directory:
-            stand_in = Path(directory, OWN_NAME)
-            stand_in.write_text(own.stand_in().to_json(), encoding="utf-8")
-            yield replace(self, task=stand_in, prompts=None)._prepared(monitor, peek=True)
+            path = Path(directory, OWN_NAME)
+            path.write_text(text.to_json(), encoding="utf-8")
+            yield replace(self, task=path, prompts=None)
 
+    @abstractmethod
     def _prepared(self, monitor: Monitor, peek: bool = False) -> Prepared[Any]:
         """Open and check the inputs of the run on texts."""
-        raise NotImplementedError
 
-    def write_own_text(self, monitor: Monitor, output: Path | None) -> Path | None:
-        """Let the adapter write the task's text, unless it has, or the user gives it; return its path.
+    def check_rest(self, own: PreparedOwnText, output: Path | None) -> None:
+        """Check what the run needs besides the text, and an output that exists, before the adapter writes."""
+        with self._given(own.stand_in()) as request:
+            prepared = request._prepared(Monitor(lambda event: None), peek=True)
+            for work in prepared.sweeps():
+                prepared.limits_of(work)
+            if output is not None and output.is_file() and not self.overwrite:
+                prepared.refuse_others(output, except_for=TASK)
 
-        What the run needs besides is checked before, and so is an output that exists.
-        """
+    def write_own_text(self, monitor: Monitor, output: Path) -> None:
+        """Let the adapter write the task's text, unless it has, or the user gives it."""
         own = self.own_text(monitor)
-        if own is None:
-            return None
-        if self.file is None or own.inspect(self.own_path) != "done":
-            with self._standing_in(own, Monitor(lambda event: None)) as prepared:
-                for work in prepared.sweeps():
-                    prepared.limits_of(work)
-                if output is not None and output.is_file() and not self.overwrite:
-                    prepared.refuse_others(output, except_for=TASK)
-        if self.file is None:
-            self.own_path.write_text(own.result(None).to_json(), encoding="utf-8")
-        else:
+        if own is not None:
+            if own.inspect(self.own_path) != "done":
+                self.check_rest(own, output)
             own.result(self.own_path)
-        return self.own_path
 
 
 class EvaluateRequest(TextsRequest, VariantsRequest, EvaluateOptions):
@@ -215,12 +218,14 @@ class EvaluateRequest(TextsRequest, VariantsRequest, EvaluateOptions):
     def run(self, monitor: Monitor) -> Evaluation:
         """Run the evaluation."""
         self._refuse_seed()
-        own = self.write_own_text(monitor, self.file)
-        try:
-            return self._prepared(monitor).result(self.file)
-        finally:
-            if own is not None and self.file is None:
-                own.unlink()
+        if self.file is not None:
+            self.write_own_text(monitor, self.file)
+        elif (own := self.own_text(monitor)) is not None:
+            self.check_rest(own, None)
+            with self._given(own.result(None)) as request:
+                evaluation: Evaluation = request._prepared(monitor).result(None)
+                return evaluation
+        return self._prepared(monitor).result(self.file)
 
     def forecast(self, monitor: Monitor) -> DryRun:
         """Check everything and forecast a run, without writing anything."""
@@ -448,7 +453,7 @@ class RepairRequest(TextsRequest, RepairOptions):
             self._conversion_request.run(monitor)
             return self._repair_of_converted.run(monitor)
         self._check(monitor)
-        own = self.write_own_text(monitor, self.fit_path)
+        self.write_own_text(monitor, self.fit_path)
         fit = self._prepared(monitor).result(self.fit_path)
         choice, rows, reliable = choose(fit), repair_rows(fit), shown_shares(fit)
         lines = [choice.why, *(repair_line(row, reliable) for row in rows)]
@@ -470,8 +475,8 @@ class RepairRequest(TextsRequest, RepairOptions):
         }
         if self.lora is not None:
             record["lora"] = self.lora
-        if own is not None:
-            record["own_text"] = str(own)
+        if self.task is None:
+            record["own_text"] = str(self.own_path)
         if samples:
             record["samples"] = samples
         return Repaired(record, written)
