@@ -252,7 +252,7 @@ class OutputRequest(Request, MitigateOptions, MergeOptions, IterateOptions):
             jobs = [replace(job, method=UNCHANGED) if job.made_before else job for job in jobs]
             if any(job.made_before for job in jobs):
                 run.monitor.note(
-                    "merges an adapter that was mitigated already as it is; --method mitigates it again"
+                    "the adapter was mitigated already, and is merged as it is; --method mitigates it again"
                 )
         if not (
             self.default_method

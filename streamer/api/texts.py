@@ -137,10 +137,8 @@ class TextsRequest(Request):
     def forecast_with_text(self, command: str, monitor: Monitor, output: Path | None) -> DryRun:
         """Forecast a run together with the text that the adapter is to write, for which a text of the same size stands in."""
         own = self.own_text(monitor, peek=True)
-        if own is None:
-            return _forecast(command, self._prepared(monitor, peek=True), output)
-        text = _forecast(command, own, self.own_path)
-        if text["state"] == "done":
+        text = None if own is None else _forecast(command, own, self.own_path)
+        if own is None or text is None or text["state"] == "done":
             return _forecast(command, self._prepared(monitor, peek=True), output)
         with self._given(own.stand_in()) as request:
             prepared = request._prepared(monitor, peek=True)

@@ -125,9 +125,7 @@ def demo_text(result: DemoRecord, screen: Screen) -> str:
         record = step["record"]
         tour += [f"$ {step['command']}", f"  {_outcome(record)}"]
         if record["schema"] == "streamer.repair/1":
-            figures = table(
-                [column for column in repair_columns(record) if {*column.cells} != {"-"}], screen
-            )
+            figures = table(repair_columns(record), screen)
     missing, directory = result["missing"], result["directory"]
     left_out = (
         [f"repair, which forgets less for what it keeps, was left out: {missing}"]

@@ -193,8 +193,8 @@ a first run:
   streamer inspect BASE ADAPTER
       see which tensor each module changes
   streamer repair BASE ADAPTER -o DIR
-      write an adapter that forgets less, and measure it; --task TEXT, text
-      of its task, makes it better
+      write an adapter that forgets less, and measure it; it is better with
+      text of its task (--task TEXT)
   streamer merge BASE DIR -o MODEL
       write a plain model with that adapter merged in
   streamer evaluate BASE ADAPTER -o FILE

@@ -913,7 +913,7 @@ def commands(evaluation: Evaluation, suggestion: Suggestion, names: Names | None
     keep = f" --keep {suggestion.keep:g}" if suggestion.keep < 1 else ""
     return [
         *([f"made by: {make}"] if reason == "forgets least" else []),
-        "a repair usually forgets much less, and needs no text; with other text of the task than this (--task) it is better",
+        "a repair usually forgets much less; it needs no text, but is better with text of the task (--task), other than this",
         f"next: streamer repair {names.inputs}{keep} -o OUTPUT{options}",
     ]
 

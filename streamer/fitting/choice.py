@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple, TypedDict, cast
 
-from streamer.evaluation.evaluation import percent, traded
+from streamer.evaluation.evaluation import gain_of, percent, traded
 from streamer.json_types import Mean
 from streamer.measuring.statistics import Estimate
 from streamer.methods import RegMean, Shrink, share_name
@@ -67,7 +67,7 @@ def choose(fit: Coefficients) -> Choice:
         other = "the adapter" if shrink["lambda"] == 1 else f"shrink {shrink['lambda']:g}"
         figure = "kept" if reliable["kept"] else "behaviour_kept"
         keeping = f", which keeps {share(shrink, figure)}," if shrink["lambda"] != 1 else ""
-        why = f"{RegMean(fit).label}: it {_trade(fitted, reliable)}; {other}{keeping} leaves {share(shrink, 'divergence')}"
+        why = f"{RegMean(fit).label}: it {_trade(fitted, fit)}; {other}{keeping} leaves {share(shrink, 'divergence')}"
         return Choice("repair", why, {"coefficients": fit})
     change = fit.facts["divergence"]
     difference = percent(Estimate(shrink["kl"] / change, shrink["kl_se"] / change, 0))
@@ -76,7 +76,7 @@ def choose(fit: Coefficients) -> Choice:
     told += ", which is more" if shrink["verdict"] == "worse" else ", within two standard errors"
     if shrink["lambda"] == 1:
         return as_it_is(told)
-    why = f"shrink {shrink['lambda']:g}: it {_trade(shrink, reliable)}; {told}"
+    why = f"shrink {shrink['lambda']:g}: it {_trade(shrink, fit)}; {told}"
     return Choice("shrink", why, {"method": Shrink.name, "mitigation_lambda": shrink["lambda"]})
 
 
@@ -89,13 +89,14 @@ def shown_shares(fit: Coefficients) -> dict[str, bool]:
     return reliable
 
 
-def _trade(measured: Mapping[str, Any], reliable: Mapping[str, bool]) -> str:
-    figure, what = (
-        ("kept", "of what the adapter learned")
-        if reliable["kept"]
-        else ("behaviour_kept", "of its behaviour on the task")
+def _trade(measured: Mapping[str, Any], fit: Coefficients) -> str:
+    kept = "kept" if shown_shares(fit)["kept"] else "behaviour_kept"
+    text = fit.facts["texts"]["task"]
+    gain = gain_of(text) if kept == "kept" or "drawn" in text else "its behaviour on the task"
+    return (
+        f"keeps {share(measured, kept)} of {gain} and leaves {share(measured, 'divergence')} of its "
+        "divergence from the base"
     )
-    return f"keeps {share(measured, figure)} {what} and leaves {share(measured, 'divergence')} of its divergence from the base"
 
 
 def share(measured: Mapping[str, Any], figure: str) -> str:
@@ -129,14 +130,14 @@ def repair_rows(fit: Coefficients) -> list[RepairRow]:
 
 
 def repair_columns(record: Mapping[str, Any]) -> list[Column]:
-    """Make the columns of a table of the measured models, from the record of a repair."""
+    """Make the columns of a table of the measured models, from the record of a repair, but those without a figure."""
     rows, reliable = record["rows"], record["reliable"]
 
     def percents(figure: str) -> list[str]:
         return [share(row, figure) if _is_shown(row, figure, reliable) else "-" for row in rows]
 
     names = [row["name"] + (" *" if row["written"] else "") for row in rows]
-    return [
+    columns = [
         Column("model", names, "* was written", 9, left=True),
         Column("kept", percents("kept"), "share of the learning that it keeps", 8),
         Column(
@@ -164,6 +165,7 @@ def repair_columns(record: Mapping[str, Any]) -> list[Column]:
             5,
         ),
     ]
+    return [column for column in columns if {*column.cells} != {"-"}]
 
 
 def repair_line(row: Mapping[str, Any], reliable: Mapping[str, bool]) -> str:

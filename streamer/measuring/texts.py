@@ -329,7 +329,7 @@ def _read_line(where: str, raw: bytes, load: Callable[[], Tokenizer], length: in
             if not isinstance(tree[key], str):
                 raise unexpected(where, f"{key!r} to be a string", quoted(tree[key]))
         text = tree["text"] if "text" in kind else tree["prompt"] + tree["completion"]
-        if AS_CHAT in tree and (chat := _as_chat(tree[AS_CHAT], tokenizer)):
+        if tree.keys() == {"text", AS_CHAT} and (chat := _as_chat(tree[AS_CHAT], tokenizer)):
             text, start = chat, ()
         spans = [(len(tree["prompt"]) if "prompt" in kind else 0, len(text))]
     ids, offsets = tokenizer.encode(text)

@@ -336,24 +336,21 @@ def _matrix(m: MatrixFinding, directions: int) -> dict[str, Any]:
 def _repair(measured: Mapping[str, Any]) -> dict[str, Any]:
     """Describe what a repair keeps and leaves, as a picture of an evaluation does, and its table."""
     figure = "kept" if measured["reliable"]["kept"] else "behaviour_kept"
+    at_origin = dict.fromkeys(("kept", "kept_se", "divergence", "divergence_se"), 0)
     variants: list[dict[str, Any]] = [
-        {
-            "name": "base",
-            "series": "base",
-            "kept": 0,
-            "kept_se": 0,
-            "divergence": 0,
-            "divergence_se": 0,
-        }
+        {"name": "base", "series": "base", "lambda": None, **at_origin}
     ]
     for row in measured["rows"]:
-        shares = {key: row[name] for key, name in (("kept", figure), ("divergence", "divergence"))}
-        errors = {
-            f"{key}_se": row[f"{name}_se"]
-            for key, name in (("kept", figure), ("divergence", "divergence"))
-        }
         variants.append(
-            {"name": row["name"], "series": row["name"].partition(" ")[0], **shares, **errors}
+            {
+                "name": row["name"],
+                "series": row["name"].partition(" ")[0],
+                "lambda": _lambda_of(row["name"]),
+                "kept": row[figure],
+                "kept_se": row[f"{figure}_se"],
+                "divergence": row["divergence"],
+                "divergence_se": row["divergence_se"],
+            }
         )
     return {
         "keep": measured["keep"],
@@ -361,7 +358,7 @@ def _repair(measured: Mapping[str, Any]) -> dict[str, Any]:
         "suggested": next(row["name"] for row in measured["rows"] if row["written"]),
         "front": [variant["name"] for variant in variants],
         "figure": "learning kept" if figure == "kept" else "behaviour kept",
-        "variants": [{**variant, "lambda": _lambda_of(variant["name"])} for variant in variants],
+        "variants": variants,
         "columns": _columns(repair_columns(measured)),
     }
 

@@ -157,7 +157,7 @@ def test_merging_a_mitigated_adapter_without_a_method_leaves_it_as_it_is(
         None,
         [],
     )
-    assert any("mitigated already as it is; --method mitigates it" in note for note in notes)
+    assert any("mitigated already, and is merged as it is" in note for note in notes)
     stated = merge(
         base, tmp_path / "once", tmp_path / "stated", mitigation_lambda=1, method="shrink"
     )
