@@ -545,7 +545,7 @@ def mitigated(
     if name == "answers":
         prompts, own = home / "texts" / "answers-train.jsonl", made / "repair without text, prompts"
         costs[own.name] = run(
-            "repair", *inputs, "--prompts", prompts, "--length", 192, *options, "-o", own
+            "repair", *inputs, "--prompts", prompts, "--length", 320, *options, "-o", own
         )
     return costs
 

@@ -443,13 +443,17 @@ def cold(tmp_path: Path) -> Path:
 
 
 def test_what_is_read_is_dropped_behind(cold: Path) -> None:
-    source, piece = LocalSource(cold, "pread"), memoryview(bytearray(STEP_BYTES // 2 - 1))
-    for at in range(0, 16 * STEP_BYTES, len(piece)):
-        part = piece[: 16 * STEP_BYTES - at]
-        source.read_into(part, at)
-        source.release(at, at + len(part))
-    source.close()
-    assert np.mean(cached(cold)) <= MOST_LEFT
+    def left() -> float:
+        source, piece = LocalSource(cold, "pread"), memoryview(bytearray(STEP_BYTES // 2 - 1))
+        for at in range(0, 16 * STEP_BYTES, len(piece)):
+            part = piece[: 16 * STEP_BYTES - at]
+            source.read_into(part, at)
+            source.release(at, at + len(part))
+        source.close()
+        return float(np.mean(cached(cold)))
+
+    # It is advice: the kernel may keep pages that other processes have just touched, or that it has not written yet.
+    assert any(left() <= MOST_LEFT for _ in range(3))
 
 
 def test_a_large_file_is_not_left_in_the_cache(cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
