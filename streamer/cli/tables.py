@@ -245,7 +245,7 @@ def _of_4_bits(tree: Mapping[str, Any]) -> list[str]:
     }:
         return []
     return [
-        f"trained on weights in 4 bits ({name}); on plain weights its loss is much the same (docs/shell.md)"
+        f"trained on weights in 4 bits ({name}); on plain weights its loss is much the same (docs/recipes.md)"
     ]
 
 

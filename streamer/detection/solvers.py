@@ -98,7 +98,7 @@ def working_bytes(
 
 
 def cheaper(shape: tuple[int, int], k: int) -> str:
-    """Choose the cheaper solver, by the measurements in docs/benchmarks.md."""
+    """Choose the cheaper solver, by the measurements in tools/bench_detect.py."""
     return "certified" if min(shape) >= 640 and k <= min(shape) // 40 else "dense"
 
 
@@ -112,7 +112,7 @@ def chosen_solver(shape: tuple[int, int], k: int, solver: str, allow_dense: bool
 def cost(shape: tuple[int, int], k: int, solver: str = "auto") -> int:
     """Estimate the cost of a matrix in units of about a nanosecond on two cores, used to predict the rest of a run.
 
-    The formula is fitted to the measurements in docs/benchmarks.md: upcast from bf16 and decisions, for a power spectrum. The number of
+    The formula is fitted to the measurements in tools/bench_detect.py: upcast from bf16 and decisions, for a power spectrum. The number of
     steps depends on the spectrum; the formula assumes the same number for every matrix.
     """
     m, n = shape

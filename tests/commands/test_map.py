@@ -73,7 +73,7 @@ def test_a_map_and_what_it_is_for(server: Server, home: Path, tmp_path: Path) ->
         assert (done.code == 0) == (option == "--map")
 
 
-def test_an_evaluation_of_it(server: Server, home: Path, tmp_path: Path) -> None:
+def test_an_evaluation_measures_a_map(server: Server, home: Path, tmp_path: Path) -> None:
     file, other = tmp_path / "m.safetensors", tmp_path / "o.safetensors"
     run(server, home, file)
     run(server, home, other, "--vectors", 3)

@@ -95,7 +95,7 @@ def test_options_that_make_no_sense(
         ),
     ],
 )
-def test_usage(argv: list[str], words: str) -> None:
+def test_a_wrong_command_line_is_a_usage_error(argv: list[str], words: str) -> None:
     done = server().run(*argv)
     assert (done.code, done.out, done.calls) == (2, "", [])
     (line,) = done.err.splitlines()

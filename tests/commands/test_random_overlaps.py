@@ -92,7 +92,7 @@ def test_the_base_of_another_seed_is_recognised(
     assert found[: MATRICES - 1].totals["looks_like_another_base"] is None  # too few to judge
 
 
-def test_every_command_says_so(home: Path, tmp_path: Path) -> None:
+def test_every_command_warns_of_a_random_overlap(home: Path, tmp_path: Path) -> None:
     base, adapter, path = home / "other", home / "adapter", tmp_path / "f.safetensors"
     done = server().run("detect", base, adapter, "-o", path, "--json", "-q")
     assert json.loads(done.out)["totals"]["looks_like_another_base"] is True

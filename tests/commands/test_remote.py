@@ -92,7 +92,9 @@ def test_one_file_at_an_address(single: tuple[Path, Path], tmp_path: Path) -> No
         assert "secret" not in (home / "model" / "streamer.json").read_text()
 
 
-def test_from_python(served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_functions_accept_addresses(
+    served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     events = []
     with serving(served) as site:

@@ -225,7 +225,9 @@ def choose(
         ("the adapter", True, "adapter", "shrink"),
     ],
 )
-def test_the_choice(fitted: Path, verdict: str, forgotten: bool, chosen: str, method: str) -> None:
+def test_the_choice_follows_the_verdict(
+    fitted: Path, verdict: str, forgotten: bool, chosen: str, method: str
+) -> None:
     """The adapter is the shrink by 1, with which a repair that keeps more is compared."""
     whole = {"lambda": 1.0} if verdict == "the adapter" else {}
     what, why, made = choose(fitted, {"verdict": verdict, **whole}, forgotten=forgotten)

@@ -268,7 +268,7 @@ def test_a_legend_is_shown_once(files: Path, tmp_path: Path) -> None:
         assert done.out.startswith(with_it.split("\n\n")[0])
 
 
-def test_an_output(files: Path, tmp_path: Path) -> None:
+def test_a_report_shows_an_output(files: Path, tmp_path: Path) -> None:
     record = json.loads((files / "half" / "streamer.json").read_text())
     assert check(server().run("report", files / "half", "--json"), "streamer.output/2") == record
     done = server().run("report", files / "half")

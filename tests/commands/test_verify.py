@@ -121,7 +121,7 @@ def test_blocks_of_fp8_are_those_that_the_config_states(
 
 
 @pytest.mark.parametrize("command", ["merge", "mitigate"])
-def test_stacked_experts(tmp_path: Path, command: str) -> None:
+def test_stacked_experts_are_recomputed(tmp_path: Path, command: str) -> None:
     base, adapter = jobs.experts(tmp_path)
     out = tmp_path / "out"
     done = server().run(
@@ -182,7 +182,7 @@ def test_outputs_of_several_adapters(tmp_path: Path) -> None:
 # Refusals ----------------------------------------------------------------------------------------------------------------
 
 
-def test_refusals(job: Job, tmp_path: Path) -> None:
+def test_verify_refuses_what_it_cannot_check(job: Job, tmp_path: Path) -> None:
     other, _ = helpers.three_shards(tmp_path / "other", hidden=64)
     findings = job.home / "findings.safetensors"
     (tmp_path / "empty").mkdir()

@@ -35,7 +35,9 @@ def test_the_case_is_worth_killing(bench: Bench, command: str) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_killed_again_and_again(bench: Bench, command: str, tmp_path: Path) -> None:
+def test_a_run_killed_again_and_again_ends_with_the_same_bytes(
+    bench: Bench, command: str, tmp_path: Path
+) -> None:
     """Each run lives a little longer than the one before, and takes up what that one left."""
     case = bench.case(command)
     out = tmp_path / "out"
@@ -50,7 +52,7 @@ def test_killed_again_and_again(bench: Bench, command: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_started_over_after_a_kill(bench: Bench, command: str, tmp_path: Path) -> None:
+def test_a_run_can_be_started_over_after_a_kill(bench: Bench, command: str, tmp_path: Path) -> None:
     """--no-resume takes nothing up, and an interrupted start over finishes with the same command as well."""
     case = bench.case(command)
     out = tmp_path / "out"
@@ -82,7 +84,7 @@ def test_unneeded_findings_of_a_killed_run_go(bench: Bench, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_two_runs_at_once(bench: Bench, command: str, tmp_path: Path) -> None:
+def test_a_second_run_on_an_output_is_refused(bench: Bench, command: str, tmp_path: Path) -> None:
     case = bench.case(command)
     out = tmp_path / "out"
     first = case.run(out, at=len(case.calls) // 2, code=STOP)
@@ -123,7 +125,9 @@ CHANGES = {
 @pytest.mark.long
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("command", ["detect", "merge", "mitigate"])
-def test_an_input_changes_in_mid_run(command: str, change: str, tmp_path: Path) -> None:
+def test_an_input_that_changes_in_mid_run_stops_the_run(
+    command: str, change: str, tmp_path: Path
+) -> None:
     """Exit 8 names the input; no output is committed, and nothing half-written stays."""
     base, adapter = own_job(tmp_path)
     out = tmp_path / "out"
@@ -144,7 +148,7 @@ def test_an_input_changes_in_mid_run(command: str, change: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("command", ["detect", "merge", "mitigate"])
-def test_an_input_changes_between_kill_and_resume(command: str, tmp_path: Path) -> None:
+def test_an_input_that_changed_after_the_kill_is_refused(command: str, tmp_path: Path) -> None:
     base, adapter = own_job(tmp_path)
     out = tmp_path / "out"
     out.mkdir()

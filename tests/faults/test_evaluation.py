@@ -170,12 +170,14 @@ def kill_everywhere(
 
 @evaluations
 @pytest.mark.long
-def test_killed_while_it_adds(job: Job, server: Server, tmp_path: Path) -> None:
+def test_an_evaluation_killed_while_it_adds_variants_resumes(
+    job: Job, server: Server, tmp_path: Path
+) -> None:
     kill_everywhere(job, server, tmp_path, job.whole, "--lambda", "0.25")
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_by_a_signal(
+def test_an_evaluation_stopped_by_a_signal_resumes(
     job: Job, server: Server, tmp_path: Path, signum: signal.Signals
 ) -> None:
     output, ask = tmp_path / "out", f"os.kill(os.getpid(), {int(signum)}); time.sleep(0.1)"
@@ -226,7 +228,7 @@ def test_inputs_are_not_replaced(job: Job, name: str) -> None:
         job.run(job.home / name, overwrite=name != "general.npy")
 
 
-def test_two_runs_on_one_output(job: Job, tmp_path: Path) -> None:
+def test_a_second_evaluation_into_one_file_is_refused(job: Job, tmp_path: Path) -> None:
     with (
         locked(lock_of(job.file(tmp_path / "out"))),
         pytest.raises(LockedError, match="another run is writing here"),
@@ -287,7 +289,7 @@ def test_resumed_from_anywhere_it_gives_the_same_bytes(job: Job, tmp_path: Path)
 
 
 @evaluations
-def test_a_finished_one_stays(job: Job, tmp_path: Path) -> None:
+def test_a_finished_evaluation_is_kept(job: Job, tmp_path: Path) -> None:
     output = tmp_path / "e.json"
     output.write_bytes(job.whole)
     others = streamer.detect_intruder_dimensions(
@@ -386,7 +388,7 @@ def test_an_interrupted_one_goes_on_for_another_share(job: Job, tmp_path: Path) 
 
 
 @repairs
-def test_it_goes_on_with_its_threads(job: Job, tmp_path: Path) -> None:
+def test_an_evaluation_resumes_with_its_number_of_threads(job: Job, tmp_path: Path) -> None:
     output, count = tmp_path / "c", torch.get_num_threads()
     job.stop(output)
     events: list[Event] = []
@@ -421,7 +423,7 @@ def spoilt(job: Job, adapter: Path, spoil: Callable[[dict[str, np.ndarray]], Non
 
 
 @repairs
-def test_losses_that_are_nan(job: Job, tmp_path: Path) -> None:
+def test_losses_that_are_nan_are_refused(job: Job, tmp_path: Path) -> None:
     def much(values: dict[str, np.ndarray]) -> None:
         values.update({name: value * np.float32(1e19) for name, value in values.items()})
 

@@ -33,7 +33,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Servic
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
-def test_survives_some(found: dict[str, Service], kind: str) -> None:
+def test_a_sample_of_server_faults_is_survived(found: dict[str, Service], kind: str) -> None:
     """The table's kinds of fault, at a few requests of one command; `survival.py` tries all."""
     commands = [command for command in COMMANDS if kind not in NOT_THERE.get(command, ())]
     command = commands[list(KINDS).index(kind) % len(commands)]
@@ -46,7 +46,7 @@ def test_survives_some(found: dict[str, Service], kind: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("command", COMMANDS)
-def test_survives_all(found: dict[str, Service], command: str, kind: str) -> None:
+def test_every_server_fault_is_survived(found: dict[str, Service], command: str, kind: str) -> None:
     if kind not in NOT_THERE.get(command, ()):
         tally = KINDS[kind](replace(found[command], every=1))
         assert tally.problems == []

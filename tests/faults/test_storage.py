@@ -148,7 +148,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 @pytest.mark.parametrize(
     ("command", "io"), [("detect", "mmap"), ("mitigate", "mmap"), ("merge", "pread")]
 )
-def test_the_job_without_what_macos_lacks(
+def test_a_job_runs_without_what_macos_lacks(
     bench: Bench, command: str, io: str, tmp_path: Path
 ) -> None:
     """Killed at its second new name and taken up again, it writes the bytes that it writes here."""

@@ -55,13 +55,17 @@ SOME = [
 
 @pytest.mark.long
 @pytest.mark.parametrize(("fault", "command"), SOME)
-def test_survives_some(bench: Bench, fault: str, command: str, tmp_path: Path) -> None:
+def test_a_sample_of_faults_is_survived(
+    bench: Bench, fault: str, command: str, tmp_path: Path
+) -> None:
     check(FAULTS[fault](trial(bench, command, tmp_path, SLICE)))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("command", [*OTHERS, *MODELS])
-def test_other_outputs_survive_some(bench: Bench, command: str, tmp_path: Path) -> None:
+def test_a_sample_of_faults_is_survived_by_other_outputs(
+    bench: Bench, command: str, tmp_path: Path
+) -> None:
     for fault in ("kill before a call", "power cut, kept: at random"):
         tally = FAULTS[fault](trial(bench, command, tmp_path, 2 * SLICE))
         assert tally.injected > 0
@@ -116,13 +120,13 @@ def test_a_config_that_the_disk_refuses_to_transformers(bench: Bench, tmp_path: 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("command", [*COMMANDS, *OTHERS, *MODELS])
-def test_survives_all(bench: Bench, command: str, fault: str, tmp_path: Path) -> None:
+def test_every_fault_is_survived(bench: Bench, command: str, fault: str, tmp_path: Path) -> None:
     check(FAULTS[fault](trial(bench, command, tmp_path, 1)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [*COMMANDS, *OTHERS, *MODELS])
-def test_killed_at_random_moments(bench: Bench, command: str, tmp_path: Path) -> None:
+def test_runs_killed_at_random_moments_resume(bench: Bench, command: str, tmp_path: Path) -> None:
     check(killed_at_random(bench.case(command), tmp_path, 100, random.Random(vary(command))))
 
 

@@ -81,7 +81,7 @@ def test_the_line_of_a_flipped_byte(job: Job, tmp_path: Path, name: str) -> None
     assert said == ("error", "VerificationError", 7, str(path))
 
 
-def test_missing_truncated_swapped_and_extra_files(job: Job, tmp_path: Path) -> None:
+def test_missing_truncated_swapped_and_extra_files_are_reported(job: Job, tmp_path: Path) -> None:
     output = job.copy("model", tmp_path)
     one, two, three = (output / name for name in SHARDS)
     size = one.stat().st_size
@@ -115,7 +115,7 @@ def test_missing_truncated_swapped_and_extra_files(job: Job, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "{}", '{"schema": "streamer.output/2"}'])
-def test_a_record_that_is_none(job: Job, tmp_path: Path, text: str) -> None:
+def test_a_malformed_record_is_reported(job: Job, tmp_path: Path, text: str) -> None:
     output = job.copy("adapter", tmp_path)
     (output / "streamer.json").write_text(text)
     (line,) = lines(output)
@@ -142,7 +142,9 @@ def test_a_record_of_another_schema(job: Job, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["model", "adapter"])
 @pytest.mark.parametrize("method", ["paper", "project", "shrink"])
-def test_another_lambda_than_recorded(job: Job, tmp_path: Path, kind: str, method: Any) -> None:
+def test_another_lambda_than_recorded_is_reported(
+    job: Job, tmp_path: Path, kind: str, method: Any
+) -> None:
     write = (
         streamer.merge_with_reduced_intruder_dimensions
         if kind == "model"
@@ -156,7 +158,7 @@ def test_another_lambda_than_recorded(job: Job, tmp_path: Path, kind: str, metho
     assert all(" within one rounding, found " in line for line in found)
 
 
-def test_other_intruders_than_recorded(job: Job, tmp_path: Path) -> None:
+def test_other_intruders_than_recorded_are_reported(job: Job, tmp_path: Path) -> None:
     output = job.copy("model", tmp_path)
     one, other = json.loads((output / "streamer.json").read_text())["matrices"][:2]
 
@@ -214,7 +216,7 @@ CHANGES: dict[str, tuple[str, str, Callable[[torch.Tensor], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_changed_tensor(trained: Job, tmp_path: Path, name: str) -> None:
+def test_a_changed_tensor_is_reported(trained: Job, tmp_path: Path, name: str) -> None:
     kind, tensor, change, said = CHANGES[name]
     output = trained.copy(kind, tmp_path)
     (weights,) = output.glob("*.safetensors")
@@ -236,7 +238,9 @@ def test_a_changed_tensor(trained: Job, tmp_path: Path, name: str) -> None:
         ("adapter", "base_model.model.model.norm.weight"),
     ],
 )
-def test_a_missing_and_an_extra_tensor(trained: Job, tmp_path: Path, kind: str, lost: str) -> None:
+def test_missing_and_extra_tensors_are_reported(
+    trained: Job, tmp_path: Path, kind: str, lost: str
+) -> None:
     output = trained.copy(kind, tmp_path)
     (weights,) = output.glob("*.safetensors")
     tensors = load_file(weights)
@@ -250,7 +254,7 @@ def test_a_missing_and_an_extra_tensor(trained: Job, tmp_path: Path, kind: str, 
     assert sorted(line.split("'")[1] for line in found) == sorted([lost, "more.weight"]), found
 
 
-def test_a_matrix_of_another_dtype(trained: Job, tmp_path: Path) -> None:
+def test_a_matrix_of_another_dtype_is_reported(trained: Job, tmp_path: Path) -> None:
     output, tensor = trained.copy("model", tmp_path), "model.layers.1.mlp.up_proj.weight"
     tensors = load_file(output / "model.safetensors")
     save_file(
@@ -276,7 +280,7 @@ def test_another_scaling_of_unchanged_factors(
     assert all(": expected the nearest factors to Δ' within" in line for line in found)
 
 
-def test_factors_of_a_lower_rank(trained: Job, tmp_path: Path) -> None:
+def test_factors_of_a_lower_rank_are_reported(trained: Job, tmp_path: Path) -> None:
     output, names = (
         tmp_path / "out",
         [f"base_model.model.model.layers.0.self_attn.q_proj.lora_{x}.weight" for x in "BA"],
@@ -294,7 +298,7 @@ def test_factors_of_a_lower_rank(trained: Job, tmp_path: Path) -> None:
     assert "expected the nearest factors to Δ' within one rounding, found " in line
 
 
-def test_rows_struck_from_a_record(trained: Job, tmp_path: Path) -> None:
+def test_rows_struck_from_a_record_are_reported(trained: Job, tmp_path: Path) -> None:
     """The weights are the base's there, as if the adapter had not been merged."""
     output, tensor = trained.copy("model", tmp_path), "model.layers.0.self_attn.q_proj.weight"
     base = load_file(trained.base / "model.safetensors")[tensor]

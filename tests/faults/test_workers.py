@@ -269,7 +269,7 @@ def test_two_runs_on_one_output(bench: WorkerBench, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_survives_some_kills(kind: str, each: WorkerBench, tmp_path: Path) -> None:
+def test_killed_workers_are_survived(kind: str, each: WorkerBench, tmp_path: Path) -> None:
     """The table's kinds of fault; `survival.py` tries them more often."""
     tally = KINDS[kind](Crew(each, tmp_path, 2, random.Random(vary(kind))))
     assert tally.problems == []

@@ -112,7 +112,9 @@ def test_adapters_that_diffusers_saves(
 
 
 @pytest.mark.parametrize("kind", ["sd", "flux"])
-def test_dora(bases: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
+def test_a_dora_of_a_pipeline_is_merged(
+    bases: Callable[[str], Path], tmp_path: Path, kind: str
+) -> None:
     pipe = opened(bases(kind))
     layers = trained(pipe, use_dora=True)
     pipe.save_lora_weights(tmp_path / "lora", **layers)

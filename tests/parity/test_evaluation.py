@@ -43,7 +43,9 @@ from streamer.streaming.values import BASE, Variant, VariantSet, make_variants
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", CAUSAL)
-def test_architectures(name: str, tmp_path: Path) -> None:
+def test_losses_equal_those_of_merged_models_in_every_architecture(
+    name: str, tmp_path: Path
+) -> None:
     cls, base, adapter = make_pair(name, tmp_path, CAUSAL[name][2])
     assert_as_transformers(cls, base, adapter, tmp_path)
 
@@ -77,7 +79,7 @@ KINDS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
-def test_kinds(kind: str, tmp_path: Path) -> None:
+def test_losses_equal_those_of_merged_models_for_every_kind(kind: str, tmp_path: Path) -> None:
     name, targets, options = KINDS[kind]
     cls, base, adapter = make_pair(name, tmp_path, targets, **options)
     assert_as_transformers(cls, base, adapter, tmp_path)

@@ -22,7 +22,7 @@ from paths import ROOT
 from safetensors.torch import load_file
 from seeds import vary
 
-SCRIPT = ROOT / "docs" / "to_gguf.py"
+SCRIPT = ROOT / "examples" / "to_gguf.py"
 VOCAB, HEAD, SPECIAL = 512, 16, 4
 
 NAMES = {

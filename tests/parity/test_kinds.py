@@ -34,7 +34,9 @@ CASES = [
 
 @pytest.mark.long
 @pytest.mark.parametrize(("kind", "dtype"), CASES)
-def test_a_kind(kind: str, dtype: str, tmp_path: Path) -> None:
+def test_every_kind_equals_peft_and_the_dense_formula(
+    kind: str, dtype: str, tmp_path: Path
+) -> None:
     kinds_cases.compare(kind, DTYPES[dtype], tmp_path)
     for name in ("merged", "merged-half", "same", "half", "lora"):
         if (tmp_path / name).exists():

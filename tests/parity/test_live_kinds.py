@@ -51,7 +51,7 @@ UNMERGEABLE = {"OFT, conv2d"}
 
 @pytest.mark.long
 @pytest.mark.parametrize(("name", "dtype"), CASES)
-def test_a_kind(name: str, dtype: str, tmp_path: Path) -> None:
+def test_every_kind_in_memory_equals_its_files(name: str, dtype: str, tmp_path: Path) -> None:
     made = kinds_cases.make(name, DTYPES[dtype], tmp_path)
     options = made.kind.options
     model = loaded(made)

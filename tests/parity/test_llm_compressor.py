@@ -25,7 +25,7 @@ pytest.importorskip(
     reason="needs llmcompressor, which wants older transformers and compressed-tensors than the others",
 )
 
-SCRIPT = ROOT / "docs" / "quantize_merged.py"
+SCRIPT = ROOT / "examples" / "quantize_merged.py"
 SIZES = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32}
 """What groups of 128 divide."""
 

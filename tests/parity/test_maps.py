@@ -190,7 +190,7 @@ def test_matrices_are_read_a_few_rows_at_a_time(
 
 
 @pytest.mark.parametrize("encoding", ["fp8-blocks", "nf4", "gptq"])
-def test_quantized_bases(encoding: str, plain: tuple[Path, Path], tmp_path: Path) -> None:
+def test_maps_of_quantized_bases(encoding: str, plain: tuple[Path, Path], tmp_path: Path) -> None:
     """Inputs are those of the decoded base."""
     made = quantized.MAKERS[encoding](tmp_path / "base", plain[0])
     found, expected = (

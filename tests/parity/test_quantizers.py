@@ -107,7 +107,9 @@ def test_streams_of_bits(bits: int) -> None:
 @pytest.mark.parametrize("encoding", ["gptq", "gptq_v2"])
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_gptq(tmp_path: Path, bits: int, act_order: bool, encoding: str, io: str) -> None:
+def test_gptq_codes_are_decoded_to_the_bit(
+    tmp_path: Path, bits: int, act_order: bool, encoding: str, io: str
+) -> None:
     """Packed as GPTQModel does: codes along inputs, zero points along outputs, in the first format less one.
 
     GPTQModel 7.7 subtracts a one of each zero point from whole words, or with 3 bits modulo 8, and undoes that on loading.
@@ -368,7 +370,7 @@ def test_all_codes_and_scales_of_fp4(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("outer", [(), (1,)])
-def test_nvfp4_of_modelopt(tmp_path: Path, outer: tuple[int, ...]) -> None:
+def test_nvfp4_of_modelopt_is_decoded_to_the_bit(tmp_path: Path, outer: tuple[int, ...]) -> None:
     """As `NVFP4QTensor.dequantize` in the published source computes it: the product of both scales, then of the value."""
     parts = as_modelopt(small_floats(torch.randn(48, 96), "nvfp4-pack-quantized")[0])
     parts[".weight_scale_2"] = parts[".weight_scale_2"].view(outer)
@@ -388,7 +390,7 @@ def test_nvfp4_of_modelopt(tmp_path: Path, outer: tuple[int, ...]) -> None:
         assert_decodes(base_of(tmp_path / str(len(stated)), tensors, stated), "w.weight", decoded)
 
 
-def test_awq(tmp_path: Path) -> None:
+def test_awq_codes_are_decoded_to_the_bit(tmp_path: Path) -> None:
     """Packed as AutoAWQ's gemm layers are."""
     rng = np.random.default_rng(vary(0))
     inputs, outputs, size = 128, 48, 32

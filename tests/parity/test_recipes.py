@@ -1,4 +1,4 @@
-"""The recipes of docs/shell.md, run as they stand on real models: each writes what it says."""
+"""The recipes of docs/recipes.md, run as they stand on real models: each writes what it says."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from transformers import LlamaForCausalLM
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
-PAGE = (ROOT / "docs" / "shell.md").read_text()
+PAGE = (ROOT / "docs" / "recipes.md").read_text()
+SCRIPTS = (ROOT / "docs" / "shell.md").read_text()
 TARGETS = ["q_proj", "up_proj"]
 
 
@@ -53,10 +54,9 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Outco
             if any(target in name for target in (*TARGETS, "input_layernorm")):
                 parameter.add_(0.05 * torch.randn_like(parameter))
     tuned.save_pretrained(home / "tuned")
-    recipes = PAGE[PAGE.index("## Recipes") : PAGE.index("## After a copy")]
     lines = [
         line
-        for block in re.findall(r"```sh\n(.*?)```", recipes, re.DOTALL)
+        for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
         for line in block.splitlines()
     ]
     assert len(lines) >= 10
@@ -173,7 +173,7 @@ def test_a_server_s_adapters_are_plain_and_answer_as_the_given_ones(
 def test_a_script_acts_on_what_is_lost(
     ran: tuple[Path, dict[str, Outcome]], tmp_path: Path
 ) -> None:
-    (script,) = re.findall(r"  ```sh\n(  streamer mitigate .*?)  ```", PAGE, re.DOTALL)
+    (script,) = re.findall(r"  ```sh\n(  streamer mitigate .*?)  ```", SCRIPTS, re.DOTALL)
     home = ran[0]
     script = script.replace("BASE ADAPTER", f"{home / 'base'} {home / 'adapter'}").replace(
         "streamer mitigate", '"$PY" -m streamer mitigate'

@@ -76,7 +76,7 @@ def slow_but(names: Iterable[str]) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", slow_but(CAUSAL))
-def test_architectures(name: str, tmp_path: Path) -> None:
+def test_repairs_are_right_in_every_architecture(name: str, tmp_path: Path) -> None:
     check(name, CAUSAL[name][2], {}, tmp_path)
 
 
@@ -97,5 +97,5 @@ KINDS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("kind", slow_but(KINDS))
-def test_kinds(kind: str, tmp_path: Path) -> None:
+def test_repairs_are_right_for_every_kind(kind: str, tmp_path: Path) -> None:
     check(*KINDS[kind], tmp_path)

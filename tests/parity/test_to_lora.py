@@ -149,7 +149,7 @@ def test_the_share_is_of_the_mitigated_delta(tmp_path: Path, made: Maker) -> Non
 
 
 @pytest.mark.parametrize("share", [1.5, 0.0, -0.5, float("nan")])
-def test_what_is_no_share(share: float, tmp_path: Path, made: Maker) -> None:
+def test_what_is_no_share_of_energy_is_refused(share: float, tmp_path: Path, made: Maker) -> None:
     job = made("linear")
     with pytest.raises(
         UsageError,

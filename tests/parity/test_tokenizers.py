@@ -76,7 +76,9 @@ def merge(base: Path, adapter: Path, out: Path) -> dict:
     return streamer.merge_with_reduced_intruder_dimensions(base, adapter, out, mitigation_lambda=1)
 
 
-def test_the_adapters_own_as_a_whole(job: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_adapters_tokenizer_replaces_the_bases_as_a_whole(
+    job: tuple[Path, Path], tmp_path: Path
+) -> None:
     base, adapter = job
     assert merge(base, adapter, tmp_path / "before")["tokenizer"] == "base"
     save(adapter, "bpe", "adapter's template", "<call>")
@@ -94,7 +96,9 @@ def test_the_adapters_own_as_a_whole(job: tuple[Path, Path], tmp_path: Path) -> 
     assert "<call>" in loaded.get_vocab()
 
 
-def test_why_not(job: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_note_says_why_the_adapters_tokenizer_is_not_used(
+    job: tuple[Path, Path], tmp_path: Path
+) -> None:
     base, adapter = job
     (adapter / "chat_template.jinja").write_text("{{ messages }}")
     record = merge(base, adapter, tmp_path / "template")

@@ -80,7 +80,7 @@ def test_every_link_leads_somewhere(page: str) -> None:
 
 def test_every_source_file_named_in_the_docs_exists() -> None:
     for page, text in PAGES.items():
-        for path in re.findall(r"`((?:streamer|tests|tools)/[\w/.-]+\.\w+)", text):
+        for path in re.findall(r"`((?:streamer|tests|tools|examples)/[\w/.-]+\.\w+)", text):
             assert (ROOT / path).exists(), f"{page}: {path}"
 
 

@@ -43,7 +43,7 @@ def test_what_it_begins_with_is_taken(targets: Callable[[str], Target], name: st
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", TARGETS)
-def test_a_short_walk(targets: Callable[[str], Target], name: str) -> None:
+def test_a_short_walk_finds_no_crash(targets: Callable[[str], Target], name: str) -> None:
     result = fuzz(targets(name), str(vary("the suite")), 60, EXECUTIONS)
     assert [crash.what for crash in result.crashes.values()] == []
     assert result.refused > EXECUTIONS // 10
@@ -73,7 +73,7 @@ def test_whatever_stands_there_is_decoded_or_refused(targets: Callable[[str], Ta
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
-def test_a_long_walk(targets: Callable[[str], Target], name: str) -> None:
+def test_a_long_walk_finds_no_crash(targets: Callable[[str], Target], name: str) -> None:
     result = fuzz(targets(name), str(vary("a long one")), 120, 1 << 60)
     assert [crash.what for crash in result.crashes.values()] == []
 
@@ -150,7 +150,9 @@ FOUND: dict[str, tuple[str, int, Callable[[bytes], bytes]]] = {
 
 
 @pytest.mark.parametrize("case", FOUND)
-def test_found(targets: Callable[[str], Target], case: str) -> None:
+def test_inputs_that_once_crashed_are_decoded_or_refused(
+    targets: Callable[[str], Target], case: str
+) -> None:
     name, seed, change = FOUND[case]
     target = targets(name)
     data = change(target.seeds[seed])
@@ -161,7 +163,7 @@ def test_found(targets: Callable[[str], Target], case: str) -> None:
     assert isinstance(e, StreamerError) or "journal" in name or name == "config"
 
 
-def test_it_can_fail() -> None:
+def test_the_fuzzer_can_fail() -> None:
     """A target that breaks on some input is found out, by an exception, a wrong answer or a long message."""
 
     def run(data: bytes) -> None:

@@ -62,7 +62,9 @@ def test_the_walk_meets_every_ingredient_and_no_combination_twice() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("base", BASES)
-def test_spectrum(base: str, shape: tuple[int, int], tally: Tally) -> None:
+def test_decisions_are_right_for_every_spectrum(
+    base: str, shape: tuple[int, int], tally: Tally
+) -> None:
     run(iter([make_case(base, "intruder", shape, torch.float32, 1)]), tally)
     check(tally)
 
@@ -70,7 +72,9 @@ def test_spectrum(base: str, shape: tuple[int, int], tally: Tally) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("delta", DELTAS)
-def test_delta(delta: str, shape: tuple[int, int], tally: Tally) -> None:
+def test_decisions_are_right_for_every_delta(
+    delta: str, shape: tuple[int, int], tally: Tally
+) -> None:
     for i, base in enumerate(("power", "pairs", "outlier")):
         run(iter([make_case(base, delta, shape, torch.bfloat16, i)]), tally)
     check(tally)
@@ -80,7 +84,7 @@ def test_delta(delta: str, shape: tuple[int, int], tally: Tally) -> None:
     "shape",
     [(1, 1), (1, 2), (2, 1), (1, 512), (512, 1), (2, 2), (16, 17), (17, 16), (3, 509), (509, 3)],
 )
-def test_extreme_shapes(shape: tuple[int, int], tally: Tally) -> None:
+def test_decisions_are_right_for_extreme_shapes(shape: tuple[int, int], tally: Tally) -> None:
     for i, delta in enumerate(("intruder", "zero", "over rank", "cancelling")):
         run(iter([make_case("power", delta, shape, torch.float32, i)]), tally)
     check(tally)

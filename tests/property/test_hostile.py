@@ -15,7 +15,7 @@ def run(*argv: object) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_it_ends_as_documented(case: Case, tmp_path: Path) -> None:
+def test_a_hostile_input_ends_as_documented(case: Case, tmp_path: Path) -> None:
     assert run_case(case, tmp_path, run) == []
 
 

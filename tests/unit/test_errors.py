@@ -64,7 +64,9 @@ def test_an_error_is_the_same_after_a_process_boundary(kind: type[errors.Streame
         (errors.NumericError, ArithmeticError),
     ],
 )
-def test_python_s_own_word(kind: type[errors.StreamerError], builtin: type[Exception]) -> None:
+def test_errors_are_also_pythons_own_kinds(
+    kind: type[errors.StreamerError], builtin: type[Exception]
+) -> None:
     assert issubclass(kind, builtin)
 
 
@@ -149,7 +151,7 @@ def test_sizes_are_read(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "G", "-1", "4X", "four", "1e9", "4GG", "0x10"])
-def test_what_is_no_size(text: str) -> None:
+def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"^expected a size like 600M or 4G, found "):
         parse_size(text)
 
@@ -167,7 +169,7 @@ def test_sizes_are_written_as_in_tables() -> None:
     assert format_sizes(16 * 10**9, 16 * 10**9 - 1) == ("16000000000 B", "15999999999 B")
 
 
-def test_lists_end() -> None:
+def test_long_lists_of_names_are_shortened() -> None:
     assert listed([]) == ""
     assert listed("abc") == "a, b, c"
     assert listed("abcd") == "a, b, c and 1 more"

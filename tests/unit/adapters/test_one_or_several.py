@@ -11,7 +11,9 @@ import pytest
 from streamer.adapters.finetuned import AdapterPaths, holds_adapters, named_adapters, one_or_several
 
 
-def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_of_adapters_gives_their_names_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("b", "a", ".hidden"):
         helpers.write_adapter(tmp_path / "many" / name, {}, r=1)
     assert holds_adapters(tmp_path / "many")

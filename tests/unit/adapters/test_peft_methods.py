@@ -91,7 +91,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_what_does_not(tmp_path: Path, case: str) -> None:
+def test_broken_adapters_of_other_methods_are_refused(tmp_path: Path, case: str) -> None:
     peft_type, tensors, config, error, words = BROKEN[case]
     base, adapter = job(tmp_path, peft_type, tensors, **config)
     with pytest.raises(error) as e:

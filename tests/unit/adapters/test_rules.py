@@ -57,7 +57,9 @@ from streamer.options import Ignoring
         ({"rank_pattern": {}, "alpha_pattern": None}, 4, 2.0),
     ],
 )
-def test_scale(tmp_path: Path, config: dict, rank: int, scale: float) -> None:
+def test_the_scale_is_alpha_over_rank_or_its_root(
+    tmp_path: Path, config: dict, rank: int, scale: float
+) -> None:
     module = one_module(tmp_path, rank=rank, **config)
     assert (module.rank, module.shape) == (rank, (6, 5))
     assert module.scaling == pytest.approx(scale, rel=1e-15)
@@ -99,7 +101,7 @@ def test_scale(tmp_path: Path, config: dict, rank: int, scale: float) -> None:
         ({"rank_pattern": {"(": 4}}, FormatError, "pattern '(' is not a regular expression"),
     ],
 )
-def test_a_config_that_is_wrong(
+def test_a_malformed_config_is_refused(
     tmp_path: Path, config: dict, error: type[StreamerError], words: str
 ) -> None:
     with pytest.raises(error) as e:
@@ -163,7 +165,7 @@ def test_alpha_must_be_stated(tmp_path: Path) -> None:
         ({"lora_B_layout": "mixed"}, "lora_B_layout is mixed"),
     ],
 )
-def test_refused_by_config(config: dict, kind: str) -> None:
+def test_a_config_of_an_unsupported_adapter_is_refused(config: dict, kind: str) -> None:
     (reason,) = refusals(AdapterConfig(config, Path("adapter_config.json")))
     assert kind in reason
     assert reason.endswith(f"; {INSTEAD}") == ("unknown key" not in kind and "layout" not in kind)
@@ -194,7 +196,7 @@ def test_refused_by_config(config: dict, kind: str) -> None:
         },
     ],
 )
-def test_taken_by_config(config: dict) -> None:
+def test_a_config_of_a_supported_adapter_is_accepted(config: dict) -> None:
     assert refusals(AdapterConfig(config, Path("adapter_config.json"))) == []
 
 

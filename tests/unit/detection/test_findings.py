@@ -22,7 +22,7 @@ from streamer.storage.files import locked
 from streamer.storage.transaction import journal_of, lock_of
 
 
-def test_round_trip(made: tuple[Path, Path, Path, Findings]) -> None:
+def test_findings_are_read_as_they_were_saved(made: tuple[Path, Path, Path, Findings]) -> None:
     _, _, path, memory = made
     read = load_findings(path)
     assert (read.base, read.adapter, read.options) == (memory.base, memory.adapter, memory.options)
@@ -41,7 +41,9 @@ def test_round_trip(made: tuple[Path, Path, Path, Findings]) -> None:
         )
 
 
-def test_no_paths_and_no_times(made: tuple[Path, Path, Path, Findings], tmp_path: Path) -> None:
+def test_findings_hold_no_paths_and_no_times(
+    made: tuple[Path, Path, Path, Findings], tmp_path: Path
+) -> None:
     """The same inputs give the same bytes, wherever they lie."""
     base, adapter = helpers.three_shards(tmp_path / "some" / "where")
     again = tmp_path / "again.safetensors"

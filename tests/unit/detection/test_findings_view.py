@@ -95,7 +95,7 @@ def test_a_matrix_by_its_name(findings: Findings, name: str) -> None:
         ("*.k_proj", "no matrix fits '*.k_proj'; there are model.layers.0.mlp.down_proj.weight, "),
     ],
 )
-def test_a_name_that_is_none(findings: Findings, name: str, words: str) -> None:
+def test_an_unknown_name_is_refused(findings: Findings, name: str, words: str) -> None:
     with pytest.raises(KeyError) as e:
         findings[name]
     assert isinstance(e.value, UnknownNameError)

@@ -79,7 +79,9 @@ def test_same_seed_same_bits_another_seed_the_same_decisions(shape: tuple[int, i
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [2.0**-140, 2.0**-100, 2.0**120])
 @pytest.mark.parametrize("name", SOLVERS)
-def test_size_does_not_matter(name: str, size: float, dtype: torch.dtype) -> None:
+def test_decisions_do_not_depend_on_the_scale_of_the_matrix(
+    name: str, size: float, dtype: torch.dtype
+) -> None:
     """2⁻¹⁴⁰ makes float32 subnormal: the power of two that would undo it overflows."""
     base, delta = problem(150, 200, dtype)
     usual = solve(name, base, delta)

@@ -74,7 +74,9 @@ def test_where_nothing_is_to_be_placed(curves: dict[str, Shares]) -> None:
         ),  # it may keep less
     ],
 )
-def test_when_the_answer_is_clear(options: dict[str, object], is_clear: bool) -> None:
+def test_sampling_stops_when_the_answer_is_clear(
+    options: dict[str, object], is_clear: bool
+) -> None:
     assert clear(evaluation(**options)) is is_clear  # type: ignore[arg-type]
 
 

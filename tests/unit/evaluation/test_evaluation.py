@@ -25,7 +25,9 @@ from streamer.tables import Screen
         ({"learns": -0.4}, 0.9),
     ],
 )
-def test_it_is_as_its_schema_says_and_is_read_again(options: dict[str, float], keep: float) -> None:
+def test_an_evaluation_fits_its_schema_and_is_read_back(
+    options: dict[str, float], keep: float
+) -> None:
     e = evaluation(**options)
     tree = e.to_dict(keep)
     assert faults(tree) == []
@@ -37,7 +39,7 @@ def test_it_is_as_its_schema_says_and_is_read_again(options: dict[str, float], k
     assert again.table(keep) == e.table(keep)
 
 
-def test_its_figures() -> None:
+def test_figures_of_an_evaluation_are_those_of_its_sums() -> None:
     e = evaluation()
     tree = e.to_dict()
     base, adapter, *others = tree["variants"]

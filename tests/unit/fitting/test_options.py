@@ -102,7 +102,7 @@ def test_a_sequence_that_stands_twice_is_in_one_part(path: str) -> None:
         ]
 
 
-def test_the_seed_decides() -> None:
+def test_the_seed_decides_which_part_is_held_out() -> None:
     def held_out(seed: int) -> list[int]:
         return [
             int(ids[0]) for ids in divide(texts(16, 16), PATHS, HOLDOUT, seed)["task"].held_out.ids

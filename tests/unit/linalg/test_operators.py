@@ -261,7 +261,7 @@ def test_angle_error_is_large_in_a_cluster_only() -> None:
     assert float(error[[0, 1, 4]].max()) < 1e-5
 
 
-def test_all_finite() -> None:
+def test_all_finite_finds_nan_and_infinity() -> None:
     assert all_finite(torch.empty(0))
     assert all_finite(torch.tensor([1e38, -1e38]))
     for bad in (float("nan"), float("inf"), -float("inf")):

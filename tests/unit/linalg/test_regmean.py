@@ -107,7 +107,7 @@ def relative(found: np.ndarray, wanted: np.ndarray) -> float:
 
 @pytest.mark.parametrize("mu", WEIGHTS)
 @pytest.mark.parametrize("tokens", [FEW, MANY, (N - 1) // 2, (N + 1) // 2])
-def test_it_is_the_formula(tokens: int, mu: float) -> None:
+def test_factors_equal_the_dense_formula(tokens: int, mu: float) -> None:
     rng = np.random.default_rng(vary(0))
     (W, L, R), given = drawn(rng), texts(rng, tokens)
     right = refitted(W, L, R, given, mu)

@@ -26,7 +26,7 @@ def reduced() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("reduced")
-def test_it_is_switched_on_and_back() -> None:
+def test_full_float32_is_restored_afterwards() -> None:
     M, X = power_law(600, 600).float(), power_law(600, 16).float()
     with full_float32():
         error = float((M @ X - M.double() @ X.double()).abs().max())
@@ -35,7 +35,7 @@ def test_it_is_switched_on_and_back() -> None:
 
 
 @pytest.mark.usefixtures("reduced")
-def test_it_is_switched_back_after_an_error() -> None:
+def test_full_float32_is_restored_after_an_error() -> None:
     with pytest.raises(ValueError, match="stop"), full_float32():
         raise ValueError("stop")
     assert torch.get_float32_matmul_precision() == "medium"
@@ -43,7 +43,7 @@ def test_it_is_switched_back_after_an_error() -> None:
 
 @pytest.mark.usefixtures("reduced")
 @pytest.mark.parametrize("solver", ["certified", "dense"])
-def test_detection_does_not_depend_on_it(solver: str) -> None:
+def test_detection_does_not_depend_on_the_float32_precision(solver: str) -> None:
     A, B = intruding_factors(300, 400, 4)
     base, delta = Dense(power_law(300, 400).float()), LowRank(B.float(), A.T.float())
     found = detect(base, delta, DetectionOptions(solver=solver))
@@ -64,7 +64,7 @@ def setting() -> str:
 
 
 @pytest.mark.usefixtures("reduced")
-def test_it_is_switched_back_by_the_last_thread_that_leaves() -> None:
+def test_full_float32_is_restored_by_the_last_thread_that_leaves() -> None:
     """Whichever came first: else the one that stays would multiply in bf16, or its setting would stay after all are gone."""
     inside, leave, before = Event(), Event(), setting()
 

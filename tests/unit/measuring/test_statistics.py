@@ -8,7 +8,7 @@ from seeds import vary
 from streamer.measuring.statistics import Estimate, ratio
 
 
-def test_of_equal_sequences_it_is_the_error_of_a_mean() -> None:
+def test_the_error_of_equal_sequences_is_the_error_of_a_mean() -> None:
     y = np.random.default_rng(vary(0)).normal(3, 1, 50)
     found = ratio(y * 7, np.full(50, 7.0))
     assert found.value == pytest.approx(y.mean(), rel=1e-12)
@@ -78,7 +78,7 @@ def test_a_share_of_no_difference_is_none() -> None:
     assert not found.is_negative
 
 
-def test_two_errors_tell() -> None:
+def test_a_difference_of_two_errors_is_significant() -> None:
     assert Estimate(2.1, 1, 64).is_positive
     assert not Estimate(1.9, 1, 64).is_positive
     assert Estimate(-2.1, 1, 64).is_negative

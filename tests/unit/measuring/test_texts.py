@@ -60,7 +60,7 @@ def test_the_digest_of_a_file_tells_it_from_others(size: int, tmp_path: Path) ->
     assert len({digest("c", other) for other in [content, *others]}) == 1 + len(others)
 
 
-def test_rows_are_sequences(tmp_path: Path) -> None:
+def test_rows_of_an_array_are_sequences(tmp_path: Path) -> None:
     rows = np.arange(60).reshape(10, 6)
     text = read_text(save(tmp_path / "ids.npy", rows), None, sequences=3, length=4)
     assert [ids.tolist() for ids in text.ids] == [rows[i, :4].tolist() for i in (0, 3, 6)]
@@ -82,7 +82,7 @@ def test_the_digest_is_of_ids_and_of_which_count(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("count", "wanted"), [(0, 3), (1, 3), (3, 3), (10, 3), (1000, 64), (65, 64)]
 )
-def test_even_choices(count: int, wanted: int) -> None:
+def test_sequences_are_chosen_at_even_distances(count: int, wanted: int) -> None:
     chosen = evenly(count, wanted)
     assert len(chosen) == min(count, wanted)
     assert chosen == sorted(set(chosen))

@@ -23,7 +23,7 @@ def made(inputs: tuple[Path, Path]) -> InputMap:
     return random_map(*inputs)
 
 
-def test_a_file_holds_it_whole(made: InputMap, tmp_path: Path) -> None:
+def test_a_map_is_read_back_whole_from_its_file(made: InputMap, tmp_path: Path) -> None:
     made.save(tmp_path / "new" / "m.safetensors")
     found = load_map(tmp_path / "new" / "m.safetensors")
     assert (found.digest, dict(found.facts)) == (made.digest, dict(made.facts))

@@ -188,7 +188,7 @@ def test_a_head_that_is_not_plain_stays_as_it_is(
         ("tags: some\n", "some"),
     ],
 )
-def test_tags(text: str, expected: object) -> None:
+def test_the_tag_is_added_to_any_form_of_tags(text: str, expected: object) -> None:
     assert yaml.safe_load(_with_tag(text)) == {"tags": expected}
 
 

@@ -52,7 +52,7 @@ def prefixed(prefix: str) -> list[str]:
         ("vision_tower.", "model.vision_tower.", "rename"),
     ],
 )
-def test_prefixes(mine: str, theirs: str, why: str) -> None:
+def test_one_change_of_prefix_matches_every_module(mine: str, theirs: str, why: str) -> None:
     found = match_names(prefixed(mine), weights(*prefixed(theirs)))
     assert {n: m[:2] for n, m in found.items()} == {
         mine + name: (f"{theirs}{name}.weight", why) for name in LAYERS

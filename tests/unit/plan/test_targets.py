@@ -52,7 +52,9 @@ def match_one(home: Path, tensor: torch.Tensor, shape: tuple[int, int], **config
         ),  # a linear layer in a model of mixed layers: PEFT ignores the flag there, too
     ],
 )
-def test_orientation(tmp_path: Path, shape: tuple[int, int], flag: bool, transposed: bool) -> None:
+def test_a_tensor_is_transposed_as_its_shape_or_the_flag_says(
+    tmp_path: Path, shape: tuple[int, int], flag: bool, transposed: bool
+) -> None:
     assert (
         match_one(tmp_path, torch.randn(shape), (12, 8), fan_in_fan_out=flag).transposed
         == transposed

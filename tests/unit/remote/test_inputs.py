@@ -27,7 +27,9 @@ def test_names_on_the_hub(text: str, repo: str, revision: str | None, inside: st
     assert parse_address(text) == HubName(repo, revision, inside, text)
 
 
-def test_what_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_exists_or_begins_like_a_path_is_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What exists, begins like a path, or lies in a directory that does."""
     monkeypatch.chdir(tmp_path)
     Path("models").mkdir()
@@ -58,6 +60,6 @@ def test_secrets_are_not_shown() -> None:
 
 
 @pytest.mark.parametrize("text", ["ftp://host/dir", "hf://name", "hf://a/b/../c"])
-def test_what_is_no_address(text: str) -> None:
+def test_what_is_no_address_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="expected"):
         parse_address(text)

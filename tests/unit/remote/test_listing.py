@@ -35,7 +35,7 @@ NEXT = "is not read remotely; download it and name its directory"
 
 
 @pytest.mark.parametrize(("name", "words"), PIPELINES)
-def test_at_an_https_address(root: Path, name: str, words: str) -> None:
+def test_files_at_an_https_address_are_asked_for_by_name(root: Path, name: str, words: str) -> None:
     with serving(root, Handler) as site:
         url = f"{site.address}/owner/{name}"
         with pytest.raises(UnsupportedError, match=f"{name}: {words} {NEXT}"):
@@ -43,7 +43,9 @@ def test_at_an_https_address(root: Path, name: str, words: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "words"), PIPELINES)
-def test_on_the_hub(root: Path, name: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_on_the_hub_are_listed(
+    root: Path, name: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     constants = pytest.importorskip("huggingface_hub.constants")
     with serving(root, HubHandler) as site:
         monkeypatch.setattr(constants, "ENDPOINT", site.address)

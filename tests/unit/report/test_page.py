@@ -85,7 +85,7 @@ def test_the_same_findings_give_the_same_bytes_without_paths(
     assert str(pair[0].parent).encode() not in page
 
 
-def test_names_are_untrusted(findings: Findings) -> None:
+def test_hostile_names_are_escaped_in_the_page(findings: Findings) -> None:
     matrices = tuple(
         dataclasses.replace(m, tensor=f"{EVIL}.{i}.weight") for i, m in enumerate(findings)
     )

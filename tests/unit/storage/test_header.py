@@ -39,7 +39,7 @@ def two_tensors() -> bytes:
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused(case: str) -> None:
+def test_a_bad_header_is_refused_with_the_reason(case: str) -> None:
     whole, words = REFUSED[case]
     with pytest.raises(FormatError) as caught:
         parsed(whole)
@@ -58,7 +58,7 @@ def test_a_message_is_short_whatever_the_header() -> None:
     assert len(str(caught.value)) < 600
 
 
-def test_header_fields() -> None:
+def test_the_fields_of_a_header_are_read() -> None:
     header = parsed(ACCEPTED["out of order"])
     assert [t.name for t in header.tensors] == ["a", "b"]
     assert header.by_name["b"].start == 4
@@ -119,7 +119,9 @@ def test_a_file_that_ends_inside_its_header(
         read(tmp_path / "f", two_tensors())
 
 
-def test_a_disk_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_error_in_a_header_is_a_storage_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "pread", failing(errno.EIO))
     with pytest.raises(StorageError, match="f: cannot read: Input/output error"):
         read(tmp_path / "f", two_tensors())

@@ -32,7 +32,7 @@ def contents(path: Path) -> list[bytes]:
     return out
 
 
-def test_records_come_back(tmp_path: Path) -> None:
+def test_records_are_read_as_they_were_written(tmp_path: Path) -> None:
     raw = journal_of(tmp_path / "j", RECORDS)
     assert len(raw) == sum(40 + len(r) for r in RECORDS)
     assert contents(tmp_path / "j") == RECORDS
@@ -44,7 +44,7 @@ def test_records_come_back(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-def test_torn_at_every_byte(tmp_path: Path) -> None:
+def test_a_journal_torn_at_any_byte_keeps_its_whole_records(tmp_path: Path) -> None:
     """Whole records are kept, the torn one goes, and the journal is written on from there."""
     path = tmp_path / "j"
     raw = journal_of(path, RECORDS)
@@ -75,7 +75,7 @@ def test_a_flipped_bit_ends_the_journal(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "tail", [bytes(4096), b"\xff" * 4096, b"\xff" * 7, (2**63).to_bytes(8, "little") + bytes(40)]
 )
-def test_garbage_after_the_records(tmp_path: Path, tail: bytes) -> None:
+def test_garbage_after_the_records_is_ignored(tmp_path: Path, tail: bytes) -> None:
     """What a power loss may leave of a record: zeros, or anything."""
     path = tmp_path / "j"
     raw = journal_of(path, RECORDS)

@@ -62,7 +62,7 @@ def test_a_range(site: RangeServer) -> None:
 
 
 @pytest.mark.parametrize("kind", ["stall", "reset", "429", "500", "short"])
-def test_what_passes_is_tried_again(
+def test_transient_errors_are_retried(
     site: RangeServer, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And only what has not come is asked for again."""
@@ -103,7 +103,7 @@ def test_a_whole_file_once_in_place_of_a_range(site: RangeServer) -> None:
         ("changed", InputChangedError, "changed since the run began; start again"),
     ],
 )
-def test_what_does_not_pass_is_said_at_once(
+def test_lasting_errors_are_not_retried(
     site: RangeServer, kind: str, error: type[StreamerError], words: str
 ) -> None:
     file, site.fault = opened(site, "?signature=secret"), lambda path, n: kind
@@ -114,7 +114,7 @@ def test_what_does_not_pass_is_said_at_once(
     assert len([r for r in site.requests if r.range != "bytes=0-0"]) == 1
 
 
-def test_what_never_passes_ends(site: RangeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retries_without_progress_end(site: RangeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("streamer.storage.remote_source.TRIES", 2)
     file, site.fault = opened(site), lambda path, n: "500"
     with pytest.raises(

@@ -34,7 +34,7 @@ from streamer.storage.transaction import (
 
 
 @pytest.mark.parametrize("until", list(DATA)[1:])
-def test_an_interrupted_run_is_taken_up(case: Case, until: str) -> None:
+def test_an_interrupted_run_is_resumed(case: Case, until: str) -> None:
     interrupt(case, until)
     assert not (case.out / INDEX).exists()
     assert not (case.out / LOCK_NAME).exists()
@@ -45,7 +45,7 @@ def test_an_interrupted_run_is_taken_up(case: Case, until: str) -> None:
 
 
 @pytest.mark.parametrize("call", ["fsync", "rename", "pwrite", "unlink"])
-def test_killed_at_any_call(case: Case, call: str) -> None:
+def test_a_run_killed_at_any_call_resumes(case: Case, call: str) -> None:
     """Before each call and right after it, as from outside: the state on disk is copied, and a fresh run goes on from it."""
     with copied_at(case.out, call, after=True) as copies:
         carry_out(case)
@@ -67,7 +67,7 @@ def test_killed_at_any_call(case: Case, call: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["out", "one.safetensors"])
-def test_the_public_writer_killed_at_any_call(tmp_path: Path, name: str) -> None:
+def test_the_public_writer_killed_at_any_call_starts_over(tmp_path: Path, name: str) -> None:
     """Before each call: what has a final name is whole, an index has its shards, the same call starts over."""
     home = tmp_path / "home"
     home.mkdir()
@@ -122,7 +122,7 @@ def test_changed_stamps_stop_a_resume(case: Case) -> None:
     check_whole(case)
 
 
-def test_other_last_bits(case: Case) -> None:
+def test_findings_with_other_last_bits_restart_only_an_interrupted_run(case: Case) -> None:
     """A finished output is the same; an interrupted run is started over, and no output mixes two."""
     plans = [dataclasses.replace(case.plan, bits=bits) for bits in ("one", "two")]
     interrupt(case, plan=plans[0])
@@ -189,7 +189,7 @@ def test_a_journal_torn_before_the_run_did_anything(case: Case, torn: bytes) -> 
 
 
 @pytest.mark.parametrize("head", [b"not json", b"[]", b'{"plan": NaN}', b"\xff"])
-def test_a_journal_of_something_else(case: Case, head: bytes) -> None:
+def test_a_journal_of_another_plan_is_not_resumed(case: Case, head: bytes) -> None:
     """Whole, but no head of ours: as good as torn, and what stands beside it is foreign."""
     case.out.mkdir()
     journal = Journal(case.out / JOURNAL_NAME)

@@ -61,7 +61,7 @@ def test_a_finished_output_is_known_by_its_plan_alone(case: Case) -> None:
 
 
 @pytest.mark.parametrize("name", DATA)
-def test_a_finished_output_that_lost_a_file(case: Case, name: str) -> None:
+def test_a_finished_output_that_lost_a_file_is_not_done(case: Case, name: str) -> None:
     carry_out(case)
     (case.out / name).write_bytes(b"short")
     words = "; remove it to have the output made again, choose another output, or pass --overwrite"
@@ -125,7 +125,7 @@ def test_a_system_that_refuses(
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"{}\n"])
-def test_a_copied_file_that_changed_its_size(case: Case, content: bytes) -> None:
+def test_a_copied_file_that_changed_its_size_is_noticed(case: Case, content: bytes) -> None:
     source = case.base / "sub" / "config.json"
     source.write_bytes(content)
     with pytest.raises(InputChangedError) as caught:
@@ -135,7 +135,7 @@ def test_a_copied_file_that_changed_its_size(case: Case, content: bytes) -> None
     assert list((case.out / "sub").iterdir()) == []
 
 
-def test_a_copied_file_that_vanished(case: Case) -> None:
+def test_a_copied_file_that_vanished_is_noticed(case: Case) -> None:
     def copy() -> None:
         with open_outputs([case.plan]) as (out,), out.file("sub/config.json", 2) as f:
             f.copy(case.base / "gone")
@@ -214,7 +214,7 @@ def test_places_where_nothing_is_written(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_an_input_that_is_one_file(case: Case, tmp_path: Path) -> None:
+def test_an_output_does_not_contain_an_input(case: Case, tmp_path: Path) -> None:
     (tmp_path / "one" / "two").mkdir(parents=True)
     (tmp_path / "one" / "model.safetensors").touch()
     inputs = (tmp_path / "one" / "model.safetensors",)
@@ -246,7 +246,7 @@ def test_a_place_that_is_not_writable(case: Case, monkeypatch: pytest.MonkeyPatc
     assert refusal(OutputError, case) == words
 
 
-def test_another_run_at_work(case: Case) -> None:
+def test_a_second_run_on_an_output_is_refused(case: Case) -> None:
     case.out.mkdir()
     with locked(case.out / LOCK_NAME):
         assert inspect_output(case.plan) == "new"
@@ -261,7 +261,9 @@ def test_another_run_at_work(case: Case) -> None:
 Usage = namedtuple("Usage", "total used free")
 
 
-def test_a_plan_that_does_not_fit(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_that_does_not_fit_the_disk_is_refused(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     need = case.plan.total_bytes
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(need, 1, need - 1))
     words = (
@@ -276,7 +278,7 @@ def test_a_plan_that_does_not_fit(case: Case, monkeypatch: pytest.MonkeyPatch) -
     assert inspect_output(case.plan) == "new"
 
 
-def test_a_real_disk(case: Case) -> None:
+def test_free_space_is_that_of_the_real_disk(case: Case) -> None:
     check_space(case.out, 1)
     with pytest.raises(StorageError, match="free some space"):
         check_space(case.out / "not" / "there", 1 << 62)

@@ -1,7 +1,7 @@
 """Merge an adapter into a Llama, Qwen2 or Qwen3 with its intruders scaled down, as one GGUF file and nothing in between.
 
     pip install gguf
-    python to_gguf.py BASE ADAPTER merged.gguf --lambda 0.75 --pre llama-bpe
+    python examples/to_gguf.py BASE ADAPTER merged.gguf --lambda 0.75 --pre llama-bpe
 
 Each tensor is written as it comes from `streamer.iter_merged`, in the dtype that the base has it in; vectors become float32, as in
 llama.cpp's own converter. The tokenizer has to be byte-level BPE, and RoPE without scaling. An example: change it to what you need.

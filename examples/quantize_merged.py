@@ -1,7 +1,7 @@
 """Quantize a model with llm-compressor, with an adapter merged in and its intruders scaled down, and no merged model in between.
 
     pip install llmcompressor
-    python quantize_merged.py BASE ADAPTER quantized --scheme FP8_DYNAMIC --lambda 0.75 --findings findings.safetensors
+    python examples/quantize_merged.py BASE ADAPTER quantized --scheme FP8_DYNAMIC --lambda 0.75 --findings findings.safetensors
 
 llm-compressor reads the base file by file and quantizes what `Merge` makes of each. Config and tokenizer are the base's, so an adapter
 that changes names, shapes or dtypes of tensors is refused. An example: change it to what you need.
