@@ -73,12 +73,21 @@ def sync(fd: int) -> None:
     os.fsync(fd)
 
 
+LARGEST_FOLIO = 2 << 20
+"""Most bytes that a kernel keeps as one unit of its page cache."""
+
+
 def drop_cached(fd: int, at: int, length: int) -> None:
-    """Drop bytes of a file from the page cache; do nothing if the system does not support it."""
+    """Drop bytes of a file from the page cache; do nothing if the system does not support it.
+
+    The kernel drops a folio only if the range covers all of it, so the range starts early enough for one that also holds bytes before it:
+    of a file that was read and dropped in pieces of 512 KiB, Linux 6.18 on ext4 kept 35 % otherwise.
+    """
     advice: int | None = getattr(os, "POSIX_FADV_DONTNEED", None)
     if hasattr(os, "posix_fadvise") and advice is not None:
+        start = max(0, at - LARGEST_FOLIO)
         with contextlib.suppress(OSError):
-            os.posix_fadvise(fd, at, length, advice)
+            os.posix_fadvise(fd, start, at + length - start, advice)
 
 
 def read_at(fd: int, out: memoryview, at: int) -> int:

@@ -111,8 +111,7 @@ class LocalSource:
         """Do nothing: for a disk the kernel reads ahead."""
 
     def release(self, start: int, stop: int) -> None:
-        """Drop pages from the system's cache, including the page at `start`, whose beginning belongs to the previous piece."""
-        start -= start % mmap.PAGESIZE
+        """Drop bytes from the system's cache."""
         files.drop_cached(self._fd, start, stop - start)
 
     def _check_size(self, wanted: int) -> None:
