@@ -141,13 +141,13 @@ class Progress:
         Units and items done.
     """
 
-    def __init__(self, monitor: Monitor, stage: Stage, total: int, of: int) -> None:
+    def __init__(self, monitor: Monitor, stage: Stage, total: int = 0, of: int = 0) -> None:
         self.total, self.of, self.done, self.items = total, of, 0, 0
-        self._monitor, self._stage = monitor, stage
+        self.monitor, self._stage = monitor, stage
 
     def begin(self, name: str, adapter: str = "") -> None:
         """Report that a step begins, unless a stop was requested."""
-        self._monitor.checkpoint()
+        self.monitor.checkpoint()
         self._report(name, adapter)
 
     def add(self, units: int, items: int = 1) -> None:
@@ -160,6 +160,6 @@ class Progress:
         self._report("")
 
     def _report(self, name: str, adapter: str = "") -> None:
-        self._monitor.emit(
+        self.monitor.emit(
             Event(self._stage, name, self.done, self.total, self.items, self.of, adapter)
         )

@@ -21,7 +21,8 @@ from streamer.events import Event, Monitor
 from streamer.json_types import Amount, Count, Keywords
 from streamer.linalg.svd import OVERSAMPLING
 from streamer.linalg.torch_state import CPU
-from streamer.measuring.runs import TRANSFORMERS_BYTES, Prepared, sweep_cost
+from streamer.measuring.batches import TRANSFORMERS_BYTES, sweep_cost
+from streamer.measuring.prepared import Prepared
 from streamer.output.job import Writer
 from streamer.plan.plan import AdapterBatch, Plan
 from streamer.plan.targets import Target
@@ -29,7 +30,8 @@ from streamer.storage.atomic_file import views
 from streamer.storage.checkpoint import Checkpoint, sampled_bytes
 from streamer.workers import Workers
 
-SIDE, COLUMNS = 2048, 64
+SIDE = 2048
+COLUMNS = 64
 """Sides of the product ``(SIDE, SIDE) (SIDE, COLUMNS)`` in float32 that is timed."""
 
 PROBE_SECONDS = 0.3
@@ -93,24 +95,24 @@ def measure_rates(base: Checkpoint, monitor: Monitor) -> Rates | None:
     monitor.emit(Event("probe", "a product and a read"))
     W, block = torch.ones(SIDE, SIDE), torch.ones(SIDE, COLUMNS)
     W @ block  # starts the threads
-    count, began = 0, time.perf_counter()
+    products = 0
+    began = time.perf_counter()
     while (product_seconds := time.perf_counter() - began) < PROBE_SECONDS:
         W @ block
-        count += 1
+        products += SIDE * SIDE * COLUMNS
     file, info = max(
         ((f, t) for f in base.files.values() for t in f.header.tensors),
         key=lambda pair: pair[1].nbytes,
     )
-    digest, nbytes, began = hashlib.sha256(), 0, time.perf_counter()
+    digest = hashlib.sha256()
+    nbytes = 0
+    began = time.perf_counter()
     for view in views(file.chunks(info)):
         digest.update(view)
         nbytes += len(view)
         if time.perf_counter() - began > PROBE_SECONDS:
             break
-    return Rates(
-        SIDE * SIDE * COLUMNS * count / product_seconds,
-        max(1, nbytes) / (time.perf_counter() - began),
-    )
+    return Rates(products / product_seconds, max(1, nbytes) / (time.perf_counter() - began))
 
 
 def forecast_detection(
@@ -147,24 +149,24 @@ def _detection_work(
     plan: Plan, target: Target, options: DetectionOptions, resident: int
 ) -> tuple[int, int, int | None]:
     """Estimate for one matrix the memory, the same if it escalates, and the multiply-adds: None if each product decodes the matrix."""
-    module, shape = target.module, target.module.shape
-    m, n = shape
-    k, ways = options.directions(shape), detection_bytes(plan, target, options, resident)
+    module = target.module
+    shape = m, n = module.shape
+    k = options.directions(shape)
+    needed = detection_bytes(plan, target, options, resident)
     way = best_way(plan, target, options, resident)
-    solver = (
-        "dense"
-        if k + OVERSAMPLING >= min(shape)
-        else chosen_solver(shape, k, options.solver, way is Way.DENSE)
-    )
-    peak = ways[Way.WHOLE] if way is Way.DENSE and solver == "certified" else ways[way]
-    repeat = float64_way(
-        plan, target, options, resident, "dense" if way is Way.DENSE else "certified"
-    )
-    escalated = max(ways[way], repeat[1] if repeat else 0)
-    products = (
-        MULTIPLY_ADDS_PER_SOLVER_UNIT * cost(shape, k, solver) + MULTIPLY_ADDS_PER_VALUE * m * n
-    )
-    products += _norm_cost(shape, module.factor_rank) if module.low_rank else 0
+    is_dense = way is Way.DENSE
+    solver = "dense"
+    if k + OVERSAMPLING < min(shape):
+        solver = chosen_solver(shape, k, options.solver, is_dense)
+    peak = needed[Way.WHOLE if is_dense and solver == "certified" else way]
+    escalated = needed[way]
+    if repeat := float64_way(plan, target, options, resident, "dense" if is_dense else "certified"):
+        _, nbytes = repeat
+        escalated = max(escalated, nbytes)
+    products = MULTIPLY_ADDS_PER_SOLVER_UNIT * cost(shape, k, solver)
+    products += MULTIPLY_ADDS_PER_VALUE * m * n
+    if module.low_rank:
+        products += _norm_cost(shape, module.factor_rank)
     decodes_again = way is Way.BLOCKS and plan.weights[target.tensor].quantized
     return peak, escalated, None if decodes_again else products
 
@@ -184,36 +186,34 @@ def forecast_output(writer: Writer, resident: int, rates: Rates | None) -> Forec
     rates
         None gives no time; neither do a delta that is not low-rank, and rounding to codes.
     """
-    job, output = writer.job, writer.output
+    job = writer.job
     plan = job.plan
+    output = writer.output
     peak = escalated = max(estimate.nbytes for estimate in writer.estimates(resident))
     network = writer.base_bytes
     read = network + _adapter_bytes(plan) + sum(p.stat().st_size for _, p in writer.copies)
     read += sum(
         f.nbytes for m in job.findings or () for f in (m.detection.U, m.detection.S, m.detection.Vh)
     )
-    seconds, works = (
-        None,
-        [(t.module.shape, t.module.factor_rank + job.intruders(t)) for t in plan.targets],
-    )
-    if (
-        rates is not None
-        and job.requantize is None
-        and all(target.module.low_rank for target in plan.targets)
-    ):
-        products = sum(_norm_cost(*work) for work in works)
-        if writer.command == "merge":
-            products += sum(m * n * (MULTIPLY_ADDS_PER_VALUE + rank) for (m, n), rank in works)
+    seconds = None
+    is_known = job.requantize is None and all(t.module.low_rank for t in plan.targets)
+    if rates is not None and is_known:
+        products = 0
+        for target in plan.targets:
+            m, n = target.module.shape
+            rank = target.module.factor_rank + job.intruders(target)
+            products += _norm_cost((m, n), rank)
+            if writer.command == "merge":
+                products += m * n * (MULTIPLY_ADDS_PER_VALUE + rank)
         seconds = products / rates.products + (read + output.total_bytes) / rates.nbytes
     if job.detects:
         first = forecast_detection(plan, job.detection, job.device, resident, rates)
-        peak, escalated = (
-            max(peak, first.peak_memory_bytes),
-            max(escalated, first.escalated_memory_bytes),
-        )
+        peak = max(peak, first.peak_memory_bytes)
+        escalated = max(escalated, first.escalated_memory_bytes)
         read += _adapter_bytes(plan) + _base_bytes(plan)
         network += _base_bytes(plan)
-        seconds = None if seconds is None or first.seconds is None else seconds + first.seconds
+        if seconds is not None:
+            seconds = first.seconds and seconds + first.seconds
     return Forecast(
         peak_memory_bytes=peak,
         escalated_memory_bytes=escalated,
@@ -228,9 +228,12 @@ def forecast_output(writer: Writer, resident: int, rates: Rates | None) -> Forec
 def forecast_texts(prepared: Prepared[Any], output: Path) -> Forecast:
     """Forecast a run on texts, each of whose sweeps reads the base once; a device holds everything except the memory between steps."""
     known = prepared.known(output)
-    sweeps, (writes, temporary) = prepared.sweeps(known), prepared.written_bytes(known)
-    model, resident = prepared.model, prepared.resident + prepared.solving_bytes
-    plan, device = model.job.plan, model.job.device
+    sweeps = prepared.sweeps(known)
+    writes, temporary = prepared.written_bytes(known)
+    model = prepared.model
+    plan = model.job.plan
+    device = model.job.device
+    resident = prepared.resident + prepared.solving_bytes
     read = model.size.read * (1 + len(sweeps))  # with the check of the logits
     needs = (work.nbytes(model.size, resident, prepared.limits_of(work)) for work in sweeps)
     peak = max(needs, default=resident)
@@ -238,11 +241,8 @@ def forecast_texts(prepared: Prepared[Any], output: Path) -> Forecast:
     if device == CPU and (rates := measure_rates(plan.base, prepared.run.monitor)) is not None:
         products = sum(sweep_cost(model.size, work.fitted + work.riding) for work in sweeps)
         # The run needs the time that this process has used so far, mostly for imports, as well.
-        seconds = (
-            time.process_time()
-            + START_SECONDS
-            + MULTIPLY_ADDS_PER_SWEEP_STEP * products / rates.products
-        )
+        seconds = MULTIPLY_ADDS_PER_SWEEP_STEP * products / rates.products
+        seconds += time.process_time() + START_SECONDS
     return Forecast(
         peak_memory_bytes=peak,
         escalated_memory_bytes=peak,
@@ -257,13 +257,10 @@ def forecast_texts(prepared: Prepared[Any], output: Path) -> Forecast:
 
 def _identified_bytes(plan: Plan) -> int:
     """Count the bytes read to identify the inputs: headers, samples of models, and the whole adapter."""
-    source = plan.adapter
-    read = (
-        sampled_bytes(source.files)
-        if source.describes_model
-        else sum(f.header.file_bytes for f in source.files)
-    )
-    return sampled_bytes(plan.base.files.values()) + read
+    base = sampled_bytes(plan.base.files.values())
+    if plan.adapter.describes_model:
+        return base + sampled_bytes(plan.adapter.files)
+    return base + sum(f.header.file_bytes for f in plan.adapter.files)
 
 
 def _adapter_bytes(plan: Plan) -> int:
@@ -286,13 +283,12 @@ def on_workers(forecast: Forecast, workers: Workers | None, resident: int) -> Fo
     """Forecast the same work on workers of this machine beside this process; without workers, return the forecast unchanged."""
     if workers is None or workers.processes is None:
         return forecast
-    count, seconds = workers.processes, forecast.seconds
-    peak, escalated = (
-        resident + count * n for n in (forecast.peak_memory_bytes, forecast.escalated_memory_bytes)
-    )
-    seconds = seconds and seconds / count
+    count = workers.processes
     return replace(
-        forecast, peak_memory_bytes=peak, escalated_memory_bytes=escalated, seconds=seconds
+        forecast,
+        peak_memory_bytes=resident + count * forecast.peak_memory_bytes,
+        escalated_memory_bytes=resident + count * forecast.escalated_memory_bytes,
+        seconds=forecast.seconds and forecast.seconds / count,
     )
 
 

@@ -4,10 +4,9 @@ A record is a `TypedDict`, or a dataclass that `dataclasses.asdict` prints. The 
 
 - a text: the key's description;
 - `Keywords`: keywords of JSON Schema;
-- a function: it computes the key's value (`statistics.record`);
 - a dataclass: it describes a ``dict[str, Any]`` that is made from it.
 
-A key ``x`` of type `Mean` or `Difference` has its standard error beside it, in ``x_se`` (`statistics.flat`). ``tools/make_schemas.py``
+A key ``x`` of type `Mean` or `Difference` has its standard error beside it, in ``x_se`` (`statistics.flattened`). ``tools/make_schemas.py``
 makes ``streamer/schemas`` from these types; `check` compares an object that was read with them.
 """
 
@@ -34,6 +33,8 @@ class Estimated:
     def __init__(self, error: str) -> None:
         self.error = error
 
+
+JsonObject = Mapping[str, Any]
 
 # fmt: off
 Count = Annotated[int, Keywords(minimum=0)]

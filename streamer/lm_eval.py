@@ -29,15 +29,17 @@ from tqdm import tqdm
 from streamer.api.calls import watched
 from streamer.api.texts import VariantsRequest
 from streamer.errors import StreamerError, UnsupportedError, UsageError
-from streamer.evaluation.evaluate import open_model
+from streamer.evaluation.evaluate import open_variants
 from streamer.events import Monitor
 from streamer.linalg.torch_state import full_float32
-from streamer.measuring.runs import ROWS, Progress, Work, measure, needs_one_length, riders
-from streamer.measuring.texts import TextSequences, load_tokenizer, tokenizer_directory
+from streamer.measuring.batches import MOST_ROWS, Work, batches, needs_one_length
+from streamer.measuring.losses import SweepProgress, measure
+from streamer.measuring.sequences import TextSequences
+from streamer.measuring.tokenizer import load_tokenizer, tokenizer_directory
 from streamer.options import VariantOptions
 from streamer.plan.plan import AdapterBatch, resident_bytes
-from streamer.streaming.model import require_transformers
-from streamer.streaming.values import ADAPTER, BASE, Variant
+from streamer.streaming.skeleton import require_transformers
+from streamer.streaming.variants import ADAPTER, BASE, Variant
 from streamer.units import quoted
 
 KEYWORDS = {f.name for f in fields(VariantOptions)} - {
@@ -133,7 +135,7 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
             base_path, adapter_path, findings, run = request.opened(
                 adapter, request.findings, monitor
             )
-            self._model = open_model(
+            self._model = open_variants(
                 base_path, adapter_path, findings, request, request.variants, run
             )
         self._run = run
@@ -305,9 +307,9 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         text = TextSequences(tuple(question.ids for question in questions), counted, REQUESTS)
         model, plan = self._model, self._model.job.plan
         texts, resident = {REQUESTS: text}, resident_bytes(AdapterBatch(plan.base, (plan,)))
-        progress = Progress(replace(self._run, monitor=Monitor()), "evaluate")
-        rows = max(BLOCK, len(variants) * max(ROWS, text.longest))
-        work = Work(fitted=0, riding=rows, length=text.longest)
+        progress = SweepProgress(Monitor(), "evaluate")
+        rows = max(BLOCK, len(variants) * max(MOST_ROWS, text.longest))
+        work = Work(rows, text.longest)
         limits = work.limits(model.size, resident, self._max_memory)
         model.use(replace(model.job, variants=variants))
         with (
@@ -315,7 +317,7 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
             tqdm(total=len(questions), desc="Scored requests", disable=disable_tqdm) as bar,
         ):
             one_length = needs_one_length(model, texts, limits.rows, lambda: None)
-            parts = riders(texts, len(variants), model.size, limits.rows, one_length)
+            parts = batches(texts, len(variants), model.size, limits.rows, one_length)
             while parts:
                 block = [parts.pop(0)]
                 while (

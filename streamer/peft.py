@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Unpack, cast
 
@@ -41,14 +42,16 @@ from streamer.linalg.operators import all_finite
 from streamer.linalg.torch_state import threads
 from streamer.methods import Method, NullSpace, Project, RegMean
 from streamer.options import LiveMitigation, LiveOptions
-from streamer.output.adapter_writer import MitigatedFactors, refuse_dense
+from streamer.output.factors import MitigatedFactors, refuse_dense
 from streamer.output.job import Job, check_counts, lacking_inputs, refuse_other_base
 from streamer.output.model_writer import AddBias, Cast, CopyBytes, OutputTensor, plan_merged
 from streamer.output.record import MitigatedMatrix
 from streamer.output.write import truncation_warnings
 from streamer.packages import require_package
-from streamer.plan.architectures import architecture_for
-from streamer.plan.name_matching import Match, Renames, renames_for
+from streamer.plan.architectures import architecture_for, spellings
+from streamer.plan.base import OpenBase
+from streamer.plan.name_matching import Match
+from streamer.plan.names import NameIndex
 from streamer.plan.plan import AdapterBatch, Plan, match_plan
 from streamer.plan.targets import Orientation, Target
 from streamer.storage.atomic_file import Piece, gather
@@ -104,11 +107,13 @@ class LiveFile(TensorFile):
     """
 
     def __init__(self, title: str, tensors: Mapping[str, LiveTensor]) -> None:
-        self.path, self.io = Path(title), "mmap"
+        self.path = Path(title)
+        self.io = "mmap"
         self.stamp = (0, 0, 0, 0)
         self.tensors = dict(tensors)
         self._last: tuple[str, Tensor] | None = None
-        infos, at = [], 0
+        infos = []
+        at = 0
         for name, live in self.tensors.items():
             tensor = live.tensor
             dtype = SPELLINGS.get(tensor.dtype)
@@ -223,15 +228,10 @@ class LiveModel:
     def adapter_config(self) -> AdapterConfig:
         """Return the adapter's config as PEFT would save it, with the version of the running PEFT."""
         tree = self.configs[self.adapter_name].to_dict()
-        text = json.dumps(
-            {**tree, "peft_version": require_peft().__version__},
-            default=lambda value: (
-                sorted(value)
-                if isinstance(value, set | frozenset)
-                else getattr(value, "value", str(value))
-            ),
+        tree["peft_version"] = require_peft().__version__
+        return AdapterConfig(
+            json.loads(json.dumps(tree, default=_as_json)), Path(self.adapter_title)
         )
-        return AdapterConfig(json.loads(text), Path(self.adapter_title))
 
     def layers(self) -> Iterator[tuple[str, Any]]:
         """Yield PEFT's layers that have this adapter, with their paths in `model`."""
@@ -251,6 +251,13 @@ class LiveModel:
             self.model.set_adapter(adapter_name)
         else:
             functional.set_adapter(self.model, adapter_name)
+
+
+def _as_json(value: Any) -> Any:
+    """Convert a value of PEFT's config: a set, or a member of an enumeration."""
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return getattr(value, "value", str(value))
 
 
 def open_model(peft_model: nn.Module, adapter_name: str) -> LiveModel:
@@ -288,41 +295,31 @@ def open_model(peft_model: nn.Module, adapter_name: str) -> LiveModel:
             f"adapter {adapter_name!r}: the model has none of this name; it has {listed(map(repr, configs))}"
         )
     base = _uncompiled(model.get_base_model() if isinstance(model, peft.PeftModel) else model)
-    merged = next(
-        (n for n, m in base.named_modules() if isinstance(m, BaseTunerLayer) and m.merged), None
-    )
-    if merged is not None:
-        raise UnsupportedError(
-            f"{merged}: an adapter is merged into its weight, so the base's values are not available; call unmerge_adapter() first"
-        )
-    offloaded = next(
-        (name for name, parameter in base.named_parameters() if parameter.is_meta), None
-    )
-    if offloaded is not None:
-        raise UnsupportedError(
-            f"{offloaded}: has no values (it is on the meta device, or accelerate offloads it), which is not supported; "
-            "load the whole model, or use the commands on its files"
-        )
-    states = (
-        (name, getattr(parameter, "quant_state", None))
-        for name, parameter in base.named_parameters()
-    )
-    packed = next(
-        (name for name, state in states if getattr(state, "packing_format_for_cpu", False)), None
-    )
-    if packed is not None:
-        raise UnsupportedError(
-            f"{packed}: bitsandbytes repacked it for this CPU when the model ran, which is not supported; load the model again, and call "
-            "streamer before you run the model"
-        )
+    for name, module in base.named_modules():
+        if isinstance(module, BaseTunerLayer) and module.merged:
+            raise UnsupportedError(
+                f"{name}: an adapter is merged into its weight, so the base's values are not available; call unmerge_adapter() first"
+            )
+    for name, parameter in base.named_parameters():
+        if parameter.is_meta:
+            raise UnsupportedError(
+                f"{name}: has no values (it is on the meta device, or accelerate offloads it), which is not supported; "
+                "load the whole model, or use the commands on its files"
+            )
+    for name, parameter in base.named_parameters():
+        state = getattr(parameter, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise UnsupportedError(
+                f"{name}: bitsandbytes repacked it for this CPU when the model ran, which is not supported; load the model again, and "
+                "call streamer before you run the model"
+            )
     return LiveModel(model, base, adapter_name)
 
 
 def _uncompiled(model: Any) -> Any:
     """Return the model without the wrapper of `torch.compile`."""
-    while (
-        isinstance(model, nn.Module) and "_orig_mod" in model._modules
-    ):  # PeftModel passes attributes on to its base
+    # PeftModel passes attributes on to its base.
+    while isinstance(model, nn.Module) and "_orig_mod" in model._modules:
         model = model._modules["_orig_mod"]
     return model
 
@@ -445,19 +442,13 @@ class LivePlan:
         """Map tensor names in memory to names in the files from which the model was loaded, if these are available."""
         if self.files is None:
             return {}
-        renames = renames_for(read_model_config(self.files.path))
-        by_run_time = {
-            now: name for name, now in renames.at_run_time(self.files.weight_map).items()
+        on_disk = NameIndex.of(self.files.weight_map, read_model_config(self.files.path)).on_disk
+        prefix = getattr(self.live.base, "base_model_prefix", "")
+        found = {
+            name: next((on_disk[s] for s in spellings(name, prefix) if s in on_disk), None)
+            for name in self.tensors
         }
-        prefix = f"{getattr(self.live.base, 'base_model_prefix', '')}."
-        spellings = {
-            name: (name, name.removeprefix(prefix), prefix + name) for name in self.tensors
-        }
-        known = {
-            name: [by_run_time[way] for way in ways if way in by_run_time]
-            for name, ways in spellings.items()
-        }
-        names = {name: matches[0] for name, matches in known.items() if matches}
+        names = {name: stored for name, stored in found.items() if stored is not None}
         return names if len({*names.values()}) == len(names) else {}
 
     def name_in_files(self, tensor: str) -> str:
@@ -499,9 +490,8 @@ def plan_live(peft_model: nn.Module, adapter_name: str, ignore_keys: Sequence[st
         name for name, kinds in classes.items() if any(kind.__name__ == "Conv1D" for kind in kinds)
     )
     orientation = LiveOrientation(Orientation.of(base, model).architectures, conv1d=conv1d)
-    plan = match_plan(
-        base, open_weights(base, model), model, orientation, adapter, Renames("", (), ())
-    )
+    names = NameIndex(tuple(base.weight_map))
+    plan = match_plan(OpenBase(base, open_weights(base, model), model, orientation, names), adapter)
     # Layers may have been scaled after loading, so that the config's scaling is wrong.
     layers = {
         name: layer
@@ -528,19 +518,17 @@ def _config(base_model: nn.Module, tied: bool) -> ModelConfig:
     For an unknown class, state that nothing is tied unless a parameter has two names.
     """
     config: Any = getattr(base_model, "config", None)
-    values = (
-        json.loads(config.to_json_string(use_diff=False))
-        if hasattr(config, "to_json_string")
-        else {}
-    )
-    named = (
-        ModelConfig({**values, "architectures": [cls.__name__]}) for cls in type(base_model).__mro__
-    )
-    known = next((config for config in named if architecture_for(config) is not None), None)
-    if known is not None:
-        return known
-    apart = {} if tied else {"tie_word_embeddings": False}
-    return ModelConfig({**values, "architectures": [type(base_model).__name__], **apart})
+    values: dict[str, Any] = {}
+    if hasattr(config, "to_json_string"):
+        values = json.loads(config.to_json_string(use_diff=False))
+    for cls in type(base_model).__mro__:
+        known = ModelConfig({**values, "architectures": [cls.__name__]})
+        if architecture_for(known) is not None:
+            return known
+    values["architectures"] = [type(base_model).__name__]
+    if not tied:
+        values["tie_word_embeddings"] = False
+    return ModelConfig(values)
 
 
 def _directory(stated: object) -> Path | None:
@@ -591,9 +579,8 @@ def detect_intruder_dimensions(
     with watched(settings) as monitor:
         live_plan = plan_live(peft_model, adapter_name, settings.ignore_keys)
         monitor.warn(live_plan.plan.warnings)
-        return named_as_files(
-            live_plan, detect_live(live_plan, detection, choose_device(settings.device), monitor)
-        )
+        device = choose_device(settings.device)
+        return named_as_files(live_plan, detect_live(live_plan, detection, device, monitor))
 
 
 def detect_live(
@@ -606,10 +593,8 @@ def detect_live(
 
 def named_as_files(live_plan: LivePlan, findings: Findings) -> Findings:
     """Rename findings on a live model to the names in the base's files."""
-    return replace(
-        findings,
-        matrices=tuple(replace(m, tensor=live_plan.name_in_files(m.tensor)) for m in findings),
-    )
+    renamed = (replace(m, tensor=live_plan.name_in_files(m.tensor)) for m in findings)
+    return replace(findings, matrices=tuple(renamed))
 
 
 def live_job(
@@ -624,13 +609,15 @@ def live_job(
     MismatchError
         If findings, factors or a map belong to another base or adapter, or findings were made with different options.
     """
-    plan, findings = live_plan.plan, settings.findings
-    detection, device = detection_options(settings), choose_device(settings.device)
+    plan = live_plan.plan
+    findings = settings.findings
+    detection = detection_options(settings)
+    device = choose_device(settings.device)
     monitor.warn(plan.warnings)
-    usable, has_file = None, isinstance(method, RegMean | NullSpace)
-    names = {
-        live_plan.name_in_files(target.tensor): target.tensor for target in plan.targets if has_file
-    }
+    usable = None
+    names = {}
+    if method.file is not None:
+        names = {live_plan.name_in_files(target.tensor): target.tensor for target in plan.targets}
     if isinstance(method, RegMean):
         matrices = {names.get(name, name): R for name, R in method.coefficients.matrices.items()}
         method = replace(method, coefficients=replace(method.coefficients, matrices=matrices))
@@ -641,9 +628,7 @@ def live_job(
             raise UnsupportedError(
                 f"{inputs.name}: is a map of a base's files, but the model's files are unknown; load the model from their directory"
             )
-        mapped_base = {
-            key: value for key, value in inputs.facts["base"].items() if key != "architecture"
-        }
+        mapped_base = {k: v for k, v in inputs.facts["base"].items() if k != "architecture"}
         refuse_other_base(inputs, mapped_base, {**live_plan.files.identity})
         renamed = (
             replace(entry, names=tuple(names[n] for n in entry.names if n in names))
@@ -720,17 +705,18 @@ def merge_and_unload_with_reduced_intruder_dimensions(
         # Activate before any weight changes, because it may fail: a model loaded in inference mode allows no gradients.
         with quiet_peft():
             live_plan.live.activate(adapter_name)
-        total, done = sum(tensor_nbytes(output.dtype, output.shape) for output in outputs), 0
+        total = sum(tensor_nbytes(output.dtype, output.shape) for output in outputs)
+        done = 0
         for items, output in enumerate(outputs):
             monitor.emit(Event("write", output.name, done, total, items, len(outputs)))
-            values, (module, key, tensor) = _values(job, output), live_plan.tensors[output.name]
+            values = _values(job, output)
+            module, key, tensor = live_plan.tensors[output.name]
             if output.name in live_plan.plan.base.weight_map:
                 tensor.detach().copy_(values)
             else:  # the parameter still belongs to another module
-                module.register_parameter(
-                    key, nn.Parameter(values.to(tensor), tensor.requires_grad)
-                )
-            done += tensor_nbytes(output.dtype, output.shape)
+                parameter = nn.Parameter(values.to(tensor), tensor.requires_grad)
+                module.register_parameter(key, parameter)
+            done += values.nbytes
         monitor.emit(Event("write", "", total, total, len(outputs), len(outputs)))
         for *path, key in live_plan.plan.edits.untied:  # head and embedding are separate now
             setattr(functools.reduce(getattr, path, live_plan.live.base.config), key, False)
@@ -744,13 +730,15 @@ def _changed(live_plan: LivePlan) -> list[OutputTensor]:
     Modules that the adapter saves are already in the model; they replace the base's when PEFT is removed. Refuse, before anything changes,
     tensors that cannot be written and adapters with values that are not finite.
     """
-    plan, outputs = live_plan.plan, list[OutputTensor]()
-    for output in (output for outputs in plan_merged(plan).files.values() for output in outputs):
-        source, stays = plan.edits.sources.get(output.name), output.name in plan.base.weight_map
+    plan = live_plan.plan
+    outputs: list[OutputTensor] = []
+    for output in chain.from_iterable(plan_merged(plan).files.values()):
+        source = plan.edits.sources.get(output.name)
+        stays = output.name in plan.base.weight_map
         saved = source is not None and source.file is plan.adapter.file
-        if (isinstance(output.recipe, CopyBytes) and (stays or saved)) or (
-            saved and isinstance(output.recipe, Cast)
-        ):
+        if isinstance(output.recipe, CopyBytes) and (stays or saved):
+            continue
+        if saved and isinstance(output.recipe, Cast):
             continue
         if saved and not isinstance(output.recipe, AddBias):
             raise UnsupportedError(
@@ -762,16 +750,15 @@ def _changed(live_plan: LivePlan) -> list[OutputTensor]:
                 f"{plan.base.path}: {output.name!r} is not a parameter of the model; merge its files with `streamer merge`"
             )
         outputs.append(output)
-    ties = (plan.architecture.tied_names if plan.architecture else set()) | {
-        output.name for output in outputs
-    }
+    ties = {output.name for output in outputs}
+    if plan.architecture:
+        ties |= plan.architecture.tied_names
     shared = {
         _place(tensor): name for name, tensor in live_plan.tensors.items() if name not in ties
     }
     for output in outputs:
-        if output.name in plan.base.weight_map and (
-            other := shared.get(_place(live_plan.tensors[output.name]))
-        ):
+        other = shared.get(_place(live_plan.tensors[output.name]))
+        if other and output.name in plan.base.weight_map:
             raise UnsupportedError(
                 f"{plan.base.path}: {output.name!r} and {other!r} are one parameter, but the adapter changes only the former; give "
                 "each module a parameter of its own"
@@ -792,9 +779,8 @@ def _place(live: LiveTensor) -> tuple[str, int]:
 def _values(job: Job, output: OutputTensor) -> Tensor:
     """Compute a tensor's values in its own dtype."""
     with threads():
-        data = gather(
-            output.recipe.pieces(job.mitigated), tensor_nbytes(output.dtype, output.shape)
-        )
+        nbytes = tensor_nbytes(output.dtype, output.shape)
+        data = gather(output.recipe.pieces(job.mitigated), nbytes)
     return as_tensor(data, TORCH_DTYPES[output.dtype], output.shape)
 
 
@@ -894,39 +880,37 @@ def reduce_intruder_dimension(
         files = "for files `streamer mitigate --to-lora RANK` writes it as a LoRA adapter"
         refuse_dense(live_plan.plan, f"{merge} merges it into the base, and {files}")
         job = live_job(live_plan, method, settings, monitor)
-        factors, new = MitigatedFactors(job), dict[str, Tensor | None]()
+        factors = MitigatedFactors(job)
+        new: dict[str, Tensor | None] = {}
         metrics: list[MitigatedMatrix] = []
         for name, targets in factors.targets.items():
             if name not in new:
-                new |= factors.tensors(targets, metrics)
+                tensors, rows = factors.of(targets)
+                new |= tensors
+                metrics += rows
         way = f'method="{Project.name}" or ' if not method.keeps_rank else ""
         remedy = f"{way}{merge} loses nothing"
         monitor.warn(truncation_warnings(metrics, lambda: remedy))
-        _add(
-            live_plan.live,
-            new_adapter_name,
-            {name: values for name, values in new.items() if values is not None},
-        )
+        given = {name: values for name, values in new.items() if values is not None}
+        _add(live_plan.live, new_adapter_name, given)
         if logging_sink is not None:
-            by_tensor, counts = (
-                {} if job.findings is None else job.findings.by_tensor,
-                Counter[str](),
-            )
-            layers = dict(live_plan.live.layers())
-            for target in live_plan.plan.targets:
-                finding = by_tensor.get(target.tensor)
-                counts[layer_of(target, layers)] += (
-                    len(finding.detection.intruders) if finding else 0
-                )
-            for path in layers:  # the lines of PEFT's function
-                if path in counts:
-                    logging_sink(
-                        f"{path}: Intruders: {counts[path]}"
-                        if counts[path]
-                        else f"{path}: No intruders"
-                    )
+            _log(live_plan, job.findings, logging_sink)
             logging_sink(f"Enabling new adapter {new_adapter_name}")
         return None if job.findings is None else named_as_files(live_plan, job.findings)
+
+
+def _log(live_plan: LivePlan, findings: Findings | None, sink: Callable[[str], Any]) -> None:
+    """Write the lines of PEFT's function, one for each layer that the adapter changes."""
+    by_tensor = {} if findings is None else findings.by_tensor
+    layers = dict(live_plan.live.layers())
+    counts = Counter[str]()
+    for target in live_plan.plan.targets:
+        finding = by_tensor.get(target.tensor)
+        counts[layer_of(target, layers)] += len(finding.detection.intruders) if finding else 0
+    for path in layers:
+        if path not in counts:
+            continue
+        sink(f"{path}: {f'Intruders: {counts[path]}' if counts[path] else 'No intruders'}")
 
 
 def _add(live: LiveModel, name: str, new: Mapping[str, Tensor]) -> None:
@@ -945,8 +929,11 @@ def _add(live: LiveModel, name: str, new: Mapping[str, Tensor]) -> None:
     from peft import functional, mapping
 
     model: Any = live.model
-    peft, old, stated = require_peft(), live.adapter_tensors(), live.configs[live.adapter_name]
-    wrapped, config = isinstance(model, peft.PeftModel), copy.deepcopy(stated)
+    peft = require_peft()
+    wrapped = isinstance(model, peft.PeftModel)
+    old = live.adapter_tensors()
+    stated = live.configs[live.adapter_name]
+    config = copy.deepcopy(stated)
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = True  # other initialisations read the base, and some change it
     try:
@@ -972,8 +959,8 @@ def _add(live: LiveModel, name: str, new: Mapping[str, Tensor]) -> None:
                 "ensure_weight_tying); merge_and_unload_with_reduced_intruder_dimensions and files do not need a second adapter"
             )
         for saved, live_tensor in made.items():
-            source, values = old[saved].tensor.detach(), new.get(saved)
-            values = source if values is None else values
+            source = old[saved].tensor.detach()
+            values = new.get(saved, source)
             live_tensor.tensor.data = values.to(source, copy=True).reshape(source.shape)
         for module in model.modules():
             if isinstance(module, nn.ModuleDict) and name in module and live.adapter_name in module:

@@ -70,7 +70,7 @@ from streamer.linalg.operators import Dense, LowRank, RowBlocks, Sum
 from streamer.linalg.svd import krylov_triplets, residuals
 from streamer.linalg.torch_state import empty_matrix
 from streamer.methods import Paper
-from streamer.output.adapter_writer import back_project
+from streamer.output.factors import back_project
 
 SLOW = 5.0
 TOP = 64

@@ -22,10 +22,11 @@ from pathlib import Path
 import numpy as np
 
 from streamer.cli.main import run as run_streamer
-from streamer.evaluation import evaluate
-from streamer.evaluation.evaluate import BLOCK, clear
+from streamer.evaluation import blocks
+from streamer.evaluation.evaluate import BLOCK_SEQUENCES, clear
 from streamer.evaluation.evaluation import Evaluation, load_evaluation
-from streamer.measuring.statistics import ADAPTER_ROW, MEASURES, SequenceSums
+from streamer.measuring.statistics import MEASURES, SequenceSums
+from streamer.streaming.variants import ADAPTER_ROW
 
 
 def part(sums: SequenceSums, order: Sequence[int]) -> SequenceSums:
@@ -40,7 +41,7 @@ def stopped(whole: Evaluation, rng: np.random.Generator) -> tuple[Evaluation, fl
     orders = [rng.permutation(count) for count in counts]
     found, end = whole, 0
     while end < max(counts):
-        end += BLOCK
+        end += BLOCK_SEQUENCES
         general, task = (
             part(s, o[:end]) for s, o in zip((whole.general, whole.task), orders, strict=True)
         )
@@ -68,7 +69,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.run:
-        evaluate.KNOWN = 0.0
+        blocks.KNOWN = 0.0
         sys.argv[1:] = args.run
         return run_streamer()
     rng = np.random.default_rng(args.seed)

@@ -9,7 +9,7 @@ A new kind of tensor in PEFT's form is a new entry of `ROLES`; the first match w
 A pipeline's adapter is one safetensors file without a config. diffusers names a module by its component and its path in it, with the
 factors ``lora_A`` and ``lora_B``; kohya joins both with underscores and calls the factors ``lora_down`` and ``lora_up``:
 ``unet.down_blocks.0.attentions.0.proj_in`` is ``lora_unet_down_blocks_0_attentions_0_proj_in``. Which tensor of the base a name means is
-decided in `plan.name_matching`.
+decided in `plan.pipelines`.
 
 A module's scaling is ``alpha/rank`` by its ``.alpha`` tensor, 1 if the file has none, or follows the LoRA config that diffusers writes into
 the file's metadata.
@@ -21,7 +21,7 @@ import hashlib
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -44,7 +44,7 @@ from streamer.storage.checkpoint import IOMode, TensorFile, read_json_object
 from streamer.storage.files import AdapterIdentity, StatedIdentity, absent, lacks, strict_json
 from streamer.storage.header import TensorInfo
 from streamer.units import listed
-from streamer.weights.base import FLOATS, StoredTensor, equal, float_dtype
+from streamer.weights.base import FLOATS, Shape, StoredTensor, equal, float_dtype
 
 FACTORS = ("factor", "embedding", "magnitude")
 """Roles of tensors that form a LoRA module."""
@@ -97,11 +97,9 @@ def saved_names(names: Collection[str]) -> dict[str, str]:
     """
     plain = {normalize(name) for name in names}
     stored_as = {_saved_name(normalize(name), plain): name for name in names}
-    return (
-        stored_as
-        if len(stored_as) == len(names)
-        else {PREFIX + normalize(name): name for name in names}
-    )
+    if len(stored_as) == len(names):
+        return stored_as
+    return {PREFIX + normalize(name): name for name in names}
 
 
 def _saved_name(plain: str, names: set[str]) -> str:
@@ -109,13 +107,11 @@ def _saved_name(plain: str, names: set[str]) -> str:
     if role == "saved" and ".modules_to_save." in plain:
         short = f"{match['module']}.{match['parameter']}"
         # PEFT's copies of biases below a saved module keep their names: the module's own tensors are beside them.
-        return PREFIX + (
-            plain if {short, plain.replace(".modules_to_save.", ".")} & names else short
-        )
-    if match.groupdict().get("adapter") in (
-        None,
-        "weight",
-    ):  # lora_magnitude_vector.weight, which PEFT reads too
+        taken = {short, plain.replace(".modules_to_save.", ".")} & names
+        return PREFIX + (plain if taken else short)
+    adapter = match.groupdict().get("adapter")
+    # PEFT reads lora_magnitude_vector.weight, too.
+    if adapter in (None, "weight"):
         return PREFIX + plain
     return PREFIX + plain[: match.start("adapter") - 1] + plain[match.end("adapter") :]
 
@@ -145,7 +141,7 @@ class Carried:
     parameter: str
     source: str
     scaling: float = 1.0
-    indices: tuple[int, ...] = ()
+    indices: Shape = ()
 
     @property
     def name(self) -> str:
@@ -176,23 +172,23 @@ def carried_tensor(
     source, role, match = tensor
     groups = match.groupdict()
     module = groups.get("module") or source
-    if role == "lora_bias":
-        if module not in modules:
-            raise FormatError(
-                f"{file}: {source!r} has no lora_A and lora_B beside it; save the adapter again"
-            )
-        if not config.get("lora_bias"):
-            raise MismatchError(
-                f"{config.path}: lora_bias is {config.get('lora_bias')!r}, but the file has {source!r}; set lora_bias to true, or use the "
-                "config that was saved with these weights"
-            )
-        return Carried(role, module, "bias", source, modules[module].scaling)
     if role == "tokens":
         return Carried(role, module, "weight", source, indices=_token_indices(config, module))
-    return Carried(role, module, groups.get("parameter") or "weight", source)
+    if role != "lora_bias":
+        return Carried(role, module, groups.get("parameter") or "weight", source)
+    if module not in modules:
+        raise FormatError(
+            f"{file}: {source!r} has no lora_A and lora_B beside it; save the adapter again"
+        )
+    if not config.get("lora_bias"):
+        raise MismatchError(
+            f"{config.path}: lora_bias is {config.get('lora_bias')!r}, but the file has {source!r}; set lora_bias to true, or use the "
+            "config that was saved with these weights"
+        )
+    return Carried(role, module, "bias", source, modules[module].scaling)
 
 
-def _token_indices(config: AdapterConfig, module: str) -> tuple[int, ...]:
+def _token_indices(config: AdapterConfig, module: str) -> Shape:
     """Return the rows that trained tokens replace; PEFT stores them in the config, for the input embedding or by module.
 
     Empty if the config names other modules.
@@ -200,8 +196,10 @@ def _token_indices(config: AdapterConfig, module: str) -> tuple[int, ...]:
     stated = config.get("trainable_token_indices")
     if isinstance(stated, dict) and stated:
         stated = next((v for key, v in stated.items() if f".{module}".endswith(f".{key}")), ())
+    if stated == ():
+        return ()
     numbers = [i for i in stated if type(i) is int and i >= 0] if isinstance(stated, list) else []
-    if stated != () and (not numbers or numbers != stated or len(set(numbers)) != len(numbers)):
+    if not numbers or numbers != stated or len(set(numbers)) != len(numbers):
         raise no_indices(config, module, stated)
     return tuple(numbers)
 
@@ -341,19 +339,15 @@ class PeftAdapter(DeltaSource):
 
     def _stated(self) -> StatedIdentity:
         """Return what the user stated about this adapter, if its files cannot be read without it."""
-        stated: StatedIdentity = (
-            {"base_is_residual": True} if any(map(rules.is_residual, self.configs)) else {}
-        )
-        if (
-            self.wrapped
-            and (layout := self.config.stated.lora_b_layout)
-            and rules.stored_layout(self.config) is None
-        ):
+        config = self.config
+        stated: StatedIdentity = {}
+        if any(map(rules.is_residual, self.configs)):
+            stated["base_is_residual"] = True
+        layout = config.stated.lora_b_layout
+        if self.wrapped and layout and rules.stored_layout(config) is None:
             stated["lora_b_layout"] = layout
-        unknown = dict.fromkeys(
-            key for config in self.configs for key in rules.unknown_keys(config)
-        )
-        if ignored := [key for key in unknown if key in self.config.stated.ignore_keys]:
+        unknown = dict.fromkeys(key for of in self.configs for key in rules.unknown_keys(of))
+        if ignored := [key for key in unknown if key in config.stated.ignore_keys]:
             stated["ignored_keys"] = ignored
         return stated
 
@@ -361,9 +355,12 @@ class PeftAdapter(DeltaSource):
     def notes(self) -> tuple[str, ...]:
         """Warn of config keys that the user chose to ignore, and of rules that PEFT has changed since."""
         ignored = self._stated().get("ignored_keys", [])
+        versions = rules.version_notes(self.config)
+        if not ignored:
+            return tuple(versions)
         are, them = ("is", "it") if len(ignored) == 1 else ("are", "them")
         line = f"{listed(map(repr, ignored))} of {self.config.path.name} {are} ignored: the result relies on {them} not changing the delta"
-        return (*((line,) if ignored else ()), *rules.version_notes(self.config))
+        return line, *versions
 
     def trains(self, module: str) -> bool:
         """Apply PEFT's rule: a module is trained if its path, or a parent's path, ends in an entry of ``modules_to_save``."""
@@ -393,39 +390,43 @@ def open_adapter(
         If files are missing or broken, or tensors and config disagree.
     """
     path = Path(path)
-    if (file := _weights_file(path)) is not None:
-        try:
-            opened = TensorFile(file, io)
-        except InputError:
-            if path.is_file():
-                raise
-        else:
-            names = [info.name for info in opened.header.tensors]
-            for whose, (_, recognised) in NAMINGS.items():
-                if any(re.search(recognised, name) for name in names):
-                    modules = _modules(opened, whose, stated)
-                    return PipelineAdapter(
-                        path, AdapterConfig({}, file, stated), (opened,), modules
-                    )
-            opened.close()
-    if path.exists() and not (
-        (path / rules.CONFIG_NAME).exists() and (path / rules.WEIGHTS_NAME).exists()
-    ):
+    config_path = path / rules.CONFIG_NAME
+    weights_path = path / rules.WEIGHTS_NAME
+    if (pipeline := _pipeline_adapter(path, io, stated)) is not None:
+        return pipeline
+    if path.exists() and not (config_path.exists() and weights_path.exists()):
         rules.refuse_other_formats(path)
     if path.is_file():
         expected = f"the directory with {rules.CONFIG_NAME}, or a pipeline's LoRA with names such as unet.… or lora_unet_…"
         raise InputError(f"{path}: expected {expected}; found another file")
     if not path.is_dir():
         raise absent(path, "adapter")
-    for name in (rules.CONFIG_NAME, rules.WEIGHTS_NAME):
-        if not (path / name).exists():
+    for file in (config_path, weights_path):
+        if not file.exists():
             advice = "name an adapter in PEFT's form, in the order BASE ADAPTER; save one with a pickle again as safetensors"
-            raise lacks(path, name, advice)
-    config = AdapterConfig(
-        read_json_object(path / rules.CONFIG_NAME), path / rules.CONFIG_NAME, stated
-    )
+            raise lacks(path, file.name, advice)
+    config = AdapterConfig(read_json_object(config_path), config_path, stated)
     rules.refuse_kinds(config)
-    return adapter_from_tensors(path, config, TensorFile(path / rules.WEIGHTS_NAME, io))
+    return adapter_from_tensors(path, config, TensorFile(weights_path, io))
+
+
+def _pipeline_adapter(path: Path, io: IOMode, stated: Stated) -> PipelineAdapter | None:
+    """Open a pipeline's adapter, recognised by its tensor names; None for anything else."""
+    file = _weights_file(path)
+    if file is None:
+        return None
+    try:
+        opened = TensorFile(file, io)
+    except InputError:
+        if path.is_file():
+            raise
+        return None
+    for whose, (_, recognised) in NAMINGS.items():
+        if any(re.search(recognised, info.name) for info in opened.header.tensors):
+            modules = _modules(opened, whose, stated)
+            return PipelineAdapter(path, AdapterConfig({}, file, stated), (opened,), modules)
+    opened.close()
+    return None
 
 
 def adapter_from_tensors(path: Path, config: AdapterConfig, file: TensorFile) -> PeftAdapter:
@@ -442,17 +443,19 @@ def adapter_from_tensors(path: Path, config: AdapterConfig, file: TensorFile) ->
     def is_matrix(parameter: str, a: str) -> bool:
         return file.header.by_name[a].shape[:1] == (config.number("rank_pattern", "r", parameter),)
 
-    wrapped, wrong = ([], []) if method else rules.find_wrapped(factors_of, config, is_matrix)
-    if wrong:
-        problems = listed(wrong, separator="; ")
-        raise FormatError(
-            f"{file.path}: {problems}; config and weights belong to different adapters"
-        )
+    wrapped: list[rules.Wrapped] = []
+    if method is None:
+        wrapped, wrong = rules.find_wrapped(factors_of, config, is_matrix)
+        if wrong:
+            problems = listed(wrong, separator="; ")
+            raise FormatError(
+                f"{file.path}: {problems}; config and weights belong to different adapters"
+            )
     inner = {name for w in wrapped for name in w.layers}
     modules: dict[str, Module] = {}
-    for name, tensors in (
-        (name, tensors) for name, tensors in factors_of.items() if name not in inner
-    ):
+    for name, tensors in factors_of.items():
+        if name in inner:
+            continue
         infos = {role: file.header.by_name[tensor] for role, tensor in tensors.items()}
         for role, info in infos.items():
             if not (role.endswith("indices") and info.dtype in INDICES):
@@ -462,18 +465,29 @@ def adapter_from_tensors(path: Path, config: AdapterConfig, file: TensorFile) ->
         else:
             rank, scaling = config.method_scaling(name) if method.scaled else (0, 1.0)
             shapes = {role: info.shape for role, info in infos.items()}
-            modules[name] = MethodModule(name, method, config, dict(tensors), shapes, rank, scaling)
+            modules[name] = MethodModule(name, method, config, tensors, shapes, rank, scaling)
     if not modules and not wrapped:
         rules.refuse_other_formats(file.path)
         expected = "lora_A and lora_B" if method is None else method.title
         raise InputError(
             f"{file.path}: expected {expected} tensors, found none; is this the adapter?"
         )
+    carried = _carried(file, others, modules, config)
+    return PeftAdapter(path, config, (file,), modules, carried, tuple(wrapped))
+
+
+def _carried(
+    file: TensorFile,
+    tensors: Iterable[TensorRole],
+    modules: Mapping[str, Module],
+    config: AdapterConfig,
+) -> tuple[Carried, ...]:
+    """Find what the tensors other than factors change, each tensor of the model once for each role."""
     stored = {info.name: StoredTensor(file, info) for info in file.header.tensors}
     effects: dict[tuple[str, str], Carried] = {}
-    for tensor in others:
+    for tensor in tensors:
         effect = carried_tensor(tensor, modules, file.path, config)
-        other = effects.get((effect.role, effect.name), effect)
+        other = effects.setdefault((effect.role, effect.name), effect)
         # Copies that PEFT writes beside a saved module: tensors ending in ``bias``, and those below a resized embedding. PEFT looks for
         # ``score.bias``, not ``score.modules_to_save.bias``.
         if other is not effect and not equal(stored[other.source], stored[effect.source]):
@@ -481,21 +495,18 @@ def adapter_from_tensors(path: Path, config: AdapterConfig, file: TensorFile) ->
             raise FormatError(
                 f"{file.path}: {sources} both change {effect.name!r}; save one adapter at a time"
             )
-        effects[effect.role, effect.name] = min(
-            other, effect, key=lambda carried: len(carried.source)
-        )
+        if len(effect.source) < len(other.source):
+            effects[effect.role, effect.name] = effect
     # PEFT saves the trained tokens of a tied head, too, but states the rows of one of the two.
     stating = [effect for effect in effects.values() if effect.role == "tokens" and effect.indices]
     for key, effect in effects.items():
         if effect.role == "tokens" and not effect.indices:
-            twin = next(
-                (other for other in stating if equal(stored[other.source], stored[effect.source])),
-                None,
-            )
+            own = stored[effect.source]
+            twin = next((other for other in stating if equal(stored[other.source], own)), None)
             if twin is None:
                 raise no_indices(config, effect.module, None)
             effects[key] = replace(effect, indices=twin.indices)
-    return PeftAdapter(path, config, (file,), modules, tuple(effects.values()), tuple(wrapped))
+    return tuple(effects.values())
 
 
 def _sort(
@@ -503,9 +514,9 @@ def _sort(
 ) -> tuple[dict[str, dict[str, str]], list[TensorRole]]:
     """Sort every tensor by role: module → factor → tensor, and the tensors other than factors."""
     factors_of: dict[str, dict[str, str]] = {}
-    shared: dict[str, str] = {}
-    others: list[TensorRole] = []
-    refused: list[str] = []
+    shared = {}
+    others = []
+    refused = []
     names = {normalize(name) for name in file.header.by_name}
     for info in file.header.tensors:
         name = normalize(info.name)
@@ -560,30 +571,29 @@ def lora_module(
     name: str, factors: Mapping[str, TensorInfo], where: Path, config: AdapterConfig
 ) -> LoraModule:
     """Make a module from the tensors of its factors, by role; `where` is the weights file, for messages."""
-    a, b, magnitude = factors["A"], factors["B"], factors.get("magnitude")
-    roles, dimensions = {classify(normalize(info.name))[0] for info in (a, b)}, len(a.shape)
-    layer_kind = (
-        "embedding" if roles == {"embedding"} else "convolution" if dimensions > 2 else "linear"
-    )
-    most = 2 if layer_kind == "embedding" else 5
-    is_product = len(roles) == 1 and len(b.shape) == dimensions and 2 <= dimensions <= most
-    is_product &= (
-        b.shape[1:2] == a.shape[:1]
-        and math.prod(b.shape[2:]) == 1
-        and 0 not in (*a.shape, *b.shape)
-    )
-    if not is_product or (magnitude is not None and math.prod(magnitude.shape) != b.shape[0]):
+    a = factors["A"]
+    b = factors["B"]
+    magnitude = factors.get("magnitude")
+    dimensions = len(a.shape)
+    roles = {classify(normalize(info.name))[0] for info in (a, b)}
+    is_embedding = roles == {"embedding"}
+    layer_kind = "convolution" if dimensions > 2 else "linear"
+    if is_embedding:
+        layer_kind = "embedding"
+    fits = len(roles) == 1 and len(b.shape) == dimensions and 0 not in (*a.shape, *b.shape)
+    fits &= 2 <= dimensions <= (2 if is_embedding else 5)
+    fits &= b.shape[1:2] == a.shape[:1] and math.prod(b.shape[2:]) == 1
+    if not fits or (magnitude is not None and math.prod(magnitude.shape) != b.shape[0]):
         shapes = f"lora_B {list(b.shape)} and lora_A {list(a.shape)}"
         shapes += f" with magnitudes {list(magnitude.shape)}" if magnitude else ""
         what = "do not multiply to the delta of a layer (of one group, if it is a convolution)"
         raise FormatError(
             f"{where}: module {name!r}: {shapes} {what}; save the adapter again, or use it unmerged"
         )
-    rank = a.shape[0]
+    rank, *inputs = a.shape
     # PEFT looks up a parameter's rank and alpha by the parameter's name.
     named = rules.targeted_parameters(config, name)
     scaling = config.lora_scaling(f"{name}.weight" if "weight" in named else name, rank)
-    shape = (b.shape[0], math.prod(a.shape[1:]))
     if (magnitude is not None) != bool(config.get("use_dora")):
         state = "has magnitudes" if magnitude else "has none"
         raise MismatchError(
@@ -591,6 +601,7 @@ def lora_module(
             f"saved with these weights, or, if the config is wrong, set use_dora to {str(magnitude is not None).lower()}"
         )
     lengths = magnitude.name if magnitude else ""
+    shape = (b.shape[0], math.prod(inputs))
     return LoraModule(
         name, a.name, b.name, rank, scaling, shape, layer_kind, a.shape[2:], magnitude=lengths
     )
@@ -646,28 +657,26 @@ def _weights_file(path: Path) -> Path | None:
     """Find the only file that may hold a pipeline's adapter: diffusers' name, or the only safetensors file, unless PEFT's files exist."""
     if path.is_file():
         return path if path.suffix == ".safetensors" else None
-    if (
-        not path.is_dir()
-        or (path / rules.CONFIG_NAME).exists()
-        or (path / rules.WEIGHTS_NAME).exists()
+    if not path.is_dir() or any(
+        (path / n).exists() for n in (rules.CONFIG_NAME, rules.WEIGHTS_NAME)
     ):
         return None
-    if (path / rules.LORA_NAME).exists():
-        return path / rules.LORA_NAME
-    weights = list(path.glob("*.safetensors"))
+    named = path / rules.LORA_NAME
+    weights = [named] if named.exists() else [*path.glob("*.safetensors")]
     return weights[0] if len(weights) == 1 else None
 
 
 def _modules(file: TensorFile, whose: str, stated: Stated) -> dict[str, Module]:
     """Assign every tensor to a module, and refuse the others by name."""
+    header = file.header
+    pattern, _ = NAMINGS[whose]
     tensors_of: dict[str, dict[str, str]] = {}
     refused = []
-    for info in file.header.tensors:
-        match = re.match(NAMINGS[whose][0], info.name)
+    for info in header.tensors:
+        match = re.match(pattern, info.name)
         if match and not _TEXT_DORA.match(info.name):
-            tensors_of.setdefault(match["module"], {})[FACTOR.get(match["factor"], "alpha")] = (
-                info.name
-            )
+            role = FACTOR.get(match["factor"], "alpha")
+            tensors_of.setdefault(match["module"], {})[role] = info.name
         else:
             refused.append(info.name)
     if refused:
@@ -679,14 +688,12 @@ def _modules(file: TensorFile, whose: str, stated: Stated) -> dict[str, Module]:
     configs = _configs(file, whose, tensors_of, stated)
     modules: dict[str, Module] = {}
     for name, tensors in tensors_of.items():
-        factors = {
-            role: file.header.by_name[tensor] for role, tensor in tensors.items() if role != "alpha"
-        }
+        factors = {role: header.by_name[t] for role, t in tensors.items() if role != "alpha"}
         for info in factors.values():
             float_dtype(info, str(file.path))
-        unscaled = {"lora_alpha": factors["A"].shape[0] if factors["A"].shape else 1}
+        unscaled = {"lora_alpha": next(iter(factors["A"].shape), 1)}
         config = configs[name] or AdapterConfig(unscaled, file.path)
-        if not file.header.metadata.get(METADATA_KEY):
+        if not header.metadata.get(METADATA_KEY):
             config = replace(config, values={**config.values, "use_dora": "magnitude" in factors})
         bare = name if whose == "kohya's" else name.partition(".")[2]
         modules[name] = replace(lora_module(bare, factors, file.path, config), name=name)
@@ -710,38 +717,45 @@ def _configs(
             raise MismatchError(
                 f"{file.path}: has both alphas and a LoRA config in its metadata, so its scaling is ambiguous; save it again"
             )
-        if lacking := [name for name in tensors_of if name.partition(".")[0] not in in_metadata]:
+        components = {name: name.partition(".")[0] for name in tensors_of}
+        if lacking := [name for name in tensors_of if components[name] not in in_metadata]:
             raise FormatError(
                 f"{file.path}: the metadata has no LoRA config of {lacking[0]!r}; save the adapter again"
             )
-        return {name: in_metadata[name.partition(".")[0]] for name in tensors_of}
-    peft_config = file.path.with_name(rules.CONFIG_NAME)
-    is_its_own = (
-        file.path.name == rules.WEIGHTS_NAME or not file.path.with_name(rules.WEIGHTS_NAME).exists()
-    )
-    if not alphas and is_its_own and peft_config.is_file():
-        values = read_json_object(peft_config)
-        patterns = any(map(values.get, ("alpha_pattern", "rank_pattern", "use_rslora")))
-        if patterns or values.get("lora_alpha") != values.get("r"):
-            raise UnsupportedError(
-                f"{file.path}: states no scaling, and diffusers ignores {peft_config.name} beside it and uses 1; multiply lora_B by that "
-                f"and move {peft_config.name} away, or write a LoRA config into the file's metadata"
-            )
-    if alphas and (unscaled := [name for name in tensors_of if name not in alphas]):
+        return {name: in_metadata[component] for name, component in components.items()}
+    if not alphas:
+        _refuse_ignored_config(file.path)
+        return dict.fromkeys(tensors_of)
+    if unscaled := [name for name in tensors_of if name not in alphas]:
         raise FormatError(
             f"{file.path}: {len(alphas)} of its {len(tensors_of)} modules have an alpha, and {unscaled[0]!r} has none: programs "
             "assume different values for it; write an alpha for every module"
         )
-    configs: dict[str, AdapterConfig | None] = dict.fromkeys(tensors_of)
+    configs: dict[str, AdapterConfig | None] = {}
     for name, tensor in alphas.items():
         alpha = StoredTensor(file, file.header.by_name[tensor])
-        dtype, shape = alpha.info.dtype, alpha.info.shape
+        dtype = alpha.info.dtype
+        shape = alpha.info.shape
         if shape not in ((), (1,)) or not (dtype in FLOATS or dtype.startswith("I")):
             raise FormatError(
                 f"{file.path}: {tensor!r}: expected one number, found {dtype} of shape {list(shape)}"
             )
         configs[name] = AdapterConfig({"lora_alpha": float(alpha.whole().item())}, file.path)
     return configs
+
+
+def _refuse_ignored_config(path: Path) -> None:
+    """Refuse a file without a scaling if PEFT's config beside it states another than 1, which diffusers ignores."""
+    weights = path.with_name(rules.WEIGHTS_NAME)
+    config = path.with_name(rules.CONFIG_NAME)
+    if config.is_file() and (path == weights or not weights.exists()):
+        values = read_json_object(config)
+        patterns = any(map(values.get, ("alpha_pattern", "rank_pattern", "use_rslora")))
+        if patterns or values.get("lora_alpha") != values.get("r"):
+            raise UnsupportedError(
+                f"{path}: states no scaling, and diffusers ignores {config.name} beside it and uses 1; multiply lora_B by that "
+                f"and move {config.name} away, or write a LoRA config into the file's metadata"
+            )
 
 
 def _metadata(file: TensorFile, stated: Stated) -> dict[str, AdapterConfig] | None:

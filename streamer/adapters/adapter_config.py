@@ -123,16 +123,14 @@ class AdapterConfig:
                 f"{self.path}: module {module!r}: {ranks}; config and weights belong to different adapters"
             )
         alpha = self.number("alpha_pattern", "lora_alpha", module)
-        return self._finite(
-            alpha / math.sqrt(rank) if self.values.get("use_rslora") else alpha / rank, module
-        )
+        by = math.sqrt(rank) if self.values.get("use_rslora") else rank
+        return self._finite(alpha / by, module)
 
     def method_scaling(self, module: str) -> tuple[int, float]:
         """Return the rank and the scaling ``alpha/r`` of a module of a method other than LoRA."""
         rank = int(self.number("rank_pattern", "r", module))
-        return rank, self._finite(
-            self.number("alpha_pattern", "alpha", module) / rank if rank else 0.0, module
-        )
+        alpha = self.number("alpha_pattern", "alpha", module)
+        return rank, self._finite(alpha / rank if rank else 0.0, module)
 
     def _finite(self, scaling: float, module: str) -> float:
         if not math.isfinite(scaling) or scaling == 0:
@@ -147,9 +145,9 @@ def stated_options(identity: Mapping[str, Any]) -> list[str]:
     words = ["--base-is-residual"] if identity.get("base_is_residual") else []
     if layout := identity.get("lora_b_layout"):
         words += ["--lora-b-layout", layout]
-    return words + [
-        word for key in identity.get("ignored_keys", ()) for word in ("--ignore-key", key)
-    ]
+    for key in identity.get("ignored_keys", ()):
+        words += ["--ignore-key", key]
+    return words
 
 
 def first_match(patterns: Iterable[str], module: str) -> str | None:
@@ -162,10 +160,8 @@ def first_match(patterns: Iterable[str], module: str) -> str | None:
         Configs are downloaded and not trusted.
     """
     for pattern in patterns:
-        if (
-            re.search(r"[*+?|}].*\)[*+{]", pattern)
-            or sum(map(pattern.count, ("*", "+", ",}"))) > MAX_REPEATS
-        ):
+        repeats = sum(map(pattern.count, ("*", "+", ",}")))
+        if repeats > MAX_REPEATS or re.search(r"[*+?|}].*\)[*+{]", pattern):
             raise ValueError(
                 f"pattern {quoted(pattern)} may never finish matching; write it without repeated groups"
             )
@@ -179,7 +175,8 @@ def first_match(patterns: Iterable[str], module: str) -> str | None:
     return None
 
 
-LAYOUT_KEY, LAYOUT_DETAILS = "lora_B_layout", "unsloth_fused_expert_lora"
+LAYOUT_KEY = "lora_B_layout"
+LAYOUT_DETAILS = "unsloth_fused_expert_lora"
 
 INNER = ".base_layer"
 
@@ -226,58 +223,53 @@ def find_wrapped(
     is_matrix
         Tests whether a parameter's lora_A has as many rows as the rank; the parameter is then a plain matrix, not a stack.
     """
-    wrapped, wrong = [], []
+    wrapped = []
+    wrong = []
+    bare_names = {*config.strings("target_parameters")} - {"weight"}
     for name, factors in pairs.items():
         if name.endswith(INNER):
             continue
         layers = [factors]
-        while (inner := pairs.get(name + INNER * len(layers))) is not None:
+        while inner := pairs.get(name + INNER * len(layers)):
             layers.append(inner)
         parameters = targeted_parameters(config, name)
         # ``gate_up_proj`` names a parameter of any module that has one; if lora_A fits a single matrix, it belongs to the module's weight.
-        bare = parameters & set(config.strings("target_parameters")) - {"weight"}
+        bare = parameters & bare_names
         if bare and len(layers) == 1 and is_matrix(name, factors["A"]):
             parameters -= bare
-        if not parameters or (
-            parameters == {"weight"} and is_matrix(f"{name}.weight", factors["A"])
-        ):
+        of_weight = parameters == {"weight"} and is_matrix(f"{name}.weight", factors["A"])
+        if not parameters or of_weight:
             continue
         if len(parameters) != len(layers):
             named = f"{len(parameters)} of its parameters ({listed(sorted(parameters))})"
             wrong.append(
                 f"module {name!r}: target_parameters names {named}, but there are factors for {len(layers)}"
             )
-        wrapped.append(
-            Wrapped(
-                name, tuple(sorted(parameters)), tuple((f["A"], f["B"]) for f in reversed(layers))
-            )
-        )
-    layer_names = {name for w in wrapped for name in w.layers}
-    strays = [name for name in pairs if name.endswith(INNER) and name not in layer_names]
+        innermost_first = tuple((f["A"], f["B"]) for f in reversed(layers))
+        wrapped.append(Wrapped(name, tuple(sorted(parameters)), innermost_first))
+    known = {name for w in wrapped for name in w.layers}
+    strays = (name for name in pairs if name.endswith(INNER) and name not in known)
     wrong += [f"module {name!r}: target_parameters names none of its parameters" for name in strays]
     return wrapped, wrong
 
 
 def targeted_parameters(config: AdapterConfig, module: str) -> set[str]:
     """List a module's parameters that a config names, by their own names; PEFT's rule."""
-    named = {target: target.rpartition(".")[2] for target in config.strings("target_parameters")}
-    return {
-        parameter
-        for target, parameter in named.items()
-        if f".{module}.{parameter}".endswith(f".{target}")
-    }
+    named = ((target, target.rpartition(".")[2]) for target in config.strings("target_parameters"))
+    return {own for target, own in named if f".{module}.{own}".endswith(f".{target}")}
 
 
 def layout_refusals(config: AdapterConfig) -> list[str]:
     """Return the reason to refuse the config's order of lora_B's columns, if any."""
-    rows, columns = _layouts(config, "lora_A_layout"), _layouts(config, LAYOUT_KEY)
+    rows = _layouts(config, "lora_A_layout")
+    columns = _layouts(config, LAYOUT_KEY)
     stated = config.stated.lora_b_layout
     if rows - {"grouped_by_expert"}:
         return [f"lora_A_layout is {listed(sorted(rows))}, expected grouped_by_expert"]
     if len(columns) > 1 or columns - ({stated} if stated else {*_LAYOUTS}):
-        expected = (
-            f"{stated} (as --lora-b-layout says; leave it out)" if stated else " or ".join(_LAYOUTS)
-        )
+        expected = " or ".join(_LAYOUTS)
+        if stated:
+            expected = f"{stated} (as --lora-b-layout says; leave it out)"
         return [f"{LAYOUT_KEY} is {listed(sorted(columns))}, expected {expected} for all experts"]
     return []
 
@@ -302,9 +294,10 @@ def is_grouped(config: AdapterConfig, path: Path, metadata: Mapping[str, str]) -
     UnsupportedError
         If Unsloth may have written the adapter, and neither its config nor the user states the order.
     """
-    layout, card = stored_layout(config) or config.stated.lora_b_layout, path / "README.md"
+    layout = stored_layout(config) or config.stated.lora_b_layout
     # Adapters written by streamer are in PEFT's order, even if their card names Unsloth as the trainer.
     if layout is None and "streamer" not in metadata:
+        card = path / "README.md"
         text = card.read_text("utf-8", "replace") if card.is_file() else ""
         if "unsloth" in f"{json.dumps([config.values, dict(metadata)])}{text}".lower():
             raise UnsupportedError(
@@ -466,19 +459,19 @@ def refusals(config: AdapterConfig) -> list[str]:
     kind = config.peft_type
     if not isinstance(kind, str) or kind not in KNOWN_KEYS:
         return [f"{kind} adapter: {_NOT_KNOWN}; {INSTEAD}"]
-    rules = [
-        r
-        for r in RULES
-        if r.method == kind and not (r.kind == RESIDUAL and config.stated.base_is_residual)
-    ]
-    reasons = [
+    fitting = (
         f"{rule.kind}: {rule.reason}"
-        for rule in rules
-        if rule.key in config.values and rule.applies(config.get(rule.key))
-    ]
-    if reasons := [*dict.fromkeys(reasons)]:
+        for rule in RULES
+        if rule.method == kind
+        and rule.key in config.values
+        and rule.applies(config.get(rule.key))
+        and not (rule.kind == RESIDUAL and config.stated.base_is_residual)
+    )
+    reasons = [*dict.fromkeys(fitting)]
+    if reasons:
         reasons[-1] += f"; {INSTEAD}"
-    reasons += layout_refusals(config) if kind == "LORA" else []
+    if kind == "LORA":
+        reasons += layout_refusals(config)
     # PEFT would drop these keys and read the adapter without them.
     if unknown := [key for key in unknown_keys(config) if key not in config.stated.ignore_keys]:
         what = listed(f"{quoted(key, 30)} ({quoted(config.values[key], 30)})" for key in unknown)
@@ -492,11 +485,8 @@ def refusals(config: AdapterConfig) -> list[str]:
 def unknown_keys(config: AdapterConfig) -> list[str]:
     """List the nonempty keys of a config that are not known, whether or not the user ignores them."""
     known = KNOWN_KEYS.get(config.peft_type, set())
-    return [
-        k
-        for k, v in config.values.items()
-        if k not in known and v is not False and v not in (None, "", [], {})
-    ]
+    others = ((key, value) for key, value in config.values.items() if key not in known)
+    return [key for key, value in others if value is not False and value not in (None, "", [], {})]
 
 
 def is_residual(config: AdapterConfig) -> bool:
@@ -506,19 +496,14 @@ def is_residual(config: AdapterConfig) -> bool:
 
 def version_notes(config: AdapterConfig) -> Iterator[str]:
     """Warn of what PEFT computed otherwise before 0.18, from which on configs state the version that trained them."""
+    if config.get("peft_version"):
+        return
     says = "the config states no peft_version; if PEFT {} trained the adapter, this result differs: {} meant something else"
     patterns = f"{config.get('rank_pattern')} {config.get('alpha_pattern')}"
-    series = config.get("use_cayley_neumann") and config.get("num_cayley_neumann_terms") not in (
-        1,
-        2,
-    )
-    if (
-        not config.get("peft_version")
-        and config.peft_type == "LORA"
-        and re.search(r"[|^]", patterns)
-    ):
+    if config.peft_type == "LORA" and re.search(r"[|^]", patterns):
         yield says.format("up to 0.14", "'|' and '^' in rank_pattern and alpha_pattern")
-    if not config.get("peft_version") and config.peft_type == "OFT" and series:
+    terms = config.get("num_cayley_neumann_terms")
+    if config.peft_type == "OFT" and config.get("use_cayley_neumann") and terms not in (1, 2):
         yield says.format("before 0.18", "num_cayley_neumann_terms")
 
 
@@ -526,12 +511,12 @@ def mitigated_before(metadata: Mapping[str, str]) -> list[str]:
     """Note if `mitigate` made the adapter, by the metadata of its file: any λ other than 1 would scale its intruders twice."""
     try:
         made = json.loads(metadata.get("streamer", ""))
-        mitigated, method = made["command"] == "mitigate" and made["lambda"] != 1, made["method"]
+        mitigated = made["command"] == "mitigate" and made["lambda"] != 1
+        how = f"by `streamer mitigate` with method {made['method']}"
     except (KeyError, TypeError, ValueError, RecursionError):
         return []  # written by another program
     if not mitigated:
         return []
-    how = f"by `streamer mitigate` with method {method}"
     return [
         f"the adapter is mitigated already, {how}: lambda 1 leaves it unchanged, any other is applied in addition"
     ]

@@ -66,14 +66,11 @@ class FinetunedModel(DeltaSource):
 
     def without(self, copies: Collection[str]) -> FinetunedModel:
         """Return this model without tensors that are copies of others."""
-        modules = {name: m for name, m in self.modules.items() if f"{name}.weight" not in copies}
-        carried = tuple(c for c in self.carried if c.source not in copies)
-        matrices = tuple(name for name in self.carried_matrices if name not in copies)
         return replace(
             self,
-            modules=modules,
-            carried=carried,
-            carried_matrices=matrices,
+            modules={name: m for name, m in self.modules.items() if f"{name}.weight" not in copies},
+            carried=tuple(c for c in self.carried if c.source not in copies),
+            carried_matrices=tuple(name for name in self.carried_matrices if name not in copies),
             copies=frozenset(copies),
         )
 
@@ -84,18 +81,18 @@ class FinetunedModel(DeltaSource):
 
     def identity(self) -> AdapterIdentity:
         """Digest headers and samples, as for a base."""
-        files = checkpoint.checkpoint_identity({file.path.name: file for file in self.files})[
-            "files"
-        ]
-        return {"files": files, "modules": len(self.modules)}
+        files = {file.path.name: file for file in self.files}
+        identity = checkpoint.checkpoint_identity(files)
+        return {"files": identity["files"], "modules": len(self.modules)}
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Name the matrices that are carried along without being judged."""
-        line = (
-            f"matrices carried along without findings: {listed(map(repr, self.carried_matrices))}"
+        if not self.carried_matrices:
+            return ()
+        return (
+            f"matrices carried along without findings: {listed(map(repr, self.carried_matrices))}",
         )
-        return (line,) if self.carried_matrices else ()
 
     def stored_sum(self, module: Module) -> StoredTensor | None:
         """Return the model's own weight."""
@@ -128,41 +125,45 @@ def open_finetuned(
     """
     model_config = read_model_config(path)
     tuned = checkpoint.open_checkpoint(path, io)
-    if {f.stamp for f in tuned.files.values()} == {f.stamp for f in base.files.values()}:
+    files = tuple(tuned.files.values())
+    if {file.stamp for file in files} == {file.stamp for file in base.files.values()}:
         raise InputError(
             f"{path}: is the base itself; name the adapter, or the model that was trained from the base"
         )
     config = AdapterConfig({**model_config.values, "peft_type": METHOD}, path / MODEL_CONFIG)
-    modules: dict[str, Module] = {}
-    carried: list[Carried] = []
-    stacks: list[MethodModule] = []
-    carried_matrices: list[str] = []
-    for file in tuned.files.values():
-        for info in file.header.tensors:
-            module, _, parameter = info.name.rpartition(".")
-            resized = info.name in base.weight_map and base.info(info.name).shape != info.shape
-            role = role_of(info) if info.dtype in FLOATS and not resized else ""
-            if role in ("out,in", "in,out"):
-                kind, stored = "weight" if role == "out,in" else "conv1d", info.shape[1:]
-                m, n = stored if role == "out,in" else stored[::-1]
-                named, shapes = {kind: info.name}, {kind: stored}
-                stacks.append(
-                    MethodModule(
-                        info.name, PEFT_METHODS[METHOD], config, named, shapes, shape=(m, n)
-                    )
-                )
-            elif role:
-                modules[module] = MethodModule(
-                    module, PEFT_METHODS[METHOD], config, {role: info.name}, {role: info.shape}
-                )
-            else:
-                carried.append(Carried("saved", module, parameter, info.name))
-                matrix = info.dtype in FLOATS and sum(n > 1 for n in info.shape) > 1
-                if matrix and not resized and not parameter.endswith("bias"):
-                    carried_matrices.append(info.name)
-    files, matrices = tuple(tuned.files.values()), tuple(carried_matrices)
+    full = PEFT_METHODS[METHOD]
+    modules = {}
+    carried = []
+    stacks = []
+    matrices = []
+    for info in (info for file in files for info in file.header.tensors):
+        name = info.name
+        module, _, parameter = name.rpartition(".")
+        resized = name in base.weight_map and base.info(name).shape != info.shape
+        is_float = info.dtype in FLOATS
+        role = role_of(info) if is_float and not resized else ""
+        if role in ("out,in", "in,out"):
+            a, b = stored = info.shape[1:]
+            kind, shape = ("weight", (a, b)) if role == "out,in" else ("conv1d", (b, a))
+            stacks.append(
+                MethodModule(name, full, config, {kind: name}, {kind: stored}, shape=shape)
+            )
+        elif role:
+            modules[module] = MethodModule(module, full, config, {role: name}, {role: info.shape})
+        else:
+            carried.append(Carried("saved", module, parameter, name))
+            is_matrix = is_float and sum(n > 1 for n in info.shape) > 1
+            if is_matrix and not resized and not parameter.endswith("bias"):
+                matrices.append(name)
     return FinetunedModel(
-        path, config, files, modules, tuple(carried), (), model_config, tuple(stacks), matrices
+        path,
+        config,
+        files,
+        modules,
+        tuple(carried),
+        model_config=model_config,
+        stacks=tuple(stacks),
+        carried_matrices=tuple(matrices),
     )
 
 
@@ -219,11 +220,9 @@ class AdapterPaths:
 
     def findings_files(self, output: Path) -> list[Path]:
         """List the file for each adapter's findings, of several all in one directory; see `directories`."""
-        return (
-            [output]
-            if self.single
-            else [p.with_name(f"{p.name}.safetensors") for p in self.directories(output)]
-        )
+        if self.single:
+            return [output]
+        return [path.with_name(f"{path.name}.safetensors") for path in self.directories(output)]
 
     def collected(self, results: Sequence[T]) -> T | ByName[T]:
         """Return the only result, or the results by name."""
@@ -234,11 +233,9 @@ def one_or_several(adapters: str | Path | Sequence[str | Path]) -> AdapterPaths:
     """Decide by the argument: a list, or a directory of adapters, means several."""
     if not isinstance(adapters, str | Path):
         return AdapterPaths(named_adapters(adapters))
-    return (
-        AdapterPaths(named_adapters([adapters]))
-        if holds_adapters(adapters)
-        else AdapterPaths.of_one(adapters)
-    )
+    if holds_adapters(adapters):
+        return AdapterPaths(named_adapters([adapters]))
+    return AdapterPaths.of_one(adapters)
 
 
 def holds_adapters(path: str | Path) -> bool:
@@ -259,21 +256,20 @@ def named_adapters(adapters: Sequence[str | Path]) -> dict[str, Path]:
     """
     by_name: dict[str, Path] = {}
     for root in map(Path, adapters):
-        several = holds_adapters(root)
-        # The user may mean a model as a fine-tuned model, or it may be the base.
-        if several and (
-            models := sorted(
-                p.name for p in _directories(root) if is_model(p) and not _is_adapter(p)
-            )
-        ):
-            raise UsageError(
-                f"{root}: holds a model beside the adapters, {models[0]!r}; list the adapters one by one"
-            )
-        for path in _inside(root) if several else [root]:
+        inside = [root]
+        if holds_adapters(root):
+            inside = _inside(root)
+            # The user may mean a model as a fine-tuned model, or it may be the base.
+            models = (p.name for p in _directories(root) if is_model(p) and not _is_adapter(p))
+            if model := min(models, default=""):
+                raise UsageError(
+                    f"{root}: holds a model beside the adapters, {model!r}; list the adapters one by one"
+                )
+        for path in inside:
             name = Path(os.path.abspath(path)).name.removesuffix(".safetensors")
-            if name in by_name and os.path.realpath(path) == os.path.realpath(by_name[name]):
-                raise UsageError(f"{path}: is given twice; name it once")
             if name in by_name:
+                if os.path.realpath(path) == os.path.realpath(by_name[name]):
+                    raise UsageError(f"{path}: is given twice; name it once")
                 collide = f"has the same name as {by_name[name]}, so their outputs would collide"
                 raise UsageError(f"{path}: {collide}; rename one, or run it separately")
             by_name[name] = path

@@ -24,9 +24,12 @@ from streamer.adapters.adapter_config import AdapterConfig
 from streamer.errors import NumericError
 from streamer.linalg.operators import BLOCK_BYTES, Delta, Dense, LowRank
 from streamer.units import listed
-from streamer.weights.base import StoredTensor, float_dtype
+from streamer.weights.base import Shape, StoredTensor, Tensors, float_dtype
 
-Shapes = Mapping[str, tuple[int, ...]]
+Shapes = Mapping[str, Shape]
+
+MatrixShape = tuple[int, int]
+"""(out, in)."""
 
 
 class MethodInputs(NamedTuple):
@@ -35,7 +38,7 @@ class MethodInputs(NamedTuple):
     tensors: Mapping[str, Tensor]
     scaling: float
     config: AdapterConfig
-    shape: tuple[int, int]
+    shape: MatrixShape
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class PeftMethod:
 
     title: str
     roles: str
-    fits: Callable[[Shapes, tuple[int, int]], bool]
+    fits: Callable[[Shapes, MatrixShape], bool]
     delta: Callable[[MethodInputs, Tensor], Delta]
     scaled: bool = False
     shared: frozenset[str] = frozenset()
@@ -72,15 +75,16 @@ class PeftMethod:
     matrices: int = 3
 
 
-def _product(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, int]:
+def _product(a: Shape, b: Shape) -> MatrixShape:
     """Return the shape of a product; raise `ValueError` if the shapes do not match."""
-    (m, r), (k, n) = a, b
+    m, r = a
+    k, n = b
     if r != k:
         raise ValueError
     return m, n
 
 
-def _loha_fits(s: Shapes, shape: tuple[int, int]) -> bool:
+def _loha_fits(s: Shapes, shape: MatrixShape) -> bool:
     return all(_product(s[f"hada_w{i}_a"], s[f"hada_w{i}_b"]) == shape for i in (1, 2))
 
 
@@ -90,14 +94,14 @@ def _loha(p: MethodInputs, W0: Tensor) -> Delta:
     return Dense((first * second).mul_(p.scaling))
 
 
-def _lokr_sides(s: Shapes) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _lokr_sides(s: Shapes) -> tuple[Shape, Shape]:
     first, second = (
         s.get(f"lokr_w{i}") or _product(s[f"lokr_w{i}_a"], s[f"lokr_w{i}_b"]) for i in (1, 2)
     )
     return first, second
 
 
-def _lokr_fits(s: Shapes, shape: tuple[int, int]) -> bool:
+def _lokr_fits(s: Shapes, shape: MatrixShape) -> bool:
     (p, q), (m, *rest) = _lokr_sides(s)
     return len(rest) in (1, 2, 3) and (p * m, q * math.prod(rest)) == shape
 
@@ -114,24 +118,22 @@ def _lokr(p: MethodInputs, W0: Tensor) -> Delta:
     return Dense(torch.kron(w1, w2.contiguous()).reshape(p.shape).mul_(p.scaling))
 
 
-def _adalora_fits(s: Shapes, shape: tuple[int, int]) -> bool:
+def _adalora_fits(s: Shapes, shape: MatrixShape) -> bool:
+    A = s["lora_A"]
     is_number = math.prod(s.get("ranknum", ())) == 1
-    return (
-        is_number
-        and _product(s["lora_B"], s["lora_A"]) == shape
-        and math.prod(s["lora_E"]) == s["lora_A"][0]
-    )
+    return is_number and _product(s["lora_B"], A) == shape and math.prod(s["lora_E"]) == A[0]
 
 
 def _adalora(p: MethodInputs, W0: Tensor) -> Delta:
     """Compute ``B · diag(E) · A · alpha / (init_r + 1e-5)``: PEFT keeps the initial rank in the scaling."""
-    t, alpha = p.tensors, p.config.number("", "lora_alpha", "", 8)
+    t = p.tensors
+    alpha = p.config.number("", "lora_alpha", "", 8)
     rank = float(t["ranknum"]) if "ranknum" in t else p.config.number("", "init_r", "", 12)
     scaling = (alpha if alpha > 0 else float(t["lora_A"].shape[0])) / (rank + 1e-5)
     return LowRank(t["lora_B"] * t["lora_E"].flatten() * scaling, t["lora_A"].T)
 
 
-def _vera_fits(s: Shapes, shape: tuple[int, int]) -> bool:
+def _vera_fits(s: Shapes, shape: MatrixShape) -> bool:
     m, n = _product(s["vera_B"], s["vera_A"])
     scales = math.prod(s["vera_lambda_b"]), math.prod(s["vera_lambda_d"])
     return m >= shape[0] and n >= shape[1] and scales == (shape[0], s["vera_A"][0])
@@ -139,7 +141,8 @@ def _vera_fits(s: Shapes, shape: tuple[int, int]) -> bool:
 
 def _vera(p: MethodInputs, W0: Tensor) -> Delta:
     """Compute ``diag(b) B · diag(d) A``, with the first rows and columns of projections that all modules share."""
-    (m, n), t = p.shape, p.tensors
+    m, n = p.shape
+    t = p.tensors
     L = t["vera_lambda_b"].flatten()[:, None] * t["vera_B"][:m]
     R = t["vera_lambda_d"].flatten()[:, None] * t["vera_A"][:, :n]
     return LowRank(L, R.T)
@@ -150,10 +153,12 @@ def _block_size(elements: int) -> int:
     return (1 + math.isqrt(1 + 8 * elements)) // 2
 
 
-def _oft_fits(s: Shapes, shape: tuple[int, int]) -> bool:
+def _oft_fits(s: Shapes, shape: MatrixShape) -> bool:
     """Accept blocks along the input, or for an embedding along the output; a shared block counts for all."""
     (role, (blocks, elements)), *others = s.items()
-    size, length = _block_size(elements), shape[0] if role == "oft_embedding_R" else shape[1]
+    m, n = shape
+    length = m if role == "oft_embedding_R" else n
+    size = _block_size(elements)
     is_triangle = size * (size - 1) // 2 == elements and not others
     return is_triangle and (blocks * size == length or (blocks == 1 and length % size == 0))
 
@@ -168,7 +173,8 @@ def _cayley(Q: Tensor, terms: int | None = None) -> Tensor:
         solved: Tensor = torch.linalg.solve(eye + Q, eye - Q, left=False)
         return solved
     terms = 4 if terms == 3 else terms  # as in PEFT
-    R, power = eye.clone(), eye
+    R = eye.clone()
+    power = eye
     for i in range(1, terms):
         power = power @ Q
         R += power if i == terms - 1 and terms > 2 else 2 * power
@@ -205,14 +211,10 @@ def _rotated(W0: Tensor, R: Tensor, embedding: bool = False) -> Tensor:
     return out.T if embedding else out
 
 
-def _boft_fits(s: Shapes, shape: tuple[int, int]) -> bool:
+def _boft_fits(s: Shapes, shape: MatrixShape) -> bool:
+    m, n = shape
     factors, blocks, size, other = s["boft_R"]
-    return (
-        factors == 1
-        and size == other
-        and blocks * size == shape[1]
-        and math.prod(s["boft_s"]) == shape[0]
-    )
+    return factors == 1 and size == other and blocks * size == n and math.prod(s["boft_s"]) == m
 
 
 def _boft(p: MethodInputs, W0: Tensor) -> Delta:
@@ -222,62 +224,64 @@ def _boft(p: MethodInputs, W0: Tensor) -> Delta:
     return Dense(p.tensors["boft_s"].flatten()[:, None].to(W0.dtype) * _rotated(W0, R) - W0)
 
 
-def _miss_fits(s: Shapes, shape: tuple[int, int]) -> bool:
-    (m, n), (first, *_, last) = shape, s["miss_block"]
-    if len(s["miss_block"]) == 3:
-        return (first * last, last, n % last) == (m, s["miss_block"][1], 0)
-    return len(s["miss_block"]) == 2 and last == m and first <= n
+def _miss_fits(s: Shapes, shape: MatrixShape) -> bool:
+    m, n = shape
+    block = s["miss_block"]
+    if len(block) == 3:
+        first, middle, last = block
+        return first * last == m and middle == last and n % last == 0
+    first, width = block
+    return width == m and first <= n
 
 
 def _miss(p: MethodInputs, W0: Tensor) -> Delta:
     """Repeat a block along the input; or, with one square block B for each block of rows, add ``W B + B`` to each block W of W0."""
-    block, (m, n) = p.tensors["miss_block"], p.shape
+    block = p.tensors["miss_block"]
+    m, n = p.shape
     if block.dim() == 3:
         size = block.shape[-1]
-        products = torch.einsum(
-            "aibj,ajk->aibk", W0.reshape(m // size, size, n // size, size), block
-        )
+        blocks = W0.reshape(m // size, size, n // size, size)
+        products = torch.einsum("aibj,ajk->aibk", blocks, block)
         return Dense((products + block[:, :, None, :]).reshape(m, n))
     return Dense(block.T.repeat(1, -(-n // len(block)))[:, :n].contiguous())
 
 
-def _shira_fits(s: Shapes, shape: tuple[int, int]) -> bool:
-    ((count,), two) = s["shira_weight"], s["shira_indices"]
-    return two == (2, count) and count % sum(shape) == 0
+def _shira_fits(s: Shapes, shape: MatrixShape) -> bool:
+    (count,) = s["shira_weight"]
+    return s["shira_indices"] == (2, count) and count % sum(shape) == 0
 
 
 def _shira(p: MethodInputs, W0: Tensor) -> Delta:
     """Place values at their rows and columns."""
     rows, columns = p.tensors["shira_indices"].long()
     m, n = p.shape
-    if not (
-        0 <= int(rows.min()) <= int(rows.max()) < m
-        and 0 <= int(columns.min()) <= int(columns.max()) < n
-    ):
+    if any(int(at.min()) < 0 or int(at.max()) >= size for at, size in ((rows, m), (columns, n))):
         raise NumericError(
             f"shira_indices: expected rows and columns of a matrix of {[m, n]}, found others; save the adapter again"
         )
     delta = torch.zeros(m, n, dtype=W0.dtype, device=W0.device)
-    return Dense(
-        delta.index_put_((rows, columns), p.tensors["shira_weight"].to(W0.dtype), accumulate=True)
-    )
+    values = p.tensors["shira_weight"].to(W0.dtype)
+    return Dense(delta.index_put_((rows, columns), values, accumulate=True))
 
 
-def _delora_fits(s: Shapes, shape: tuple[int, int]) -> bool:
-    whole = _product(s["delora_B"], s["delora_A"]) == shape
-    return whole and (math.prod(s["delora_lambda"]), s["delora_w_norm"]) == (1, (shape[1],))
+def _delora_fits(s: Shapes, shape: MatrixShape) -> bool:
+    is_number = math.prod(s["delora_lambda"]) == 1
+    fits = _product(s["delora_B"], s["delora_A"]) == shape
+    return is_number and fits and s["delora_w_norm"] == shape[1:]
 
 
 def _delora(p: MethodInputs, W0: Tensor) -> Delta:
     """Compute ``λ/r · B A`` with columns of B and rows of A of length 1, times the lengths of W0's columns at the start."""
-    A, B, t = p.tensors["delora_A"], p.tensors["delora_B"], p.tensors
-    lengths = (torch.linalg.vector_norm(x, dim=d).clamp(min=1e-4) for x, d in ((A, 1), (B, 0)))
-    return LowRank(
-        B * (t["delora_lambda"] / len(A) / math.prod(lengths)), (A * t["delora_w_norm"]).T
-    )
+    t = p.tensors
+    A = t["delora_A"]
+    B = t["delora_B"]
+    rows = torch.linalg.vector_norm(A, dim=1).clamp(min=1e-4)
+    columns = torch.linalg.vector_norm(B, dim=0).clamp(min=1e-4)
+    L = B * (t["delora_lambda"] / len(A) / (rows * columns))
+    return LowRank(L, (A * t["delora_w_norm"]).T)
 
 
-def _hra_fits(s: Shapes, shape: tuple[int, int]) -> bool:
+def _hra_fits(s: Shapes, shape: MatrixShape) -> bool:
     length, count = s["hra_u"]
     return length == shape[1] and count <= length
 
@@ -298,9 +302,9 @@ def _hra(p: MethodInputs, W0: Tensor) -> Delta:
     return Dense((W - W0).to(W0.dtype))
 
 
-def _full_fits(s: Shapes, shape: tuple[int, int]) -> bool:
-    ((role, stored),) = s.items()
-    m, n = stored[0], math.prod(stored[1:])
+def _full_fits(s: Shapes, shape: MatrixShape) -> bool:
+    ((role, (m, *others)),) = s.items()
+    n = math.prod(others)
     return ((m, n) if role == "weight" else (n, m)) == shape
 
 
@@ -353,16 +357,11 @@ def dora_delta(W0: Tensor, delta: LowRank, magnitude: Tensor) -> Tensor:
 INDICES = {"I32", "I64"}
 """Dtypes of positions, which float32 holds exactly up to 16,777,216."""
 
-Shape = tuple[int, ...]
-
 
 def values_of(stored: StoredTensor, index: tuple[slice, ...] = ()) -> Tensor:
     """Copy an adapter's tensor, or some of its rows and columns, to its computing dtype."""
-    dtype = (
-        torch.float32
-        if stored.info.dtype in INDICES
-        else float_dtype(stored.info, str(stored.file.path))
-    )
+    is_index = stored.info.dtype in INDICES
+    dtype = torch.float32 if is_index else float_dtype(stored.info, str(stored.file.path))
     return stored.whole()[index].to(torch.promote_types(dtype, torch.float32), copy=True)
 
 
@@ -393,7 +392,7 @@ class LoraModule:
     b: str
     rank: int
     scaling: float
-    shape: tuple[int, int]
+    shape: MatrixShape
     layer_kind: str = "linear"
     kernel: Shape = ()
     expert: tuple[int, int] | None = None
@@ -440,11 +439,9 @@ class LoraModule:
     def weight(self) -> Shape:
         """Return the shape of the weight in the model; for a linear layer, as stored (out, in)."""
         m, n = self.shape
-        return (
-            (n, m)
-            if self.layer_kind == "embedding"
-            else (m, n // math.prod(self.kernel), *self.kernel)
-        )
+        if self.layer_kind == "embedding":
+            return n, m
+        return m, n // math.prod(self.kernel), *self.kernel
 
     @property
     def expected(self) -> str:
@@ -453,15 +450,11 @@ class LoraModule:
 
     def product(self, A: Tensor, B: Tensor) -> LowRank:
         """Return ``scaling · B @ A`` as (out, in) factors, transposed if `delta_transposed`; A (r, n), B (m, r)."""
-        return (
-            LowRank(A.T * self.scaling, B)
-            if self.delta_transposed
-            else LowRank(B * self.scaling, A.T)
-        )
+        if self.delta_transposed:
+            return LowRank(A.T * self.scaling, B)
+        return LowRank(B * self.scaling, A.T)
 
-    def delta(
-        self, tensors: Mapping[str, StoredTensor], W0: Tensor | None, *, double: bool = False
-    ) -> Delta:
+    def delta(self, tensors: Tensors, W0: Tensor | None, *, double: bool = False) -> Delta:
         """Compute Δ (m, n), with ``W' = W0 + Δ``: ``scaling · B @ A`` as factors, or DoRA's in W0's dtype.
 
         Parameters
@@ -483,12 +476,10 @@ class LoraModule:
 
     def peak_bytes(self, itemsize: int) -> int:
         """Return the peak memory of `dora_delta`: W0, the delta, and up to four blocks of rows in float64; 0 for LoRA."""
+        if self.low_rank:
+            return 0
         m, n = self.shape
-        return (
-            0
-            if self.low_rank
-            else 2 * itemsize * m * n + 4 * min(8 * m * n, max(BLOCK_BYTES, 8 * n))
-        )
+        return 2 * itemsize * m * n + 4 * min(8 * m * n, max(BLOCK_BYTES, 8 * n))
 
     def copied_bytes(self, itemsize: int) -> int:
         """Return the memory of the module's tensors in the computing dtype, if they are kept beside Δ; else 0."""
@@ -525,7 +516,7 @@ class MethodModule:
     shapes: Mapping[str, Shape]
     rank: int = 0
     scaling: float = 1.0
-    shape: tuple[int, int] = (0, 0)
+    shape: MatrixShape = (0, 0)
     expert: int | None = None
 
     factors: ClassVar[None] = None
@@ -556,22 +547,20 @@ class MethodModule:
         """Describe the tensor shapes that a weight must fit."""
         return "what fits " + listed(f"{role} {list(shape)}" for role, shape in self.shapes.items())
 
-    def delta(
-        self, tensors: Mapping[str, StoredTensor], W0: Tensor | None, *, double: bool = False
-    ) -> Delta:
+    def delta(self, tensors: Tensors, W0: Tensor | None, *, double: bool = False) -> Delta:
         """Compute ``W' − W0`` by the method's formula."""
-        values = {
-            role: values_of(self.stored(tensors[name])) for role, name in self.tensors.items()
-        }
+        stored = {role: self.stored(tensors[name]) for role, name in self.tensors.items()}
+        values = {role: values_of(tensor) for role, tensor in stored.items()}
         if double:
             values = {role: t.double() for role, t in values.items()}
-        if W0 is not None:
+        if W0 is None:
+            W0 = torch.empty(0)
+        else:
             values = {
                 role: t.to(W0.device, torch.promote_types(t.dtype, W0.dtype))
                 for role, t in values.items()
             }
-        inputs = MethodInputs(values, self.scaling, self.config, self.shape)
-        return self.method.delta(inputs, torch.empty(0) if W0 is None else W0)
+        return self.method.delta(MethodInputs(values, self.scaling, self.config, self.shape), W0)
 
     def stored(self, tensor: StoredTensor) -> StoredTensor:
         """Return the module's part of one of its tensors: the whole, or one expert's matrix."""
@@ -589,16 +578,13 @@ class MethodModule:
         """Fit the module to a weight of this shape as stored."""
         if len(stored) < 2:
             return None
-        m, n = stored[0], math.prod(stored[1:])
+        m, *others = stored
+        n = math.prod(others)
         shape = (n, m) if transposed else (m, n)
         try:
             fits = self.method.fits(self.shapes, shape)
-        except (
-            KeyError,
-            IndexError,
-            ValueError,
-        ):  # a tensor is missing or has the wrong number of dimensions
-            fits = False
+        except (KeyError, IndexError, ValueError):
+            return None  # a tensor is missing or has the wrong number of dimensions
         return replace(self, shape=shape) if fits else None
 
 

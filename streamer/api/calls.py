@@ -14,9 +14,9 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast, get_type_hints
 
 from streamer.errors import UsageError, printable
 from streamer.events import Event, Monitor, warn
@@ -27,13 +27,23 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 Result_co = TypeVar("Result_co", covariant=True)
 
 TYPES = {
-    "Callable": "collections.abc", "Sequence": "collections.abc", "Executor": "concurrent.futures", "Path": "pathlib", "Literal": "typing",
-    "LoraBLayout": "streamer.adapters.adapter_config", "FindingsOrPath": "streamer.output.job", "IOMode": "streamer.storage.checkpoint",
-    "Findings": "streamer.detection.findings", "ProductDtype": "streamer.evaluation.evaluation", "RemoteMode": "streamer.remote.inputs",
-    "Monitor": "streamer.events", "OnEvent": "streamer.events", "Selection": "streamer.json_types", "MethodName": "streamer.methods",
-    "Coefficients": "streamer.methods.files", "InputMap": "streamer.methods.files", "MergedDtype": "streamer.output.record",
+    "Executor": "concurrent.futures", "Literal": "typing", "Selection": "streamer.json_types",
+    "Evaluation": "streamer.evaluation.evaluation", "Findings": "streamer.detection.findings",
+    "FindingsOrPath": "streamer.output.job", "IOMode": "streamer.storage.checkpoint",
+    "LoraBLayout": "streamer.adapters.adapter_config", "MergedDtype": "streamer.output.record",
+    "ProductDtype": "streamer.measuring.facts", "RemoteMode": "streamer.remote.inputs",
+    "Coefficients": "streamer.methods.files", "InputMap": "streamer.methods.files",
+    "MethodName": "streamer.methods",
 }  # fmt: skip
-"""Module of each type that an option's annotation names; a function imports those of its own options when it is declared."""
+"""Module of each type that options name and `streamer.options` imports only for type checkers."""
+
+
+class _Types(dict[str, Any]):
+    """Imports of `TYPES`, each when an option names it: `verify` needs no torch."""
+
+    def __missing__(self, name: str) -> Any:
+        return getattr(import_module(TYPES[name]), name)
+
 
 ITEMS = {"detect": "matrix", "recompute": "matrix", "write": "tensor", "download": "file", "verify": "file",
          "generate": "token", "evaluate": "layer", "fit": "layer", "map": "layer"}  # fmt: skip
@@ -66,7 +76,8 @@ class Bars:
     """
 
     def __init__(self, tqdm: Callable[..., Any], layout: Callable[[Event], dict[str, Any]]) -> None:
-        self._tqdm, self._layout = tqdm, layout
+        self._tqdm = tqdm
+        self._layout = layout
         self._event = Event("probe", "")
         self.bar: Any = None
 
@@ -76,10 +87,9 @@ class Bars:
         if self.bar is not None and (
             event.stage != self._event.stage or event.done < self._event.done
         ):
-            self.bar.total, self.bar.leave = (
-                None,
-                False,
-            )  # a nested stage begins, so the bar must not look failed
+            # A nested stage begins, so the bar must not look failed.
+            self.bar.total = None
+            self.bar.leave = False
             self.close()
         if self.bar is None:
             if ends:
@@ -106,12 +116,16 @@ class Bars:
             self.bar = None
 
     def _open(self, event: Event) -> None:
-        if event.stage in IN_BYTES and event.total != event.of:
-            total, unit = event.total, {"unit": "B", "unit_scale": True}
-        else:
-            total, unit = event.of, {"unit": ITEMS.get(event.stage, "it")}
-        done = total * event.done / event.total if event.total else 0
-        self.bar = self._tqdm(total=total, initial=done, miniters=0, **unit, **self._layout(event))
+        in_bytes = event.stage in IN_BYTES and event.total != event.of
+        total = event.total if in_bytes else event.of
+        self.bar = self._tqdm(
+            total=total,
+            initial=total * event.done / event.total if event.total else 0,
+            miniters=0,
+            unit="B" if in_bytes else ITEMS.get(event.stage, "it"),
+            unit_scale=in_bytes,
+            **self._layout(event),
+        )
 
     def _lay_out(self) -> None:
         for name, value in self._layout(self._event).items():
@@ -128,25 +142,27 @@ def layout(event: Event, columns: int | None) -> dict[str, Any]:
     """Fit a bar to a terminal: if room is scarce, leave out the matrix's name first, then rate and share, the bar last."""
     if not event.of:
         return {"desc": f"{event.stage}: {printable(event.name)}", "bar_format": "{desc} {elapsed}"}
-    desc, ncols = f"{event.stage} {counts(event)}", None if columns is None else columns - ECHO
+    desc = f"{event.stage} {counts(event)}"
+    ncols = None if columns is None else columns - ECHO
     room = 24 if ncols is None else ncols - len(desc) - BESIDE  # more would wrap in a notebook
-    narrow = NARROW if room + BESIDE >= len("|▌▌▌| 00:00<00:00") else NO_BAR
-    postfix = _name(event, room) if room >= SHORTEST else ""
-    return {
-        "desc": desc,
-        "bar_format": FULL if room >= 0 else narrow,
-        "postfix": postfix,
-        "ncols": ncols,
-    }
+    if room >= 0:
+        bar_format = FULL
+    elif room + BESIDE >= len("|▌▌▌| 00:00<00:00"):
+        bar_format = NARROW
+    else:
+        bar_format = NO_BAR
+    name = _name(event, room) if room >= SHORTEST else ""
+    return {"desc": desc, "bar_format": bar_format, "postfix": name, "ncols": ncols}
 
 
 def _name(event: Event, columns: int) -> str:
     """Shorten the names of adapter and matrix to fit, keeping the end of the matrix's name."""
     start = f"{event.adapter[:ADAPTER]}: " if event.adapter else ""
-    name, room = event.name.removesuffix(".weight"), columns - len(start)
-    return printable(
-        start + (name if len(name) <= room else "…" + name[len(name) - room + 1 :].lstrip("."))
-    )
+    name = event.name.removesuffix(".weight")
+    room = columns - len(start)
+    if len(name) > room:
+        name = "…" + name[len(name) - room + 1 :].lstrip(".")
+    return printable(start + name)
 
 
 def columns() -> int | None:
@@ -175,7 +191,8 @@ def watched(options: Watched) -> Iterator[Monitor]:
     UsageError
         If bars are requested together with a monitor.
     """
-    monitor, progress = options.monitor, options.progress
+    monitor = options.monitor
+    progress = options.progress
     if progress and monitor is not None:
         raise UsageError(
             "progress: the monitor receives the events; give it an on_event, or omit one of the two"
@@ -222,12 +239,6 @@ def call(request: Requested[Result_co]) -> Result_co:
         return run(monitor)
 
 
-def _evaluated(annotation: str) -> Any:
-    """Evaluate the type of an option."""
-    names = TYPES.keys() & {*re.findall(r"\w+", annotation)}
-    return eval(annotation, {name: getattr(import_module(TYPES[name]), name) for name in names})  # noqa: S307  # from `options`
-
-
 ERRORS = """StreamerError
     Its class names the kind of error (see `streamer.errors`). Some classes are also Python's own: `ValueError` for options and inputs,
     `FileNotFoundError` for missing inputs, `FileExistsError` for an output that is not replaced."""
@@ -243,57 +254,66 @@ def explained(kind: type) -> Callable[[Function], Function]:
     kind
         Class of the options.
     """
-    options = {field.name: (field, option) for field, option, _ in declared(kind)}
-    keywords = {
-        flag: f"`{name}`" for name, (_, option) in options.items() for flag in option.names(name)
-    }
-
-    def text(name: str) -> str:
-        field, option = options[name]
-        words = f"{'False: ' if field.default is True else ''}{option.help(field.default)}. {option.detail}".strip()
-        words = re.sub(r"--[a-z-]+", lambda flag: keywords.get(flag[0], flag[0]), words)
-        return f"{name}\n" + textwrap.fill(
-            words[0].upper() + words[1:], 136, initial_indent=" " * 4, subsequent_indent=" " * 4
-        )
+    fields = {field.name: field for field, _, _ in declared(kind)}
 
     def complete(function: Function) -> Function:
         signature = inspect.signature(function)
-        parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        keyword_only = [
-            inspect.Parameter(
+        parameters = {
+            name: p for name, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD
+        }
+        keywords = {
+            name: inspect.Parameter(
                 name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type
             )
-            for name, (field, _) in options.items()
-            if name not in signature.parameters
-        ]
-        names = [p.name for p in (*parameters, *keyword_only)]
+            for name, field in fields.items()
+            if name not in parameters
+        }
+        parameters |= keywords
 
         @functools.wraps(function)
-        def checked(*args: Any, **keywords_given: Any) -> Any:
-            for name in keywords_given.keys() - set(names):
-                meant = "".join(
-                    f"; did you mean {near!r}?"
-                    for near in difflib.get_close_matches(name, names, 1)
-                )
+        def checked(*args: Any, **given: Any) -> Any:
+            for name in given.keys() - parameters.keys():
+                near = difflib.get_close_matches(name, parameters, 1)
+                meant = f"; did you mean {near[0]!r}?" if near else ""
                 raise TypeError(
                     f"{function.__name__}() got an unexpected keyword argument {name!r}{meant}"
                 )
-            return function(*args, **keywords_given)
+            return function(*args, **given)
 
-        typed = {name: kind for name, kind in function.__annotations__.items() if name != "options"}
-        checked.__annotations__ = {
-            **typed,
-            **{p.name: _evaluated(p.annotation) for p in keyword_only},
+        types = get_type_hints(kind, localns=_Types())
+        checked.__annotations__ = {name: types[name] for name in keywords} | {
+            name: typed for name, typed in function.__annotations__.items() if name != "options"
         }
         if function.__doc__:  # -OO has none
-            head, *tail = re.split(
-                r"\n(?=(?:Returns|Yields)\n)", inspect.cleandoc(function.__doc__)
-            )
-            explained_names = {name for line in head.splitlines() for name in line.split(", ")}
-            explanations = [text(name) for name in names if name not in explained_names]
-            title = [] if "Raises\n" in function.__doc__ else ["", "Raises", "------"]
-            checked.__doc__ = "\n".join([head.rstrip(), *explanations, "", *tail, *title, ERRORS])
-        checked.__signature__ = signature.replace(parameters=[*parameters, *keyword_only])  # type: ignore[attr-defined]  # where inspect.signature looks for it
+            checked.__doc__ = _documented(function.__doc__, kind, parameters)
+        checked.__signature__ = signature.replace(parameters=[*parameters.values()])  # type: ignore[attr-defined]  # where inspect.signature looks for it
         return cast(Function, checked)
 
     return complete
+
+
+def _documented(doc: str, kind: type, parameters: Iterable[str]) -> str:
+    """Complete a docstring by the parameters that it leaves out, and by the errors."""
+    head, *tail = re.split(r"\n(?=(?:Returns|Yields)\n)", inspect.cleandoc(doc))
+    explained_names = {name for line in head.splitlines() for name in line.split(", ")}
+    texts = _keyword_texts(kind)
+    added = [texts[name] for name in parameters if name not in explained_names]
+    title = [] if "Raises\n" in doc else ["", "Raises", "------"]
+    return "\n".join([head.rstrip(), *added, "", *tail, *title, ERRORS])
+
+
+def _keyword_texts(kind: type) -> dict[str, str]:
+    """Explain each option as a docstring does, naming keywords in place of flags."""
+    options = [(field.name, field.default, option) for field, option, _ in declared(kind)]
+    keywords = {flag: f"`{name}`" for name, _, option in options for flag in option.names(name)}
+    texts = {}
+    for name, default, option in options:
+        start = "False: " if default is True else ""
+        words = f"{start}{option.help(default)}. {option.detail}".strip()
+        words = re.sub(r"--[a-z-]+", lambda flag: keywords.get(flag[0], flag[0]), words)
+        indent = " " * 4
+        text = textwrap.fill(
+            words[0].upper() + words[1:], 136, initial_indent=indent, subsequent_indent=indent
+        )
+        texts[name] = f"{name}\n{text}"
+    return texts

@@ -103,9 +103,8 @@ def processes(count: int) -> Iterator[Executor]:
     worker_end, our_end = context.Pipe(duplex=False)
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     pool = ProcessPoolExecutor(count, context, _begin_worker, (worker_end,))
-    signal.pthread_sigmask(
-        signal.SIG_SETMASK, blocked
-    )  # multiprocessing unblocks SIGINT and SIGTERM
+    # multiprocessing unblocks SIGINT and SIGTERM.
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     try:
         yield pool
     finally:
@@ -148,7 +147,8 @@ class DaskExecutor(Cluster):
     """Submit calls to the workers of a Dask scheduler."""
 
     def __init__(self, client: Any, address: str) -> None:
-        self._client, self._address = client, address
+        self._client = client
+        self._address = address
         self._executor: Executor = client.get_executor(pure=False, retries=0)
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
@@ -162,11 +162,8 @@ class DaskExecutor(Cluster):
             raise WorkerError(gone)
         try:
             cores = self._client.sync(self._client.scheduler.ncores, callback_timeout=WAITED)
-        except (
-            AttributeError,
-            OSError,
-            RuntimeError,
-        ) as e:  # a disconnected client has no scheduler attribute
+        # A disconnected client has no scheduler.
+        except (AttributeError, OSError, RuntimeError) as e:
             raise WorkerError(gone) from e
         return "" if cores else f"dask:{self._address}: has no workers; the run waits for them"
 
@@ -200,7 +197,9 @@ class RayExecutor(Cluster):
     """Submit calls to Ray as tasks that reserve a number of CPUs."""
 
     def __init__(self, library: Any, cpus: int, address: str = "auto") -> None:
-        self._library, self._cpus, self._address = library, cpus, address
+        self._library = library
+        self._cpus = cpus
+        self._address = address
         self._remote = library.remote(num_cpus=cpus, max_retries=0)
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
@@ -221,9 +220,10 @@ class RayExecutor(Cluster):
         if most >= self._cpus:
             return ""
         advice = f"give --threads {most}, or add such a node" if most else "add such a node"
+        have = listed(sorted(cpus, reverse=True)) or "gone"
         return (
             f"ray:{self._address}: a task takes {counted(self._cpus, 'CPU')}, one for each thread, and no node has so many: they have "
-            f"{listed(sorted(cpus, reverse=True)) if cpus else 'gone'}; {advice}"
+            f"{have}; {advice}"
         )
 
 

@@ -29,10 +29,12 @@ from streamer.options import (
     MergeOptions,
     MitigateOptions,
     SeveralAdapters,
+    written,
 )
 from streamer.output import write
-from streamer.output.adapter_writer import AdapterWriter, LoraWriter
+from streamer.output.factors import AdapterWriter
 from streamer.output.job import Job, Writer, load_given, open_jobs
+from streamer.output.lora import LoraWriter
 from streamer.output.model_writer import ModelWriter, merged_tensors
 from streamer.output.record import Written
 from streamer.plan.plan import AdapterBatch, make_batch, resident_bytes
@@ -91,18 +93,14 @@ class DetectRequest(Request, DetectOptions):
         self, monitor: Monitor, workers: Workers | None, peek: bool = False
     ) -> tuple[AdapterPaths, AdapterBatch, Sequence[Path], DetectionOptions, Run]:
         base, adapters = found_inputs(self.located(monitor, peek), self.base, self.adapter)
-        run, options = self.make_run(monitor, workers), detection_options(self, self.memory)
+        run = self.make_run(monitor, workers)
+        options = detection_options(self, self.memory)
         batch = make_batch(base, adapters.paths, run.io, run.stated, run.architecture)
         monitor.warn(batch.warnings)
         if workers is not None:
             options = shared(workers, batch, options, resident_bytes(batch))
-        return (
-            adapters,
-            batch,
-            [] if self.file is None else adapters.findings_files(self.file),
-            options,
-            run,
-        )
+        paths = [] if self.file is None else adapters.findings_files(self.file)
+        return adapters, batch, paths, options, run
 
 
 @overload
@@ -164,7 +162,7 @@ class OutputRequest(Request, MitigateOptions, MergeOptions, IterateOptions):
         Whether `paper` is used if no method is named, as by PEFT's function. The command line asks for a method.
     """
 
-    output: str | Path
+    output: str | Path = written("", "DIR")
     command: Literal["mitigate", "merge"]
     measured: Mapping[str, Any] | None = None
     default_method: bool = True
@@ -180,11 +178,8 @@ class OutputRequest(Request, MitigateOptions, MergeOptions, IterateOptions):
     @cached_property
     def input_map(self) -> InputMap | None:
         """Return the map by which 4-bit weights are written."""
-        return (
-            self.requantize
-            if isinstance(self.requantize, InputMap | None)
-            else load_map(self.requantize)
-        )
+        given = self.requantize
+        return given if isinstance(given, InputMap | None) else load_map(given)
 
     @property
     def _names_method(self) -> bool:
@@ -195,12 +190,10 @@ class OutputRequest(Request, MitigateOptions, MergeOptions, IterateOptions):
     @property
     def shard_bytes(self) -> int | None:
         """Return the largest size of a merged model's file in bytes; None for the base's files."""
-        size = (
-            None
-            if self.max_shard_size is None
-            else read_size("max_shard_size", self.max_shard_size, 1000)
-        )
-        if size is not None and size < 1:
+        if self.max_shard_size is None:
+            return None
+        size = read_size("max_shard_size", self.max_shard_size, 1000)
+        if size < 1:
             raise UsageError(
                 f"max_shard_size: expected a size from 1 byte, found {self.max_shard_size!r}"
             )
@@ -218,22 +211,21 @@ class OutputRequest(Request, MitigateOptions, MergeOptions, IterateOptions):
     def forecast(self, monitor: Monitor, workers: Workers | None = None) -> DryRun | SeveralRecord:
         """Check everything and forecast a run, without writing anything."""
         adapters, writers, run = self._opened(monitor, workers, peek=True)
-        states, resident = write.inspect_jobs(writers, run), write.resident_of(writers)
+        states = write.inspect_jobs(writers, run)
+        resident = write.resident_of(writers)
         pending = [writer for writer, state in zip(writers, states, strict=True) if state != "done"]
         rates = forecast.measure_rates(writers[0].job.plan.base, monitor) if pending else None
         forecasts, runs = [], []
         for writer, state in zip(writers, states, strict=True):
-            needs, out, matrices = None, writer.output, len(writer.job.plan.targets)
+            needs = None
             if state != "done":
-                needs = forecast.on_workers(
-                    forecast.forecast_output(writer, resident, rates), workers, resident
-                )
+                needs = forecast.forecast_output(writer, resident, rates)
+                needs = forecast.on_workers(needs, workers, resident)
             forecasts.append(needs)
-            runs.append(
-                dry_run(
-                    self.command, out.path, state, matrices, len(out.files), out.total_bytes, needs
-                )
-            )
+            output = writer.output
+            matrices = len(writer.job.plan.targets)
+            sizes = len(output.files), output.total_bytes
+            runs.append(dry_run(self.command, output.path, state, matrices, *sizes, needs))
         shared_bytes = forecast.shared_by_merges(pending)
         return dry_runs(
             adapters, Path(self.output), runs, forecast.together(forecasts, shared_bytes)
@@ -244,21 +236,15 @@ class OutputRequest(Request, MitigateOptions, MergeOptions, IterateOptions):
         findings = load_given(self.findings, adapters)
         detection = detection_options(self, self.memory, findings[0])
         jobs = open_jobs(base, adapters, findings, self.chosen, detection, run)
-        if (
-            self.command == "merge"
-            and not self._names_method
-            and (self.mitigation_lambda, self.findings) == (None, None)
-        ):
+        is_plain = not self._names_method and self.mitigation_lambda is None
+        if self.command == "merge" and is_plain and self.findings is None:
             jobs = [replace(job, method=UNCHANGED) if job.made_before else job for job in jobs]
             if any(job.made_before for job in jobs):
                 run.monitor.note(
                     "the adapter was mitigated already, and is merged as it is; --method mitigates it again"
                 )
-        if not (
-            self.default_method
-            or self._names_method
-            or all(job.method == UNCHANGED for job in jobs)
-        ):
+        is_stated = self.default_method or self._names_method
+        if not is_stated and any(job.method != UNCHANGED for job in jobs):
             error = UsageError(
                 f"method: {self.command} needs one; these are the choices, with what each kept and left"
             )
@@ -283,25 +269,22 @@ class OutputRequest(Request, MitigateOptions, MergeOptions, IterateOptions):
         """Plan the output of a job."""
         if self.command == "merge":
             return ModelWriter(job, path)
-        return (
-            AdapterWriter(job, path)
-            if self.to_lora is None
-            else LoraWriter(job, path, self.to_lora)
-        )
+        if self.to_lora is not None:
+            return LoraWriter(job, path, self.to_lora)
+        return AdapterWriter(job, path)
 
     def _opened(
         self, monitor: Monitor, workers: Workers | None = None, peek: bool = False
     ) -> tuple[AdapterPaths, list[Writer], Run]:
         base, adapters = found_inputs(self.located(monitor, peek), self.base, self.adapter)
         run = self.make_run(monitor, workers)
-        jobs, paths = self.jobs(base, adapters, run), adapters.directories(Path(self.output))
+        jobs = self.jobs(base, adapters, run)
+        paths = adapters.directories(Path(self.output))
         writers = [*map(self._writer, jobs, paths)]
         monitor.warn(write.batch_of(writers).warnings)
         detection = jobs[0].detection
-        if (
-            workers is not None
-            and (share := write.shared_memory(writers, workers)) != detection.max_memory
-        ):
+        if workers is not None:
+            share = write.shared_memory(writers, workers)
             jobs = [replace(job, detection=replace(detection, max_memory=share)) for job in jobs]
             writers = [*map(self._writer, jobs, paths)]
         return adapters, writers, run

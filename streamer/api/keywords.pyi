@@ -7,8 +7,9 @@ from typing import Literal, TypedDict
 
 from streamer.adapters.adapter_config import LoraBLayout
 from streamer.detection.findings import Findings
-from streamer.evaluation.evaluation import Evaluation, ProductDtype
+from streamer.evaluation.evaluation import Evaluation
 from streamer.json_types import Selection
+from streamer.measuring.facts import ProductDtype
 from streamer.methods import MethodName
 from streamer.methods.files import Coefficients, InputMap
 from streamer.output.job import FindingsOrPath

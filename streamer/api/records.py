@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +26,7 @@ from streamer.json_types import (
 from streamer.linalg.torch_state import CPU
 from streamer.methods import Paper
 from streamer.options import InspectOptions
-from streamer.output.adapter_writer import AdapterWriter
+from streamer.output.factors import AdapterWriter
 from streamer.output.job import Job
 from streamer.output.model_writer import ModelWriter
 from streamer.output.record import Written
@@ -176,6 +175,7 @@ class EventRecord(TypedDict):
     exit_code: NotRequired[Annotated[int, Keywords(minimum=1, maximum=255), "For an error: exit code of the command."]]
     path: NotRequired[Annotated[str | None, "For an error: the file or directory that it is about; null if it is about none or several."]]
     message: NotRequired[Annotated[str, "The text of a warning or note; what was wrong and what to do next; or whether it existed."]]
+# fmt: on
 
 
 class InspectRequest(Request, InspectOptions):
@@ -191,22 +191,41 @@ class InspectRequest(Request, InspectOptions):
 
 def inspection_record(plan: Plan) -> PlanRecord:
     """Describe the inputs, and say which outputs are refused."""
-    job, refused = Job(plan, Paper(), DetectionOptions(), CPU), dict[str, str]()
-    for command, kind in (("mitigate", AdapterWriter), ("merge", ModelWriter)):
+    job = Job(plan, Paper(), DetectionOptions(), CPU)
+    refused: dict[str, str] = {}
+    for command, writer in (("mitigate", AdapterWriter), ("merge", ModelWriter)):
         try:
-            kind(job, Path("output"))
+            writer(job, Path("output"))
         except UnsupportedError as e:
             refused[command] = str(e)
+    weights = [plan.weights[t.tensor] for t in plan.targets]
     matrices: list[PlannedMatrix] = [
-        {"tensor": t.tensor, "module": t.module.name, "shape": t.module.shape, "dtype": plan.weights[t.tensor].label,
-         "rank": t.module.rank, "scale": t.module.scaling, "transposed": t.transposed, "matched": t.match.rule}
-        for t in plan.targets
+        {
+            "tensor": target.tensor,
+            "module": target.module.name,
+            "shape": target.module.shape,
+            "dtype": weight.label,
+            "rank": target.module.rank,
+            "scale": target.module.scaling,
+            "transposed": target.transposed,
+            "matched": target.match.rule,
+        }
+        for target, weight in zip(plan.targets, weights, strict=True)
     ]
-    counts, first = Counter(t.match.rule for t in plan.targets), {t.match.rule: t for t in reversed(plan.targets)}
-    names: list[NameRule] = [
-        {"rule": rule, "modules": counts[rule], "module": t.module.name, "tensor": t.tensor, "why": t.match.why}
-        for rule, t in ((rule, first[rule]) for rule in counts)
-    ]
+    rules: dict[str, NameRule] = {}
+    for target in plan.targets:
+        match = target.match
+        rule = rules.setdefault(
+            match.rule,
+            {
+                "rule": match.rule,
+                "modules": 0,
+                "module": target.module.name,
+                "tensor": target.tensor,
+                "why": match.why,
+            },
+        )
+        rule["modules"] += 1
     largest = max(plan.targets, key=lambda t: plan.weights[t.tensor].nbytes)
     return {
         "schema": "streamer.plan/2",
@@ -216,13 +235,13 @@ def inspection_record(plan: Plan) -> PlanRecord:
             "matrices": len(matrices),
             "tensors": len(plan.base.weight_map),
             "base_bytes": plan.base.data_bytes,
-            "adapted_bytes": sum(plan.weights[t.tensor].nbytes for t in plan.targets),
+            "adapted_bytes": sum(weight.nbytes for weight in weights),
             "largest_matrix": largest.tensor,
             "largest_matrix_bytes": plan.weights[largest.tensor].nbytes,
             "detection_cost": sum(job.detection.cost(t.module.shape) for t in plan.targets),
         },
         "warnings": list(plan.warnings),
-        "names": names,
+        "names": [*rules.values()],
         "matrices": matrices,
         "carried": plan.edits.listed(plan.base, plan.adapter.describes_model),
         "refused": refused,

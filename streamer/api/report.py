@@ -32,12 +32,9 @@ class Report:
                 record = evaluation.to_dict()
             case of_output:
                 record = of_output
-        page = (
-            {}
-            if self.written is None
-            else {"output": str(self.output), "state": self.written.state}
-        )
-        return {**record, **page}
+        if self.written is None:
+            return {**record}
+        return {**record, "output": str(self.output), "state": self.written.state}
 
 
 class ReportRequest(ReportOptions):
@@ -45,13 +42,10 @@ class ReportRequest(ReportOptions):
 
     def run(self, monitor: Monitor) -> Report:
         """Open the subject, and write the page."""
-        subject = (
-            self.findings
-            if isinstance(self.findings, Findings | Evaluation)
-            else open_subject(self.findings)
-        )
+        given = self.findings
+        subject = given if isinstance(given, Findings | Evaluation) else open_subject(given)
         if isinstance(subject, Findings):
-            check_finite(subject, "findings" if subject is self.findings else self.findings)
+            check_finite(subject, "findings" if subject is given else given)
             monitor.warn(subject.warnings)
         written = None if self.output is None else write_files(subject, self.output, self.overwrite)
         return Report(subject, self.output, written)

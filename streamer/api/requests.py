@@ -25,8 +25,6 @@ from streamer.workers import Workers
 class Request(Writing, Computing, OfBase):
     """Options of a run on files; a subclass runs it or forecasts it. Without an output, results stay in memory."""
 
-    output: str | Path | None = None
-
     def __post_init__(self) -> None:
         _ = self.memory
         if isinstance(self, Judged):
@@ -65,9 +63,15 @@ class Request(Writing, Computing, OfBase):
         ``auto`` runs models on the CPU, because no GPU has been tried for them.
         """
         device = choose_device(self.device)
-        models = CPU if self.device == "auto" else device
-        resolved = {"device": device, "model_device": models, "stated": self.stated}
-        return take(Run, vars(self), **resolved, monitor=monitor, workers=workers)
+        return take(
+            Run,
+            vars(self),
+            device=device,
+            model_device=CPU if self.device == "auto" else device,
+            stated=self.stated,
+            monitor=monitor,
+            workers=workers,
+        )
 
 
 def read_size(name: str, size: int | str, unit: int = 1024) -> int:
@@ -86,7 +90,7 @@ Made = TypeVar("Made")
 def take(kind: type[Made], options: Mapping[str, Any], **changes: Any) -> Made:
     """Make a dataclass from the options that are its fields, and from the changes."""
     names = {f.name for f in fields(cast(Any, kind))}
-    return kind(**{**{name: value for name, value in options.items() if name in names}, **changes})
+    return kind(**{name: options[name] for name in names & options.keys()} | changes)
 
 
 def found_inputs(
@@ -105,6 +109,5 @@ def detection_options(
     """Make the options of detection; missing ones come from the findings, or are the defaults. The memory always is this run's."""
     default = DetectionOptions() if findings is None else findings.options
     stated = {f.name: getattr(judged, f.name) for f in fields(Judged)}
-    return replace(
-        default, max_memory=max_memory, **{k: v for k, v in stated.items() if v is not None}
-    )
+    given = {name: value for name, value in stated.items() if value is not None}
+    return replace(default, max_memory=max_memory, **given)

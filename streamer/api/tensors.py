@@ -7,6 +7,7 @@ import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -71,35 +72,51 @@ def write_safetensors(
         `UsageError` for an invalid argument, or an invalid or repeated entry; `MismatchError` for a tensor that is missing, is one too
         many, or differs from its entry; `OutputExistsError` for an output that is not replaced; `StorageError` if the disk refuses.
     """
-    path, pairs, ring = Path(path), map(_pair, tensors), atomic_file.BufferRing(PIECE_BYTES)
+    path = Path(path)
+    pairs = map(_pair, tensors)
+    ring = atomic_file.BufferRing(PIECE_BYTES)
     texts: Any = {} if metadata is None else metadata
     if not isinstance(texts, Mapping) or not all(
-        isinstance(text, str) for item in texts.items() for text in item
+        isinstance(text, str) for text in chain.from_iterable(texts.items())
     ):
         raise UsageError(f"metadata: expected strings by name, found {texts}")
     if max_shard_bytes < 1:
         raise UsageError(f"max_shard_bytes: expected 1 or more, found {max_shard_bytes}")
     if path.suffix == ".safetensors":
         (plan,) = _planned(entries, texts, math.inf)
-        transaction.check_output_path(path.parent, (), path)
-        transaction.refuse_within_output(path)
-        transaction.check_name(path, atomic_file.partial_name(path.name))
-        make_directory(path.parent)
-        with locked(transaction.lock_of(path), path):
-            transaction.check_replaced(path, overwrite, Path.is_file, "a file")
-            atomic_file.remove_partials(path.parent, {path.name})
-            atomic_file.write_shard(
-                path.parent, replace(plan, name=path.name), _shard(plan, pairs, ring, is_last=True)
-            )
+        _write_file(path, plan, _shard(plan, pairs, ring, is_last=True), overwrite)
         return
     plans = _planned(entries, texts, max_shard_bytes)
-    files, other = {plan.name: plan.nbytes for plan in plans}, INDEX_NAME
+    shards = [(plan, _shard(plan, pairs, ring, plan is plans[-1])) for plan in plans]
+    _write_directory(path, shards, overwrite)
+
+
+def _write_file(
+    path: Path, plan: atomic_file.ShardPlan, shard: atomic_file.Shard, overwrite: bool
+) -> None:
+    transaction.check_output_path(path.parent, (), path)
+    transaction.refuse_within_output(path)
+    transaction.check_name(path, atomic_file.partial_name(path.name))
+    make_directory(path.parent)
+    with locked(transaction.lock_of(path), path):
+        transaction.check_replaced(path, overwrite, Path.is_file, "a file")
+        atomic_file.remove_partials(path.parent, {path.name})
+        atomic_file.write_shard(path.parent, replace(plan, name=path.name), shard)
+
+
+def _write_directory(
+    path: Path, shards: list[tuple[atomic_file.ShardPlan, atomic_file.Shard]], overwrite: bool
+) -> None:
+    plans = [plan for plan, _ in shards]
+    files = {plan.name: plan.nbytes for plan in plans}
     index = atomic_file.index_bytes(
         {"weight_map": {info.name: plan.name for plan in plans for info in plan.header.tensors}},
         sum(plan.header.data_bytes for plan in plans),
     )
+    other = INDEX_NAME
     if len(plans) > 1:
-        files[INDEX_NAME], other = len(index), SINGLE_NAME
+        files[INDEX_NAME] = len(index)
+        other = SINGLE_NAME
     # One digest for all: no run is ever taken up, as nothing is known of the tensors to come.
     output = transaction.OutputPlan(
         path, tuple(files.items()), "tensors", {}, (), (other,), version=__version__
@@ -112,13 +129,8 @@ def write_safetensors(
         undo.callback(atomic_file.remove_partials, path, {SINGLE_NAME})
         # All partial files have one name, so that a run with another number of shards also finds and removes them.
         written = [
-            atomic_file.write_shard(
-                path,
-                replace(plan, name=SINGLE_NAME),
-                _shard(plan, pairs, ring, plan is plans[-1]),
-                renames=False,
-            )
-            for plan in plans
+            atomic_file.write_shard(path, replace(plan, name=SINGLE_NAME), shard, renames=False)
+            for plan, shard in shards
         ]
         out = undo.enter_context(begun)
         for plan, file in zip(plans, written, strict=True):
@@ -185,11 +197,9 @@ def _checked(entry: tuple[str, object, Sequence[int]]) -> tuple[str, str, tuple[
     """Check an entry, and spell its dtype as the format does."""
     try:
         name, dtype, sizes = entry
-        spelled, shape, _ = (
-            str(_spelling(dtype)),
-            tuple(map(operator.index, sizes)),
-            str.encode(name),
-        )
+        spelled = str(_spelling(dtype))
+        shape = tuple(map(operator.index, sizes))
+        str.encode(name)
         if name == "__metadata__" or min(shape, default=0) < 0:
             raise ValueError("the name is the metadata's, or a size is negative")
         tensor_nbytes(spelled, shape)
@@ -245,13 +255,14 @@ def _pieces(
 
 def _data(info: TensorInfo, tensor: Any) -> memoryview:
     """View a tensor as bytes, after a check of its dtype, shape and number of bytes."""
-    dtype, shape = in_memory(info)
-    wanted = f"{SPELLINGS[dtype]} {[*shape]}"
-    description = (
-        f"{_spelling(getattr(tensor, 'dtype', type(tensor)))} {[*getattr(tensor, 'shape', ())]}"
-    )
     if isinstance(tensor, bytes | bytearray | memoryview):
-        wanted, description = f"{info.nbytes} bytes", f"{memoryview(tensor).nbytes} bytes"
+        wanted = f"{info.nbytes} bytes"
+        description = f"{memoryview(tensor).nbytes} bytes"
+    else:
+        dtype, shape = in_memory(info)
+        wanted = f"{SPELLINGS[dtype]} {[*shape]}"
+        found = _spelling(getattr(tensor, "dtype", type(tensor)))
+        description = f"{found} {[*getattr(tensor, 'shape', ())]}"
     if wanted != description:
         raise MismatchError(
             f"tensor {info.name!r}: expected {wanted} by its entry, found {description}"
@@ -263,14 +274,9 @@ def _data(info: TensorInfo, tensor: Any) -> memoryview:
     try:
         if isinstance(tensor, Tensor):
             return as_bytes(tensor.detach().cpu())
-        array = (
-            np.ascontiguousarray(tensor)
-            if hasattr(tensor, "dtype")
-            else np.frombuffer(tensor, np.uint8)
-        )
+        is_array = hasattr(tensor, "dtype")
+        array = np.ascontiguousarray(tensor) if is_array else np.frombuffer(tensor, np.uint8)
         return array.reshape(-1).view(np.uint8).data
-    except (
-        BufferError,
-        RuntimeError,
-    ) as e:  # of torch: sparse, on the meta device, or lazily conjugated
+    # Of torch: sparse, on the meta device, or lazily conjugated.
+    except (BufferError, RuntimeError) as e:
         raise MismatchError(f"tensor {info.name!r}: expected plain values in memory; {e}") from None

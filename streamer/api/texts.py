@@ -27,7 +27,7 @@ from streamer.api.records import DryRun, dry_run
 from streamer.api.requests import Request, take
 from streamer.errors import OutputExistsError, UsageError
 from streamer.evaluation.evaluate import PreparedEvaluation, prepare
-from streamer.evaluation.evaluation import Evaluation, ReliableRecord, check_dtype
+from streamer.evaluation.evaluation import Evaluation, ReliableRecord
 from streamer.events import Monitor
 from streamer.fitting.choice import (
     HALF_OPTIONS,
@@ -38,13 +38,15 @@ from streamer.fitting.choice import (
     repair_rows,
     shown_shares,
 )
-from streamer.fitting.fit import PreparedFit, prepare_fit, refuse_dense
+from streamer.fitting.fit import PreparedFit, prepare_fit, refuse_without_factors
 from streamer.fitting.mapping import PreparedMap, prepare_map
 from streamer.forecast import Forecast, forecast_texts, together
 from streamer.json_types import State
+from streamer.measuring.facts import check_dtype
 from streamer.measuring.own_text import OwnText, PreparedOwnText, prepare_own_text
-from streamer.measuring.runs import Prepared
-from streamer.measuring.texts import BUILT_IN, GENERAL, OWN_NAME, TASK
+from streamer.measuring.prepared import Prepared
+from streamer.measuring.sequences import GENERAL, TASK
+from streamer.measuring.texts import BUILT_IN, OWN_NAME
 from streamer.methods import Paper, Shrink, share_name
 from streamer.methods.files import MAP, InputMap
 from streamer.options import (
@@ -55,11 +57,12 @@ from streamer.options import (
     Texts,
     VariantOptions,
     argument,
+    written,
 )
 from streamer.output.record import Written
 from streamer.plan.plan import make_plan
 from streamer.storage.transaction import RECORD_NAME, check_output_path
-from streamer.streaming.values import Variant, make_variants
+from streamer.streaming.variants import Variant, make_variants
 from streamer.units import listed, quoted
 
 if TYPE_CHECKING:
@@ -81,16 +84,21 @@ class VariantsRequest(Request, VariantOptions):
         if methods is None:  # few by default: intruders are scaled if they are known
             methods = (Shrink.name,) if self.findings is None else (Paper.name, Shrink.name)
         files = self.files()
-        fit, mapped = files.get("coefficients"), files.get("map")
         return make_variants(
-            tuple(methods), tuple(self.lambdas), self.select, fit, self.amplify, mapped
+            tuple(methods),
+            tuple(self.lambdas),
+            self.select,
+            files.get("coefficients"),
+            self.amplify,
+            files.get("map"),
         )
 
 
 def _forecast(command: str, prepared: Prepared[Any], output: Path | None) -> DryRun:
     """Check that a run can write its output, and forecast it unless it is complete."""
     assert output is not None
-    state, forecast = prepared.inspect(output), None
+    state = prepared.inspect(output)
+    forecast = None
     if state != "done":
         prepared.warn()
         forecast = forecast_texts(prepared, output)
@@ -175,7 +183,7 @@ class TextsRequest(Request):
             for work in prepared.sweeps():
                 prepared.limits_of(work)
             if output is not None and output.is_file() and not self.overwrite:
-                prepared.refuse_others(output, except_for=TASK)
+                prepared.refuse_others(output, prepared.read(output).facts, except_for=TASK)
 
     def write_own_text(self, monitor: Monitor, output: Path) -> None:
         """Let the adapter write the task's text, unless it has, or the user gives it."""
@@ -221,8 +229,7 @@ class EvaluateRequest(TextsRequest, VariantsRequest, EvaluateOptions):
         elif (own := self.own_text(monitor)) is not None:
             self.check_rest(own, None)
             with self._given(own.result(None)) as request:
-                evaluation: Evaluation = request._prepared(monitor).result(None)
-                return evaluation
+                return request._prepared(monitor).result(None)
         return self._prepared(monitor).result(self.file)
 
     def forecast(self, monitor: Monitor) -> DryRun:
@@ -314,7 +321,7 @@ def general_text(path: str | Path | None) -> Path:
 class MapRequest(Request, MappingOptions):
     """A requested map; without a general text, of the built-in one."""
 
-    base: str | Path = argument("", bound=ONE_BASE)  # several texts would look like several bases
+    base: str | Path = argument("", ONE_BASE)  # several texts would look like several bases
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -415,7 +422,7 @@ class RepairRequest(TextsRequest, RepairOptions):
         Path of the converted adapter, if this is its repair.
     """
 
-    output: str | Path
+    output: str | Path = written("", "DIR")
     lora: str | None = None
 
     def __post_init__(self) -> None:
@@ -453,14 +460,16 @@ class RepairRequest(TextsRequest, RepairOptions):
         self._check(monitor)
         self.write_own_text(monitor, self.fit_path)
         fit = self._prepared(monitor).result(self.fit_path)
-        choice, rows, reliable = choose(fit), repair_rows(fit), shown_shares(fit)
-        lines = [choice.why, *(repair_line(row, reliable) for row in rows)]
+        choice = choose(fit)
+        rows = repair_rows(fit)
+        reliable = shown_shares(fit)
         samples = fit.facts["texts"][TASK].get("samples", [])
-        figures = {"rows": rows, "reliable": reliable, "keep": self.keep, "samples": samples}
-        measured = {"measured": lines, "repair": figures}
-        written = cast(
-            Written, self._output(measured=measured, **choice.options).run(monitor)
-        )  # of one adapter
+        measured = {
+            "measured": [choice.why, *(repair_line(row, reliable) for row in rows)],
+            "repair": {"rows": rows, "reliable": reliable, "keep": self.keep, "samples": samples},
+        }
+        output = self._output(measured=measured, **choice.options).run(monitor)
+        written = cast(Written, output)  # of one adapter
         record: RepairRecord = {
             "schema": "streamer.repair/1",
             "chosen": choice.what,
@@ -509,14 +518,7 @@ class RepairRequest(TextsRequest, RepairOptions):
         """Refuse, before the fit, an adapter that cannot be fitted, and an output that could not be written after it."""
         base, adapter = self.located(monitor, True).paths(self.base, self.adapter)
         plan = make_plan(base, adapter, self.io, self.stated, self.architecture)
-        refuse_dense(
-            plan,
-            [
-                t
-                for t in plan.targets
-                if not (t.module.low_rank if self.merge else t.module.factors)
-            ],
-        )
+        refuse_without_factors(plan, self.merge)
         self._output(**HALF_OPTIONS).open(monitor)
         self._refuse_foreign_directory()
 

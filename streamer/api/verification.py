@@ -21,9 +21,8 @@ class VerifyRequest(VerifyOptions):
     def run(self, monitor: Monitor) -> Verification:
         """Run the verification."""
         remote = Remote("cache", monitor=monitor)  # the verifying code reads only local files
-        base, adapter = (
-            None if path is None else remote.path(path) for path in (self.base, self.adapter)
-        )
+        base = None if self.base is None else remote.path(self.base)
+        adapter = None if self.adapter is None else remote.path(self.adapter)
         method_files = {"coefficients": self.coefficients, "map": self.map}
         return verify(self.output, (base, adapter), self.sample, monitor, method_files)
 

@@ -8,10 +8,11 @@ from streamer.adapters.finetuned import ByName
 from streamer.api.records import several
 from streamer.detection.detect import is_repeated
 from streamer.detection.findings import Findings
-from streamer.evaluation.evaluation import Evaluation, Names, commands, figures, reasons, verdict
+from streamer.evaluation.evaluation import Evaluation
+from streamer.evaluation.words import Names, commands, figures, reasons, verdict
 from streamer.fitting.choice import repair_columns
 from streamer.fitting.mapping import map_record
-from streamer.measuring.runs import input_options
+from streamer.measuring.facts import input_options
 from streamer.methods import takes_findings
 from streamer.output.record import record_lines
 from streamer.plan.name_matching import natural

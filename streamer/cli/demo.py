@@ -77,11 +77,13 @@ def run_demo(output: str | None, run: Callable[[list[str]], Result]) -> DemoReco
         with contextlib.chdir(directory):
             for line in FIRST:
                 step(line)
-            missing, written = None, "repaired"
+            missing = None
+            written = "repaired"
             try:
                 step(REPAIR)
             except MissingPackageError as e:
-                missing, written = str(e), "shrunk"
+                missing = str(e)
+                written = "shrunk"
                 step(SHRINK)
             for line in LAST:
                 step(line.format(written))
@@ -120,24 +122,21 @@ def demo_text(result: DemoRecord, screen: Screen) -> str:
     """Show each command with its result in a line, the figures of the repair, and what to do next."""
     from streamer.api.views import repair_columns
 
-    tour, figures = [*ABOUT], ""
+    tour = [*ABOUT]
+    figures = ""
     for step in result["steps"]:
         record = step["record"]
         tour += [f"$ {step['command']}", f"  {_outcome(record)}"]
         if record["schema"] == "streamer.repair/1":
             figures = table(repair_columns(record), screen)
-    missing, directory = result["missing"], result["directory"]
-    left_out = (
-        [f"repair, which forgets less for what it keeps, was left out: {missing}"]
-        if missing
-        else []
-    )
+    left_out = []
+    if missing := result["missing"]:
+        left_out = [f"repair, which forgets less for what it keeps, was left out: {missing}"]
     kept = ["with -o DIR, the demo keeps the files, and a page with these figures"]
-    if directory is not None:
+    if (directory := result["directory"]) is not None:
         kept = [f"a page with these figures: {Path(directory, 'report.html').absolute().as_uri()}"]
-        kept += (
-            [f"on text that nothing was trained or fitted on, in {directory}: {EVALUATE}"]
-            if figures
-            else []
-        )
+        if figures:
+            kept.append(
+                f"on text that nothing was trained or fitted on, in {directory}: {EVALUATE}"
+            )
     return screen.join(tour, left_out, figures, [*kept, NEXT])

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from importlib import import_module
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from streamer.api import shown
@@ -68,9 +69,10 @@ def run_command(args: argparse.Namespace, monitor: Monitor) -> Result:
     if args.command == "demo":
         from streamer.cli.demo import demo_text, run_demo
 
-        outcome = run_demo(
-            args.output, lambda line: run_command(build_parser(line[0]).parse_args(line), monitor)
-        )
+        def step(words: list[str]) -> Result:
+            return run_command(build_parser(words[0]).parse_args(words), monitor)
+
+        outcome = run_demo(args.output, step)
         return {**outcome}, demo_text(outcome, screen(args.all, args.legend))
     module, kind = REQUESTS[args.command].split(".")
     request = requested(getattr(import_module(f"streamer.api.{module}"), kind), args)
@@ -95,10 +97,10 @@ def requested(kind: Any, args: argparse.Namespace) -> Any:
         option = field.metadata.get("option")
         if field.name in args and not (option and option.where == "keyword"):
             value = getattr(args, field.name)
-            alone = (
-                field.name in ("base", "adapter") and isinstance(value, list) and len(value) == 1
-            )
-            values[field.name] = value[0] if alone else value
+            match value:
+                case [alone] if field.name in ("base", "adapter"):
+                    value = alone
+            values[field.name] = value
     return kind(**values)
 
 
@@ -285,20 +287,17 @@ def _run(args: argparse.Namespace, progress: Progress | JsonEvents) -> None:
             if args.command != "verify":
                 from streamer.api.executors import set_threads
 
-                set_threads(
-                    getattr(args, "threads", None),
-                    monitor,
-                    getattr(args, "executor", None) is not None,
-                )
+                elsewhere = getattr(args, "executor", None) is not None
+                set_threads(getattr(args, "threads", None), monitor, elsewhere)
             else:  # hashing needs no torch, and numpy's idle threads spin: one thread is faster if other processes run
                 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
             tree, text = run_command(args, monitor)
         finally:
             progress.close()
-    if prints:
-        _print(
-            json.dumps(tree, indent=1) if args.json else "\n".join(map(printable, text.split("\n")))
-        )
+    if prints and args.json:
+        _print(json.dumps(tree, indent=1))
+    elif prints:
+        _print("\n".join(map(printable, text.split("\n"))))
     progress.finish(presence(tree))
 
 
@@ -306,9 +305,8 @@ def _paths(args: argparse.Namespace) -> list[str]:
     """Collect the paths given to the command, including addresses as they are printed."""
     names = ("base", "adapter", "output", "findings", "general", "task")
     values = [getattr(args, name, None) for name in names]
-    paths = [
-        path for value in values for path in (value if isinstance(value, list) else [value]) if path
-    ]
+    lists = (value if isinstance(value, list) else [value] for value in values)
+    paths = [path for path in chain.from_iterable(lists) if path]
     with contextlib.suppress(UsageError):  # keep an invalid address as given
         paths += [shown(path) for path in paths]
     return paths
@@ -319,17 +317,15 @@ def _described(e: Exception, paths: Sequence[str]) -> ErrorEntry | None:
     kind = type(e).__name__
     if isinstance(e, StreamerError):
         message = str(e)
-        if (
-            isinstance(e, UsageError) and message.partition(": ")[0] not in paths
-        ):  # a path may be named like an option
+        subject, _, _ = message.partition(": ")
+        if isinstance(e, UsageError) and subject not in paths:  # a path may be named like an option
             message = named_as_option(message)
         return error_entry(kind, e.exit_code, message, getattr(e, "filename", None), paths)
     if isinstance(e, OSError):
         code = UsageError.exit_code if e.errno == errno.ENAMETOOLONG else StorageError.exit_code
         where = None if e.filename is None else os.fsdecode(e.filename)
-        return error_entry(
-            kind, code, one_line(f"{where or 'I/O'}: {e.strerror or e}; {advice(e)}"), where
-        )
+        message = one_line(f"{where or 'I/O'}: {e.strerror or e}; {advice(e)}")
+        return error_entry(kind, code, message, where)
     if isinstance(e, MemoryError):
         text = "out of memory; use fewer threads or a machine with more, then run the same command again"
         return error_entry(kind, 1, text)

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import difflib
-import functools
 import re
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import MISSING
 from itertools import takewhile
 from typing import Any, NoReturn
 
 from streamer import __version__, options
-from streamer.options import Option, declared
-from streamer.units import parse_size, quoted
+from streamer.options import FLAG, Option, declared
+from streamer.units import quoted
 
 
 class BadUsage(SystemExit):
@@ -41,9 +38,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(
-            **{"allow_abbrev": False, "add_help": False, "formatter_class": raw, **options}
-        )
+        super().__init__(allow_abbrev=False, add_help=False, formatter_class=raw, **options)
         self.add_argument("-h", "--help", action=_Help, help="show what most people need")
         self.add_argument("--help-all", action=_Help, help="show all options, and the exit codes")
 
@@ -56,22 +51,17 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse, but first refuse unknown options: argparse would report a missing argument for a misspelt option."""
-        words = (
-            args or ()
-            if self._subparsers is None
-            else takewhile(lambda arg: arg.startswith("-"), args or ())
-        )
+        words: Iterable[str] = args or ()
+        if self._subparsers is not None:
+            words = takewhile(lambda arg: arg.startswith("-"), words)
+        known = self._option_string_actions
         for arg in takewhile(lambda arg: arg != "--", words):
-            name = arg.partition("=")[0]
-            if (
-                name.startswith("--")
-                and " " not in name
-                and name not in self._option_string_actions
-            ):
-                instead = THREADS_INSTEAD if name in ("--workers", "--executor") else ""
-                self.error(
-                    f"unknown option {quoted(name)}{instead or _closest(name, self._option_string_actions)}"
-                )
+            name, _, _ = arg.partition("=")
+            if name.startswith("--") and " " not in name and name not in known:
+                instead = _closest(name, known)
+                if name in ("--workers", "--executor"):
+                    instead = THREADS_INSTEAD
+                self.error(f"unknown option {quoted(name)}{instead}")
         arguments, others = super().parse_known_args(args, namespace)
         if others and self._subparsers is None:
             kind = "unknown option" if others[0].startswith("-") else "unexpected argument"
@@ -80,7 +70,7 @@ class Parser(argparse.ArgumentParser):
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
-            choices = [str(choice) for choice in action.choices]
+            choices = [*map(str, action.choices)]
             near = _closest(str(value), choices)
             raise argparse.ArgumentError(
                 action, f"expected one of {', '.join(choices)}, found {quoted(value)}{near}"
@@ -113,10 +103,9 @@ def _short_help(parser: argparse.ArgumentParser) -> str:
     common = [
         action for action in actions if action.option_strings and not getattr(action, "rare", False)
     ]
-    usage, text = parser._get_formatter(), parser._get_formatter()
-    usage.add_usage(
-        None, [action for action in actions if not action.option_strings or action.required], []
-    )
+    text = parser._get_formatter()
+    usage = parser._get_formatter()
+    usage.add_usage(None, [a for a in actions if not a.option_strings or a.required], [])
     text.add_usage(f"{usage.format_help().removeprefix('usage: ').rstrip()} [...]", [], [])
     text.add_text(parser.description)
     for title, shown in (("positional arguments", arguments), ("options", common)):
@@ -134,45 +123,16 @@ def _closest(word: str, names: Iterable[str]) -> str:
     return f"; did you mean {by_letters[close[0]]}?" if close else ""
 
 
-def reader(
-    read: Callable[[str], Any], expected: str, meant: Callable[[str], str] = lambda text: ""
-) -> Callable[[str], Any]:
-    """Make the reader of an option's value; `meant` returns a suggestion for a text that cannot be read."""
+def reader(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Make argparse say why a text cannot be read."""
 
     def read_or_refuse(text: str) -> Any:
         try:
             return read(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"expected {expected}, found {quoted(text)}{meant(text)}"
-            ) from None
+        except ValueError as e:
+            raise argparse.ArgumentTypeError(str(e)) from None
 
     return read_or_refuse
-
-
-def share_meant(text: str) -> str:
-    """Suggest the number that a percentage or a decimal comma stands for."""
-    with contextlib.suppress(ValueError):
-        share = float(text.removesuffix("%").replace(",", ".")) / (100 if text.endswith("%") else 1)
-        return f"; did you mean {share:g}?"
-    return ""
-
-
-number = reader(float, "a number like 0.75", share_meant)
-
-READERS = {
-    "int": reader(int, "a whole number"),
-    "float": number,
-    "Sequence[float]": lambda text: tuple(map(number, text.split(","))),
-    "float | Sequence[float]": lambda text: tuple(map(number, text.split(","))),
-    "Sequence[MethodName]": lambda text: text.split(","),
-    "int | str": reader(parse_size, "a size like 600M or 4G"),
-    "str | int": reader(functools.partial(parse_size, unit=1000), "a size like 5GB or 500M"),
-    "int | Literal['all']": reader(
-        lambda text: text if text == "all" else int(text), "a count from 1 or 'all'"
-    ),
-}
-"""How the text of an option becomes a value of its field's type; others stay texts."""
 
 
 DESCRIPTION = """\
@@ -339,9 +299,9 @@ def build_parser(first: str = "") -> Parser:
         )
         sub.set_defaults(default_method=False)
         groups = {"": sub, **{title: sub.add_argument_group(title) for title in GROUPS}}
-        for kind in (
-            (*kinds, options.Printing) if first in (name, "") or first not in COMMANDS else ()
-        ):
+        if first != name and first in COMMANDS:
+            continue
+        for kind in (*kinds, options.Printing):
             for field, option, group in declared(kind):
                 if option.where != "keyword":
                     _add(groups[group if option.where == "option" else ""], field, option)
@@ -349,29 +309,24 @@ def build_parser(first: str = "") -> Parser:
 
 
 def _add(group: Any, field: Any, option: Option) -> None:
-    """Add an option or an argument in the form that its declaration and its type say."""
-    form: dict[str, Any] = {
-        "help": option.help(field.default),
-        "metavar": option.metavar,
-        "default": field.default,
-    }
-    kind = str(field.type).removesuffix(" | None")
+    """Add an option or an argument in the form that its declaration says."""
+    form: dict[str, Any] = {"help": option.help(field.default), "default": field.default}
     if option.where == "argument":
-        form |= {"metavar": option.metavar or field.name.upper(), "nargs": option.nargs}
-        group.add_argument(field.name, **form)
+        metavar = option.metavar or field.name.upper()
+        group.add_argument(field.name, metavar=metavar, nargs=option.nargs, **form)
         return
-    if field.default is MISSING:
+    if option.required:
         form |= {"required": True, "default": None}
-    if kind == "bool" or option.nargs in ("append", "count"):
-        form["action"] = option.nargs or ("store_false" if field.default else "store_true")
+    if option.kind is FLAG:
+        form["action"] = "store_false" if field.default else "store_true"
+    elif option.nargs == "count":
+        form["action"] = "count"
+    elif option.nargs == "append":
+        form |= {"action": "append", "metavar": option.metavar, "default": [*field.default]}
     else:
-        form |= {"choices": option.choices, "type": READERS.get(kind)}
-    if option.expects:
-        form["type"] = reader(
-            lambda text: float(text) if "." in text else int(text), option.expects
-        )
-    if option.nargs == "append":
-        form["default"] = [*field.default]
-    if kind == "bool" or option.nargs == "count":
-        del form["metavar"]
+        form |= {
+            "metavar": option.metavar or option.kind.metavar,
+            "choices": option.kind.choices,
+            "type": reader(option.kind.read),
+        }
     group.add_argument(*option.names(field.name), dest=field.name, **form).rare = option.rare

@@ -6,8 +6,9 @@ import argparse
 import re
 import shlex
 import textwrap
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,36 +22,37 @@ from streamer.units import counted, format_duration, format_size, listed
 if TYPE_CHECKING:
     from streamer.api.report import Report
     from streamer.api.texts import RepairRecord
-    from streamer.detection.findings import Findings
+    from streamer.detection.findings import Findings, MatrixFinding
     from streamer.evaluation.evaluation import Evaluation
 
 
 def forecast_text(command: str, forecast: Mapping[str, Any], free: int) -> str:
     """Format one command's forecast in one line."""
-    usual, escalated, on_device = (
-        forecast[f"{what}_memory_bytes"] for what in ("peak", "escalated", "device")
-    )
-    seconds, far = forecast["seconds"], forecast["network_bytes"]
-    memory = (
-        f", {format_size(escalated)} if the dense solver, or float64, must decide"
-        if escalated > usual
-        else ""
-    )
-    memory = memory or (f", of it {format_size(on_device)} on the GPU" if on_device else "")
-    beside = (
-        f" and at most {format_size(held)} temporarily"
-        if (held := forecast["temporary_bytes"])
-        else ""
-    )
-    pace = f", on {counted(forecast['threads'], 'thread')}, within a factor of 3 if load and disk stay as they are"
-    read = format_size(forecast["read_bytes"]) + (
-        f" ({format_size(far)} over the network)" if far else ""
-    )
-    took = "not estimated" if seconds is None else f"about {format_duration(seconds)}"
-    return (
-        f"forecast: memory {format_size(usual)}{memory}; reads {read}, writes {'at most ' if command == 'detect' else ''}"
-        f"{format_size(forecast['write_bytes'])}{beside}; {format_size(free)} free; time {took}{pace if seconds else ''}"
-    )
+    sizes = {
+        key.removesuffix("_bytes"): format_size(size) if size else ""
+        for key, size in forecast.items()
+        if key.endswith("_bytes")
+    }
+    memory = sizes["peak_memory"]
+    if forecast["escalated_memory_bytes"] > forecast["peak_memory_bytes"]:
+        memory += f", {sizes['escalated_memory']} if the dense solver, or float64, must decide"
+    elif sizes["device_memory"]:
+        memory += f", of it {sizes['device_memory']} on the GPU"
+    reads = format_size(forecast["read_bytes"])
+    if sizes["network"]:
+        reads += f" ({sizes['network']} over the network)"
+    writes = format_size(forecast["write_bytes"])
+    if command == "detect":
+        writes = f"at most {writes}"
+    if sizes["temporary"]:
+        writes += f" and at most {sizes['temporary']} temporarily"
+    time = "not estimated"
+    if forecast["seconds"] is not None:
+        time = f"about {format_duration(forecast['seconds'])}"
+    if forecast["seconds"]:
+        threads = counted(forecast["threads"], "thread")
+        time += f", on {threads}, within a factor of 3 if load and disk stay as they are"
+    return f"forecast: memory {memory}; reads {reads}, writes {writes}; {format_size(free)} free; time {time}"
 
 
 def dry_run_text(record: Mapping[str, Any], command: str, screen: Screen) -> str:
@@ -61,24 +63,31 @@ def dry_run_text(record: Mapping[str, Any], command: str, screen: Screen) -> str
     if adapters is None:
         return fit(f"{_line(record)}\n{forecast}".rstrip(), screen.width)
     parts = [f"{name}\n{_line(run)}" for name, run in adapters.items()]
-    return "\n\n".join(
-        [*parts, f"all together\n{fit(forecast, screen.width)}"] if forecast else parts
-    )
+    if forecast:
+        parts.append(f"all together\n{fit(forecast, screen.width)}")
+    return "\n\n".join(parts)
+
+
+WOULD = {
+    "new": "would write",
+    "resume": "would resume",
+    "done": "nothing to do: it exists already",
+}
 
 
 def _line(run: Mapping[str, Any]) -> str:
-    says = {
-        "new": "would write",
-        "resume": "would resume",
-        "done": "nothing to do: it exists already",
-    }[run["state"]]
-    written = "" if run["bytes"] is None else f", {format_size(run['bytes'])}"
-    files, matrices = counted(run["files"], "file"), counted(run["matrices"], "matrix")
-    return f"dry run: {says} {run['output']}: {files}{written}; {matrices}"
+    files = counted(run["files"], "file")
+    if run["bytes"] is not None:
+        files += f", {format_size(run['bytes'])}"
+    matrices = counted(run["matrices"], "matrix")
+    return f"dry run: {WOULD[run['state']]} {run['output']}: {files}; {matrices}"
 
 
-MANY, SHOWN = 20, 10
-"""A table with more than `MANY` rows shows the `SHOWN` most important ones, unless `--all` is given."""
+MANY = 20
+"""Most rows of a table that is shown whole without `--all`."""
+
+SHOWN = 10
+"""Rows that are shown of a longer one, the most important ones."""
 
 
 def findings_table(
@@ -92,25 +101,23 @@ def findings_table(
     chosen, cut = _most(
         matrices, lambda m: (m.detection.intruder_energy, len(m.detection.intruders)), screen
     )
-    o, undecided = findings.options, [m for m in matrices if not m.detection.certified]
+    options = findings.options
+    undecided = [m for m in matrices if not m.detection.certified]
+    with_any = sum(bool(m.detection.intruders) for m in findings)
     summary = (
-        f"{findings.intruders} intruders in {sum(bool(m.detection.intruders) for m in findings)} of {len(findings)} matrices "
-        f"(top_k={o.top_k}, epsilon={o.threshold_epsilon}); {len(findings) - len(undecided)} of {len(findings)} certified"
+        f"{findings.intruders} intruders in {with_any} of {len(findings)} matrices "
+        f"(top_k={options.top_k}, epsilon={options.threshold_epsilon}); {len(findings) - len(undecided)} of {len(findings)} certified"
     )
     if turned := sum(bool(m.transposed) for m in findings):
         summary += f"\n{turned} stored as columns x rows (embeddings, Conv1D); decisions still use the output side"
     if undecided:
         names = [m.tensor for m in undecided]
         names[:3] = shorten(names[:3], (screen.width or 10**6) - 4)
-        summary += f"\nnot certified: {listed(names)}"
         summary += (
-            "; an open direction does not count as an intruder; another --epsilon may settle it"
+            f"\nnot certified: {listed(names)}; an open direction does not count as an intruder; another --epsilon may "
+            "settle it"
         )
-        tried = [(m.detection, m.shape) for m in undecided]
-        if short := sum(
-            d.solver == "certified" or (d.precision == "float32" and views.is_repeated(shape))
-            for d, shape in tried
-        ):
+        if short := sum(map(_lacked_memory, undecided)):
             summary += f"\n{short} of these for lack of memory: with a larger --max-memory, a full SVD or float64 may settle them"
     if written is not None:
         summary += f"\n{state_line(written, state)}: {format_size(written.stat().st_size)}"
@@ -119,6 +126,13 @@ def findings_table(
         [_cut(cut, len(findings), "most energy")],
         [summary],
     )
+
+
+def _lacked_memory(matrix: MatrixFinding) -> bool:
+    """Test whether a full SVD or float64 might decide what stayed open."""
+    detection = matrix.detection
+    may_repeat = detection.precision == "float32" and views.is_repeated(matrix.shape)
+    return detection.solver == "certified" or may_repeat
 
 
 def state_line(where: object, state: str) -> str:
@@ -131,21 +145,11 @@ def next_step(
 ) -> str:
     """Give the command that makes the adapter forget less: a repair, or of a pipeline, which no repair runs, a shrink."""
     options = views.input_options({"base": findings.base, "adapter": findings.adapter})
-    words = ["repair", base, adapter, "-o", "OUTPUT", *options]
-    if any("/" in file["file"] for file in findings.base.get("files", ())):
-        words = [
-            "mitigate",
-            base,
-            adapter,
-            "--method",
-            "shrink",
-            "--lambda",
-            "0.75",
-            "-o",
-            "OUTPUT",
-            *options,
-        ]
-    return fit(f"next: streamer {shlex.join(words)}", screen.width)
+    is_pipeline = any("/" in file["file"] for file in findings.base.get("files", ()))
+    command = "mitigate" if is_pipeline else "repair"
+    method = "--method shrink --lambda 0.75 " if is_pipeline else ""
+    line = f"next: streamer {command} {shlex.join([base, adapter])} {method}-o OUTPUT"
+    return fit(f"{line} {shlex.join(options)}".rstrip(), screen.width)
 
 
 def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMIT) -> str:
@@ -164,20 +168,16 @@ def record_table(record: Mapping[str, Any], where: str, screen: Screen = NO_LIMI
         scaled = [str(len(m["intruders"])) for m in chosen]
         columns.insert(1, Column("scaled", scaled, "intruders that were scaled", priority=2))
     if record["command"] == "mitigate":
+        lost = [f"{100 * m['dropped']:.2f}%" for m in chosen]
         about = (
             "lost in projection: share of the mitigated delta that the adapter's rank cannot hold"
         )
-        columns.append(
-            Column("lost", [f"{100 * m['dropped']:.2f}%" for m in chosen], about, priority=4)
-        )
-    lines = [
-        *views.record_lines(record, state_line(where, record["state"])),
-        *record.get("measured", ()),
-    ]
+        columns.append(Column("lost", lost, about, priority=4))
+    lines = views.record_lines(record, state_line(where, record["state"]))
     return screen.join(
         table(columns, screen) if chosen else "",
         [_cut(cut, len(matrices), "largest change")],
-        lines,
+        [*lines, *record.get("measured", ())],
     )
 
 
@@ -189,29 +189,22 @@ def adapters_table(trees: Mapping[str, Mapping[str, Any]], screen: Screen = NO_L
         _summed("matrices", [x["matrices"] for x in totals], "", 1),
     ]
     if all("method" in tree for tree in trees.values()):
-        changed = [x["changed"] for x in totals]
-        columns.append(
-            _summed("mitigated", changed, "matrices whose delta differs from the adapter's", 3)
-        )
+        about = "matrices whose delta differs from the adapter's"
+        columns.append(_summed("mitigated", [x["changed"] for x in totals], about, 3))
         if any(views.takes_findings(tree["method"]) for tree in trees.values()):
-            columns.append(
-                _summed("scaled", [x["intruders"] for x in totals], "intruders that were scaled", 5)
-            )
+            scaled = [x["intruders"] for x in totals]
+            columns.append(_summed("scaled", scaled, "intruders that were scaled", 5))
         sizes = [x["bytes"] for x in totals]
-        columns += _norms(totals, priority=2)
-        columns.append(
-            Column("size", [*map(format_size, sizes)], "", 6, foot=format_size(sum(sizes)))
-        )
+        size = Column("size", [*map(format_size, sizes)], "", 6, foot=format_size(sum(sizes)))
+        columns += [*_norms(totals, priority=2), size]
     else:
-        with_intruders = [
-            sum(bool(m["intruders"]) for m in tree["matrices"]) for tree in trees.values()
-        ]
-        intruders, certified = ([x[key] for x in totals] for key in ("intruders", "certified"))
+        with_any = [sum(bool(m["intruders"]) for m in tree["matrices"]) for tree in trees.values()]
+        intruders = [x["intruders"] for x in totals]
+        certified = [x["certified"] for x in totals]
+        about = "leading directions that resemble none of the base's"
         columns += [
-            _summed("with any", with_intruders, "matrices with intruders", 3),
-            _summed(
-                "intruders", intruders, "leading directions that resemble none of the base's", 5
-            ),
+            _summed("with any", with_any, "matrices with intruders", 3),
+            _summed("intruders", intruders, about, 5),
             _summed("certified", certified, "matrices in which every decision is proven", 4),
         ]
     return screen.join(table(columns, screen), ["--all shows each adapter's matrices"])
@@ -223,9 +216,8 @@ def _summed(head: str, numbers: Sequence[int], about: str, priority: int) -> Col
 
 def _norms(rows: Sequence[Mapping[str, Any]], priority: int) -> list[Column]:
     """Make the columns of a delta's norm before and after mitigation."""
-    before, after = (
-        [f"{row[key]:#.4g}" for row in rows] for key in ("delta_norm", "delta_norm_after")
-    )
+    before = [f"{row['delta_norm']:#.4g}" for row in rows]
+    after = [f"{row['delta_norm_after']:#.4g}" for row in rows]
     return [
         Column("|delta|", before, "Frobenius norm of the delta", priority),
         Column("after", after, "Frobenius norm of the written delta", priority + 2),
@@ -234,15 +226,9 @@ def _norms(rows: Sequence[Mapping[str, Any]], priority: int) -> list[Column]:
 
 def _of_4_bits(tree: Mapping[str, Any]) -> list[str]:
     """Say what it means that an adapter's config names a base in 4 bits, if the base given here is in 16 or 32."""
-    name, dtypes = (
-        tree["adapter"].get("base_model_name_or_path") or "",
-        {m["dtype"] for m in tree["matrices"]},
-    )
-    if not re.search(r"4-?bit|nf4|int4|awq|gptq", name, re.IGNORECASE) or dtypes - {
-        "BF16",
-        "F16",
-        "F32",
-    }:
+    name = tree["adapter"].get("base_model_name_or_path") or ""
+    is_plain = {m["dtype"] for m in tree["matrices"]} <= {"BF16", "F16", "F32"}
+    if not is_plain or not re.search(r"4-?bit|nf4|int4|awq|gptq", name, re.IGNORECASE):
         return []
     return [
         f"trained on weights in 4 bits ({name}); on plain weights its loss is much the same (docs/recipes.md)"
@@ -253,89 +239,15 @@ def inspect_table(tree: Mapping[str, Any], screen: Screen = NO_LIMIT) -> str:
     """Format a plan: one line for each matrix, or if there are many, for each group whose names differ only in numbers."""
     totals = tree["totals"]
     matrices = sorted(tree["matrices"], key=lambda m: views.natural(m["tensor"]))
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     grouped = len(matrices) > MANY and not screen.every
+    groups = defaultdict[tuple[str, ...], list[dict[str, Any]]](list)
     for m in matrices:
-        attributes = m["shape"], m["transposed"], m["dtype"], m["rank"], m["scale"], m["matched"]
-        key = (
-            re.sub(r"(?<=[.\[])\d+(?=[.\]])", "*", m["tensor"]) if grouped else m["tensor"],
-            *map(str, attributes),
-        )
-        groups.setdefault(key, []).append(m)
-    rows = list(groups.items())
-    visible, hidden_rows = (rows[: 4 * SHOWN], rows[4 * SHOWN :]) if grouped else (rows, [])
-    first = [same[0] for _, same in visible]
-    transposed = any(m["transposed"] for m in first)
-    columns = [
-        Column(
-            "base tensor",
-            [key[0] for key, _ in visible],
-            "* stands for any number" if grouped else "",
-            left=True,
-            names=True,
-        ),
-    ]
-    if grouped:
-        columns.append(Column("matrices", [str(len(same)) for _, same in visible], priority=9))
-    else:
-        modules = [m["module"] for m in first]
-        columns.append(
-            Column("module", modules, "its name in the adapter", priority=1, left=True, names=True)
-        )
-    columns += [
-        Column("out x in", ["x".join(map(str, m["shape"])) for m in first], priority=6),
-        Column("dtype", [m["dtype"] for m in first], priority=5),
-        Column(
-            "r", [str(m["rank"] or "-") for m in first], "rank of the adapter's factors", priority=7
-        ),
-        Column(
-            "scale",
-            [f"{m['scale']:.4g}" for m in first],
-            "factor of B A, from the adapter's alpha and rank",
-            priority=3,
-        ),
-        Column(
-            "matched",
-            [m["matched"] for m in first],
-            "the rule that found its module in the base; see below",
-            priority=4,
-        ),
-    ]
-    if transposed:
-        columns.append(
-            Column(
-                "stored",
-                ["in x out" if m["transposed"] else "out x in" for m in first],
-                "the order of its sides in the base's file",
-                priority=2,
-            )
-        )
-    carried, count = "", len(tree["carried"])
-    if count:
-        tensors = sorted(tree["carried"], key=lambda c: views.natural(c["tensor"]))
-        tensors = tensors if screen.every or count <= MANY else tensors[:SHOWN]
-        carried = table(
-            [
-                Column(
-                    "carried along",
-                    [c["tensor"] for c in tensors],
-                    "tensors that are not factors",
-                    left=True,
-                    names=True,
-                ),
-                Column("change", [c["change"] for c in tensors], priority=2, left=True),
-                Column(
-                    "by",
-                    [c["by"] for c in tensors],
-                    "the adapter's tensor",
-                    priority=1,
-                    left=True,
-                    names=True,
-                ),
-            ],
-            screen,
-        )
-        carried = screen.join(carried, [_cut(count - len(tensors), count)])
+        name = re.sub(r"(?<=[.\[])\d+(?=[.\]])", "*", m["tensor"]) if grouped else m["tensor"]
+        alike = ("shape", "transposed", "dtype", "rank", "scale", "matched")
+        groups[(name, *(str(m[key]) for key in alike))].append(m)
+    rows = [(name, same) for (name, *_), same in groups.items()]
+    hidden = rows[4 * SHOWN :] if grouped else []
+    shown_rows = rows[: len(rows) - len(hidden)]
     lines = [
         f"{totals['matrices']} matrices of {totals['tensors']} tensors; base {format_size(totals['base_bytes'])}, "
         f"adapted {format_size(totals['adapted_bytes'])}; "
@@ -343,11 +255,61 @@ def inspect_table(tree: Mapping[str, Any], screen: Screen = NO_LIMIT) -> str:
         *_of_4_bits(tree),
         *(f"{n['modules']} matched by {n['rule']}: {n['why']}" for n in tree["names"]),
     ]
-    omitted = sum(len(same) for _, same in hidden_rows)
-    note = f"{omitted} matrices of {len(hidden_rows)} more kinds are not shown; " if omitted else ""
+    omitted = sum(len(same) for _, same in hidden)
+    note = f"{omitted} matrices of {len(hidden)} more kinds are not shown; " if omitted else ""
     note = f"{note}--all shows each matrix" if grouped else ""
     refused = [f"{command} is refused: {why}" for command, why in tree["refused"].items()]
-    return screen.join(table(columns, screen), [note], carried, lines, refused)
+    planned = table(_planned_columns(shown_rows, grouped), screen)
+    return screen.join(planned, [note], _carried(tree["carried"], screen), lines, refused)
+
+
+def _planned_columns(rows: Sequence[tuple[str, list[Any]]], grouped: bool) -> list[Column]:
+    """Make the columns of a plan, given the name and the matrices of each row."""
+    first = [same[0] for _, same in rows]
+    names = [name for name, _ in rows]
+    about = "* stands for any number" if grouped else ""
+    columns = [Column("base tensor", names, about, left=True, names=True)]
+    if grouped:
+        columns.append(Column("matrices", [str(len(same)) for _, same in rows], priority=9))
+    else:
+        modules = [m["module"] for m in first]
+        about = "its name in the adapter"
+        columns.append(Column("module", modules, about, priority=1, left=True, names=True))
+    ranks = [str(m["rank"] or "-") for m in first]
+    scales = [f"{m['scale']:.4g}" for m in first]
+    rules = [m["matched"] for m in first]
+    columns += [
+        Column("out x in", ["x".join(map(str, m["shape"])) for m in first], priority=6),
+        Column("dtype", [m["dtype"] for m in first], priority=5),
+        Column("r", ranks, "rank of the adapter's factors", priority=7),
+        Column("scale", scales, "factor of B A, from the adapter's alpha and rank", priority=3),
+        Column(
+            "matched", rules, "the rule that found its module in the base; see below", priority=4
+        ),
+    ]
+    if any(m["transposed"] for m in first):
+        stored = ["in x out" if m["transposed"] else "out x in" for m in first]
+        columns.append(
+            Column("stored", stored, "the order of its sides in the base's file", priority=2)
+        )
+    return columns
+
+
+def _carried(carried: Sequence[Mapping[str, str]], screen: Screen) -> str:
+    """Format the tensors of an adapter that are no factors, if it has any."""
+    if not carried:
+        return ""
+    tensors = sorted(carried, key=lambda c: views.natural(c["tensor"]))
+    if len(carried) > MANY and not screen.every:
+        tensors = tensors[:SHOWN]
+    names = [c["tensor"] for c in tensors]
+    sources = [c["by"] for c in tensors]
+    columns = [
+        Column("carried along", names, "tensors that are not factors", left=True, names=True),
+        Column("change", [c["change"] for c in tensors], priority=2, left=True),
+        Column("by", sources, "the adapter's tensor", priority=1, left=True, names=True),
+    ]
+    return screen.join(table(columns, screen), [_cut(len(carried) - len(tensors), len(carried))])
 
 
 def _most(items: Sequence[Any], weight: Any, screen: Screen) -> tuple[list[Any], int]:
@@ -379,13 +341,9 @@ def evaluation_table(
         written,
         *views.commands(evaluation, suggestion, names),
     ]
-    figures, samples = (
-        table(views.figures(evaluation), screen),
-        evaluation.facts["texts"]["task"].get("samples", ()),
-    )
-    return screen.join(
-        [views.verdict(evaluation, suggestion)], figures, sample_lines(samples), lines
-    )
+    figures = table(views.figures(evaluation), screen)
+    samples = sample_lines(evaluation.facts["texts"]["task"].get("samples", ()))
+    return screen.join([views.verdict(evaluation, suggestion)], figures, samples, lines)
 
 
 SAMPLE = 200
@@ -408,7 +366,8 @@ def map_text(record: Mapping[str, Any], base: str, screen: Screen) -> str:
     texts = listed(
         f"{text['name']} ({counted(text['tokens'], 'token')})" for text in record["texts"]
     )
-    inputs, matrices = counted(record["inputs"], "input"), counted(record["matrices"], "matrix")
+    inputs = counted(record["inputs"], "input")
+    matrices = counted(record["matrices"], "matrix")
     file = shlex.quote(record["output"])
     lines = [
         f"{counted(record['vectors'], 'leading vector')} of {inputs} of {matrices}, on {texts}",
@@ -428,22 +387,21 @@ def repair_table(
     inputs
         Base and adapter, as given.
     """
-    from streamer.api.views import repair_columns
-
-    adapter, output, reliable = record.get("lora", inputs[1]), record["output"], record["reliable"]
-    shown_shares = {
-        "kept": reliable["kept"],
-        "top-1 kept": reliable["top1_kept"],
-        "loss left": reliable["forgetting"],
-    }
-    why = "the adapter's change is too small to measure on this text; more text may help"
-    if samples := record.get("samples"):
+    base, given = inputs
+    adapter = record.get("lora", given)
+    output = record["output"]
+    samples = record.get("samples", ())
+    reliable = record["reliable"]
+    shown_shares = {"loss left": reliable["forgetting"]}
+    if not samples:  # the others have no meaning on what the adapter wrote
         shown_shares = {
-            "loss left": reliable["forgetting"]
-        }  # the others have no meaning on what it wrote
+            "kept": reliable["kept"],
+            "top-1 kept": reliable["top1_kept"],
+        } | shown_shares
+    why = "the adapter's change is too small to measure on this text; more text may help"
     lines = [
         f"writes {record['why']}",
-        *sample_lines(samples or ()),
+        *sample_lines(samples),
         *(
             f"{share} is not shown: {why}"
             for share, is_shown in shown_shares.items()
@@ -453,38 +411,32 @@ def repair_table(
     ]
     if "lora" in record:
         lines.append(
-            f"converted first: {adapter} is {inputs[1]} as a LoRA adapter, and was repaired in its place"
+            f"converted first: {adapter} is {given} as a LoRA adapter, and was repaired in its place"
         )
     lines.append(
         f"a page with these figures: streamer report {shlex.join([output, '-o', output + '.html'])}"
     )
     if record["chosen"] != "adapter":
-        texts = (
-            "--general",
-            "TEXT",
-            *(() if "own_text" in record else ("--task", "TEXT")),
-            "-o",
-            "FILE",
-        )
-        shrink = "--method", "shrink", "--lambda", str(written["lambda"])
-        variant = ("--coefficients", record["fit"]) if record["chosen"] == "repair" else shrink
-        evaluate = shlex.join(
-            ["evaluate", inputs[0], adapter, *texts, *variant, *views.input_options(written)]
-        )
+        texts = "" if "own_text" in record else " --task TEXT"
+        variant = ["--method", "shrink", "--lambda", str(written["lambda"])]
+        if record["chosen"] == "repair":
+            variant = ["--coefficients", record["fit"]]
+        options = shlex.join([*variant, *views.input_options(written)])
+        evaluate = f"evaluate {shlex.join([base, adapter])} --general TEXT{texts} -o FILE {options}"
         lines.append(f"next, on text that nothing was trained or fitted on: streamer {evaluate}")
-    return screen.join(table(repair_columns(record), screen), lines)
+    return screen.join(table(views.repair_columns(record), screen), lines)
 
 
 def report_text(report: Report, where: str, screen: Screen) -> str:
     """Format a report's subject, and state what was written or what to do next."""
-    subject, page, next_lines = report.subject, "", ""
+    subject = report.subject
+    page = next_lines = ""
     if (written := report.written) is not None:
-        page = fit(
-            f"{state_line(report.output, written.state)}: {format_size(written.nbytes)}",
-            screen.width,
-        )
+        line = f"{state_line(report.output, written.state)}: {format_size(written.nbytes)}"
+        page = fit(line, screen.width)
     if isinstance(subject, views.Findings):
-        text, next_lines = findings_table(subject, screen), next_step(subject, screen)
+        text = findings_table(subject, screen)
+        next_lines = next_step(subject, screen)
     elif isinstance(subject, views.Evaluation):
         text = evaluation_table(subject, views.Names(output=shlex.quote(where)), screen)
     else:
@@ -494,10 +446,9 @@ def report_text(report: Report, where: str, screen: Screen) -> str:
 
 def result(outcome: Any, args: argparse.Namespace, monitor: Monitor) -> Result:
     """Return what the command's request returned."""
-    page = (
-        args.command == "report" and args.output is not None
-    )  # explains its figures: the table needs no legend
-    on = screen(args.all, args.legend and not page)
+    # A page explains its figures, so that the table needs no legend.
+    is_on_page = args.command == "report" and args.output is not None
+    on = screen(args.all, args.legend and not is_on_page)
     if getattr(args, "dry_run", False):
         return outcome, dry_run_text(outcome, args.command, on)
     output = getattr(args, "output", None) or ""
@@ -508,19 +459,13 @@ def result(outcome: Any, args: argparse.Namespace, monitor: Monitor) -> Result:
         case "detect":
             return _detected(outcome, args, on, monitor)
         case "mitigate" | "merge":
-            return _each(
-                outcome,
-                lambda tree, on: ({**tree}, record_table(tree, tree["output"], on)),
-                output,
-                on,
-            )
+            return _each(outcome, _written, output, on)
         case "report":
             return outcome.record(), report_text(outcome, args.findings, on)
         case "evaluate":
             tree = {**outcome.to_dict(), "output": output, "state": state}
-            return tree, evaluation_table(
-                outcome, _names(args), on, state_line(output, state) if output else ""
-            )
+            written = state_line(output, state) if output else ""
+            return tree, evaluation_table(outcome, _names(args), on, written)
         case "map":
             tree = {**views.map_record(outcome, output, state)}
             return tree, map_text(tree, shown(args.base[0]), on)
@@ -529,30 +474,33 @@ def result(outcome: Any, args: argparse.Namespace, monitor: Monitor) -> Result:
             return outcome.record, repair_table(outcome.record, outcome.written, inputs, on)
 
 
+def _written(tree: Any, on: Screen) -> Result:
+    return {**tree}, record_table(tree, tree["output"], on)
+
+
 def _detected(outcome: Any, args: argparse.Namespace, on: Screen, monitor: Monitor) -> Result:
     def result(findings: Any, on: Screen) -> Result:
         path = Path(findings.name)
         state = monitor.outputs[path]
-        return {**findings.record(), "output": str(path), "state": state}, findings_table(
-            findings, on, path, state
-        )
+        tree = {**findings.record(), "output": str(path), "state": state}
+        return tree, findings_table(findings, on, path, state)
 
     tree, text = _each(outcome, result, args.output, on)
-    several = isinstance(outcome, views.ByName)
-    last, adapter = (
-        ([*outcome.values()][-1], "ADAPTER") if several else (outcome, shown(args.adapter[0]))
-    )
-    return tree, f"{text}\n\n{next_step(last, on, shown(args.base), adapter)}"
+    adapter = shown(args.adapter[0])
+    if isinstance(outcome, views.ByName):
+        *_, outcome = outcome.values()
+        adapter = "ADAPTER"
+    return tree, f"{text}\n\n{next_step(outcome, on, shown(args.base), adapter)}"
 
 
 def _names(args: argparse.Namespace) -> views.Names:
     """Return the words of the commands to run after an evaluation."""
     files = (args.general, args.task, args.output, args.findings, args.coefficients, args.map)
     quoted_files = (shlex.quote(file) if file else "" for file in files)
-    limits = [f for f in fields(EvaluateOptions) if f.name in ("sequences", "length")]
-    reading = "".join(
-        f" --{f.name} {getattr(args, f.name)}" for f in limits if getattr(args, f.name) != f.default
-    )
+    reading = ""
+    for name in ("sequences", "length"):
+        if (value := getattr(args, name)) != getattr(EvaluateOptions, name):
+            reading += f" --{name} {value}"
     others = "".join(f" --other {shlex.quote(file)}" for file in args.other)
     names = views.Names(shlex.join(map(shown, (args.base, args.adapter))), *quoted_files)
     return replace(
@@ -564,14 +512,14 @@ def _each(outcome: Any, result: Callable[[Any, Screen], Result], output: str, on
     """Combine results for several adapters by name, in full with `--all`; return a single adapter's result unchanged."""
     if not isinstance(outcome, views.ByName):
         return result(outcome, on)
-    later = replace(on, legend=False)  # one legend is enough
-    parts = {
-        name: result(part, later if i else on) for i, (name, part) in enumerate(outcome.items())
-    }
-    trees = {name: tree for name, (tree, _) in parts.items()}
+    trees, texts = {}, []
+    each = on
+    for name, part in outcome.items():
+        trees[name], text = result(part, each)
+        texts.append(f"{name}\n{text}")
+        each = replace(on, legend=False)  # one legend is enough
     if on.every:
-        text = "\n\n".join(f"{name}\n{text}" for name, (_, text) in parts.items())
-    else:
-        present = all(tree["state"] == "present" for tree in trees.values())
-        text = f"{adapters_table(trees, on)}\n\n{state_line(output, 'present' if present else 'written')}"
-    return views.several(trees), text
+        return views.several(trees), "\n\n".join(texts)
+    present = all(tree["state"] == "present" for tree in trees.values())
+    line = state_line(output, "present" if present else "written")
+    return views.several(trees), f"{adapters_table(trees, on)}\n\n{line}"

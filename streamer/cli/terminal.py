@@ -106,7 +106,9 @@ class Progress:
         if mode == "auto":
             mode = "bar" if columns() is not None and os.environ.get("TERM") != "dumb" else "plain"
         self._mode = "none" if quiet else mode
-        self._quiet, self._command, self._logged = quiet, command, logged
+        self._quiet = quiet
+        self._command = command
+        self._logged = logged
         self._began = time.monotonic()
         self._bars: Bars | None = None
         self._lock = threading.RLock()
@@ -179,10 +181,11 @@ class Progress:
     def _logged_layout(self, event: Event) -> dict[str, Any]:
         """Lay out a line for a log."""
         stage = "" if event.stage == self._command else f"{event.stage} "
-        desc = counts(event, " of ").lstrip() if event.of else event.name
-        bar_format = (
-            "{desc}, {percentage:.0f}%{postfix}, {remaining} left" if event.of else "{desc}"
-        )
+        desc = event.name
+        bar_format = "{desc}"
+        if event.of:
+            desc = counts(event, " of ").lstrip()
+            bar_format += ", {percentage:.0f}%{postfix}, {remaining} left"
         return {"desc": f"{stage}{desc}", "bar_format": bar_format, "postfix": event.adapter}
 
 
@@ -193,14 +196,12 @@ def _fitted(text: str) -> str:
 
 def verification_text(verification: Mapping[str, Any]) -> str:
     """State what was compared and recomputed, and what was not and why."""
-    output, totals = verification["output"], verification["totals"]
-    lines = [
-        f"{output}: {counted(totals['files'], 'file')}, {format_size(totals['bytes'])}, as recorded"
-    ]
+    totals = verification["totals"]
+    files = f"{counted(totals['files'], 'file')}, {format_size(totals['bytes'])}"
+    lines = [f"{verification['output']}: {files}, as recorded"]
     if "inputs" not in verification:
-        return "\n".join(
-            [*lines, "compared only with its own record; give BASE ADAPTER to compare it with them"]
-        )
+        alone = "compared only with its own record; give BASE ADAPTER to compare it with them"
+        return "\n".join([*lines, alone])
     lines.append(
         f"{totals['recomputed']} of {totals['matrices']} matrices recomputed, each within its rounding"
     )
@@ -219,13 +220,11 @@ def verification_text(verification: Mapping[str, Any]) -> str:
 def left_out(verification: Mapping[str, Any]) -> str:
     """Count the matrices and tensors that were not compared with the inputs."""
     totals = verification["totals"]
-    matrices, tensors = (
-        totals["matrices"] - totals["recomputed"],
-        totals["tensors"] - totals["compared"],
-    )
-    counts = [
-        counted(n, what) for n, what in ((matrices, "matrix"), (tensors, "other tensor")) if n
-    ]
+    left = {
+        "matrix": totals["matrices"] - totals["recomputed"],
+        "other tensor": totals["tensors"] - totals["compared"],
+    }
+    counts = [counted(n, what) for what, n in left.items() if n]
     tried = totals["not_recomputed"] + len(verification["not_compared"]) >= totals["not_compared"]
     return f"not compared: {' and '.join(counts) or 'nothing'}{'' if tried else '; --sample all compares everything'}"
 

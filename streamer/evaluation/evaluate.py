@@ -9,32 +9,45 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from streamer.adapters.finetuned import AdapterPaths
 from streamer.detection.findings import Findings
 from streamer.detection.options import DetectionOptions, Run
 from streamer.errors import UsageError
-from streamer.evaluation.evaluation import Evaluation, ask_swapped, lambda_to_place, load_evaluation
-from streamer.measuring import runs
-from streamer.measuring.runs import EvaluatedVariant, Prepared, Progress, Records, Work
-from streamer.measuring.statistics import ADAPTER_ROW, MEASURES, SequenceSums, critical_value
-from streamer.measuring.texts import GENERAL, TASK, Texts, TextSequences, read_texts, sample_digest
+from streamer.evaluation.curve import lambda_to_place
+from streamer.evaluation.evaluation import Evaluation, load_evaluation
+from streamer.evaluation.judgement import ask_swapped
+from streamer.json_types import JsonObject
+from streamer.measuring.batches import MOST_ROWS, Work, batches, needs_one_length, sweep_cost
+from streamer.measuring.facts import (
+    differences,
+    joined_facts,
+    model_facts,
+    of_others,
+    with_digest,
+    writable,
+)
+from streamer.measuring.losses import SweepProgress, measure
+from streamer.measuring.prepared import ENDS, Prepared, Records
+from streamer.measuring.sequences import GENERAL, TASK, TextsByName, TextSequences
+from streamer.measuring.statistics import MEASURES, SUM_ARRAYS, EvaluatedVariant, SequenceSums, Sums
+from streamer.measuring.texts import read_texts, sample_digest
 from streamer.methods import UNCHANGED, NullSpace, RegMean, Shrink
 from streamer.options import EvaluateOptions, VariantOptions
 from streamer.output.job import check_coefficients, check_map, open_jobs
 from streamer.storage.atomic_file import write_atomic
 from streamer.storage.files import locked
 from streamer.storage.transaction import is_taken, lock_of, remove_leftovers
-from streamer.streaming.model import require_transformers
+from streamer.streaming.skeleton import require_transformers
 from streamer.streaming.sweep import SweepModel
-from streamer.streaming.values import ADAPTER, Variant, VariantSet
+from streamer.streaming.variants import ADAPTER_ROW, Variant, VariantSet
 
-BLOCK = 8
+BLOCK_SEQUENCES = 8
 """Sequences of each text in a block."""
 
 KNOWN = 0.03
@@ -43,12 +56,24 @@ KNOWN = 0.03
 
 def spread(text: TextSequences) -> TextSequences:
     """Order the sequences of a text so that those of the first blocks are spread over it."""
-    steps = max(1, -(-len(text.ids) // BLOCK))
-    bits = (
-        steps - 1
-    ).bit_length()  # in the order of their reversed bits, steps are as far from each other as possible
+    steps = max(1, -(-len(text.ids) // BLOCK_SEQUENCES))
+    bits = (steps - 1).bit_length()
+    # In the order of their reversed bits, steps are as far from each other as possible.
     order = sorted(range(steps), key=lambda i: int(f"{i:0{bits}b}"[::-1], 2))
     return text.take([i for step in order for i in range(step, len(text.ids), steps)])
+
+
+def blocks_of(texts: TextsByName) -> list[dict[str, TextSequences]]:
+    """Divide texts into blocks; a short text is in the first ones alone."""
+    longest = max(len(text.ids) for text in texts.values())
+    return [
+        {
+            name: text.take(range(start, min(start + BLOCK_SEQUENCES, len(text.ids))))
+            for name, text in texts.items()
+            if start < len(text.ids)
+        }
+        for start in range(0, longest, BLOCK_SEQUENCES)
+    ]
 
 
 def clear(evaluation: Evaluation) -> bool:
@@ -57,20 +82,46 @@ def clear(evaluation: Evaluation) -> bool:
     The suggested variant then diverges less, beyond its error, than every other that may keep the share, and keeps it itself; the shares
     of learning and of divergence are known to `KNOWN`. One block is too few to know its own errors.
     """
-    general, task, best = evaluation.general, evaluation.task, evaluation.best()
-    sequences = len(task.tokens)
-    if sequences <= BLOCK or best.reason != "forgets least" or best.variant is None:
+    general = evaluation.general
+    task = evaluation.task
+    best = evaluation.best()
+    few = len(task.tokens) <= BLOCK_SEQUENCES
+    if few or best.reason != "forgets least" or best.variant is None:
         return False
-    chosen, errors = evaluation.variants.index(best.variant), critical_value(sequences)
+    chosen = evaluation.variants.index(best.variant)
     for row in range(ADAPTER_ROW, len(evaluation.variants)):
-        kept, left = task.share("loss", row), general.share("kl", row)
-        if max(kept.error, left.error) > KNOWN:
+        kept = task.share("loss", row)
+        if max(kept.error, general.share("kl", row).error) > KNOWN:
             return False
-        lacks = kept.value + errors * kept.error < evaluation.keep
+        lacks = kept.value + kept.margin < evaluation.keep
         if row != chosen and not lacks and not general.mean("kl", chosen, row).is_negative:
             return False
     kept = task.share("loss", chosen)
-    return kept.value - errors * kept.error >= evaluation.keep or best.variant.keep is not None
+    return kept.value - kept.margin >= evaluation.keep or best.variant.keep is not None
+
+
+def work_of(block: TextsByName, variants: int) -> Work:
+    """Count the rows of a sweep of so many variants over a block."""
+    texts = block.values()
+    return Work(variants * sum(text.rows for text in texts), max(text.longest for text in texts))
+
+
+def joined_evaluation(
+    known: Evaluation | None,
+    variants: Sequence[Variant],
+    sums: Sums,
+    facts: JsonObject,
+    keep: float,
+) -> Evaluation:
+    """Join variants to those known, in the order of tables; the base and the adapter come first in both."""
+    evaluated = [EvaluatedVariant.of(variant) for variant in variants]
+    if known is not None:
+        added = range(ADAPTER_ROW + 1, len(evaluated))
+        evaluated = [*known.variants, *evaluated[ADAPTER_ROW + 1 :]]
+        sums = {text: known.sums[text].joined(own.take(added)) for text, own in sums.items()}
+    order = sorted(range(len(evaluated)), key=lambda row: evaluated[row].order)
+    ordered = {text: own.take(order) for text, own in sums.items()}
+    return Evaluation.of([evaluated[row] for row in order], ordered, facts, keep)
 
 
 def _next_lambda(known: Evaluation, keep: float) -> float | None:
@@ -80,21 +131,8 @@ def _next_lambda(known: Evaluation, keep: float) -> float | None:
     return lambda_to_place(known, keep)
 
 
-class BlockSweep(NamedTuple):
-    """A sweep of so many variants over a block of the texts."""
-
-    block: dict[str, TextSequences]
-    variants: int
-
-    @property
-    def work(self) -> Work:
-        """Count the rows that ride."""
-        texts = self.block.values()
-        rows = self.variants * sum(len(ids) for text in texts for ids in text.ids)
-        return Work(fitted=0, riding=rows, length=max(text.longest for text in texts))
-
-
-VALUE_BYTES, VARIANT_BYTES = 26, 2500
+VALUE_BYTES = 26
+VARIANT_BYTES = 2500
 """Largest JSON size in bytes of a sequence's sum, and of a variant's other figures."""
 
 
@@ -112,130 +150,113 @@ class PreparedEvaluation(Prepared[Evaluation]):
 
     options: EvaluateOptions
     variants: tuple[Variant, ...]
-    texts: Texts
+    texts: TextsByName
 
     noun = "an evaluation"
     read = staticmethod(load_evaluation)
     same = "this very evaluation"
     example = "evaluation.json"
 
-    def blocks(self) -> list[dict[str, TextSequences]]:
-        """Divide the texts into blocks."""
-        rows_of = {name: range(len(text.ids)) for name, text in self.texts.items()}
-        starts = range(0, max(map(len, rows_of.values())), BLOCK)
-        return [
-            {
-                name: self.texts[name].take(rows[i : i + BLOCK])
-                for name, rows in rows_of.items()
-                if i in rows
-            }
-            for i in starts
-        ]
+    def over_blocks(self, new: int) -> list[Work]:
+        """List sweeps of the base, the adapter and so many other variants over the blocks of the texts."""
+        return [work_of(block, len(ENDS) + new) for block in blocks_of(self.texts)]
 
-    def expected(self, known: Evaluation | None) -> list[BlockSweep]:
+    def sweeps(self, known: Evaluation | None = None) -> list[Work]:
         """List the sweeps of a run that does not stop early; empty if nothing is missing."""
-        missing, keep = self.missing(known), self.options.keep
-        new = [variant for variant in missing if variant.name != ADAPTER]
-        sweeps = [BlockSweep(block, 2 + len(new)) for block in self.blocks()] if missing else []
+        keep = self.options.keep
+        missing = self.missing(known)
+        sweeps = self.over_blocks(len(missing)) if known is None or missing else []
         again = known is not None and known.keep != keep and _next_lambda(known, keep) is not None
-        placing = (
-            keep < 1
-            and Shrink.name in [v.method for v in self.variants]
-            and (bool(sweeps) or again)
-        )
-        return sweeps + [BlockSweep(block, 3) for block in self.blocks() if placing]
+        shrinks = any(variant.method == Shrink.name for variant in self.variants)
+        if keep < 1 and shrinks and (sweeps or again):
+            sweeps += self.over_blocks(1)
+        return sweeps
 
     def missing(self, known: Evaluation | None) -> list[Variant]:
         """List the requested variants that an earlier run has not measured, without those that have no intruders to scale."""
         measured = () if known is None else known.variants
-        recorded: Mapping[str, Any] = {} if known is None else known.facts
+        recorded: JsonObject = {} if known is None else known.facts
         scaling = 0 not in (self.facts.get("intruders"), recorded.get("intruders"))
-        variants = (v for v in self.variants[1:] if scaling or not v.scales_intruders)
-        return [variant for variant in variants if EvaluatedVariant.of(variant) not in measured]
+        _base, _adapter, *variants = self.variants
+        return [
+            variant
+            for variant in variants
+            if (scaling or not variant.scales_intruders)
+            and EvaluatedVariant.of(variant) not in measured
+        ]
 
     @cached_property
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> JsonObject:
         """Return the inputs and options as JSON: `EvaluationFacts`."""
-        findings = (
-            self.model.job.findings
-            if any(variant.scales_intruders for variant in self.variants)
-            else None
-        )
+        base, adapter = self.plan.sources
+        scaling = any(variant.scales_intruders for variant in self.variants)
+        findings = self.model.job.findings if scaling else None
         methods = [variant.mitigation for variant in self.variants]
+        others = dict(self.texts)
+        texts: dict[str, object] = {name: others.pop(name).facts() for name in (GENERAL, TASK)}
+        if others:
+            texts["others"] = [text.facts() for text in others.values()]
         tree = {
-            **runs.model_facts(self.model, base=self.plan.sources[0], adapter=self.plan.sources[1]),
-            **runs.writable(self.plan),
+            **model_facts(self.model, base=base, adapter=adapter),
+            **writable(self.plan),
             "detection": None if findings is None else findings.options.as_dict(),
             "scale": self.options.select,
             "projected": self.options.projected,
-            "texts": {GENERAL: self.texts[GENERAL].facts(), TASK: self.texts[TASK].facts()},
+            "texts": texts,
         }
-        if others := [
-            text.facts() for name, text in self.texts.items() if name not in (GENERAL, TASK)
-        ]:
-            tree["texts"]["others"] = others
         if findings is not None:
             tree |= {"findings": findings.decisions_digest(), "intruders": findings.intruders}
-        if coefficients := [
-            method.coefficients.record() for method in methods if isinstance(method, RegMean)
-        ]:
-            tree["coefficients"] = coefficients
-        if maps := [method.map.record() for method in methods if isinstance(method, NullSpace)]:
-            tree["map"] = maps[0]
-        return runs.with_digest(tree)
+        if sets := [m.coefficients.record() for m in methods if isinstance(m, RegMean)]:
+            tree["coefficients"] = sets
+        for method in methods:
+            if isinstance(method, NullSpace):
+                tree["map"] = method.map.record()
+        return with_digest(tree)
 
-    def run_facts(self, path: Path) -> tuple[dict[str, Any], str]:
+    def run_facts(self, path: Path) -> tuple[JsonObject, str]:
         """Add the variants' methods, and digests of findings and of an earlier evaluation.
 
         The journal does not contain what earlier runs measured, so it must belong to this version of their file.
         """
-        earlier = (
-            hashlib.sha256(path.read_bytes()).hexdigest()
-            if is_taken(path) and path.is_file()
-            else ""
-        )
+        facts, _ = super().run_facts(path)
         variants = [[v.name, v.mitigation and v.mitigation.as_dict()] for v in self.variants]
-        facts = runs.with_digest(super().run_facts(path)[0], variants=variants)
-        findings = self.model.job.findings
-        return facts, f"{'' if findings is None else findings.digest()} {earlier}".strip()
+        digests = []
+        if self.model.job.findings is not None:
+            digests.append(self.model.job.findings.digest())
+        if is_taken(path) and path.is_file():
+            digests.append(hashlib.sha256(path.read_bytes()).hexdigest())
+        return with_digest(facts, variants=variants), " ".join(digests)
 
     def is_whole(self, path: Path) -> bool:
         """Test whether an evaluation lacks nothing."""
-        return not self.expected(self._load(path))
+        return not self.sweeps(self._load(path))
 
     def known(self, path: Path | None) -> Evaluation | None:
         """Load the evaluation to which this run adds variants; None if the file is new or will be replaced."""
-        return (
-            None if path is None or self.run.overwrite or not is_taken(path) else self._load(path)
-        )
+        if path is None or self.run.overwrite or not is_taken(path):
+            return None
+        return self._load(path)
 
     def _load(self, path: Path) -> Evaluation:
         """Load an evaluation; refuse it if its variants cannot be compared with this run's variants."""
         known = load_evaluation(path)
-        if differing := runs.differences(self.facts, known.facts):
-            raise runs.of_others(path, self.noun, differing)
+        if differing := differences(self.facts, known.facts):
+            raise of_others(path, self.noun, differing)
         return known
-
-    def sweeps(self, known: Evaluation | None = None) -> list[Work]:
-        """List the sweeps for what an earlier run has not measured."""
-        return [sweep.work for sweep in self.expected(known)]
 
     def written_bytes(self, known: Evaluation | None) -> tuple[int, int]:
         """Estimate the bytes of the whole file, and of the journal."""
         variants = len(self.variants) + 1 + (0 if known is None else len(known.variants))
         sequences = sum(len(text.ids) for text in self.texts.values())
-        values = (
-            VARIANT_BYTES * (variants + 2)
-            + VALUE_BYTES * (len(MEASURES) * variants + 1) * sequences
-        )
-        nbytes = values + len(json.dumps(self.facts, indent=1))
+        values = VALUE_BYTES * (len(MEASURES) * variants + 1) * sequences
+        nbytes = values + VARIANT_BYTES * (variants + 2) + len(json.dumps(self.facts, indent=1))
         return nbytes, nbytes
 
     def result(self, output: Path | None) -> Evaluation:
         """Measure the missing variants; write the evaluation to a file if an output is named."""
         evaluation = super().result(output)
         if evaluation.best().swapped:
-            self.run.monitor.warn((ask_swapped(evaluation.task),))
+            self.run.monitor.warn([ask_swapped(evaluation.task)])
         return evaluation
 
     def save(self, result: Evaluation, path: Path) -> None:
@@ -244,10 +265,8 @@ class PreparedEvaluation(Prepared[Evaluation]):
 
     def keep_finished(self, path: Path) -> Evaluation:
         """Load a complete evaluation; write its suggestion anew if the requested share differs."""
-        monitor, evaluation = (
-            self.run.monitor,
-            replace(load_evaluation(path), keep=self.options.keep),
-        )
+        monitor = self.run.monitor
+        evaluation = replace(load_evaluation(path), keep=self.options.keep)
         text = evaluation.to_json().encode()
         if text == path.read_bytes():
             return super().keep_finished(path)
@@ -260,99 +279,88 @@ class PreparedEvaluation(Prepared[Evaluation]):
 
     def compute(self, records: Records, output: Path | None) -> Evaluation:
         """Measure the missing variants, and then the shrink whose λ keeps the share according to the losses so far."""
-        known, facts, keep = self.known(output), self.facts, self.options.keep
+        monitor = self.run.monitor
+        keep = self.options.keep
+        known = self.known(output)
+        facts = self.facts
         if known is not None:
-            self.run.monitor.note(f"{output}: adds to the {len(known.variants)} variants in it")
-            facts = runs.joined_facts(facts, known.facts)
-        progress = Progress(self.run, "evaluate")
-        one_length = runs.needs_one_length(
-            self.model, self.texts, runs.ROWS, self.run.monitor.checkpoint
-        )
-        missing, evaluation = self.missing(known), known
-        ends = self.variants[: ADAPTER_ROW + 1]
-        measure = partial(
-            self._measure, facts=facts, one_length=one_length, records=records, progress=progress
-        )
-        if missing:
-            evaluation = measure(
-                known, (*ends, *(variant for variant in missing if variant not in ends))
-            )
+            monitor.note(f"{output}: adds to the {len(known.variants)} variants in it")
+            facts = joined_facts(facts, known.facts)
+        progress = SweepProgress(monitor, "evaluate")
+
+        def added(
+            known: Evaluation | None, new: Sequence[Variant], planned: Sequence[Work]
+        ) -> Evaluation:
+            """Measure variants on the sequences of those known, or, if none are, until the answer is clear."""
+            variants = [*ENDS, *new]
+
+            def enough(sums: Sums) -> bool:
+                if known is None:
+                    return clear(joined_evaluation(None, variants, sums, facts, keep))
+                return all(
+                    len(own.tokens) >= len(known.sums[text].tokens) for text, own in sums.items()
+                )
+
+            sums = self._ride(records, progress, variants, planned, enough)
+            return joined_evaluation(known, variants, sums, facts, keep)
+
+        missing = self.missing(known)
+        evaluation = known
+        if known is None or missing:
+            evaluation = added(known, missing, self.sweeps(known))
         assert evaluation is not None
-        again = bool(missing) or (known is not None and known.keep != keep)
-        if again and (lam := _next_lambda(evaluation, keep)) is not None:
-            evaluation = measure(replace(evaluation, facts=facts), (*ends, Variant.of(Shrink(lam))))
+        changed = evaluation is not known or evaluation.keep != keep
+        if changed and (lam := _next_lambda(evaluation, keep)) is not None:
+            evaluation = added(evaluation, [Variant.of(Shrink(lam))], self.over_blocks(1))
         progress.finish()
         return replace(evaluation, facts=facts, keep=keep)
 
-    def _measure(
+    @cached_property
+    def one_length(self) -> bool:
+        """Test whether only sequences of one length may run together."""
+        return needs_one_length(self.model, self.texts, MOST_ROWS, self.run.monitor.checkpoint)
+
+    def _ride(
         self,
-        known: Evaluation | None,
-        variants: Sequence[Variant],
-        facts: Mapping[str, Any],
-        one_length: bool,
         records: Records,
-        progress: Progress,
-    ) -> Evaluation:
-        """Let variants, the base and the adapter first, ride through blocks until the answer is clear; join them to those known.
+        progress: SweepProgress,
+        variants: Sequence[Variant],
+        planned: Sequence[Work],
+        enough: Callable[[Sums], bool],
+    ) -> Sums:
+        """Let variants, the base and the adapter first, ride through blocks until their sums are enough.
 
-        Variants that join earlier ones ride through the same sequences.
+        Parameters
+        ----------
+        planned
+            The sweeps still to come, of which those over the blocks are the first.
         """
-        model, keep, sums = self.model, self.options.keep, dict[str, SequenceSums]()
-        lengths = None if known is None else {name: len(s.tokens) for name, s in known.sums.items()}
+        model = self.model
         model.use(replace(model.job, variants=tuple(variants)))
-        names, blocks = json.dumps([variant.name for variant in variants]), self.blocks()
-        sweeps = self.expected(known) or [BlockSweep(block, len(variants)) for block in blocks]
-
-        def joined_to(known: Evaluation | None) -> Evaluation:
-            """Join the variants to those known, in the order of tables."""
-            evaluated, joint = [*map(EvaluatedVariant.of, variants)], sums
-            if known is not None:
-                evaluated, added = [*known.variants, *evaluated[2:]], range(2, len(evaluated))
-                joint = {
-                    text: known.sums[text].joined(new.take(added)) for text, new in sums.items()
-                }
-            order = sorted(range(len(evaluated)), key=lambda row: evaluated[row].order)
-            ordered = {text: text_sums.take(order) for text, text_sums in joint.items()}
-            return Evaluation.of([evaluated[row] for row in order], ordered, facts, keep)
-
-        for number, block in enumerate(blocks):
-            if (
-                sums
-                and lengths is not None
-                and all(len(s.tokens) >= lengths[name] for name, s in sums.items())
-            ):
+        names = json.dumps([variant.name for variant in variants])
+        layers = len(model.layers) + 1
+        sums: Sums = {}
+        for number, block in enumerate(blocks_of(self.texts)):
+            if sums and enough(sums):
                 break
             key = f"{number} {names}"
-            recorded = {
-                name: arrays
-                for name in block
-                if (arrays := records.find(f"{key} {name}")) is not None
-            }
-            measures = {name: SequenceSums(**arrays) for name, arrays in recorded.items()}
-            if measures.keys() != block.keys():
-                limits = self.limits_of(BlockSweep(block, len(variants)).work)
-                held_out = runs.riders(block, len(variants), model.size, limits.rows, one_length)
-                rest = [runs.sweep_cost(model.size, sweep.work.riding) for sweep in sweeps[number:]]
-                progress.expect(sum(rest), len(rest) * (len(model.layers) + 1))
-                measures = runs.measure(
-                    model, held_out, progress, limits, states=records.states(key)
-                )
-                for name, new in measures.items():
-                    records.add(
-                        f"{key} {name}",
-                        {kind: getattr(new, kind) for kind in ("tokens", *MEASURES)},
-                    )
-            sums |= {
-                name: sums[name].followed(new) if name in sums else new
-                for name, new in measures.items()
-            }
-            if lengths is None and clear(joined_to(None)):
-                break
-        return joined_to(known)
+            found = {name: records.find(f"{key} {name}") for name in block}
+            new = {name: SequenceSums(**arrays) for name, arrays in found.items() if arrays}
+            if new.keys() != block.keys():
+                limits = self.limits_of(planned[number])
+                riders = batches(block, len(variants), model.size, limits.rows, self.one_length)
+                cost = sum(sweep_cost(model.size, work.riding) for work in planned[number:])
+                progress.expect(cost, (len(planned) - number) * layers)
+                new = measure(model, riders, progress, limits, records.states(key))
+                for name, own in new.items():
+                    records.add(f"{key} {name}", {array: own[array] for array in SUM_ARRAYS})
+            for name, own in new.items():
+                sums[name] = sums[name].followed(own) if name in sums else own
+        return sums
 
 
 def prepare(
-    base_path: str | Path,
+    base_path: Path,
     adapter: Path,
     texts: Mapping[str, Path],
     findings: Findings | None,
@@ -368,31 +376,33 @@ def prepare(
     texts
         Paths of the ``general`` and the ``task`` text, and of others by file name.
     """
-    model = open_model(base_path, adapter, findings, options, variants, run)
+    model = open_variants(base_path, adapter, findings, options, variants, run)
     counts = dict.fromkeys(texts, options.sequences)
-    plan, read = model.job.plan, read_texts(model, texts, counts, options.length, run.monitor)
+    read = read_texts(model, texts, counts, options.length, run.monitor)
+    run.monitor.warn(_of_fits(variants, texts, read))
+    ordered = {name: spread(text) for name, text in read.items()}
+    return PreparedEvaluation(run, max_memory, model, options, variants, ordered)
+
+
+def _of_fits(
+    variants: Iterable[Variant], paths: Mapping[str, Path], texts: TextsByName
+) -> Iterator[str]:
+    """Warn of texts to which coefficients were fitted, as far as these state their texts."""
     fits = (v.mitigation.coefficients for v in variants if isinstance(v.mitigation, RegMean))
-    stated = next((fit.facts.get("texts") for fit in fits), None)
-    facts = (
-        [text for text in stated.values() if isinstance(text, dict)]
-        if isinstance(stated, dict)
-        else []
-    )
-    sequences, files = (
-        {text.get("sha256") for text in facts},
-        {text.get("sample_sha256") for text in facts},
-    )
-    for name, text in read.items() if facts else ():
-        if text.digest() in sequences or sample_digest(texts[name]) in files:
+    stated: Any = next((fit.facts.get("texts") for fit in fits), None)
+    if not isinstance(stated, dict):
+        return
+    facts = [text for text in stated.values() if isinstance(text, dict)]
+    known = {text.get(key) for text in facts for key in ("sha256", "sample_sha256")}
+    for name, text in texts.items():
+        if known & {text.digest(), sample_digest(paths[name])}:
             used = f"the {name} text, {text.name}, was used to fit the coefficients"
             look = "on it, the fitted variants look better than they are; evaluate on other text"
-            run.monitor.warn((f"{used}: {look}",))
-    ordered = {name: spread(text) for name, text in read.items()}
-    return PreparedEvaluation(plan, run, max_memory, model, options, variants, ordered)
+            yield f"{used}: {look}"
 
 
-def open_model(
-    base_path: str | Path,
+def open_variants(
+    base_path: Path,
     adapter: Path,
     findings: Findings | None,
     options: VariantOptions,
@@ -417,11 +427,13 @@ def open_model(
     )
     plan = job.plan
     run.monitor.warn((*plan.warnings, *job.warnings))
-    methods = [variant.mitigation for variant in variants]
-    for method in methods:
+    for variant in variants:
+        method = variant.mitigation
         if isinstance(method, RegMean):
             check_coefficients(plan, method.coefficients)
-    if maps := [method.map for method in methods if isinstance(method, NullSpace)]:
-        run.monitor.warn(check_map(plan, maps[0]))
-    rounds, device = options.dtype == "bf16", run.model_device
-    return SweepModel(VariantSet(plan, variants, job.findings, options.projected, rounds, device))
+        elif isinstance(method, NullSpace):
+            run.monitor.warn(check_map(plan, method.map))  # each warning once
+    rounds = options.dtype == "bf16"
+    return SweepModel(
+        VariantSet(plan, variants, job.findings, options.projected, rounds, run.model_device)
+    )

@@ -6,7 +6,7 @@ A killed run starts over and gives the same bytes: the map is one file, written 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,27 +17,23 @@ from torch import Tensor
 
 from streamer.detection.options import Run
 from streamer.errors import NumericError, UnsupportedError
-from streamer.evaluation.evaluation import TextFacts
-from streamer.json_types import Count, OutputPath, Sha256, State, TensorName
+from streamer.json_types import Count, JsonObject, OutputPath, Sha256, State, TensorName
 from streamer.linalg.moments import MORE, ROWS, leading_vectors
-from streamer.measuring import runs
-from streamer.measuring.runs import Prepared, Progress, Records, Work
-from streamer.measuring.texts import TextSequences, read_text, sample_digest, tokenizer_directory
+from streamer.measuring.batches import Work, groups_to_fit
+from streamer.measuring.facts import model_facts, with_digest
+from streamer.measuring.losses import SweepProgress, cost_of
+from streamer.measuring.prepared import Prepared, Records, model_of
+from streamer.measuring.sequences import TextFacts, TextSequences
+from streamer.measuring.texts import read_text, sample_digest
+from streamer.measuring.tokenizer import tokenizer_directory
 from streamer.methods.files import MAP, InputMap, MappedInput, load_map
 from streamer.options import MappingOptions
 from streamer.plan.plan import make_base_plan
 from streamer.storage.files import BaseIdentity, limit_freed_memory
-from streamer.streaming.model import require_transformers
-from streamer.streaming.sweep import (
-    LOOKED_UP,
-    BaseMatrix,
-    BaseWatch,
-    Group,
-    Site,
-    SweepModel,
-    same_inputs,
-)
-from streamer.streaming.values import BASE, Variant, VariantSet
+from streamer.streaming.groups import Group
+from streamer.streaming.sites import LOOKED_UP, BaseMatrix, BaseWatch, Site, same_inputs
+from streamer.streaming.skeleton import require_transformers
+from streamer.streaming.variants import BASE, BASE_ROW, Variant
 from streamer.units import counted, listed
 
 COPIES = 4
@@ -83,7 +79,8 @@ class PreparedMap(Prepared[InputMap]):
     text: TextSequences
     file: str
 
-    kind, noun = MAP, MAP.what
+    kind = MAP
+    noun = MAP.what
     read = staticmethod(load_map)
     same = "this very map"
     example = "base.map.safetensors"
@@ -91,9 +88,7 @@ class PreparedMap(Prepared[InputMap]):
     @cached_property
     def groups(self) -> list[Group]:
         """Divide the sequences into groups of one length that run together."""
-        text = runs.of_few_lengths(self.text)
-        parts = runs.parts(text, self.limits.rows, self.model.size.short, one_length=True)
-        return [Group(text.take(numbers).padded_ids, 0, stream=BASE) for numbers in parts]
+        return groups_to_fit(self.text, self.limits.rows, self.model.size, BASE_ROW, BASE)
 
     @property
     def tokens(self) -> int:
@@ -106,18 +101,18 @@ class PreparedMap(Prepared[InputMap]):
         return 8 * self.model.size.widest * (ROWS + COPIES * (self.options.vectors + MORE))
 
     @cached_property
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> JsonObject:
         """Describe the map's inputs and options as JSON; equal `plan` digests mean equal maps."""
         tree = {
-            **runs.model_facts(self.model, base={**self.plan.base_identity}),
+            **model_facts(self.model, base=self.plan.base_identity),
             "texts": [{**self.text.facts(), "sample_sha256": self.file}],
             "vectors": self.options.vectors,
         }
-        return runs.with_digest(tree)
+        return with_digest(tree)
 
     def sweeps(self, known: InputMap | None = None) -> list[Work]:
         """List the one sweep."""
-        return [Work(fitted=sum(map(len, self.text.ids)), riding=0, length=self.text.longest)]
+        return [Work(0, self.text.longest, self.text.rows)]
 
     def written_bytes(self, known: InputMap | None) -> tuple[int, int]:
         """Estimate the bytes of the file, as if no matrices shared inputs, and of the temporary one."""
@@ -131,15 +126,16 @@ class PreparedMap(Prepared[InputMap]):
 
     def compute(self, records: Records, output: Path | None) -> InputMap:
         """Sweep the text through the base, and keep the leading vectors of each input."""
-        monitor, plan, model = self.run.monitor, self.plan, self.model
+        monitor = self.run.monitor
+        model = self.model
         model.directory = None if output is None else output.parent
         if self.max_memory is not None:
             limit_freed_memory()
-        watch, collector, progress = BaseWatch(plan), _Collector(self), Progress(self.run, "map")
-        cost, steps = (
-            runs.sweep_cost(model.size, self.tokens, len(self.groups)),
-            len(model.layers) + 1,
-        )
+        watch = BaseWatch(self.plan)
+        collector = _Collector(self)
+        progress = SweepProgress(monitor, "map")
+        cost = cost_of(model.size, self.groups)
+        steps = len(model.layers) + 1
         progress.expect(cost, steps)
         model.limit(self.limits.room, self.limits.spools)
         model.run(
@@ -150,37 +146,35 @@ class PreparedMap(Prepared[InputMap]):
             lambda name: progress.layer(name, cost // steps),
         )
         monitor.checkpoint()
-        plan.check_unchanged()
+        self.plan.check_unchanged()
         progress.finish()
-        tokens, vectors = self.tokens, self.options.vectors
-        widest = max(
-            (entry.size for entry in collector.matrices_of if entry.vectors is not None), default=0
-        )
-        if tokens < min(vectors, widest):
-            what = f"{counted(tokens, 'token')}, fewer than the {vectors} vectors that are kept of each input; give more text"
-            monitor.warn((f"{self.text.name}: has {what}",))
-        elif tokens < widest:
-            what = f"{tokens} tokens, fewer than the {widest} inputs of the widest matrix: of what it does not show, the map keeps the mean"
-            monitor.warn(
-                (f"{self.text.name}: has {what}; with more text, adapters may forget less",)
-            )
+        monitor.warn(self._few_tokens(collector.widest))
         entries = collector.named_entries()
         if not entries:
             raise UnsupportedError(
-                f"{plan.base.path}: no matrix multiplies inputs that can be collected, so there is nothing to map"
+                f"{self.plan.base.path}: no matrix multiplies inputs that can be collected, so there is nothing to map"
             )
         every = {name for tensor in model.parameters for name in watch.names(tensor)}
-        lacking = sorted(
-            every - {name.removesuffix(LOOKED_UP) for name in collector.mapped - collector.repeated}
-        )
+        mapped = {name.removesuffix(LOOKED_UP) for name in collector.mapped - collector.repeated}
+        lacking = sorted(every - mapped)
         if lacking:
-            monitor.warn(
-                (
-                    f"the map lacks the inputs of {counted(len(lacking), 'matrix')}, {listed(map(repr, lacking))}: no token of the text "
-                    "reached them, or their inputs cannot be collected; an adapter's deltas there will stay unchanged",
-                )
-            )
+            which = f"{counted(len(lacking), 'matrix')}, {listed(map(repr, lacking))}"
+            why = "no token of the text reached them, or their inputs cannot be collected"
+            stays = "an adapter's deltas there will stay unchanged"
+            monitor.warn([f"the map lacks the inputs of {which}: {why}; {stays}"])
         return InputMap(entries, {**self.facts, "lacking": lacking}, output)
+
+    def _few_tokens(self, widest: int) -> Iterator[str]:
+        """Warn of a text with fewer tokens than vectors are kept, or than the widest matrix has inputs."""
+        vectors = self.options.vectors
+        if self.tokens < min(vectors, widest):
+            has = counted(self.tokens, "token")
+            yield f"{self.text.name}: has {has}, fewer than the {vectors} vectors that are kept of each input; give more text"
+        elif self.tokens < widest:
+            yield (
+                f"{self.text.name}: has {self.tokens} tokens, fewer than the {widest} inputs of the widest matrix: of what it does not "
+                "show, the map keeps the mean; with more text, adapters may forget less"
+            )
 
 
 def prepare_map(
@@ -190,8 +184,7 @@ def prepare_map(
     require_transformers()
     plan = make_base_plan(base, run.io, run.architecture)
     run.monitor.warn(plan.base.warnings)
-    rounds, device = options.dtype == "bf16", run.model_device
-    model = SweepModel(VariantSet(plan, (Variant(BASE, None),), None, False, rounds, device))
+    model = model_of(plan, [Variant(BASE, None)], options.dtype, run)
     read = read_text(
         text,
         tokenizer_directory(plan),
@@ -200,7 +193,7 @@ def prepare_map(
         vocabulary=model.vocabulary,
         positions=model.positions,
     )
-    return PreparedMap(plan, run, max_memory, model, options, read, sample_digest(text))
+    return PreparedMap(run, max_memory, model, options, read, sample_digest(text))
 
 
 class _Collector:
@@ -215,69 +208,70 @@ class _Collector:
     """
 
     def __init__(self, prepared: PreparedMap) -> None:
-        self.prepared, self.matrices_of = prepared, dict[MappedInput, list[BaseMatrix]]()
-        self.mapped, self.repeated = set[str](), set[str]()
+        self.prepared = prepared
+        self.matrices_of: dict[MappedInput, list[BaseMatrix]] = {}
+        self.mapped: set[str] = set()
+        self.repeated: set[str] = set()
         self._last_entry: MappedInput | None = None
         self._last_inputs: list[Tensor] = []
 
+    @property
+    def widest(self) -> int:
+        """Return the size of the largest input that has vectors."""
+        sizes = (entry.size for entry in self.matrices_of if entry.vectors is not None)
+        return max(sizes, default=0)
+
     def __call__(self, site: Site, inputs: Mapping[Group, Tensor]) -> None:
         """Map a site's inputs; matrices that follow each other and share their inputs, such as q, k and v, share an entry."""
-        tensors, names = (
-            [x for x in inputs.values() if len(x)],
-            {matrix.tensor for matrix in site.matrices},
-        )
+        tensors = [x for x in inputs.values() if len(x)]
+        names = {matrix.tensor for matrix in site.matrices}
+        entry = None
         if names & self.mapped:
             self.repeated |= names
-            entry = None
         elif site.size is None and same_inputs(self._last_inputs, tensors):
             entry = self._last_entry
-        else:
-            entry = self._entry(site, tensors) if tensors else None
-        self._last_entry, self._last_inputs = entry, [] if entry is None else tensors
+        elif tensors:
+            entry = self._entry(site, tensors)
+        self._last_entry = entry
+        self._last_inputs = [] if entry is None else tensors
         if entry is not None:
             self.matrices_of.setdefault(entry, []).extend(site.matrices)
             self.mapped |= names
 
     def named_entries(self) -> tuple[MappedInput, ...]:
         """Return the entries with the names of their matrices that run once; entries without any are left out."""
-        names_of = {
-            entry: dict.fromkeys(
-                name for m in matrices if m.tensor not in self.repeated for name in m.names
-            )
-            for entry, matrices in self.matrices_of.items()
-        }
-        return tuple(
-            replace(entry, names=tuple(names)) for entry, names in names_of.items() if names
-        )
+        entries = []
+        for entry, matrices in self.matrices_of.items():
+            once = [matrix for matrix in matrices if matrix.tensor not in self.repeated]
+            if names := dict.fromkeys(name for matrix in once for name in matrix.names):
+                entries.append(replace(entry, names=tuple(names)))
+        return tuple(entries)
 
     def _entry(self, site: Site, inputs: Sequence[Tensor]) -> MappedInput | None:
         """Keep the leading part of the moments of a site's inputs, without names; None if all inputs are zero."""
         tokens = self.prepared.tokens
         if site.size is not None:
             counts = torch.bincount(torch.cat([*inputs]), minlength=site.size).cpu()
-            return MappedInput(
-                (), tokens, site.size, int(counts.sum()) / tokens, counts.double() / tokens, None
-            )
+            mean = int(counts.sum()) / tokens
+            return MappedInput((), tokens, site.size, mean, counts.double() / tokens, None)
         squares = sum(float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2 for x in inputs)
         if not math.isfinite(squares):
-            name = site.matrices[0].tensor
+            first, *_ = site.matrices
             raise NumericError(
-                f"{self.prepared.plan.base.path}: the inputs of {name!r} are NaN or Inf on the text"
+                f"{self.prepared.plan.base.path}: the inputs of {first.tensor!r} are NaN or Inf on the text"
             )
         if not squares:
             return None
-        values, vectors = (
-            t.cpu() for t in leading_vectors(inputs, tokens, self.prepared.options.vectors)
-        )
-        rounded = vectors.T.to(torch.bfloat16).contiguous()
-        return MappedInput(
-            (), tokens, inputs[0].shape[1], squares / tokens, values.contiguous(), rounded
-        )
+        values, vectors = leading_vectors(inputs, tokens, self.prepared.options.vectors)
+        rounded = vectors.cpu().T.to(torch.bfloat16).contiguous()
+        size = len(vectors)
+        return MappedInput((), tokens, size, squares / tokens, values.cpu().contiguous(), rounded)
 
 
 def map_record(input_map: InputMap, output: str, state: Any) -> MapFacts:
     """Describe a map as JSON."""
-    facts, names = input_map.facts, {name for entry in input_map.inputs for name in entry.names}
+    facts = input_map.facts
+    names = {name for entry in input_map.inputs for name in entry.names}
     record: MapFacts = {
         "schema": "streamer.map/1",
         "version": facts["version"],

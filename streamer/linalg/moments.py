@@ -88,7 +88,8 @@ def _energies(delta: Delta, spectrum: Spectrum) -> tuple[Tensor, float]:
     """Compute ``‖Δ v‖² e`` for each known direction (k,), and the sum over all others."""
     V = spectrum.vectors
     if isinstance(delta, LowRank):
-        core, right = torch.linalg.qr(delta.L.double())[1], delta.R.double()
+        core = torch.linalg.qr(delta.L.double())[1]
+        right = delta.R.double()
         known = core @ (right.T if V is None else right.T @ V)
         norm = torch.linalg.matrix_norm(core @ right.T)
     else:
@@ -111,7 +112,8 @@ def _find_nu(spectrum: Spectrum, energies: Tensor, rest: float, share: float) ->
         return math.inf
     total = float(energies.sum()) + rest
     middle = -math.log(max(float(spectrum.values.max()), spectrum.rest))
-    low, high = middle - RANGE, middle + RANGE
+    low = middle - RANGE
+    high = middle + RANGE
     for _ in range(HALVINGS):
         log_nu = (low + high) / 2
         gains, of_rest = _gains(spectrum, math.exp(log_nu))
@@ -132,7 +134,8 @@ def _scaled(R: Tensor, spectrum: Spectrum, gains: Tensor, of_rest: float) -> Ten
 SMALL = 512
 """Largest n for which C is formed and decomposed directly."""
 
-MORE, ROUNDS = 16, 8
+MORE = 16
+ROUNDS = 8
 """Extra vectors in the iteration, and products with C. They give eigenvalues to 1e-3 if the last iterated eigenvalue is a third of the last
 one wanted."""
 
@@ -152,7 +155,8 @@ def leading_vectors(inputs: Sequence[Tensor], tokens: int, count: int) -> tuple[
     tokens
         Number of tokens, which may exceed the number of inputs: an expert receives only some of them.
     """
-    n, device = inputs[0].shape[1], inputs[0].device
+    n = inputs[0].shape[1]
+    device = inputs[0].device
 
     def products(V: Tensor) -> Tensor:
         out = torch.zeros_like(V)
@@ -218,7 +222,8 @@ class System:
         tokens: tuple[int, int],
         weight: float,
     ) -> None:
-        n, traces = task[0].shape[1], list[float]()
+        n = task[0].shape[1]
+        traces = list[float]()
         self.parts: list[tuple[Tensor, float]] = []
         for inputs, scale in ((task, tokens[0] ** -0.5), (general, (weight / tokens[1]) ** 0.5)):
             self.parts += [(rows, scale) for x in inputs for rows in torch.split(x, ROWS)]
@@ -232,7 +237,8 @@ class System:
     def _gram(self, dtype: torch.dtype) -> Tensor:
         """Return the lower triangle of the Gram matrix of the rows, or of the columns if there are more rows, with products in a dtype."""
         if dtype not in self._grams:
-            n, ends = self.parts[0][0].shape[1], [*accumulate(len(x) for x, _ in self.parts)]
+            n = self.parts[0][0].shape[1]
+            ends = [*accumulate(len(x) for x, _ in self.parts)]
             size = ends[-1] if self.few else n
             out = self._grams[dtype] = torch.zeros(
                 size, size, dtype=torch.float64, device=self.parts[0][0].device
@@ -268,7 +274,8 @@ class System:
         if not self.few:
             return torch.cholesky_solve(B, factor)
         right = torch.cat([(x.to(dtype) @ B.to(dtype)).double() * scale for x, scale in self.parts])
-        rest, inner = B.clone(), torch.cholesky_solve(right, factor)
+        rest = B.clone()
+        inner = torch.cholesky_solve(right, factor)
         for (x, scale), part in zip(
             self.parts, torch.split(inner, [len(x) for x, _ in self.parts]), strict=True
         ):

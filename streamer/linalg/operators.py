@@ -221,7 +221,8 @@ def skinny_product(M: Tensor, X: Tensor) -> Tensor:
         return (X.T @ M.T).T[:, :c]
     if rows < 128:
         return (M @ X)[:, :c]
-    pieces, rest = M[: PIECES * rows].view(PIECES, rows, M.shape[1]), M[PIECES * rows :]
+    pieces = M[: PIECES * rows].view(PIECES, rows, M.shape[1])
+    rest = M[PIECES * rows :]
     out = torch.bmm(pieces, X.expand(PIECES, *X.shape)).view(PIECES * rows, -1)
     return (torch.cat([out, rest @ X]) if len(rest) else out)[:, :c]
 

@@ -129,7 +129,8 @@ def _christoffel(
     tau: float,
     tables: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    b, k = g.shape[1], w.shape[1]
+    b = g.shape[1]
+    k = w.shape[1]
     distance = S - sigma[:, None]
     near = distance.abs() <= tau
     far = distance.reciprocal_().masked_fill_(near, 0.0)
@@ -221,13 +222,15 @@ def dense_overlaps(
     phi = float(torch.linalg.matrix_norm(defect)) / math.sqrt(min(W0.shape)) + torch.finfo(
         dtype
     ).eps * float(S[0])
-    w, values = (U0.T @ U).double().cpu().flip(0), S.double().cpu().flip(0).contiguous()
+    w = (U0.T @ U).double().cpu().flip(0)
+    values = S.double().cpu().flip(0).contiguous()
     tall = W0.shape[0] > W0.shape[1]
     lows, highs = zip(
         *(_interval(w, values, ratio * phi, 1 / ratio, tall) for ratio in DENSE_WINDOWS[dtype]),
         strict=True,
     )
-    low, high = torch.stack(lows).amax(0).clamp(0, 1), torch.stack(highs).amin(0).clamp_max(1)
+    low = torch.stack(lows).amax(0).clamp(0, 1)
+    high = torch.stack(highs).amin(0).clamp_max(1)
     return OverlapBounds(low, high, 0, 0, 0.0, _largest(values.flip(0), U.shape[1])), w.abs().amax(
         0
     ).clamp_max(1.0)
@@ -243,10 +246,8 @@ def _interval(
 ) -> tuple[Tensor, Tensor]:
     """Bound the overlaps from below and above for one τ, with ``slack = φ/τ``; values (p,) rise, and w (p, k) is in the same order."""
     mass = torch.nn.functional.pad(w.square().cumsum(0), (0, 0, 1, 0))
-    first, last = (
-        torch.searchsorted(values, values - tau),
-        torch.searchsorted(values, values + tau, right=True),
-    )
+    first = torch.searchsorted(values, values - tau)
+    last = torch.searchsorted(values, values + tau, right=True)
     inside = (mass[last] - mass[first]).clamp_min(0)
     alone = (last - first) == 1
     if tall:
@@ -288,7 +289,8 @@ class OverlapProcess:
         self.cutoff = CUTOFF if self.tall else 0.0
         self.hopeless = False
         self._W0 = W0
-        self._U, self._generator = U, generator
+        self._U = U
+        self._generator = generator
         self._rounding = 0.0  # as last measured; 0 before the first measurement
         start = W0.rmatmat(U) if self.tall else U
         k = U.shape[1]
@@ -332,7 +334,8 @@ class OverlapProcess:
         low = self._low(ritz, overlap, self._phi)
         high = torch.ones(k, dtype=torch.float64)
         open_ = self._open(low, epsilon)
-        reach, measured = 0.0, False
+        reach = 0.0
+        measured = False
         if bool(open_.any()):
             reach = float((overlap[:, open_].amax(0) + self._distance[open_]).max())
             if reach < epsilon and not gk.exhausted:
@@ -381,7 +384,8 @@ class OverlapProcess:
         w = ritz.Y.T @ coefficients
         if not self.tall:
             return ritz, w, w.abs()
-        overlap, p = ritz.X.T @ (gk.Q.T @ self._U).double().cpu(), len(ritz.S)
+        overlap = ritz.X.T @ (gk.Q.T @ self._U).double().cpu()
+        p = len(ritz.S)
         return (
             ritz,
             w,
@@ -443,7 +447,8 @@ class OverlapProcess:
         )
 
     def _high(self, ritz: RitzBasis, w: Tensor, open_: Tensor, phi: float) -> Tensor:
-        S, tau = ritz.S, window(ritz, phi)
+        S = ritz.S
+        tau = window(ritz, phi)
         if self.cutoff and float(S[-1]) <= 2 * self.cutoff * float(S[0]):
             # By interlacing, the base has a singular value at least this small, whose u⁰_i would not be covered.
             self.hopeless = True
@@ -477,7 +482,8 @@ def singular_values_exceed(rows: Iterable[Tensor], shape: tuple[int, int], floor
     """
     m, n = shape
     gram: Tensor | None = None
-    done, tried = 0, False
+    done = 0
+    tried = False
     for piece in rows:
         for block in map(Tensor.double, torch.split(piece, 1024)):
             if gram is None:

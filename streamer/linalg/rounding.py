@@ -57,7 +57,8 @@ class Feedback:
         mean = (float(spectrum.values.sum()) + spectrum.rest * (n - k)) / n
         floor = max(spectrum.rest, DAMPING * mean)
         G = spectrum.vectors * (spectrum.values / floor - 1).clamp_min(0).sqrt()
-        P, K = torch.eye(k, dtype=G.dtype), torch.empty_like(G)
+        P = torch.eye(k, dtype=G.dtype)
+        K = torch.empty_like(G)
         for j in reversed(range(n)):  # each P follows from the next one by a change of rank one
             v = P @ G[j]
             K[j] = v / (1 + G[j] @ v)
@@ -74,15 +75,19 @@ def round_rows(values: Tensor, grid: Grid, feedback: Feedback) -> tuple[Tensor, 
     """Round rows (m, n), float32; return the indices of the levels, and the values that these represent."""
     m, n = values.shape
     midpoints = (grid.levels[1:] + grid.levels[:-1]) / 2
-    indices, rounded = torch.empty(n, m, dtype=torch.uint8), torch.empty(n, m)
+    indices = torch.empty(n, m, dtype=torch.uint8)
+    rounded = torch.empty(n, m)
     state = values.new_zeros(feedback.directions.shape[1], m)
     zeros = torch.as_tensor(grid.zeros).expand(m, n)
     for a in range(0, n, COLUMNS):
         at = slice(a, min(n, a + COLUMNS))
         # Transposed, so that each column is contiguous.
         exact, scales, shift = (t[:, at].T.contiguous() for t in (values, grid.scales, zeros))
-        G, K = feedback.directions[at], feedback.gains[at]
-        wanted, later, errors = exact - K @ state, K @ G.T, torch.zeros_like(exact)
+        G = feedback.directions[at]
+        K = feedback.gains[at]
+        wanted = exact - K @ state
+        later = K @ G.T
+        errors = torch.zeros_like(exact)
         for j, value in enumerate(wanted):
             best = value - later[j, :j] @ errors[:j]
             indices[a + j] = index = torch.bucketize(best / scales[j] + shift[j], midpoints)

@@ -99,9 +99,12 @@ class GolubKahan:
         grown[: self.B.shape[0], : self.B.shape[1]] = self.B
         grown[: C.shape[0], self.B.shape[1] :] = C
         grown[C.shape[0] :, self.B.shape[1] :] = R
-        self.B, self.Q, self._last = grown, torch.cat([self.Q, new], 1), new.shape[1]
+        self.B = grown
+        self.Q = torch.cat([self.Q, new], 1)
+        self._last = new.shape[1]
         if self._last == 0:
-            self.following, self.L = block[:, :0], torch.zeros((0, 0), dtype=torch.float64)
+            self.following = block[:, :0]
+            self.L = torch.zeros((0, 0), dtype=torch.float64)
         else:
             self.following, self.L, _ = self._orthonormal(
                 self._counted(self.op.rmatmat(new)), self.P, self.norm
@@ -116,8 +119,11 @@ class GolubKahan:
         """
         ritz = self.ritz()
         kept = min(kept, *self.B.shape)
-        self.P, self.Q = self.P @ ritz.Y[:, :kept].to(self.P), self.Q @ ritz.X[:, :kept].to(self.Q)
-        self.B, self.L, self._last = ritz.S[:kept].diag(), ritz.tail[:, :kept], kept
+        self.P = self.P @ ritz.Y[:, :kept].to(self.P)
+        self.Q = self.Q @ ritz.X[:, :kept].to(self.Q)
+        self.B = ritz.S[:kept].diag()
+        self.L = ritz.tail[:, :kept]
+        self._last = kept
 
     def _counted(self, image: Tensor) -> Tensor:
         self.products += image.shape[1]
@@ -140,7 +146,8 @@ class GolubKahan:
         kept = min(int((s > noise).sum()), basis.shape[0] - basis.shape[1])
         if kept < len(s):
             self.deflated = math.hypot(self.deflated, float(torch.linalg.vector_norm(s[kept:])))
-            new, R = new @ u[:, :kept].to(new), s[:kept, None] * vh[:kept]
+            new = new @ u[:, :kept].to(new)
+            R = s[:kept, None] * vh[:kept]
         if kept and float(s[kept - 1]) < 0.01 * size:
             # Normalising a small direction amplifies its rounding error, and may do so more than once.
             for _ in range(3):
@@ -250,7 +257,10 @@ def dense_triplets(W: Operator, k: int) -> Triplets:
         If LAPACK does not converge.
     """
     U, S, Vh = torch.linalg.svd(W.dense(), full_matrices=False)
-    U, values, S, Vh = U[:, :k].contiguous(), S.double(), S[:k].clone(), Vh[:k].contiguous()
+    U = U[:, :k].contiguous()
+    values = S.double()
+    S = S[:k].clone()
+    Vh = Vh[:k].contiguous()
     padded = torch.nn.functional.pad(values, (1, 1), value=float("inf"))
     if W.shape[0] > W.shape[1]:
         padded[-1] = 0.0  # vectors outside the range of W are neighbours of u_n
@@ -356,10 +366,8 @@ def _leading(
     """Form the k leading Ritz triplets; fill up missing ones with σ = 0, arbitrary orthonormal vectors and gap 0."""
     missing = max(0, k - min(process.B.shape))
     count = k - missing
-    left, right = (
-        process.Q @ ritz.X[:, :count].to(process.Q),
-        process.P @ ritz.Y[:, :count].to(process.P),
-    )
+    left = process.Q @ ritz.X[:, :count].to(process.Q)
+    right = process.P @ ritz.Y[:, :count].to(process.P)
     left, right = (_completed(basis, missing, generator) for basis in (left, right))
     U, V = (left, right) if process.op is W else (right, left)
     pad = (0, missing)

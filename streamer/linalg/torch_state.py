@@ -67,7 +67,8 @@ class _Shared:
                     self._changed.notify_all()
 
 
-_PRECISION, _THREADS = _Shared(), _Shared()
+_PRECISION = _Shared()
+_THREADS = _Shared()
 
 
 @contextlib.contextmanager

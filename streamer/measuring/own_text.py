@@ -7,7 +7,7 @@ It is a text like any other, and its first line also has ``facts``, what it was 
 from __future__ import annotations
 
 import json
-import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,30 +19,31 @@ from torch import Tensor
 
 from streamer.detection.options import Run
 from streamer.errors import FormatError, MissingInputError, UnsupportedError, UsageError
-from streamer.measuring import runs
-from streamer.measuring.runs import Prepared, Progress, Records, Work
-from streamer.measuring.statistics import ADAPTER_ROW
-from streamer.measuring.texts import (
-    Tokenizer,
-    load_tokenizer,
-    read_prompts,
-    sample_digest,
-    tokenizer_directory,
-)
-from streamer.methods import UNCHANGED
+from streamer.events import Monitor
+from streamer.json_types import JsonObject
+from streamer.linalg.torch_state import CPU
+from streamer.measuring.batches import Work, sweep_cost
+from streamer.measuring.facts import identities, model_facts, with_digest
+from streamer.measuring.lines import read_prompts
+from streamer.measuring.losses import SweepProgress
+from streamer.measuring.prepared import ENDS, Prepared, Records, model_of
+from streamer.measuring.texts import sample_digest
+from streamer.measuring.tokenizer import Tokenizer, load_tokenizer, tokenizer_directory
 from streamer.options import Texts
 from streamer.plan.plan import make_plan
 from streamer.storage.atomic_file import write_atomic
-from streamer.storage.files import open_regular, strict_json
-from streamer.streaming.generation import Prompt, Snapshot, check_generates, write_text
-from streamer.streaming.model import require_transformers
+from streamer.storage.files import read_regular, strict_json
+from streamer.streaming.generation import Prompt, check_generates, write_text
+from streamer.streaming.skeleton import require_transformers
 from streamer.streaming.sweep import SweepModel
-from streamer.streaming.values import ADAPTER, BASE, Variant, VariantSet
 
-SCHEMA: Final = "streamer.own_text/1"
+OWN_TEXT_SCHEMA: Final = "streamer.own_text/1"
 
 SAMPLING_BYTES = 32
 """Bytes for each logit of a sequence's next token while it is drawn: the logits, their copies, and the noise in float64."""
+
+LAYER_COPIES = 2
+"""Copies of a layer's keys and values while it runs, besides those that attention makes for the heads that share them."""
 
 
 @dataclass(frozen=True)
@@ -57,16 +58,14 @@ class OwnText:
         An object for each sequence; see this module.
     """
 
-    facts: dict[str, Any]
-    lines: list[dict[str, Any]]
+    facts: JsonObject
+    lines: list[JsonObject]
 
     def to_json(self) -> str:
         """Write the lines."""
         first, *others = self.lines
-        return "".join(
-            json.dumps(line, ensure_ascii=False) + "\n"
-            for line in ({**first, "facts": self.facts}, *others)
-        )
+        lines = ({**first, "facts": self.facts}, *others)
+        return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def load_own_text(path: Path) -> OwnText:
@@ -77,17 +76,15 @@ def load_own_text(path: Path) -> OwnText:
     FormatError
         If it is another text.
     """
-    fd, _ = open_regular(path, "text that an adapter wrote")
-    with os.fdopen(fd, "rb") as file:
-        raw = file.read().splitlines()
+    raw = read_regular(path, "text that an adapter wrote")
     try:
-        lines = [strict_json(line) for line in raw]
+        lines = [strict_json(line) for line in raw.splitlines()]
         facts = lines[0].pop("facts")
-        if facts["schema"] != SCHEMA:
+        if facts["schema"] != OWN_TEXT_SCHEMA:
             raise ValueError
     except (ValueError, LookupError, TypeError, AttributeError) as e:
         raise FormatError(
-            f"{path}: expected text that an adapter wrote ({SCHEMA}), found another text"
+            f"{path}: expected text that an adapter wrote ({OWN_TEXT_SCHEMA}), found another text"
         ) from e
     return OwnText(facts, lines)
 
@@ -117,13 +114,11 @@ class PreparedOwnText(Prepared[OwnText]):
     example = "own.jsonl"
 
     @cached_property
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> JsonObject:
         """Describe the inputs and options as JSON; equal `plan` digests mean equal texts."""
         tree = {
-            "schema": SCHEMA,
-            **runs.model_facts(
-                self.model, base={**self.plan.base_identity}, adapter={**self.plan.adapter_identity}
-            ),
+            "schema": OWN_TEXT_SCHEMA,
+            **model_facts(self.model, **identities(self.plan)),
             "texts": [],
             "seed": self.options.seed,
             "sequences": self.options.sequences,
@@ -131,7 +126,7 @@ class PreparedOwnText(Prepared[OwnText]):
             "prompts": self.file,
             "starts": [list(prompt) for prompt in self.prompts],
         }
-        return runs.with_digest(tree)
+        return with_digest(tree)
 
     @property
     def cache_bytes(self) -> int:
@@ -139,20 +134,30 @@ class PreparedOwnText(Prepared[OwnText]):
         return self.model.size.cached * self.options.length
 
     @property
+    def in_files(self) -> bool:
+        """Test whether the cache lies in files, because memory is limited; on another device it lies there."""
+        return self.max_memory is not None and self.model.job.device == CPU
+
+    @property
     def solving_bytes(self) -> int:
-        """Estimate the memory of the cache, of a copy of a layer's part and of what is saved of it, and of drawing tokens."""
-        each = 2 * self.cache_bytes + SAMPLING_BYTES * self.model.vocabulary
+        """Estimate the memory of the cache, of the layer that runs, and of drawing tokens."""
+        copies = LAYER_COPIES + self.model.size.sharing
+        layer = copies * self.cache_bytes // len(self.model.layers)
+        cache = layer + (0 if self.in_files else self.cache_bytes)
+        each = cache + SAMPLING_BYTES * self.model.vocabulary
         return len(self.prompts) * each
 
     def sweeps(self, known: OwnText | None = None) -> list[Work]:
         """List a sweep for each token."""
         count = len(self.prompts)
-        return [Work(fitted=0, riding=count, length=1)] * (self.options.length - 1)
+        return [Work(count, length=1)] * (self.options.length - 1)
 
     def written_bytes(self, known: OwnText | None) -> tuple[int, int]:
-        """Estimate the bytes of the file and of the saved cache."""
+        """Estimate the bytes of the file, and of the cache: one that is saved, a copy while it is, and what lies in files."""
         tokens = len(self.prompts) * self.options.length
-        return 16 * tokens + len(json.dumps(self.facts)), len(self.prompts) * self.cache_bytes
+        copies = 3 if self.in_files else 2
+        cache = copies * len(self.prompts) * self.cache_bytes
+        return 16 * tokens + len(json.dumps(self.facts)), cache
 
     def keep_finished(self, path: Path) -> OwnText:
         """Keep a text that is complete, without a word: the run goes on."""
@@ -164,29 +169,28 @@ class PreparedOwnText(Prepared[OwnText]):
 
     def compute(self, records: Records, output: Path | None) -> OwnText:
         """Let the adapter write."""
-        progress, cost = (
-            Progress(self.run, "generate"),
-            runs.sweep_cost(self.model.size, len(self.prompts)),
-        )
-        steps = self.options.length - 1
-        progress.expect(cost * steps, steps)
-        place = records.snapshot()
+        model = self.model
+        length = self.options.length
+        monitor = self.run.monitor
+        progress = SweepProgress(monitor, "generate")
+        cost = sweep_cost(model.size, len(self.prompts))
+        progress.expect(cost * (length - 1), length - 1)
+        beside = Path(tempfile.gettempdir()) if output is None else output.parent
+        directory = beside if self.in_files else None
         ids = write_text(
-            self.model,
-            ADAPTER_ROW,
+            model,
             dict(enumerate(self.prompts)),
-            self.options.length,
+            length,
             self.options.seed,
-            self.run.monitor.checkpoint,
+            monitor.checkpoint,
             lambda tokens: progress.layer(f"token {tokens}", cost),
-            None if place is None else Snapshot(*place),
+            records.snapshot(),
+            directory,
         )
-        self.model.check_all_used()
+        model.check_all_used()
         self.plan.check_unchanged()
         progress.finish()
-        return OwnText(
-            self.facts, [self._line(*pair) for pair in zip(self.prompts, ids, strict=True)]
-        )
+        return OwnText(self.facts, [*map(self._line, self.prompts, ids)])
 
     def stand_in(self) -> OwnText:
         """Make a text of the same size, for forecasts: its tokens mean nothing."""
@@ -194,11 +198,11 @@ class PreparedOwnText(Prepared[OwnText]):
         ids = np.random.default_rng(0).integers(self.model.vocabulary, size=size)
         return OwnText(self.facts, [{"start": 1, "ids": sequence.tolist()} for sequence in ids])
 
-    def _line(self, prompt: Prompt, ids: Tensor) -> dict[str, Any]:
-        written = (
-            {} if self.tokenizer is None else {"text": self.tokenizer.loaded.decode(ids.tolist())}
-        )
-        return {**written, "start": min(len(prompt), len(ids) - 1), "ids": ids.tolist()}
+    def _line(self, prompt: Prompt, ids: Tensor) -> JsonObject:
+        line = {"start": min(len(prompt), len(ids) - 1), "ids": ids.tolist()}
+        if self.tokenizer is None:
+            return line
+        return {"text": self.tokenizer.loaded.decode(ids.tolist()), **line}
 
 
 def default_starts(model: SweepModel) -> list[list[int]]:
@@ -211,8 +215,9 @@ def default_starts(model: SweepModel) -> list[list[int]]:
     """
     config: Any = model.network.config
     text = config.get_text_config()
-    named = text.bos_token_id, text.eos_token_id
-    tokens = [token for name in named for token in (name if isinstance(name, list) else [name])]
+    tokens = list[Any]()
+    for named in (text.bos_token_id, text.eos_token_id):
+        tokens += named if isinstance(named, list) else [named]
     starts = [
         [token]
         for token in dict.fromkeys(tokens)
@@ -226,52 +231,45 @@ def default_starts(model: SweepModel) -> list[list[int]]:
 
 
 def _check_length(
-    path: Path | None, starts: Sequence[Prompt], model: SweepModel, options: Texts, run: Run
+    path: Path | None, starts: Sequence[Prompt], model: SweepModel, length: int, monitor: Monitor
 ) -> None:
     """Refuse a length that leaves the adapter nothing to write, or that the model cannot process."""
     longest = max(map(len, starts))
-    if longest >= options.length:
+    if longest >= length:
         raise UsageError(
-            f"{path}: a prompt has {longest} tokens, which leave no room in sequences of {options.length}; give --length "
-            f"{2 * longest}"
+            f"{path}: a prompt has {longest} tokens, which leave no room in sequences of {length}; give --length {2 * longest}"
         )
-    if 2 * longest > options.length and path is not None:
-        run.monitor.warn(
-            (
-                f"{path.name}: the longest prompt has {longest} of {options.length} tokens; with a larger --length the adapter shows more",
-            )
-        )
-    if model.positions is not None and options.length > model.positions:
+    if 2 * longest > length and path is not None:
+        what = f"the longest prompt has {longest} of {length} tokens"
+        monitor.warn([f"{path.name}: {what}; with a larger --length the adapter shows more"])
+    if model.positions is not None and length > model.positions:
         raise UsageError(
-            f"length: the model has {model.positions} positions, found {options.length}; give --length {model.positions}"
+            f"length: the model has {model.positions} positions, found {length}; give --length {model.positions}"
         )
 
 
 def prepare_own_text(
-    base: str | Path, adapter: Path, options: Texts, max_memory: int | None, run: Run
+    base: Path, adapter: Path, options: Texts, max_memory: int | None, run: Run
 ) -> PreparedOwnText:
     """Open and check a base and an adapter, and choose how sequences begin."""
     require_transformers()
     plan = make_plan(base, adapter, run.io, run.stated, run.architecture)
-    variants = Variant(BASE, None), Variant(ADAPTER, UNCHANGED)
-    model = SweepModel(
-        VariantSet(plan, variants, None, False, options.dtype == "bf16", run.model_device)
-    )
-    directory = tokenizer_directory(plan)
+    model = model_of(plan, ENDS, options.dtype, run)
+    tokenizer = None
     try:
-        tokenizer = load_tokenizer(adapter, directory)
+        tokenizer = load_tokenizer(adapter, tokenizer_directory(plan))
     except (MissingInputError, UnsupportedError):
         if options.prompts is not None:
             raise
-        tokenizer = None
-    path = None if options.prompts is None else Path(options.prompts)
-    starts = (
-        default_starts(model)
-        if path is None or tokenizer is None
-        else read_prompts(path, tokenizer)
-    )
+    path = None
+    digest = ""
+    if options.prompts is None or tokenizer is None:
+        starts = default_starts(model)
+    else:
+        path = Path(options.prompts)
+        starts = read_prompts(path, tokenizer)
+        digest = sample_digest(path)
     check_generates(model)
-    _check_length(path, starts, model, options, run)
+    _check_length(path, starts, model, options.length, run.monitor)
     prompts = [starts[i % len(starts)] for i in range(options.sequences)]
-    digest = "" if path is None else sample_digest(path)
-    return PreparedOwnText(plan, run, max_memory, model, options, prompts, digest, tokenizer)
+    return PreparedOwnText(run, max_memory, model, options, prompts, digest, tokenizer)

@@ -13,27 +13,28 @@ which most of the variation between sequences cancels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
-from types import FunctionType
-from typing import Any, Literal, NotRequired, get_args, get_origin, get_type_hints
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+from streamer.json_types import JsonObject
+from streamer.measuring.sequences import GENERAL, TASK
+from streamer.methods import METHODS, MethodName
+from streamer.options import EvaluateOptions
+from streamer.streaming.variants import ADAPTER_ROW, BASE_ROW, Variant
 
 Floats = NDArray[np.float64]
 
 MEASURES = ("loss", "kl", "kl_from_adapter", "agree", "right")
 """Sums with one value for each variant and sequence."""
 
-BASE_ROW, ADAPTER_ROW = 0, 1
-"""Row numbers of the first two variants."""
+SUM_ARRAYS = ("tokens", *MEASURES)
+
 
 Effect = Literal["forgets", "improves", "not told"]
-
-MOST_LOSS = 700.0
-"""Largest loss whose perplexity fits in a float."""
 
 LEVEL = 0.975
 """A difference counts as nonzero if it exceeds this quantile of Student's t with S − 1 degrees of freedom, in standard errors: 12.7 for two
@@ -59,14 +60,19 @@ class Estimate:
     sequences: int
 
     @property
+    def margin(self) -> float:
+        """Return how far from zero the figure is significant."""
+        return critical_value(self.sequences) * self.error
+
+    @property
     def is_positive(self) -> bool:
         """Test whether the figure is significantly above zero."""
-        return self.value > critical_value(self.sequences) * self.error
+        return self.value > self.margin
 
     @property
     def is_negative(self) -> bool:
         """Test whether the figure is significantly below zero."""
-        return -self.value > critical_value(self.sequences) * self.error
+        return -self.value > self.margin
 
     @property
     def divides(self) -> bool:
@@ -74,7 +80,7 @@ class Estimate:
 
         For smaller figures, the ratio estimator understates the error of a share: Fieller's interval is over a third wider.
         """
-        return abs(self.value) > 2 * critical_value(self.sequences) * self.error
+        return abs(self.value) > 2 * self.margin
 
 
 def critical_value(sequences: int) -> float:
@@ -95,15 +101,15 @@ def ratio(y: Floats, x: Floats) -> Estimate:
     Estimate(value=2.0, error=0.0, sequences=3)
     """
     both = np.isfinite(y) & np.isfinite(x)
-    y, x = y[both], x[both]
+    y = y[both]
+    x = x[both]
     total = float(x.sum())
     if total == 0 or len(x) < 2:
-        return Estimate(float("nan"), float("inf"), len(x))
+        return Estimate(math.nan, math.inf, len(x))
     value = float(y.sum()) / total
     rest = y - value * x
-    return Estimate(
-        value, float(np.sqrt(len(x) / (len(x) - 1) * (rest @ rest))) / abs(total), len(x)
-    )
+    error = math.sqrt(len(x) / (len(x) - 1) * (rest @ rest)) / abs(total)
+    return Estimate(value, error, len(x))
 
 
 @dataclass(frozen=True)
@@ -133,40 +139,48 @@ class SequenceSums:
     agree: Floats
     right: Floats
 
+    def __getitem__(self, name: str) -> Floats:
+        """Return one of the `SUM_ARRAYS`."""
+        array: Floats = getattr(self, name)
+        return array
+
     def joined(self, *others: SequenceSums) -> SequenceSums:
         """Append the variants of other sums on the same sequences."""
-        arrays = {
-            name: np.concatenate([getattr(sums, name) for sums in (self, *others)])
-            for name in MEASURES
-        }
-        return replace(self, **arrays)
+        return replace(
+            self,
+            **{name: np.concatenate([sums[name] for sums in (self, *others)]) for name in MEASURES},
+        )
 
     def followed(self, other: SequenceSums) -> SequenceSums:
         """Append the sequences of other sums of the same variants."""
-        names = ("tokens", *MEASURES)
-        arrays = {
-            name: np.concatenate([getattr(self, name), getattr(other, name)], -1) for name in names
-        }
-        return SequenceSums(**arrays)
+        return SequenceSums(
+            **{name: np.concatenate([self[name], other[name]], -1) for name in SUM_ARRAYS}
+        )
+
+    def in_order(self, sequences: NDArray[np.int64]) -> SequenceSums:
+        """Put the sequences into this order."""
+        return SequenceSums(**{name: self[name][..., sequences] for name in SUM_ARRAYS})
 
     def take(self, variants: Sequence[int]) -> SequenceSums:
         """Take some of the variants, by number."""
-        return replace(self, **{name: getattr(self, name)[list(variants)] for name in MEASURES})
+        return replace(self, **{name: self[name][list(variants)] for name in MEASURES})
 
-    def of(self, name: str, weights: Sequence[float] | Floats) -> Estimate:
+    def of(self, name: str, weights: Floats) -> Estimate:
         """Estimate a linear combination of the variants' means over tokens of one of `MEASURES`.
 
         Variants with a zero weight do not count, not even if they are NaN.
         """
-        weight_array = np.asarray(weights, float)
-        total: Floats = weight_array[weight_array != 0] @ getattr(self, name)[weight_array != 0]
-        return ratio(total, self.tokens)
+        used = weights != 0
+        return ratio(weights[used] @ self[name][used], self.tokens)
 
     def mean(self, name: str, variant: int, other: int | None = None) -> Estimate:
         """Estimate a variant's mean, see `of`, or how much it exceeds another variant's."""
-        array: Floats = getattr(self, name)
-        sums = array[variant] if other is None else array[variant] - array[other]
-        return ratio(sums, self.tokens)
+        sums = self[name][variant]
+        return ratio(sums if other is None else sums - self[name][other], self.tokens)
+
+    def means(self, name: str, other: int | None = None) -> list[Estimate]:
+        """Estimate the means of all variants, or how much they exceed another variant's."""
+        return [self.mean(name, row, other) for row in range(len(self.loss))]
 
     @property
     def change(self) -> Estimate:
@@ -176,13 +190,9 @@ class SequenceSums:
     @property
     def effect(self) -> Effect:
         """Return the effect of the unchanged adapter on this text."""
-        return (
-            "forgets"
-            if self.change.is_positive
-            else "improves"
-            if self.change.is_negative
-            else "not told"
-        )
+        if self.change.is_positive:
+            return "forgets"
+        return "improves" if self.change.is_negative else "not told"
 
     def share(self, name: str, variant: int) -> Estimate:
         """Estimate ``(variant − base) / (adapter − base)`` of the means: 0 is the base, 1 the unchanged adapter.
@@ -190,47 +200,113 @@ class SequenceSums:
         The base's divergence from itself is 0, and so is the adapter's from itself: the share of ``kl_from_adapter``, the behaviour that is
         kept, is ``1 − KL(adapter ‖ variant) / KL(adapter ‖ base)``.
         """
-        array: Floats = getattr(self, name)
-        base = 0.0 if name == "kl" else array[BASE_ROW]
-        return ratio(array[variant] - base, array[ADAPTER_ROW] - base)
+        sums = self[name]
+        base = 0.0 if name == "kl" else sums[BASE_ROW]
+        return ratio(sums[variant] - base, sums[ADAPTER_ROW] - base)
 
 
-def flat(name: str, estimate: Estimate) -> dict[str, float | None]:
-    """Return an estimate as two JSON keys, with null if undefined, such as a share of a zero difference."""
-    return {name: defined(estimate.value), f"{name}_se": defined(estimate.error)}
+Sums = dict[str, SequenceSums]
+"""On each text, the sums of variants."""
 
 
-def record(kind: Any, *of: Any) -> dict[str, Any]:
-    """Make the JSON of a record: the function in a key's annotation computes its value from `of`; else it is an attribute of the first.
-
-    A key that need not be there is left out if its value is None.
-    """
-    tree: dict[str, Any] = {}
-    for key, (formula, optional) in keys_of(kind).items():
-        value = getattr(of[0], key) if formula is None else formula(*of)
-        if isinstance(value, Estimate):
-            tree |= flat(key, value)
-        elif isinstance(value, float):
-            tree[key] = defined(value)
-        elif value is not None or not optional:
-            tree[key] = list(value) if isinstance(value, tuple) else value
+def flattened(**figures: Any) -> JsonObject:
+    """Make JSON of figures: an estimate ``x`` becomes two keys, ``x`` and its error ``x_se``, null if undefined."""
+    tree: dict[str, object] = {}
+    for name, figure in figures.items():
+        if isinstance(figure, Estimate):
+            tree[name] = defined(figure.value)
+            tree[f"{name}_se"] = defined(figure.error)
+        else:
+            tree[name] = figure
     return tree
 
 
-@cache
-def keys_of(kind: Any) -> dict[str, tuple[Callable[..., Any] | None, bool]]:
-    """List the keys of a record, each with its function, if it has one, and whether it may be absent."""
-    keys: dict[str, tuple[Callable[..., Any] | None, bool]] = {}
-    for key, hint in get_type_hints(kind, include_extras=True).items():
-        optional = get_origin(hint) is NotRequired
-        metadata = getattr(get_args(hint)[0] if optional else hint, "__metadata__", ())
-        keys[key] = (
-            next((item for item in metadata if isinstance(item, FunctionType)), None),
-            optional,
-        )
-    return keys
-
-
 def defined(value: float) -> float | None:
-    """Return a figure for JSON, null if it is not finite."""
+    """Return a figure for JSON, null if it is not finite, such as a share of a zero difference."""
     return float(value) if math.isfinite(value) else None
+
+
+TABLE_ORDER = (None, *METHODS)
+
+
+@dataclass(frozen=True)
+class EvaluatedVariant:
+    """A model that was evaluated; `VariantRecord` explains the attributes."""
+
+    name: str
+    method: MethodName | None
+    mitigation_lambda: float | None
+    keep: float | None = None
+
+    @classmethod
+    def of(cls, variant: Variant) -> EvaluatedVariant:
+        """Describe a variant that was run."""
+        return cls(variant.name, variant.method, variant.mitigation_lambda, variant.keep)
+
+    @property
+    def order(self) -> tuple[int, float]:
+        """Return the sort key for tables: the base and the adapter come first, then each method from its mildest variant on."""
+        known = self.method in TABLE_ORDER
+        method = TABLE_ORDER.index(self.method) if known else len(TABLE_ORDER)
+        return method, -(self.mitigation_lambda or self.keep or 0.0)
+
+
+@dataclass(frozen=True, repr=False)
+class Measured:
+    """Losses of an adapted model's variants; `Evaluation` explains the attributes."""
+
+    variants: tuple[EvaluatedVariant, ...]
+    general: SequenceSums
+    task: SequenceSums
+    facts: JsonObject
+    keep: float = EvaluateOptions.keep
+    others: Mapping[str, SequenceSums] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, variants: Sequence[EvaluatedVariant], sums: Sums, facts: JsonObject, keep: float
+    ) -> Self:
+        """Make an object of this class from the sums on each text, by name."""
+        others = dict(sums)
+        general = others.pop(GENERAL)
+        return cls(tuple(variants), general, others.pop(TASK), facts, keep, others)
+
+    @property
+    def sums(self) -> Sums:
+        """Return the sums on each text, by name."""
+        return {GENERAL: self.general, TASK: self.task, **self.others}
+
+    def shares(self, row: int) -> dict[str, Estimate]:
+        """Estimate a variant's shares of what the adapter changes; `VariantRecord` explains them."""
+        return {
+            "kept": self.task.share("loss", row),
+            "behaviour_kept": self.task.share("kl_from_adapter", row),
+            "top1_kept": self.task.share("right", row),
+            "forgetting": self.general.share("loss", row),
+            "divergence": self.general.share("kl", row),
+        }
+
+    @property
+    def top1_gain(self) -> Estimate:
+        """Estimate the adapter's gain in top-1 on the task's text."""
+        return self.task.mean("right", ADAPTER_ROW, BASE_ROW)
+
+    def reliable(self) -> dict[str, bool]:
+        """Return which shares have a large enough denominator; see `ReliableRecord`."""
+        return {
+            "kept": self.task.change.divides,
+            "forgetting": self.general.change.divides,
+            "top1_kept": self.top1_gain.divides and self.top1_gain.value > 0,
+        }
+
+    def front(self) -> list[str]:
+        """Name the variants that no other equals or beats in both the task's loss, by which they are ordered, and the divergence."""
+        losses = self.task.loss.sum(axis=1)
+        divergences = np.nansum(self.general.kl, axis=1)
+        names = []
+        least = np.inf
+        for row in np.lexsort((divergences, losses)):
+            if divergences[row] < least:
+                least = divergences[row]
+                names.append(self.variants[row].name)
+        return names

@@ -111,12 +111,8 @@ class Method(ABC):
     def as_json(self) -> dict[str, Any]:
         """Return the options under the names used in records and printed JSON."""
         files = {} if self.file is None else {str(self.needs): self.file.record()}
-        return {
-            "method": self.name,
-            "scale": self.select,
-            "lambda": self.mitigation_lambda,
-            **files,
-        }
+        lam = self.mitigation_lambda
+        return {"method": self.name, "scale": self.select, "lambda": lam, **files}
 
 
 def share_name(keep: float) -> str:
@@ -159,9 +155,8 @@ class Shrink(Method):
 
     def mitigated(self, delta: Delta, detection: Detection | None, tensor: str = "") -> Delta:
         """Scale Δ."""
-        return (
-            delta if self.mitigation_lambda == 1 else delta.precise().scaled(self.mitigation_lambda)
-        )
+        lam = self.mitigation_lambda
+        return delta if lam == 1 else delta.precise().scaled(lam)
 
 
 @dataclass(frozen=True)
@@ -279,11 +274,9 @@ class NullSpace(Method):
         from streamer.linalg.moments import reduced
 
         entry = self.map.find(tensor, delta.shape[1])
-        return (
-            delta
-            if entry is None
-            else reduced(delta.precise(), entry.spectrum, self.mitigation_lambda)
-        )
+        if entry is None:
+            return delta
+        return reduced(delta.precise(), entry.spectrum, self.mitigation_lambda)
 
 
 METHODS: dict[str, type[Method]] = {
@@ -325,18 +318,18 @@ def make_method(name: str | None, **options: Any) -> Method:
         If no method has this name, or if the method lacks or refuses an option.
     """
     if name is None:
-        name = (
-            RegMean if "coefficients" in options else NullSpace if "map" in options else DEFAULT
-        ).name
+        by_file = (
+            method for method in METHODS.values() if method.missing and method.needs in options
+        )
+        name = next(by_file, DEFAULT).name
     if name not in tuple(METHODS):  # a tuple also handles unhashable values
         raise UsageError(f"method: expected one of {', '.join(METHODS)}, found {name!r}")
     method = METHODS[name]
-    if lacking := [
-        option.removeprefix("mitigation_") for option in options if option not in options_of(method)
-    ]:
-        raise UsageError(
-            f"{lacking[0]}: method {name!r} has no such option; leave it out, or choose another method"
-        )
+    for option in options:
+        if option not in options_of(method):
+            raise UsageError(
+                f"{option.removeprefix('mitigation_')}: method {name!r} has no such option; leave it out, or choose another method"
+            )
     if method.missing and method.needs not in options:
         raise UsageError(f"method {name!r} {method.missing}")
     return method(**options)

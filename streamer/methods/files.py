@@ -380,19 +380,21 @@ class InputMap:
             If the file cannot be written there.
         """
         arrays: dict[str, Tensor] = {}
+        inputs = []
         for entry in self.inputs:
-            name, kind = entry.names[0], "frequencies" if entry.vectors is None else "eigenvalues"
-            vectors = {} if entry.vectors is None else {f"{name}.vectors": entry.vectors}
-            arrays |= {**vectors, f"{name}.{kind}": entry.values}
-        inputs = [
-            {
-                "names": list(entry.names),
-                "tokens": entry.tokens,
-                "trace": entry.trace,
-                "one_hot": entry.vectors is None,
-            }
-            for entry in self.inputs
-        ]
+            name, *_ = entry.names
+            is_one_hot = entry.vectors is None
+            if entry.vectors is not None:
+                arrays[f"{name}.vectors"] = entry.vectors
+            arrays[f"{name}.{'frequencies' if is_one_hot else 'eigenvalues'}"] = entry.values
+            inputs.append(
+                {
+                    "names": list(entry.names),
+                    "tokens": entry.tokens,
+                    "trace": entry.trace,
+                    "one_hot": is_one_hot,
+                }
+            )
         MAP.save(Path(path), {**self.facts, "inputs": inputs}, arrays, overwrite)
 
 
@@ -410,9 +412,13 @@ def load_map(path: str | Path) -> InputMap:
 
 
 def _input(entry: dict[str, Any], arrays: dict[str, Tensor]) -> MappedInput:
-    names, tokens, trace = tuple(entry["names"]), entry["tokens"], entry["trace"]
+    name, *_ = names = tuple(entry["names"])
+    vectors = None
     if entry["one_hot"]:
-        frequencies = arrays[f"{names[0]}.frequencies"]
-        return MappedInput(names, tokens, len(frequencies), trace, frequencies, None)
-    values, vectors = (arrays[f"{names[0]}.{kind}"] for kind in ("eigenvalues", "vectors"))
-    return MappedInput(names, tokens, vectors.shape[1], trace, values, vectors)
+        values = arrays[f"{name}.frequencies"]
+        (size,) = values.shape
+    else:
+        values = arrays[f"{name}.eigenvalues"]
+        vectors = arrays[f"{name}.vectors"]
+        _, size = vectors.shape
+    return MappedInput(names, entry["tokens"], size, entry["trace"], values, vectors)

@@ -18,8 +18,8 @@ from streamer.detection.options import Run
 from streamer.errors import FormatError
 from streamer.events import Event, Monitor, OutputState, Progress
 from streamer.linalg.torch_state import threads
-from streamer.output.adapter_writer import refusal
 from streamer.output.job import OWN_FINDINGS, Job, Writer
+from streamer.output.lora import refusal
 from streamer.output.model_writer import ModelWriter
 from streamer.output.record import CARD_NAME, MitigatedMatrix, Record, Written, WrittenView
 from streamer.plan.plan import AdapterBatch, check_budget, resident_bytes

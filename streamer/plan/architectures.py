@@ -19,10 +19,20 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
 from importlib import resources
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from streamer.errors import UsageError
 from streamer.weights.model_config import ModelConfig
+
+T = TypeVar("T")
+
+Names = tuple[str, ...]
+
+Patterns = frozenset[str]
+
+KeyPath = tuple[str, ...]
+KeyPaths = tuple[KeyPath, ...]
+"""Keys that lead to values in a config."""
 
 
 @cache
@@ -92,7 +102,7 @@ class Tie:
 
     name: str
     source: str
-    keys: tuple[tuple[str, ...], ...]
+    keys: KeyPaths
     tied: bool
 
 
@@ -114,7 +124,7 @@ class Part(NamedTuple):
     path: str
     name: str
     model_type: str
-    config: tuple[str, ...]
+    config: KeyPath
     disk: str
 
 
@@ -156,19 +166,19 @@ class Architecture:
     name: str
     model_type: str
     base_prefix: str
-    tensors: frozenset[str]
-    vocabulary: Mapping[str, tuple[str, ...]]
+    tensors: Patterns
+    vocabulary: Mapping[str, KeyPath]
     ties: tuple[Tie, ...]
     input_embedding: str | None
     output_embedding: str | None
-    embeddings: frozenset[str]
-    conv1d: frozenset[str]
+    embeddings: Patterns
+    conv1d: Patterns
     expert_stacks: Mapping[str, str]
-    matrices: frozenset[str]
-    saved_buffers: frozenset[str]
-    disk_names: Mapping[str, tuple[str, ...]]
-    may_be_missing: tuple[str, ...]
-    unsaved: frozenset[str]
+    matrices: Patterns
+    saved_buffers: Patterns
+    disk_names: Mapping[str, Names]
+    may_be_missing: Names
+    unsaved: Patterns
     parts: tuple[Part, ...]
 
     @property
@@ -197,29 +207,33 @@ class Architecture:
         """Test whether a two-dimensional parameter belongs to a module other than Linear, Conv1D or embedding, such as an expert router."""
         return self._among(parameter, self.matrices)
 
-    def vocabulary_keys(self, parameter: str) -> tuple[str, ...] | None:
+    def vocabulary_keys(self, parameter: str) -> KeyPath | None:
         """Return the config keys that state the number of rows of a tensor with a row for each token; None for any other tensor."""
-        return next(
-            (self.vocabulary[p] for p in self._spellings(parameter) if p in self.vocabulary), None
-        )
+        return self._fact(parameter, self.vocabulary)
 
     def stack_orientation(self, parameter: str) -> str:
         """Return the orientation of each matrix in a stack of experts, ``out,in`` or ``in,out``; empty if the table does not say."""
-        return next(
-            (self.expert_stacks[p] for p in self._spellings(parameter) if p in self.expert_stacks),
-            "",
-        )
+        return self._fact(parameter, self.expert_stacks) or ""
 
-    def disk_patterns(self, name: str) -> tuple[str, ...]:
+    def disk_patterns(self, name: str) -> Names:
         """Return the patterns on disk of a tensor that the table names."""
         return self.disk_names.get(pattern := pattern_of(name), (pattern,))
 
-    def _among(self, name: str, patterns: frozenset[str]) -> bool:
-        return not patterns.isdisjoint(self._spellings(name))
+    def _among(self, name: str, patterns: Patterns) -> bool:
+        return not patterns.isdisjoint(self.spellings(pattern_of(name)))
 
-    def _spellings(self, name: str) -> tuple[str, ...]:
-        pattern, base = pattern_of(name), f"{self.base_prefix}."
-        return pattern, base + pattern, pattern.removeprefix(base)
+    def _fact(self, name: str, facts: Mapping[str, T]) -> T | None:
+        return next((facts[p] for p in self.spellings(pattern_of(name)) if p in facts), None)
+
+    def spellings(self, name: str) -> Names:
+        """Return the names under which the table or a file may have a tensor or module."""
+        return spellings(name, self.base_prefix)
+
+
+def spellings(name: str, base_prefix: str) -> Names:
+    """Return a name as it is, without the base's prefix, and with it."""
+    prefix = f"{base_prefix}."
+    return name, name.removeprefix(prefix), prefix + name
 
 
 def pattern_of(name: str) -> str:
@@ -238,16 +252,15 @@ def architecture_for(config: ModelConfig, name: str | None = None) -> Architectu
         None if the facts are not known: the table lacks the class, has it for another ``model_type`` or lacks the class of an inner
         model; or the config names no class and its type has several.
     """
-    of_type, named = classes_of(config.model_type), name or config.architecture
-    unknown = named is not None and not of_type
+    of_type = classes_of(config.model_type)
+    named = name or config.architecture
     cls = named or next(iter(config.architectures or (of_type if len(of_type) == 1 else ())), None)
-    if not isinstance(cls, str) or not (
-        unknown or config.values.get("model_type") is None or cls in of_type
-    ):
+    values = dict(config.values)
+    if named is not None and not of_type:
+        values.pop("model_type", None)  # of an unknown type
+    if not isinstance(cls, str) or (values.get("model_type") is not None and cls not in of_type):
         return None
-    return _architecture(
-        cls, {k: v for k, v in config.values.items() if not unknown or k != "model_type"}, ()
-    )
+    return _architecture(cls, values, ())
 
 
 def architectures_for(config: ModelConfig) -> tuple[Architecture, ...]:
@@ -256,11 +269,12 @@ def architectures_for(config: ModelConfig) -> tuple[Architecture, ...]:
     If the config names no class, or a class of another library without its own code (``auto_map``), list every class of its type.
     """
     of_type = classes_of(config.model_type)
-    elsewhere = of_type and config.architectures[:1] and config.architectures[0] not in of_type
-    unnamed = not config.architectures or (elsewhere and "auto_map" not in config.values)
+    stated = config.architectures
+    elsewhere = of_type and stated and stated[0] not in of_type
+    unnamed = not stated or (elsewhere and "auto_map" not in config.values)
     names: Iterable[str | None] = of_type if unnamed and config.architecture is None else [None]
     known = [architecture_for(config, name) for name in names]
-    return tuple(a for a in known if a is not None) if None not in known else ()
+    return () if None in known else tuple(filter(None, known))
 
 
 def with_architecture(config: ModelConfig, name: str | None) -> ModelConfig:
@@ -274,30 +288,28 @@ def with_architecture(config: ModelConfig, name: str | None) -> ModelConfig:
     if name is None:
         return config
     if architecture_for(config, name) is None:
-        known, of_type = table()["classes"], classes_of(config.model_type)
-        near = get_close_matches(name, of_type or known, 3, 0.4)
+        of_type = classes_of(config.model_type)
+        near = get_close_matches(name, of_type or table()["classes"], 3, 0.4)
         whose = f"of model_type {config.model_type!r}" if of_type else f"of {table()['source']}"
         hint = f"; near it: {', '.join(near)}" if near else ""
         raise UsageError(f"architecture: expected a class {whose}, found {name!r}{hint}")
     return replace(config, architecture=name)
 
 
-def classes_of(model_type: str | None) -> tuple[str, ...]:
+def classes_of(model_type: str | None) -> Names:
     """Return the classes that a config of this type can have; empty if the table has none."""
-    return (
-        tuple(table()["types"].get(model_type, ())) if model_type else ()
-    )  # the table has classes of no type
+    # The table has classes of no type.
+    return tuple(table()["types"].get(model_type, ())) if model_type else ()
 
 
-def _architecture(
-    name: str, config: Mapping[str, Any], place: tuple[str, ...]
-) -> Architecture | None:
+def _architecture(name: str, config: Mapping[str, Any], place: KeyPath) -> Architecture | None:
     """Return the facts about a class whose own config is at `place`."""
     record = record_of(name)
     if record is None:
         return None
-    inner: dict[str, Architecture] = {}
-    parts: list[Part] = []
+    inner = {}
+    parts = []
+    disk_names = {}
     for path, slot in record.get("parts", {}).items():
         keys = (*place, *slot.get("config", ()))
         part_name = _part_class(slot, _at(config, keys))
@@ -308,67 +320,65 @@ def _architecture(
         disk = slot.get("disk", f"{path}.")
         parts.append(Part(path, part.name, part.model_type, keys, disk))
         parts += [p._replace(path=f"{path}.{p.path}", disk=disk + p.disk) for p in part.parts]
-    disk_names = {
-        f"{path}.{run_time}": tuple(p.disk + n for n in part.disk_patterns(run_time))
-        for p in parts
-        if (path := p.path) in inner and (part := inner[path])
-        for run_time in _named(part)
-    }
+        for run_time in _named(part):
+            names = tuple(disk + name for name in part.disk_patterns(run_time))
+            disk_names[f"{path}.{run_time}"] = names
     disk_names |= {run_time: tuple(names) for run_time, names in record.get("disk", {}).items()}
-    moved = [
-        replace(t, name=f"{p}.{t.name}", source=f"{p}.{t.source}")
-        for p, part in inner.items()
-        for t in part.ties
-    ]
-    ties = {(t.name, t.source): t for t in moved}
-    for pattern, tied_to, *stated in record.get("ties", ()):
-        keys = tuple((*place, *key, TIE_KEY) for key, _ in stated)
-        tied = not stated or any(
-            _flag(config, key, bool(d)) for key, (_, d) in zip(keys, stated, strict=True)
-        )
-        rules = table()["tie_rules"]
-        if record["type"] in rules["of_text"]:
-            text = _at(config, (*place, "text_config"))
-            text_type = text.get("model_type") if isinstance(text, Mapping) else None
-            keys = (*keys, (*place, "text_config", TIE_KEY))
-            tied = tied or _flag(config, keys[-1], text_type in rules["default"])
-        if record["type"] in rules["always"]:
-            keys, tied = (), True
-        elif record["type"] in rules["not_alone"]:
-            keys = ()
-        ties[pattern, tied_to] = Tie(pattern, tied_to, keys, tied)
 
-    def nested(facts: str) -> dict[str, Any]:
-        return {
-            f"{path}.{n}": fact
-            for path, a in inner.items()
-            for n, fact in getattr(a, facts).items()
-        }
-
-    def named(facts: str) -> set[str]:
-        return {f"{path}.{n}" for path, a in inner.items() for n in getattr(a, facts)}
+    def gathered(facts: str) -> dict[str, Any]:
+        """Collect facts of the inner models by the names of this one; sets give values of None."""
+        found: dict[str, Any] = {}
+        for path, part in inner.items():
+            of_part = getattr(part, facts)
+            values = of_part if isinstance(of_part, Mapping) else dict.fromkeys(of_part)
+            found |= {f"{path}.{name}": fact for name, fact in values.items()}
+        return found
 
     may_miss = [*record.get("may_miss", ()), *(n for a in inner.values() for n in a.may_be_missing)]
+    vocabulary = {name: (*place, *keys) for name, keys in record.get("vocabulary", {}).items()}
     return Architecture(
         name=name,
         model_type=record["type"],
         base_prefix=record.get("prefix", ""),
-        vocabulary=nested("vocabulary")
-        | {n: (*place, *keys) for n, keys in record.get("vocabulary", {}).items()},
-        ties=tuple(ties.values()),
+        vocabulary=gathered("vocabulary") | vocabulary,
+        ties=_ties(record, config, place, inner),
         input_embedding=_embedding(record.get("input"), "input_embedding", inner),
         output_embedding=_embedding(record.get("output"), "output_embedding", inner),
-        expert_stacks=nested("expert_stacks") | record.get("stacks", {}),
-        disk_names={
-            run_time: names for run_time, names in disk_names.items() if names != (run_time,)
-        },
+        expert_stacks=gathered("expert_stacks") | record.get("stacks", {}),
+        disk_names={name: names for name, names in disk_names.items() if names != (name,)},
         may_be_missing=tuple(dict.fromkeys(may_miss)),
         parts=tuple(parts),
         **{
-            facts: frozenset(named(facts)).union(record.get(key, ()))
+            facts: frozenset(gathered(facts)).union(record.get(key, ()))
             for facts, key in GATHERED.items()
         },
     )
+
+
+def _ties(
+    record: Mapping[str, Any],
+    config: Mapping[str, Any],
+    place: KeyPath,
+    inner: Mapping[str, Architecture],
+) -> tuple[Tie, ...]:
+    """Collect the ties of the inner models and a class's own, which replace those of the same names."""
+    ties = {}
+    for path, part in inner.items():
+        for tie in part.ties:
+            moved = replace(tie, name=f"{path}.{tie.name}", source=f"{path}.{tie.source}")
+            ties[moved.name, moved.source] = moved
+    rules = table()["tie_rules"]
+    model_type = record["type"]
+    for pattern, tied_to, *stated in record.get("ties", ()):
+        defaults = {(*place, *key, TIE_KEY): bool(default) for key, default in stated}
+        if model_type in rules["of_text"]:
+            text_type = _at(config, (*place, "text_config", "model_type"))
+            defaults[*place, "text_config", TIE_KEY] = text_type in rules["default"]
+        tied = not stated or any(_flag(config, key, default) for key, default in defaults.items())
+        always = model_type in rules["always"]
+        keys = () if always or model_type in rules["not_alone"] else tuple(defaults)
+        ties[pattern, tied_to] = Tie(pattern, tied_to, keys, always or tied)
+    return tuple(ties.values())
 
 
 GATHERED = {
@@ -399,28 +409,23 @@ def _at(config: Any, keys: Iterable[str]) -> Any:
     return config
 
 
-def _flag(config: Mapping[str, Any], keys: tuple[str, ...], default: bool) -> bool:
+def _flag(config: Mapping[str, Any], keys: KeyPath, default: bool) -> bool:
     value = _at(config, keys)
     return default if value is None else bool(value)
 
 
 def _named(part: Architecture) -> set[str]:
     """Return the part's names for which the table knows the names on disk."""
-    modules = {
-        *part.embeddings,
-        *part.conv1d,
-        *filter(None, (part.input_embedding, part.output_embedding)),
+    embeddings = filter(None, (part.input_embedding, part.output_embedding))
+    modules = {*part.embeddings, *part.conv1d, *embeddings}
+    return {
+        *(f"{module}.weight" for module in modules),
+        *(name for tie in part.ties for name in (tie.name, tie.source)),
+        *part.disk_names,
+        *part.expert_stacks,
+        *part.matrices,
+        *part.saved_buffers,
     }
-    tied = {name for tie in part.ties for name in (tie.name, tie.source)}
-    weights = {f"{module}.weight" for module in modules}
-    return (
-        weights
-        | tied
-        | part.disk_names.keys()
-        | part.expert_stacks.keys()
-        | part.matrices
-        | part.saved_buffers
-    )
 
 
 def _embedding(path: str | None, kind: str, inner: Mapping[str, Architecture]) -> str | None:

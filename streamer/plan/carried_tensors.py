@@ -12,20 +12,28 @@ model follows from the base's type and the adapter's task, by transformers' own 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, NamedTuple, TypedDict
 
 from streamer.adapters.adapter import Carried, DeltaSource, is_below
 from streamer.adapters.adapter_config import CONFIG_NAME
 from streamer.errors import FormatError, MismatchError, UnsupportedError
-from streamer.plan.architectures import Architecture, architecture_for, packaged
-from streamer.plan.name_matching import Renames, prefix_exchange
+from streamer.plan.architectures import (
+    Architecture,
+    KeyPath,
+    KeyPaths,
+    Names,
+    architecture_for,
+    packaged,
+)
+from streamer.plan.base import Found, OpenBase
+from streamer.plan.name_matching import PrefixExchange
+from streamer.plan.names import NameIndex
 from streamer.storage.checkpoint import Checkpoint
 from streamer.storage.header import TensorInfo
 from streamer.units import listed
-from streamer.weights.base import StoredTensor, equal, float_dtype
-from streamer.weights.logical import WeightView
+from streamer.weights.base import Shape, StoredTensor, Tensors, equal, float_dtype
 from streamer.weights.model_config import ModelConfig
 
 LABEL_HEAD = re.compile(
@@ -65,8 +73,8 @@ class Head:
 
     config: ModelConfig
     pipeline: str = ""
-    notes: tuple[str, ...] = ()
-    advice: tuple[str, ...] = ()
+    notes: Names = ()
+    advice: Names = ()
 
 
 AUTO_CLASSES = "auto_classes.json"
@@ -79,9 +87,10 @@ def auto_class(model_type: object, task: object) -> str | None:
     """Return the class that transformers uses to load a model of this type for one of PEFT's tasks; None if there is none."""
     if not isinstance(model_type, str) or not isinstance(task, str):
         return None
-    for name, types in packaged(AUTO_CLASSES)["tasks"].get(task, {}).items():
+    table = packaged(AUTO_CLASSES)
+    for name, types in table["tasks"].get(task, {}).items():
         if model_type in types:
-            return str(name).replace("*", packaged(AUTO_CLASSES)["names"].get(model_type, ""))
+            return str(name).replace("*", table["names"].get(model_type, ""))
     return None
 
 
@@ -96,12 +105,8 @@ def merged_architecture(config: ModelConfig, adapter: DeltaSource) -> Architectu
     task = adapter.config.get("task_type")
     cls = auto_class(config.model_type, task)
     bare = stated is None and not config.architectures
-    if (
-        bare
-        and config.model_type
-        and cls is None
-        and isinstance(trained := adapter.config.get("auto_mapping"), dict)
-    ):
+    trained = adapter.config.get("auto_mapping")
+    if bare and config.model_type and cls is None and isinstance(trained, dict):
         cls = trained.get("base_model_class")
     of_task = None if cls is None else architecture_for(config, cls)
     labelled = task in LABEL_TASKS and any(LABEL_HEAD.search(c.name) for c in adapter.carried)
@@ -110,7 +115,7 @@ def merged_architecture(config: ModelConfig, adapter: DeltaSource) -> Architectu
 
 
 def implied_head(
-    config: ModelConfig, task: object, saved: Mapping[str, tuple[int, ...]], names: Collection[str]
+    config: ModelConfig, task: object, saved: Mapping[str, Shape], names: Collection[str]
 ) -> Head:
     """Update a model's config for the head that an adapter saves.
 
@@ -125,40 +130,30 @@ def implied_head(
     names
         All tensors of the merged model.
     """
-    out, id2label = dict(config.values), config.values.get("id2label")
-    notes: list[str] = []
-    advice: list[str] = []
-    rows = {
-        s[0]
-        for name, s in saved.items()
-        if s and (m := LABEL_HEAD.search(name)) and m["parameter"] == "weight"
-    }
-    labels = rows.pop() if len(rows) == 1 else None
-    if labels is not None and not config.values:
-        advice.append(
-            f"the base has no config.json: load the model with a config of num_labels={labels}"
-        )
-    elif task in LABEL_TASKS and not any(map(LABEL_HEAD.search, names)):
-        load = "load the model with the class and the num_labels of its training"
-        advice.append(
-            f"the adapter is for {task}, but neither it nor the base has a known head: {load}"
-        )
+    labels = _labels(saved)
+    notes = []
+    advice = _advice_on_labels(config, task, labels, names)
     if not config.values:
         return Head(config, advice=tuple(advice))
+    out = dict(config.values)
+    id2label = config.values.get("id2label")
     if labels is not None and _set_labels(out, labels):
         notes.append(f"config.json says num_labels={labels}, by the rows of the saved head")
-    elif (
-        labels is not None
-        and isinstance(id2label, dict)
-        and any("LABEL_" not in str(name) for name in id2label.values())
-    ):
-        advice.append(
-            "config.json keeps the base's names of labels, because there are as many as rows in the saved head: if the adapter was trained "
-            "on other labels, set id2label and label2id"
-        )
+    elif labels is not None and isinstance(id2label, dict):
+        named = any("LABEL_" not in str(name) for name in id2label.values())
+        if named:
+            advice.append(
+                "config.json keeps the base's names of labels, because there are as many as rows in the saved head: if the adapter was "
+                "trained on other labels, set id2label and label2id"
+            )
     cls = auto_class(config.model_type, task)
     old = next((c for c in config.architectures[:1] if isinstance(c, str)), "")
-    if cls is not None and cls != old and _fits_task(str(task), old, config.model_type, saved):
+    if cls is None:
+        if labels is not None and not re.search(r"Classification|QuestionAnswering", old):
+            advice.append(
+                f"no class for {config.model_type!r} and the task {task} is known: load the model with the class used to train the adapter"
+            )
+    elif cls != old and _fits_task(str(task), old, config.model_type, saved):
         if _has_head(str(task), config, names):
             out["architectures"] = [cls]
             notes.append(f"config.json says {cls}, by the adapter's task {task}")
@@ -167,26 +162,30 @@ def implied_head(
                 f"the adapter is for {task}, but neither it nor the base has the head of {cls}, which loading would create with random "
                 f"values: config.json keeps {old or 'no class'}; merge into the model on which the adapter was trained"
             )
-    elif (
-        cls is None
-        and labels is not None
-        and not re.search(r"Classification|QuestionAnswering", old)
-    ):
-        advice.append(
-            f"no class for {config.model_type!r} and the task {task} is known: load the model with the class used to train the adapter"
-        )
     changed = out.get("architectures") != config.values.get("architectures")
-    return Head(
-        replace(config, values=out),
-        PIPELINES[str(task)] if changed else "",
-        tuple(notes),
-        tuple(advice),
-    )
+    pipeline = PIPELINES[str(task)] if changed else ""
+    return Head(replace(config, values=out), pipeline, tuple(notes), tuple(advice))
 
 
-def _fits_task(
-    task: str, old: str, model_type: object, saved: Mapping[str, tuple[int, ...]]
-) -> bool:
+def _labels(saved: Mapping[str, Shape]) -> int | None:
+    """Return the number of labels of the only head that is saved."""
+    heads = ((LABEL_HEAD.search(name), shape) for name, shape in saved.items())
+    rows = {shape[0] for head, shape in heads if shape and head and head["parameter"] == "weight"}
+    return rows.pop() if len(rows) == 1 else None
+
+
+def _advice_on_labels(
+    config: ModelConfig, task: object, labels: int | None, names: Collection[str]
+) -> list[str]:
+    if labels is not None and not config.values:
+        return [f"the base has no config.json: load the model with a config of num_labels={labels}"]
+    if task in LABEL_TASKS and not any(map(LABEL_HEAD.search, names)):
+        load = "load the model with the class and the num_labels of its training"
+        return [f"the adapter is for {task}, but neither it nor the base has a known head: {load}"]
+    return []
+
+
+def _fits_task(task: str, old: str, model_type: object, saved: Mapping[str, Shape]) -> bool:
     """Test whether the task's class may replace the stated class: only a bare model or a classifier may be replaced."""
     if task in LABEL_TASKS or not old:
         return True
@@ -201,24 +200,17 @@ def _has_head(task: str, config: ModelConfig, names: Collection[str]) -> bool:
         return any(map(LABEL_HEAD.search, names))
     cls = auto_class(config.model_type, task)
     architecture = None if cls is None else architecture_for(config, cls)
-    if (
-        task not in LANGUAGE_TASKS
-        or architecture is None
-        or (head := architecture.output_embedding) is None
-    ):
+    head = None if architecture is None else architecture.output_embedding
+    if task not in LANGUAGE_TASKS or architecture is None or head is None:
         return True
     # The head's outermost module holds everything between model and vocabulary: ``lm_head.decoder`` → ``lm_head.``.
-    modules = tuple(
-        f"{name.partition('.')[0]}."
-        for name in (head, *architecture.disk_patterns(f"{head}.weight"))
-    )
-    ties, model_type = packaged(AUTO_CLASSES)["ties"][task], config.model_type
-    # If the config states nothing, the class's default applies.
-    default, possible = (
-        model_type in ties["default"],
-        any(model_type in types for types in ties.values()),
-    )
-    tied = default if config.tied is None else config.tied and possible
+    paths = (head, *architecture.disk_patterns(f"{head}.weight"))
+    modules = tuple(f"{path.partition('.')[0]}." for path in paths)
+    ties = packaged(AUTO_CLASSES)["ties"][task]
+    if config.tied is None:
+        tied = config.model_type in ties["default"]
+    else:
+        tied = config.tied and any(config.model_type in types for types in ties.values())
     return tied or any(name.startswith(modules) for name in names)
 
 
@@ -255,8 +247,8 @@ class VocabularyTensor(NamedTuple):
         Config keys that state the number of rows: encoder and decoder may have separate vocabularies.
     """
 
-    names: tuple[str, ...]
-    keys: tuple[str, ...]
+    names: Names
+    keys: KeyPath
 
 
 @dataclass(frozen=True)
@@ -281,13 +273,13 @@ class TensorEdits:
         Key paths of ties that the config must no longer state (see `tied_embeddings`).
     """
 
-    sources: Mapping[str, StoredTensor] = field(default_factory=dict)
+    sources: Tensors = field(default_factory=dict)
     shifts: Mapping[str, tuple[StoredTensor, float]] = field(default_factory=dict)
-    rows: Mapping[str, tuple[StoredTensor, tuple[int, ...]]] = field(default_factory=dict)
+    rows: Mapping[str, tuple[StoredTensor, Shape]] = field(default_factory=dict)
     trained: frozenset[str] = frozenset()
-    vocabularies: Mapping[tuple[str, ...], int] = field(default_factory=dict)
+    vocabularies: Mapping[KeyPath, int] = field(default_factory=dict)
     dropped: Mapping[str, str] = field(default_factory=dict)
-    untied: tuple[tuple[str, ...], ...] = ()
+    untied: KeyPaths = ()
 
     @property
     def vocabulary(self) -> int | None:
@@ -296,23 +288,15 @@ class TensorEdits:
 
     def listed(self, base: Checkpoint, of_model: bool) -> list[CarriedRecord]:
         """List the edits as JSON values; edits `of_model`, a fine-tuned model, only if they differ from the base."""
-        lines = [
-            (name, "replaced" if name in base.weight_map else "new", part)
-            for name, part in self.sources.items()
-            if not (
-                of_model
-                and name in base.weight_map
-                and equal(part, StoredTensor(*base.locate(name)))
-            )
-        ]
-        lines += [
-            (name, f"plus {scaling:g} times", part) for name, (part, scaling) in self.shifts.items()
-        ]
-        lines += [
-            (name, f"{len(indices)} rows replaced", part)
-            for name, (part, indices) in self.rows.items()
-        ]
-        changes = [(name, change, part.info.name) for name, change, part in lines]
+        changes = []
+        for name, part in self.sources.items():
+            is_new = name not in base.weight_map
+            if is_new or not (of_model and equal(part, StoredTensor(*base.locate(name)))):
+                changes.append((name, "new" if is_new else "replaced", part.info.name))
+        for name, (part, scaling) in self.shifts.items():
+            changes.append((name, f"plus {scaling:g} times", part.info.name))
+        for name, (part, indices) in self.rows.items():
+            changes.append((name, f"{len(indices)} rows replaced", part.info.name))
         changes += [(name, "dropped", reason) for name, reason in sorted(self.dropped.items())]
         return [{"tensor": name, "change": change, "by": by} for name, change, by in changes]
 
@@ -324,26 +308,17 @@ class TensorEdits:
 
 
 def match_carried(
-    base: Checkpoint,
+    base: OpenBase,
     adapter: DeltaSource,
-    matched: Mapping[str, str],
-    renames: Renames,
-    weights: WeightView,
-    aliases: Mapping[str, StoredTensor],
+    found: Found,
     vocabulary: Mapping[str, VocabularyTensor],
 ) -> TensorEdits:
-    """Match every carried tensor of an adapter to its tensor in the merged model.
+    """Match every carried tensor of an adapter to its tensor in the merged model, by the same exchange of prefixes as the modules.
+
+    Replacements of quantized weights are not compared, because a merge refuses them.
 
     Parameters
     ----------
-    matched
-        Module → base tensor of the factors: the other tensors use the same exchange of prefixes.
-    renames
-        Renames of the base's model.
-    weights
-        The base's weights. Replacements of quantized ones are not compared, because a merge refuses them.
-    aliases
-        Further names that the model has for tensors of the base.
     vocabulary
         Tensors with a row for each entry of a vocabulary; their rows may grow or shrink in number.
 
@@ -354,100 +329,100 @@ def match_carried(
     UnsupportedError
         If the merged model could not be loaded, or a dtype does not hold plain values.
     """
-    known = {**{name: StoredTensor(*base.locate(name)) for name in base.weight_map}, **aliases}
-    quantized = weights.quantized_names
-    loaded = renames.loaded(known.keys() | quantized)
-    by_run_time = {now: name for name, now, by, _, _ in loaded if by is None}
-    built = {now: name for name, now, by, _, _ in loaded if by is not None}
-    exchanges = sorted(
-        {prefix_exchange(m, tensor.removesuffix(".weight")) for m, tensor in matched.items()}
-    )
-    problems: list[str] = []
-    trained: set[str] = set()
+    checkpoint = base.checkpoint
+    known = {name: StoredTensor(*checkpoint.locate(name)) for name in checkpoint.weight_map}
+    known |= found.aliases
+    quantized = base.weights.quantized_names
+    index = base.names.among({**known, **dict.fromkeys(quantized)})
+    stems = ((module, tensor.removesuffix(".weight")) for module, tensor in found.placed.items())
+    exchanges = sorted({PrefixExchange.between(module, stem) for module, stem in stems})
+    problems = []
+    trained = set()
     sources: dict[str, StoredTensor] = {}
-    shifts: dict[str, tuple[StoredTensor, float]] = {}
-    rows: dict[str, tuple[StoredTensor, tuple[int, ...]]] = {}
+    shifts = {}
+    rows = {}
     # Replacements come first: the other edits must fit them.
     for c in sorted(adapter.carried, key=lambda c: c.role != "saved"):
         if c.role == "original":
             continue
-        exchanged = [
-            add + c.name[len(strip) :] for strip, add in exchanges if c.name.startswith(strip)
-        ]
-        names = (c.name, by_run_time.get(c.name), *exchanged)
-        matches = [
-            *dict.fromkeys(n for n in names if n is not None and (n in known or n in quantized))
-        ]
-        if len(matches) > 1:
-            problems.append(f"{c.source!r} is ambiguous: it could be {listed(map(repr, matches))}")
+        name, problem = _find(c, adapter, index, exchanges)
+        if problem:
+            problems.append(problem)
             continue
-        if not matches and (c.role != "saved" or not adapter.trains(c.module)):
-            problems.append(
-                f"{c.source!r} has no tensor in the base (looked for {c.name!r}), and modules_to_save does not name it"
-            )
-            continue
-        if not matches and (name := next((n for n in (c.name, *exchanged) if n in built), "")):
-            raise UnsupportedError(
-                f"{adapter.file.path}: {c.source!r} replaces {name!r}, built on loading from {built[name]!r} and others; not supported"
-            )
-        name = matches[0] if matches else exchanged[0] if len({*exchanged}) == 1 else c.name
         tensor = adapter.tensors[c.source]
         if name in quantized:
-            if c.role == "tokens" and (
-                problem := _misfit_of_tokens(c, tensor.info.shape, name, weights[name].shape)
-            ):
-                problems.append(problem)
+            if c.role == "tokens":
+                problem = _misfit_of_tokens(c, tensor.info.shape, name, base.weights[name].shape)
         elif name in known:
             replaced = sources.get(name) or known[name]
-            if problem := _misfit(
-                c, tensor.info, replaced.info, name in vocabulary, bool(vocabulary)
-            ):
-                problems.append(problem)
+            problem = _misfit(c, tensor.info, replaced.info, vocabulary)
             if c.role != "saved" or tensor.info.dtype != replaced.info.dtype:
                 for part in (tensor, replaced):
                     float_dtype(part.info, str(part.file.path))
-        if c.role == "saved":
+        if problem:
+            problems.append(problem)
+        if c.role == "lora_bias":
+            shifts[name] = (tensor, c.scaling)
+        elif c.role == "tokens":
+            rows[name] = (tensor, c.indices)
+        else:
             sources[name] = tensor
             # A head's bias is saved along with a vocabulary that has grown, whether or not it was trained.
-            if (
-                c.parameter == "bias" and adapter.config.get("bias", "none") != "none"
-            ) or adapter.trains(c.module):
+            is_bias = c.parameter == "bias" and adapter.config.get("bias", "none") != "none"
+            if is_bias or adapter.trains(c.module):
                 trained.add(name)
-        elif c.role == "lora_bias":
-            shifts[name] = (tensor, c.scaling)
-        else:
-            rows[name] = (tensor, c.indices)
     if problems:
         raise MismatchError(
-            f"{adapter.file.path}: {listed(problems, separator='; ')}; is {base.path} the base that the adapter was trained on?"
+            f"{adapter.file.path}: {listed(problems, separator='; ')}; is {checkpoint.path} the base that the adapter was trained on?"
         )
     plain = {name: part for name, part in sources.items() if name not in quantized}
-    return TensorEdits(
-        sources, shifts, rows, frozenset(trained), _vocabularies(known, plain, adapter, vocabulary)
-    )
+    sizes = _vocabularies(known, plain, adapter, vocabulary)
+    return TensorEdits(sources, shifts, rows, frozenset(trained), sizes)
+
+
+def _find(
+    c: Carried, adapter: DeltaSource, index: NameIndex, exchanges: Sequence[PrefixExchange]
+) -> tuple[str, str]:
+    """Find the name of the tensor that changes, or say why it is not found."""
+    exchanged = [
+        exchange.apply(c.name) for exchange in exchanges if c.name.startswith(exchange.strip)
+    ]
+    possible = (c.name, index.on_disk.get(c.name), *exchanged)
+    matches = [*dict.fromkeys(name for name in possible if name in index.loaded)]
+    if len(matches) > 1:
+        return "", f"{c.source!r} is ambiguous: it could be {listed(map(repr, matches))}"
+    if matches:
+        (name,) = matches
+        return name, ""
+    if c.role != "saved" or not adapter.trains(c.module):
+        looked = f"looked for {c.name!r}), and modules_to_save does not name it"
+        return "", f"{c.source!r} has no tensor in the base ({looked}"
+    built = {part.name: part.tensor for part in index.loaded.values() if part.by is not None}
+    if name := next((name for name in (c.name, *exchanged) if name in built), ""):
+        raise UnsupportedError(
+            f"{adapter.file.path}: {c.source!r} replaces {name!r}, built on loading from {built[name]!r} and others; not supported"
+        )
+    return exchanged[0] if len({*exchanged}) == 1 else c.name, ""
 
 
 def _misfit(
-    c: Carried, info: TensorInfo, base: TensorInfo, is_vocabulary: bool, has_vocabulary: bool
+    c: Carried, info: TensorInfo, base: TensorInfo, vocabulary: Mapping[str, VocabularyTensor]
 ) -> str:
     if c.role == "tokens":
         return _misfit_of_tokens(c, info.shape, base.name, base.shape)
-    may_grow = is_vocabulary or LABEL_HEAD.search(base.name)
     resized = (
         c.role == "saved" and info.shape[1:] == base.shape[1:] and info.shape and info.shape[0]
     )
-    if info.shape != base.shape and not (resized and may_grow):
-        unnamed = resized and not has_vocabulary
-        ask = (
-            " (if its rows are the vocabulary, name the base's class with --architecture NAME)"
-            if unnamed
-            else ""
-        )
-        return f"{c.source!r}: expected shape {list(base.shape)} of {base.name!r}, found {list(info.shape)}{ask}"
-    return ""
+    may_grow = base.name in vocabulary or LABEL_HEAD.search(base.name)
+    if info.shape == base.shape or (resized and may_grow):
+        return ""
+    ask = ""
+    if resized and not vocabulary:
+        ask = " (if its rows are the vocabulary, name the base's class with --architecture NAME)"
+    return f"{c.source!r}: expected shape {list(base.shape)} of {base.name!r}, found {list(info.shape)}{ask}"
 
 
-def _misfit_of_tokens(c: Carried, shape: tuple[int, ...], name: str, base: tuple[int, ...]) -> str:
+def _misfit_of_tokens(c: Carried, shape: Shape, name: str, base: Shape) -> str:
     expected = (len(c.indices), *base[1:])
     if shape != expected:
         return f"{c.source!r}: expected shape {list(expected)}, found {list(shape)}"
@@ -457,11 +432,11 @@ def _misfit_of_tokens(c: Carried, shape: tuple[int, ...], name: str, base: tuple
 
 
 def _vocabularies(
-    known: Mapping[str, StoredTensor],
-    sources: Mapping[str, StoredTensor],
+    known: Tensors,
+    sources: Tensors,
     adapter: DeltaSource,
     vocabulary: Mapping[str, VocabularyTensor],
-) -> dict[tuple[str, ...], int]:
+) -> dict[KeyPath, int]:
     """Return the new number of rows of each vocabulary that a replaced embedding resizes; all its embeddings must match."""
     resized = {
         name: (known[name].info.shape[0], part.info.shape[0])
@@ -471,12 +446,13 @@ def _vocabularies(
         and not LABEL_HEAD.search(name)
     }
     follow = {other for changed in resized for other in vocabulary[changed].names}
-    sizes: dict[tuple[str, ...], int] = {}
+    sizes: dict[KeyPath, int] = {}
     for name, (before, after) in resized.items():
         sizes.setdefault(vocabulary[name].keys, after)
         for other in vocabulary.keys() & known.keys() - follow:
             # One value for each token, such as a head's bias, is not an embedding (`tied_embeddings.without_stale_values`).
-            info, rows = known[other].info, sources.get(other, known[other]).info.shape[0]
+            info = known[other].info
+            rows = sources.get(other, known[other]).info.shape[0]
             embedding = (
                 other.endswith(".weight") and len(info.shape) == 2 and info.shape[0] == before
             )
@@ -489,24 +465,14 @@ def _vocabularies(
 
 
 def check_announced(
-    adapter: DeltaSource,
-    names: Collection[str],
-    renames: Renames,
-    config: ModelConfig,
-    architecture: Architecture | None,
-    edits: TensorEdits,
-    biased: Collection[str],
-) -> tuple[str, ...]:
+    base: OpenBase, adapter: DeltaSource, found: Found, edits: TensorEdits
+) -> Names:
     """Compare what an adapter's config announces with what its file holds: PEFT fills the gaps with values that nobody trained.
 
     Parameters
     ----------
-    names
-        All names of the base's tensors, including names of tied tensors, in the order of messages.
     edits
         Edits that the adapter's other tensors make.
-    biased
-        The adapter's modules whose layers have a bias in the base.
 
     Returns
     -------
@@ -518,93 +484,99 @@ def check_announced(
     FormatError
         If the file lacks tensors that only the adapter can supply; the message names all of them.
     """
-    stated, missing = adapter.config, []
-    saved = {c.name for c in adapter.carried if c.role == "saved"}
+    architecture = found.architecture
+    names = base.names.among(dict.fromkeys([*base.checkpoint.weight_map, *found.aliases]))
     # A file may hold more than the model loads, such as a mask that earlier versions called ``attn.bias``.
     tensors = {
         tensor: now
-        for tensor, now in renames.at_run_time(names).items()
+        for tensor, now in names.at_run_time.items()
         if (
             (architecture is not None and architecture.has_tensor(now))
-            or f"{tensor.removesuffix('bias')}weight" in names
+            or f"{tensor.removesuffix('bias')}weight" in names.loaded
             or tensor.endswith(".weight")
         )
-        and not _is_behind(now, config)
+        and not _is_behind(now, base.config)
     }
-    # PEFT adds the names of common heads for a task, and the model has only one of them: an entry alone announces nothing.
-    for entry in stated.strings("modules_to_save"):
-        below = [t for t, now in tensors.items() if is_below(now.rpartition(".")[0], entry)]
-        lacking = [t for t in below if t not in edits.sources and tensors[t] not in saved]
-        if not below:
-            lacking = _missing_of_head(entry, saved, config, stated.get("task_type"))
-        if lacking:
-            missing.append(f"{listed(map(repr, lacking), 1)} of {entry!r} in modules_to_save")
-    rows = stated.get("trainable_token_indices")
-    rows_by_module = {c.module: list(c.indices) for c in adapter.carried if c.role == "tokens"}
-    for module, indices in rows.items() if isinstance(rows, dict) else [("the embedding", rows)]:
-        # PEFT saves only one of several tied modules with the same rows.
-        if indices and not any(
-            f".{m}".endswith(f".{module}") or rows_by_module[m] == indices for m in rows_by_module
-        ):
-            missing.append(f"the rows of {module!r} in trainable_token_indices")
-    shifted = {c.module for c in adapter.carried if c.role == "lora_bias"}
+    missing = [*_missing_saved(adapter, tensors, base.config, edits), *_missing_rows(adapter)]
     # Some programs write biases only for layers that have one; PEFT takes missing ones as zero.
-    if stated.get("lora_bias") and (
-        lacking := [f"{name}.lora_B.bias" for name in biased if name not in shifted]
-    ):
+    shifted = {c.module for c in adapter.carried if c.role == "lora_bias"}
+    matched = found.matched.items()
+    biased = [n for n, t in matched if f"{t.removesuffix('weight')}bias" in base.weights]
+    lacking = [f"{name}.lora_B.bias" for name in biased if name not in shifted]
+    if adapter.config.get("lora_bias") and lacking:
         missing.append(f"{listed(map(repr, lacking), 1)} of lora_bias")
     if missing:
         raise FormatError(
             f"{adapter.file.path}: lacks tensors that {CONFIG_NAME} announces: {listed(missing, separator='; ')}; save it again"
         )
-    count = {"all": sum(t.endswith(".bias") for t in tensors), "lora_only": len(biased)}.get(
-        str(stated.get("bias")), 0
-    )
-    brought, notes = (
-        sum(c.parameter == "bias" for c in adapter.carried),
-        _untargeted(adapter, renames),
-    )
+    notes = _untargeted(adapter, names)
+    bias = adapter.config.get("bias")
+    biases = {"all": sum(t.endswith(".bias") for t in tensors), "lora_only": len(biased)}
+    count = biases.get(str(bias), 0)
+    brought = sum(c.parameter == "bias" for c in adapter.carried)
     if brought < count:
-        bias = f"the adapter's bias is {stated.get('bias')!r}, but its file has {brought} of {count} biases"
-        notes.append(f"{bias}: the base's values are kept")
+        has = f"the adapter's bias is {bias!r}, but its file has {brought} of {count} biases"
+        notes.append(f"{has}: the base's values are kept")
     return tuple(notes)
 
 
-def _untargeted(adapter: DeltaSource, renames: Renames) -> list[str]:
+def _missing_saved(
+    adapter: DeltaSource, tensors: Mapping[str, str], config: ModelConfig, edits: TensorEdits
+) -> Iterator[str]:
+    """Yield what the file lacks of each entry of ``modules_to_save``; `tensors` are the base's, with their run-time names.
+
+    PEFT adds the names of common heads for a task, and the model has only one of them: an entry alone announces nothing.
+    """
+    saved = {c.name for c in adapter.carried if c.role == "saved"}
+    for entry in adapter.config.strings("modules_to_save"):
+        below = {t: now for t, now in tensors.items() if is_below(_module(now), entry)}
+        lacking = [t for t, now in below.items() if t not in edits.sources and now not in saved]
+        if not below:
+            lacking = _missing_of_head(entry, saved, config, adapter.config.get("task_type"))
+        if lacking:
+            yield f"{listed(map(repr, lacking), 1)} of {entry!r} in modules_to_save"
+
+
+def _missing_rows(adapter: DeltaSource) -> Iterator[str]:
+    """Yield the modules whose trained tokens the file lacks; PEFT saves only one of several tied modules with the same rows."""
+    stated = adapter.config.get("trainable_token_indices")
+    by_module = stated if isinstance(stated, dict) else {"the embedding": stated}
+    rows = {c.module: list(c.indices) for c in adapter.carried if c.role == "tokens"}
+    for module, indices in by_module.items():
+        there = (f".{m}".endswith(f".{module}") or own == indices for m, own in rows.items())
+        if indices and not any(there):
+            yield f"the rows of {module!r} in trainable_token_indices"
+
+
+def _module(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
+
+
+def _untargeted(adapter: DeltaSource, index: NameIndex) -> list[str]:
     """Note modules with factors that the config does not target."""
     config = adapter.config
-    named, excluded = (
-        {*config.strings("target_modules")},
-        tuple(f".{m}" for m in config.strings("exclude_modules")),
-    )
+    named = {*config.strings("target_modules")}
+    excluded = tuple(f".{module}" for module in config.strings("exclude_modules"))
     if not named or config.get("target_parameters") or config.get("ensure_weight_tying"):
         return []
-    now = renames.at_run_time([f"{name}.weight" for name in adapter.modules])
-    paths = {
-        name: {name, now.get(f"{name}.weight", name).removesuffix(".weight")}
-        for name in adapter.modules
-    }
     stated = config.get("layers_to_transform")
-    layers = {
-        str(layer)
-        for layer in (stated if isinstance(stated, list) else [stated])
-        if layer is not None
-    }
-    untargeted = [
-        name
-        for name, names in paths.items()
-        if not any(f".{n}".endswith(f".{target}") for n in names for target in named)
-        or f".{name}".endswith(excluded)
-        or (layers and layers.isdisjoint(name.split(".")) and names.isdisjoint(named))
+    layers = {str(i) for i in (stated if isinstance(stated, list) else [stated]) if i is not None}
+    run_time = index.among(f"{name}.weight" for name in adapter.modules).at_run_time
+    untargeted = []
+    for name in adapter.modules:
+        names = {name, run_time.get(f"{name}.weight", name).removesuffix(".weight")}
+        if (
+            not any(f".{n}".endswith(f".{target}") for n in names for target in named)
+            or f".{name}".endswith(excluded)
+            or (layers and layers.isdisjoint(name.split(".")) and names.isdisjoint(named))
+        ):
+            untargeted.append(name)
+    if not untargeted:
+        return []
+    return [
+        f"PEFT ignores the factors of {listed(map(repr, untargeted))}, which target_modules, exclude_modules or layers_to_transform "
+        "leave out; streamer applies them: correct the config, or remove the factors"
     ]
-    return (
-        [
-            f"PEFT ignores the factors of {listed(map(repr, untargeted))}, which target_modules, exclude_modules or layers_to_transform "
-            "leave out; streamer applies them: correct the config, or remove the factors"
-        ]
-        if untargeted
-        else []
-    )
 
 
 def _missing_of_head(entry: str, saved: set[str], config: ModelConfig, task: object) -> list[str]:
@@ -614,25 +586,20 @@ def _missing_of_head(entry: str, saved: set[str], config: ModelConfig, task: obj
     """
     cls = auto_class(config.model_type, task) if task in LABEL_TASKS else None
     architecture = None if cls is None else architecture_for(config, cls)
-    there = {name.rpartition(".")[0] for name in saved if is_below(name.rpartition(".")[0], entry)}
-    tensors = set() if architecture is None else {*architecture.tensors} - saved
-    lacking = {
-        n: n.rpartition(".")[0]
-        for n in tensors
-        if "*" not in n and is_below(n.rpartition(".")[0], entry)
-    }
-    missing = (
-        n
-        for n, m in lacking.items()
-        if not any(m.startswith(f"{t}.") or t.startswith(f"{m}.") for t in there)
+    if architecture is None:
+        return []
+    there = {_module(name) for name in saved if is_below(_module(name), entry)}
+    return sorted(
+        name
+        for name in architecture.tensors - saved
+        if "*" not in name
+        and is_below(module := _module(name), entry)
+        and not any(module.startswith(f"{t}.") or t.startswith(f"{module}.") for t in there)
     )
-    return sorted(missing)
 
 
 def _is_behind(name: str, config: ModelConfig) -> bool:
     """Test whether a tensor belongs to a layer after the last that the config counts (multi-token prediction): no class loads it."""
-    layers, match = (
-        config.values.get("num_hidden_layers"),
-        re.match(r"(?:model\.)?layers\.(\d+)\.", name),
-    )
+    layers = config.values.get("num_hidden_layers")
+    match = re.match(r"(?:model\.)?layers\.(\d+)\.", name)
     return match is not None and type(layers) is int and int(match[1]) >= layers

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -37,31 +37,31 @@ from streamer.plan import side_files
 from streamer.plan import tied_embeddings as tied
 from streamer.plan.architectures import (
     Architecture,
-    architecture_for,
     pattern_of,
-    with_architecture,
 )
+from streamer.plan.base import Found, OpenBase
 from streamer.plan.carried_tensors import (
     TensorEdits,
     check_announced,
     match_carried,
     merged_architecture,
 )
-from streamer.plan.name_matching import Renames, TensorSlice, joined, match_modules, renames_for
+from streamer.plan.name_matching import TensorSlice, joined, match_names
+from streamer.plan.names import NameIndex
+from streamer.plan.pipelines import match_pipeline, of_pipeline
 from streamer.plan.targets import (
-    Orientation,
     Target,
     match_experts,
     match_targets,
     refuse_misfits,
     tensor_roles,
 )
-from streamer.storage.checkpoint import Checkpoint, IOMode, open_checkpoint
+from streamer.storage.checkpoint import Checkpoint, IOMode
 from streamer.storage.files import AdapterIdentity, BaseIdentity, Stamp, file_stamp, storage_errors
 from streamer.storage.remote_source import AHEAD_BYTES
 from streamer.weights.base import StoredTensor
-from streamer.weights.logical import WeightView, open_weights
-from streamer.weights.model_config import MODEL_CONFIG, ModelConfig, read_model_config
+from streamer.weights.logical import WeightView
+from streamer.weights.model_config import MODEL_CONFIG, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,8 @@ class Plan:
         Modules that repeat another module's factors, by the other's name (see `tied_embeddings.mirrored`).
     config
         The base's ``config.json``.
+    names
+        The names of the base's tensors.
     architecture
         Facts about the merged model's class; None if not known.
     announced
@@ -97,6 +99,7 @@ class Plan:
     edits: TensorEdits
     mirrors: Mapping[str, Module]
     config: ModelConfig
+    names: NameIndex
     architecture: Architecture | None
     announced: tuple[str, ...] = ()
     extra_stamps: Mapping[str, Stamp] = field(default_factory=dict)
@@ -162,8 +165,8 @@ class Plan:
     @cached_property
     def base_identity(self) -> BaseIdentity:
         """Return `Checkpoint.identity`, plus the base's class if the user named it."""
-        identity, name = self.base.identity, self.config.architecture
-        return identity if name is None else {"architecture": name, **identity}
+        name = self.config.architecture
+        return self.base.identity if name is None else {"architecture": name, **self.base.identity}
 
     @cached_property
     def adapter_identity(self) -> AdapterIdentity:
@@ -173,24 +176,21 @@ class Plan:
     @cached_property
     def sources(self) -> tuple[side_files.BaseSource, side_files.AdapterSource]:
         """Return names and identities of base and adapter as an output states them, without paths."""
-        base, adapter = self.base, self.adapter
-        of_base = side_files.base_source(
-            base.path, self.config, adapter.config.base_model, self.base_identity
+        stated = self.adapter.config.base_model
+        return (
+            side_files.base_source(self.base.path, self.config, stated, self.base_identity),
+            side_files.adapter_source(self.adapter.path, self.adapter_identity),
         )
-        return of_base, side_files.adapter_source(adapter.path, self.adapter_identity)
 
     def stamps(self) -> dict[str, Sequence[int]]:
         """Return the stamps of every input file by path."""
-        return self.detection_stamps() | {
-            os.path.realpath(p): stamp for p, stamp in self.extra_stamps.items()
-        }
+        others = {os.path.realpath(path): stamp for path, stamp in self.extra_stamps.items()}
+        return self.detection_stamps() | others
 
     def detection_stamps(self) -> dict[str, Sequence[int]]:
         """Return the stamps of the input files that detection reads, by real path, so the spelling of inputs does not matter."""
-        stamps = {
-            **self.base.stamps(),
-            **{str(file.path): file.stamp for file in self.adapter.files},
-        }
+        stamps: dict[str, Sequence[int]] = {**self.base.stamps()}
+        stamps |= {str(file.path): file.stamp for file in self.adapter.files}
         stamps |= {str(path): self.extra_stamps[str(path)] for path in self.adapter.config_paths}
         return {os.path.realpath(path): stamp for path, stamp in stamps.items()}
 
@@ -251,168 +251,151 @@ def make_batch(
     paths = [Path(adapter) for adapter in adapters]
     # Errors of adapters are reported before errors of the base.
     opened = [None if is_model(path) else open_adapter(path, io, stated) for path in paths]
-    checkpoint = open_checkpoint(base_path, io)
-    config = with_architecture(read_model_config(checkpoint.directory), architecture)
-    weights, inputs = open_weights(checkpoint, config), (checkpoint.path, *paths)
-    orientation = Orientation.of(checkpoint, config)
-    renames, plans = renames_for(config), []
+    base = OpenBase.at(base_path, io, architecture)
+    checkpoint = base.checkpoint
+    inputs = (checkpoint.path, *paths)
+    plans = []
     for path, adapter in zip(paths, opened, strict=True):
-        source = adapter or open_finetuned(
-            path, checkpoint, tensor_roles(path, checkpoint, config, orientation), io
-        )
-        plan = match_plan(checkpoint, weights, config, orientation, source, renames)
+        unread: tuple[str, ...] = ()
+        source: DeltaSource
+        if adapter is None:
+            roles = tensor_roles(path, checkpoint, base.config, base.orientation, base.names)
+            source = open_finetuned(path, checkpoint, roles, io)
+        else:
+            source = adapter
+            unread = side_files.unread_weights(adapter.directory, adapter.file.path.name)
+        plan = match_plan(base, source)
         # The small files that outputs copy or that are read whole.
-        small = [
-            *source.config_paths,
-            *(path for _, path in side_files.other_files(source.directory)),
-        ]
+        copied = side_files.other_files(source.directory)
         if checkpoint.directory is not None:
-            small += [path for _, path in side_files.other_files(checkpoint.directory, source.path)]
-        stamps = {str(path): _stamp(path) for path in small}
-        unread = (
-            side_files.unread_weights(adapter.directory, adapter.file.path.name) if adapter else ()
-        )
-        plans.append(
-            replace(plan, extra_stamps=stamps, inputs=inputs, announced=(*plan.announced, *unread))
-        )
+            copied += side_files.other_files(checkpoint.directory, source.path)
+        small = [*source.config_paths, *(file for _, file in copied)]
+        stamps = {str(file): _stamp(file) for file in small}
+        announced = (*plan.announced, *unread)
+        plans.append(replace(plan, extra_stamps=stamps, inputs=inputs, announced=announced))
     return AdapterBatch(checkpoint, tuple(plans))
 
 
-def match_plan(
-    checkpoint: Checkpoint,
-    weights: WeightView,
-    config: ModelConfig,
-    orientation: Orientation,
-    adapter: DeltaSource,
-    renames: Renames,
-) -> Plan:
-    """Match an adapter with a base, in files or in memory; the plan has no side files.
-
-    Parameters
-    ----------
-    renames
-        Renames from the base's tensor names to names in a loaded model.
+def match_plan(base: OpenBase, adapter: DeltaSource) -> Plan:
+    """Match an adapter with a base; the plan has no side files.
 
     Raises
     ------
     InputError
         If they do not belong together or are not supported.
     """
-    architecture = merged_architecture(config, adapter)
-    dropped: dict[str, str] = {}
+    copies: dict[str, str] = {}
     if isinstance(adapter, FinetunedModel):
-        stated = adapter.model_config if adapter.model_config.values else config
-        tuned_class = architecture_for(stated, config.architecture)
-        adapter, dropped = tied.without_copies(checkpoint, adapter, tuned_class, renames)
-    # For a fine-tuned model, the output takes the model's own config, which states the ties.
-    ties = (
-        ()
-        if adapter.describes_model
-        else tied.find_ties(checkpoint.weight_map, architecture, renames)
-    )
-    absent = {
-        name: tie.stored for tie in ties for name in tie.others if name not in checkpoint.weight_map
-    }
-    aliases = {name: StoredTensor(*checkpoint.locate(stored)) for name, stored in absent.items()}
-    parameters = adapter.parameters
-    matches = match_modules(
-        checkpoint, config, adapter, weights.replaced(aliases), renames, parameters
-    )
-    if architecture is None and not config.pipeline:
-        ask = "; if it is tied to one there, name the model's class with --architecture"
-        matches = {
-            n: m if m.tensor or "*" in pattern_of(n) else m._replace(why=m.why + ask)
-            for n, m in matches.items()
-        }
-    matched = {
-        name: match.tensor
-        for name, match in matches.items()
-        if match.tensor and name in adapter.modules
-    }
-    mirrors = tied.mirrored(ties, adapter, matched)
-    mirror_names = {module.name for module in mirrors.values()}
-    modules = {
-        n: match for n, match in matches.items() if n in adapter.modules and n not in mirror_names
-    }
-    # Report unmatched modules before unmatched carried tensors: the cause is usually the same.
-    if adapter.carried:
-        unmatched = [f"{name!r} {match.why}" for name, match in modules.items() if not match.tensor]
-        refuse_misfits(unmatched, len(modules), adapter, weights)
-    vocabulary = tied.vocabulary_tensors(checkpoint, config, architecture, ties, renames)
-    # If an adapter changes only stacks of experts, only these show the prefix of its names in the base.
-    placed = matched | {
-        p: matches[p].tensor for p in parameters if matches[p].rule.startswith("prefix")
-    }
-    edits = match_carried(checkpoint, adapter, placed, renames, weights, aliases, vocabulary)
-    announced: tuple[str, ...] = ()
-    if adapter.describes_model:
-        edits = replace(edits, dropped=dropped)
-        present = {*(match.tensor for match in matches.values()), *edits.sources, *dropped}
-        _refuse_incomplete(checkpoint, weights, adapter, architecture, present)
-    else:
-        names = dict.fromkeys([*checkpoint.weight_map, *aliases])
-        biased = [
-            name
-            for name, tensor in matched.items()
-            if f"{tensor.removesuffix('weight')}bias" in weights
-        ]
-        announced = check_announced(adapter, names, renames, config, architecture, edits, biased)
-        if architecture is None:
-            tied.refuse_unknown_ties(checkpoint, config, adapter, edits, matched)
-        else:
-            tied.refuse_numbered_ties(ties, checkpoint.path, adapter, matched)
-            deltas, once = frozenset(matched.values()), frozenset(matched[name] for name in mirrors)
-            edits = tied.TieEditor(
-                checkpoint, adapter, config, architecture, edits, deltas, once
-            ).edited(ties)
-        if edits.vocabularies:
-            edits = tied.without_stale_values(checkpoint, architecture, vocabulary, edits)
-    weights = weights.replaced({**aliases, **edits.sources})
-    weights = weights.extended(
-        {m.tensor: partial(joined, m.tensor, m.pieces) for m in modules.values() if m.pieces}
-    )
-    targets = match_targets(weights, adapter, orientation, modules, renames)
-    experts = match_experts(weights, adapter, config, orientation.architectures, matches, renames)
-    weights = weights.extended({t.tensor: partial(joined, t.tensor, t.pieces) for t in experts})
-    targets = sorted([*targets, *experts], key=file_order(weights))
+        adapter, copies = tied.without_copies(base, adapter)
+    found = _find(base, adapter)
+    edits, announced = _all_edits(base, adapter, found, copies)
+    weights, targets = _place(base, adapter, found, edits)
     return Plan(
-        checkpoint,
+        base.checkpoint,
         weights,
         adapter,
-        tuple(targets),
+        targets,
         edits,
-        mirrors,
-        config,
-        architecture,
+        found.mirrors,
+        base.config,
+        base.names,
+        found.architecture,
         announced,
     )
 
 
+def _find(base: OpenBase, adapter: DeltaSource) -> Found:
+    """Find the tensor of every module and parameter."""
+    stored = base.checkpoint.weight_map
+    architecture = merged_architecture(base.config, adapter)
+    ties = () if adapter.describes_model else base.names.ties(architecture)
+    aliases = {
+        name: StoredTensor(*base.checkpoint.locate(tie.stored))
+        for tie in ties
+        for name in tie.others
+        if name not in stored
+    }
+    weights = base.weights.replaced(aliases)
+    if of_pipeline(base.checkpoint, base.config, adapter):
+        matches = match_pipeline(base.checkpoint, adapter, weights)
+    else:
+        matches = match_names(adapter.modules, base.names.among(weights), adapter.parameters)
+        if architecture is None:
+            ask = "; if it is tied to one there, name the model's class with --architecture"
+            for name, match in matches.items():
+                if not match.tensor and "*" not in pattern_of(name):
+                    matches[name] = match._replace(why=match.why + ask)
+    modules = {name: match for name, match in matches.items() if name in adapter.modules}
+    matched = {name: match.tensor for name, match in modules.items() if match.tensor}
+    mirrors = tied.mirrored(ties, adapter, matched)
+    for module in mirrors.values():
+        del modules[module.name]
+    return Found(architecture, ties, aliases, matches, matched, mirrors, modules)
+
+
+def _all_edits(
+    base: OpenBase, adapter: DeltaSource, found: Found, copies: Mapping[str, str]
+) -> tuple[TensorEdits, tuple[str, ...]]:
+    """Collect the edits of the base other than deltas, with notes on what the adapter announces and lacks.
+
+    Parameters
+    ----------
+    copies
+        The base's copies of tied tensors that a fine-tuned model omits, with the reason.
+    """
+    # Report unmatched modules before unmatched carried tensors: the cause is usually the same.
+    if adapter.carried:
+        unmatched = [f"{n!r} {match.why}" for n, match in found.deltas.items() if not match.tensor]
+        refuse_misfits(unmatched, len(found.deltas), adapter, base.weights)
+    vocabulary = tied.vocabulary_tensors(base, found)
+    edits = match_carried(base, adapter, found, vocabulary)
+    announced: tuple[str, ...] = ()
+    if adapter.describes_model:
+        edits = replace(edits, dropped=copies)
+        _refuse_incomplete(base, adapter, found, edits)
+    else:
+        announced = check_announced(base, adapter, found, edits)
+        edits = tied.with_ties(base, adapter, found, edits)
+    if edits.vocabularies:
+        edits = tied.without_stale_values(base.checkpoint, found.architecture, vocabulary, edits)
+    return edits, announced
+
+
+def _place(
+    base: OpenBase, adapter: DeltaSource, found: Found, edits: TensorEdits
+) -> tuple[WeightView, tuple[Target, ...]]:
+    """Fit every module and expert to its matrix; matrices that combine several tensors join the weights."""
+    weights = base.weights.replaced({**found.aliases, **edits.sources})
+    fused = (match for match in found.deltas.values() if match.pieces)
+    weights = weights.extended({m.tensor: partial(joined, m.tensor, m.pieces) for m in fused})
+    names = base.names.among(weights)
+    targets = match_targets(weights, adapter, base.orientation, found.deltas, names)
+    classes = base.orientation.architectures
+    experts = match_experts(weights, adapter, base.config, classes, found.matches, names)
+    weights = weights.extended({t.tensor: partial(joined, t.tensor, t.pieces) for t in experts})
+    return weights, tuple(sorted([*targets, *experts], key=file_order(weights)))
+
+
 def _refuse_incomplete(
-    checkpoint: Checkpoint,
-    weights: WeightView,
-    tuned: DeltaSource,
-    architecture: Architecture | None,
-    present: Collection[str],
+    base: OpenBase, tuned: DeltaSource, found: Found, edits: TensorEdits
 ) -> None:
-    """Refuse a fine-tuned model that lacks tensors of its base, or whose base is quantized; `present` are the base's names that it has."""
-    if weights.quantized_names:
-        advice = (
-            "a fine-tuned model must be compared with the 16-bit base from which it was trained"
+    """Refuse a fine-tuned model that lacks tensors of its base, or whose base is quantized."""
+    path = base.checkpoint.path
+    if base.weights.quantized_names:
+        raise UnsupportedError(
+            f"{path}: is quantized; a fine-tuned model must be compared with the 16-bit base from which it was trained"
         )
-        raise UnsupportedError(f"{checkpoint.path}: is quantized; {advice}")
-    spare = (
-        () if architecture is None else architecture.may_be_missing
-    )  # loading does not need these
-    missing = [
-        n
-        for n in checkpoint.weight_map
-        if n not in present and not any(re.search(s, n) for s in spare)
-    ]
+    present = {*(match.tensor for match in found.matches.values()), *edits.sources, *edits.dropped}
+    # Loading does not need these.
+    spare = () if found.architecture is None else found.architecture.may_be_missing
+    names = base.checkpoint.weight_map
+    lacking = (name for name in names if name not in present)
+    missing = [name for name in lacking if not any(re.search(s, name) for s in spare)]
     if missing:
-        lacks = f"lacks {len(missing)} of the base's {len(checkpoint.weight_map)} tensors, {missing[0]!r} first"
-        advice = f"check that it was trained from {checkpoint.path} and that both have the same class, with or without a head"
-        raise MismatchError(f"{tuned.path}: {lacks}; {advice}")
+        raise MismatchError(
+            f"{tuned.path}: lacks {len(missing)} of the base's {len(names)} tensors, {missing[0]!r} first; "
+            f"check that it was trained from {path} and that both have the same class, with or without a head"
+        )
 
 
 def file_order(weights: WeightView) -> Callable[[Target], tuple[int, int]]:
@@ -427,20 +410,11 @@ def _stamp(path: Path) -> Stamp:
 
 def make_base_plan(base_path: str | Path, io: IOMode, architecture: str | None) -> Plan:
     """Open a base alone; the plan has no targets. See `make_plan`."""
-    checkpoint = open_checkpoint(base_path, io)
-    path = checkpoint.path / MODEL_CONFIG
+    base = OpenBase.at(base_path, io, architecture)
+    path = base.checkpoint.path / MODEL_CONFIG
     stamps = {str(path): file_stamp(path.stat())} if path.exists() else {}
-    config = with_architecture(read_model_config(checkpoint.directory), architecture)
-    nothing, orientation = NoAdapter.at(checkpoint.path), Orientation.of(checkpoint, config)
-    plan = match_plan(
-        checkpoint,
-        open_weights(checkpoint, config),
-        config,
-        orientation,
-        nothing,
-        renames_for(config),
-    )
-    return replace(plan, inputs=(checkpoint.path,), extra_stamps=stamps)
+    plan = match_plan(base, NoAdapter.at(base.checkpoint.path))
+    return replace(plan, inputs=(base.checkpoint.path,), extra_stamps=stamps)
 
 
 class Assignment(NamedTuple):
@@ -488,14 +462,12 @@ class AdapterBatch:
         groups: dict[tuple[Any, ...], list[Assignment]] = {}
         for i, plan in enumerate(self.plans):
             order = file_order(plan.weights)
-            for assignment in filter(wanted, (Assignment(i, target) for target in plan.targets)):
-                target = assignment.target
-                tensors = plan.weights[target.tensor].tensors.values()
-                where = tuple(
-                    (str(stored.file.path), stored.info.start, stored.info.end)
-                    for stored in tensors
-                )
-                groups.setdefault((order(target), target.tensor, where), []).append(assignment)
+            for target in plan.targets:
+                assignment = Assignment(i, target)
+                if wanted(assignment):
+                    stored = plan.weights[target.tensor].tensors.values()
+                    where = tuple((str(s.file.path), s.info.start, s.info.end) for s in stored)
+                    groups.setdefault((order(target), target.tensor, where), []).append(assignment)
         return [tuple(groups[key]) for key in sorted(groups, key=lambda key: key[0])]
 
 
@@ -531,7 +503,7 @@ class MemoryEstimate:
 def fits(nbytes: int, max_memory: int | None) -> bool:
     """Test whether a step may use so many bytes.
 
-    Whether a step may run is decided here; how much room or share it gets, in `runs.Work.limits` and `Workers.budget`.
+    Whether a step may run is decided here; how much room or share it gets, in `Work.limits` and `Workers.budget`.
     """
     return max_memory is None or nbytes <= max_memory
 
@@ -548,15 +520,17 @@ def check_budget(needs: Iterable[MemoryEstimate], max_memory: int | None) -> Non
         return
     most = max(needs, key=lambda need: need.nbytes)
     if not fits(most.nbytes, max_memory):
-        step = (
-            f"tensor {most.tensor!r} ({'x'.join(map(str, most.shape))})"
-            if most.shape
-            else most.tensor
-        )
-        enough = f"{-(-most.nbytes >> 20)}M"
-        raise UsageError(
-            f"max_memory: {max_memory >> 20}M is not enough for {step}; it needs {enough}"
-        )
+        shape = "x".join(map(str, most.shape))
+        step = f"tensor {most.tensor!r} ({shape})" if shape else most.tensor
+        raise too_little_memory(max_memory, step, most.nbytes)
+
+
+def too_little_memory(max_memory: int, step: str, needed: int, advice: str = "") -> UsageError:
+    """Make the error for a budget that is too small for a step; it names the smallest sufficient one."""
+    enough = f"{-(-needed >> 20)}M{advice}"
+    return UsageError(
+        f"max_memory: {max_memory >> 20}M is not enough for {step}; it needs {enough}"
+    )
 
 
 def resident_bytes(batch: AdapterBatch, output_tensors: int = 0) -> int:
@@ -567,14 +541,15 @@ def resident_bytes(batch: AdapterBatch, output_tensors: int = 0) -> int:
     output_tensors
         Number of tensors to write, over all merged models.
     """
-    tensors = len(batch.base.weight_map) + sum(len(plan.adapter.tensors) for plan in batch.plans)
-    models = [tuple(batch.base.files.values()), *(plan.adapter.files for plan in batch.plans)]
-    ahead = AHEAD_BYTES * sum(any(file.remote for file in files) for files in models)
-    tables = TENSOR_BYTES * tensors + ADAPTER_BYTES * len(batch.plans)
+    plans = batch.plans
+    tensors = len(batch.base.weight_map) + sum(len(plan.adapter.tensors) for plan in plans)
+    models = [tuple(batch.base.files.values()), *(plan.adapter.files for plan in plans)]
+    remote = sum(any(file.remote for file in files) for files in models)
     return (
         PROCESS_BYTES
-        + ahead
-        + tables
+        + AHEAD_BYTES * remote
+        + TENSOR_BYTES * tensors
+        + ADAPTER_BYTES * len(plans)
         + OUTPUT_BYTES * output_tensors
         + MATRIX_BYTES * batch.matrix_count
     )

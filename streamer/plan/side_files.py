@@ -60,6 +60,10 @@ READ = (
 """Patterns of files beside the weights that loaders read, under fixed names or because a config or a class names them."""
 
 
+Copies = list[tuple[str, Path]]
+"""Files by relative name."""
+
+
 def goes_along(name: str) -> bool:
     """Test whether an output would copy a model's file, given by its relative name; see `other_files`."""
     *directories, last = name.split("/")
@@ -67,7 +71,7 @@ def goes_along(name: str) -> bool:
     return not hidden and (bool(directories) or not _STALE.search(last))
 
 
-def other_files(directory: Path | None, apart: Path | None = None) -> list[tuple[str, Path]]:
+def other_files(directory: Path | None, apart: Path | None = None) -> Copies:
     """List the files that an output copies: (relative name, path), sorted; symlinks are followed.
 
     Not copied: weights in other formats beside the safetensors, which would be stale, and their copies for other runtimes; trainers' state;
@@ -112,9 +116,7 @@ def is_module(name: str) -> bool:
     return _MODULES.fullmatch(name) is not None
 
 
-def with_modules(
-    copies: list[tuple[str, Path]], adapter: Path
-) -> tuple[list[tuple[str, Path]], list[str]]:
+def with_modules(copies: Copies, adapter: Path) -> tuple[Copies, list[str]]:
     """Replace the modules that sentence-transformers runs after the transformer by the adapter's, if it was saved with some.
 
     Returns
@@ -156,18 +158,16 @@ def _walk(directory: Path | None, apart: Path | None = None) -> Iterator[tuple[s
 
     def walk(at: Path, above: frozenset[Path]) -> Iterator[tuple[str, Path, bool]]:
         for path in sorted(at.iterdir()):
-            name, real = (
-                str(path.relative_to(directory)),
-                Path(os.path.realpath(path)),
-            )  # of a loop of links too
-            if (
-                real == hidden or real in above
-            ):  # following a link to a parent directory would never end
+            name = str(path.relative_to(directory))
+            real = Path(os.path.realpath(path))  # of a loop of links too
+            # Following a link to a parent directory would never end.
+            if real == hidden or real in above:
                 continue
-            if path.is_dir() and not _SKIPPED_DIRECTORIES.match(path.name):
-                yield from walk(path, above | {real})
-            elif path.is_dir():
-                yield name, path, True
+            if path.is_dir():
+                if _SKIPPED_DIRECTORIES.match(path.name):
+                    yield name, path, True
+                else:
+                    yield from walk(path, above | {real})
             elif path.is_file() and not _OWN.match(path.name):
                 # Below the top, weights belong to separate modules (such as sentence-transformers' 2_Dense).
                 yield name, path, at == directory and bool(_STALE.search(path.name))
@@ -239,18 +239,17 @@ def adapter_source(path: Path, identity: Mapping[str, Any]) -> AdapterSource:
 
 
 def _source(path: Path, identity: Mapping[str, Any], model_id: str | None = None) -> dict[str, Any]:
-    cached = cached_model(path)
     # JSON cannot hold bytes that are not UTF-8.
-    source: dict[str, Any] = {
-        "name": os.fsencode(path.resolve().name).decode(errors="backslashreplace")
-    }
-    if cached is not None:
+    name = os.fsencode(path.resolve().name).decode(errors="backslashreplace")
+    source: dict[str, Any] = {"name": name}
+    if cached := cached_model(path):
+        cached_id, revision = cached
         source = {
-            "name": cached[0].rpartition("/")[2],
-            "model_id": cached[0],
-            "revision": cached[1],
+            "name": cached_id.rpartition("/")[2],
+            "model_id": cached_id,
+            "revision": revision,
         }
-    elif (manifest := read_manifest(path if path.is_dir() else path.parent)) is not None:
+    elif manifest := read_manifest(path if path.is_dir() else path.parent):
         source["address"] = manifest.address
     if model_id is not None:
         source.setdefault("model_id", model_id)
@@ -275,10 +274,9 @@ def hub_id(stated: object, path: Path) -> str | None:
     if not isinstance(stated, str) or not HUB_ID.fullmatch(stated):
         return None
     owner, _, name = stated.partition("/")
-    lies = path.resolve()
-    if name != lies.name or owner == lies.parent.name or owner.lower() in DIRECTORIES:
-        return None
-    return stated
+    real = path.resolve()
+    is_path = owner == real.parent.name or owner.lower() in DIRECTORIES
+    return None if is_path or name != real.name else stated
 
 
 def cached_model(path: Path) -> tuple[str, str] | None:
@@ -332,7 +330,8 @@ def _may_be_same(a: set[str], b: set[str]) -> bool:
     """Test whether one name has the other's words, with equal variants and equal sizes if both state one."""
     if a & _VARIANTS != b & _VARIANTS or (_sizes(a) and _sizes(b) and _sizes(a) != _sizes(b)):
         return False
-    a, b = a - _sizes(a), b - _sizes(b)
+    a = a - _sizes(a)
+    b = b - _sizes(b)
     return a <= b or b <= a
 
 
@@ -378,12 +377,10 @@ PROCESSOR = {
 MOST_BYTES = 200_000_000
 """Largest vocabulary file that is searched; larger files are accepted unchecked."""
 
-Copies = list[tuple[str, Path]]
-
 _ADDED = re.compile(rb'"id"\s*:\s*(\d+)')
 _VOCAB = re.compile(rb'"vocab"\s*:\s*([{\[])')
-_TOKEN = re.compile(rb'\s*"(?:[^"\\]|\\.)*+"\s*:\s*(\d+)\s*([,}])')
-_PIECE = re.compile(rb'\s*\[\s*"(?:[^"\\]|\\.)*+"\s*,\s*[-+\d.eE]+\s*\]\s*([,\]])')
+_TOKEN = re.compile(rb'\s*"(?:[^"\\]|\\.)*+"\s*:\s*(?P<number>\d+)\s*(?P<separator>[,}])')
+_PIECE = re.compile(rb'\s*\[\s*"(?:[^"\\]|\\.)*+"\s*,\s*[-+\d.eE]+\s*\]\s*(?P<separator>[,\]])')
 
 
 class TokenizerChoice(NamedTuple):
@@ -411,43 +408,45 @@ def with_tokenizer(
     grown
         The vocabulary's new size, if the adapter changes it.
     """
-    stays: Literal["adapter", "base"] | None = (
-        "base" if any(_is_tokenizer(name) for name, _ in copies) else None
-    )
+    has_one = any(_is_tokenizer(name) for name, _ in copies)
+    stays: Literal["adapter", "base"] | None = "base" if has_one else None
     beside = adapter.path
     if adapter.describes_model:
-        return TokenizerChoice(copies, "adapter" if stays else None)
+        return TokenizerChoice(copies, "adapter" if has_one else None)
     if config.pipeline:
         return TokenizerChoice(copies, None)
     if base is not None and base.resolve() == beside.resolve():
         return TokenizerChoice(copies, stays)
-    of_adapter = [c for c in other_files(beside) if _is_tokenizer(c[0])]
+    others = other_files(beside)
+    of_adapter = [copy for copy in others if _is_tokenizer(copy[0])]
     if not of_adapter:
         says = f"the vocabulary has grown to {grown} rows, but the adapter has no tokenizer: the base's is kept"
-        return TokenizerChoice(copies, stays, notes=[says] if grown is not None and stays else [])
+        return TokenizerChoice(copies, stays, notes=[says] if grown is not None and has_one else [])
     has = {name for name, _ in of_adapter}
-    tokens, rows = token_count(beside), grown or config.vocab_size
-    lacks = (
-        "a vocabulary"
-        if not has & VOCABULARIES
-        else ""
-        if TOKENIZER_CONFIG in has
-        else TOKENIZER_CONFIG
-    )
-    why = f"{lacks} is missing" if lacks else ""
-    if not lacks and tokens is not None and rows is not None and tokens > rows:
-        why = f"it has {tokens} tokens, but the merged embedding {rows} rows"
-    if why:
-        kept = "the tokenizer is the base's" if stays else "none is taken along"
+    if why := _unusable(has, beside, grown or config.vocab_size):
+        kept = "the tokenizer is the base's" if has_one else "none is taken along"
         says = f"the adapter's tokenizer is not used, because {why}: {kept}"
         if has.isdisjoint(VOCABULARIES | {ADDED_TOKENS}):
             return TokenizerChoice(copies, stays, notes=[says])
         warning = f"{says}, and the merged model does not know tokens that were added for training"
         return TokenizerChoice(copies, stays, warnings=[warning])
-    processor = [c for c in other_files(beside) if c[0] in PROCESSOR]
-    drop = PROCESSOR if processor else set[str]()
-    rest = [c for c in copies if not _is_tokenizer(c[0]) and c[0] not in drop]
+    processor = [copy for copy in others if copy[0] in PROCESSOR]
+    rest = [copy for copy in copies if not _is_tokenizer(copy[0])]
+    if processor:
+        rest = [copy for copy in rest if copy[0] not in PROCESSOR]
     return TokenizerChoice(sorted([*rest, *of_adapter, *processor]), "adapter")
+
+
+def _unusable(names: Collection[str], directory: Path, rows: int | None) -> str:
+    """Say why a tokenizer of these files does not fit an embedding with so many rows; empty if it does."""
+    if VOCABULARIES.isdisjoint(names):
+        return "a vocabulary is missing"
+    if TOKENIZER_CONFIG not in names:
+        return f"{TOKENIZER_CONFIG} is missing"
+    tokens = token_count(directory)
+    if tokens is not None and rows is not None and tokens > rows:
+        return f"it has {tokens} tokens, but the merged embedding {rows} rows"
+    return ""
 
 
 def _is_tokenizer(name: str) -> bool:
@@ -465,13 +464,16 @@ def token_count(directory: Path) -> int | None:
         if start is None:
             return None
         by_number = start[1] == b"{"
-        entry, at, count = _TOKEN if by_number else _PIECE, start.end(), 0
-        while match := entry.match(data, at):
+        entry = _TOKEN if by_number else _PIECE
+        at = start.end()
+        count = 0
+        separator = b","
+        while separator == b",":
+            match = entry.match(data, at)
+            if match is None:
+                return None
             at = match.end()
-            count = max(count, int(match[1]) + 1) if by_number else count + 1
-            if match[match.re.groups] != b",":
-                break
-        else:
-            return None
+            separator = match["separator"]
+            count = max(count, int(match["number"]) + 1) if by_number else count + 1
         added = (int(m[1]) + 1 for m in _ADDED.finditer(data, 0, start.start()))
         return max([count, *added])

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from streamer.adapters.adapter import DeltaSource
 from streamer.adapters.adapter_config import Wrapped, is_grouped
@@ -27,13 +27,14 @@ from streamer.adapters.finetuned import FinetunedModel
 from streamer.adapters.modules import LoraModule, Module
 from streamer.errors import MismatchError, UnsupportedError
 from streamer.plan import architectures as tables
-from streamer.plan import name_matching as naming
+from streamer.plan import names as naming
 from streamer.plan.architectures import Architecture, architecture_for, pattern_of
-from streamer.plan.name_matching import Loaded, Match, Renames, TensorSlice
+from streamer.plan.name_matching import Match, TensorSlice
+from streamer.plan.names import Loaded, NameIndex
 from streamer.storage.checkpoint import Checkpoint
 from streamer.storage.header import TensorInfo
 from streamer.units import listed
-from streamer.weights.base import Weight
+from streamer.weights.base import Shape, Weight
 from streamer.weights.logical import WeightView
 from streamer.weights.model_config import ModelConfig
 
@@ -60,7 +61,7 @@ class Target:
     module: Module
     transposed: bool
     match: Match
-    stored: tuple[int, ...] = ()
+    stored: Shape = ()
     pieces: tuple[TensorSlice, ...] = ()
 
     @property
@@ -69,7 +70,7 @@ class Target:
         return self.pieces or (TensorSlice(self.tensor),)
 
     @property
-    def kernel(self) -> tuple[int, ...]:
+    def kernel(self) -> Shape:
         """Return the dimensions of a convolution's kernel."""
         return self.stored[2:]
 
@@ -105,13 +106,13 @@ class Orientation:
     def of(cls, base: Checkpoint, config: ModelConfig) -> Orientation:
         """Decide by the table of architectures, or by the shapes of a base that it does not know."""
         known = tables.architectures_for(config)
-        biased = {} if architecture_for(config) else _by_bias(base)
-        if known and (architecture_for(config) or _stored_as(known, base, biased)):
+        if known and architecture_for(config):
             return cls(known)
-        linear = (
-            name for name, transposed in biased.items() if not transposed and _may_be_conv1d(name)
-        )
-        return cls((), any(biased.values()), frozenset(map(_stack_of, linear)))
+        biased = _by_bias(base)
+        if known and _stored_as(known, base, biased):
+            return cls(known)
+        linear = {_stack_of(n) for n, turned in biased.items() if not turned and _may_be_conv1d(n)}
+        return cls((), any(biased.values()), frozenset(linear))
 
     def seen(
         self, adapter: DeltaSource, weights: WeightView, names: Mapping[str, Match]
@@ -119,15 +120,14 @@ class Orientation:
         """Learn from an adapter's layers on an unknown base: layers that fit only (out, in) are Linear."""
         if self.architectures or adapter.describes_model:
             return self
-        unsettled = [
-            (name, m.tensor) for name, m in names.items() if m.tensor and _may_be_conv1d(m.tensor)
-        ]
-        fitting = [
-            t
-            for name, t in unsettled
-            if _ways_that_fit(adapter.modules[name], weights[t]) == {False}
-        ]
-        return replace(self, linear=self.linear | set(map(_stack_of, fitting)))
+        fitting = {
+            _stack_of(match.tensor)
+            for name, match in names.items()
+            if match.tensor
+            and _may_be_conv1d(match.tensor)
+            and _ways_that_fit(adapter.modules[name], weights[match.tensor]) == {False}
+        }
+        return replace(self, linear=self.linear | fitting)
 
     def ways(self, tensor: str, *names: str, fan_in_fan_out: bool = False) -> set[bool]:
         """List the ways in which a weight of this name may be stored: False is (out, in), True (in, out).
@@ -142,9 +142,8 @@ class Orientation:
         """
         if self.architectures:
             return {any(map(a.transposed, names)) for a in self.architectures}
-        unsettled = (
-            any(map(_may_be_conv1d, (tensor, *names))) and _stack_of(tensor) not in self.linear
-        )
+        named = any(map(_may_be_conv1d, (tensor, *names)))
+        unsettled = named and _stack_of(tensor) not in self.linear
         return {False, True} if self.has_conv1d or fan_in_fan_out or unsettled else {False}
 
 
@@ -166,11 +165,10 @@ def _by_bias(base: Checkpoint) -> dict[str, bool]:
     """Determine from the biases of layers that are not square whether each is stored (in, out)."""
     transposed = {}
     for name in base.weight_map:
-        if (
-            name.endswith(".weight")
-            and (bias := name.removesuffix("weight") + "bias") in base.weight_map
-        ):
-            shape, outputs = base.info(name).shape, base.info(bias).shape
+        bias = f"{name.removesuffix('weight')}bias"
+        if name.endswith(".weight") and bias in base.weight_map:
+            shape = base.info(name).shape
+            outputs = base.info(bias).shape
             if len(shape) == 2 and shape[0] != shape[1] and outputs in (shape[:1], shape[1:]):
                 transposed[name] = outputs == shape[1:]
     return transposed
@@ -180,14 +178,11 @@ def _stored_as(
     classes: Sequence[Architecture], base: Checkpoint, biased: Mapping[str, bool]
 ) -> bool:
     """Test whether layers with biases are stored as in these classes, with at least one in every stack of layers that has a Conv1D."""
-    conv1d = {
-        name
-        for name in base.weight_map
-        if any(a.transposed(name.removesuffix(".weight")) for a in classes)
-    }
+    modules = {name: name.removesuffix(".weight") for name in base.weight_map}
+    conv1d = {n for n, module in modules.items() if any(a.transposed(module) for a in classes)}
     transposed = {name for name, is_transposed in biased.items() if is_transposed}
-    stacks = {_stack_of(name) for name in conv1d}
-    return transposed == conv1d & biased.keys() and stacks <= {_stack_of(name) for name in biased}
+    stacks = set(map(_stack_of, conv1d))
+    return transposed == conv1d & biased.keys() and stacks <= set(map(_stack_of, biased))
 
 
 def match_targets(
@@ -195,7 +190,7 @@ def match_targets(
     adapter: DeltaSource,
     orientation: Orientation,
     names: Mapping[str, Match],
-    renames: Renames,
+    index: NameIndex,
 ) -> list[Target]:
     """Match every module of the adapter to the base tensor that it changes, in the base's file order.
 
@@ -211,12 +206,12 @@ def match_targets(
     UnsupportedError
         If computing with a matched tensor's encoding is not supported.
     """
-    problems: list[str] = []
+    problems = []
     targets: dict[str, Target] = {}
-    run_time = renames.at_run_time([match.tensor for match in names.values() if match.tensor])
     orientation = orientation.seen(adapter, weights, names)
     for name, match in names.items():
-        module, tensor = adapter.modules[name], match.tensor
+        module = adapter.modules[name]
+        tensor = match.tensor
         if not tensor:
             problems.append(f"{name!r} {match.why}")
             continue
@@ -224,20 +219,14 @@ def match_targets(
         shape = weight.shape
         if module.layer_kind != "linear":
             ways = {module.layer_kind != "convolution"}
-        elif (
-            weight.quantized or len(shape) != 2
-        ):  # quantizers store all kinds of layers as (out, in)
-            ways = {False}
+        elif weight.quantized or len(shape) != 2:
+            ways = {False}  # quantizers store all kinds of layers as (out, in)
         else:
-            loaded = run_time.get(tensor, tensor).removesuffix(".weight")
-            ways = orientation.ways(
-                tensor, name, loaded, fan_in_fan_out=bool(adapter.config.get("fan_in_fan_out"))
-            )
-        fitting = [
-            (placed, way)
-            for way in sorted(ways)
-            if (placed := module.placed(shape, way)) is not None
-        ]
+            loaded = index.at_run_time.get(tensor, tensor).removesuffix(".weight")
+            flag = bool(adapter.config.get("fan_in_fan_out"))
+            ways = orientation.ways(tensor, name, loaded, fan_in_fan_out=flag)
+        placed = {way: module.placed(shape, way) for way in sorted(ways)}
+        fitting = [(fitted, way) for way, fitted in placed.items() if fitted is not None]
         if not fitting:
             has = "found" if tensor == f"{name}.weight" else f"{tensor!r} has"
             turned = ", transposed," if ways == {True} and module.layer_kind == "linear" else ""
@@ -252,8 +241,8 @@ def match_targets(
         elif tensor in targets:
             problems.append(f"{name!r} and {targets[tensor].module.name!r} both change {tensor!r}")
         else:
-            ((placed, transposed),) = fitting
-            targets[tensor] = Target(tensor, placed, transposed, match, shape, match.pieces)
+            ((fitted, transposed),) = fitting
+            targets[tensor] = Target(tensor, fitted, transposed, match, shape, match.pieces)
     refuse_misfits(problems, len(names), adapter, weights)
     return [targets[name] for name in weights if name in targets]
 
@@ -304,7 +293,7 @@ def match_experts(
     config: ModelConfig,
     architectures: Sequence[Architecture],
     names: Mapping[str, Match],
-    renames: Renames,
+    index: NameIndex,
 ) -> list[Target]:
     """Match every expert of every wrapped parameter, or of a fine-tuned model's stacks, to the slices of the base that hold it.
 
@@ -326,156 +315,143 @@ def match_experts(
         return _match_stacks(weights, adapter, names)
     if not adapter.wrapped:
         return []
-    built: defaultdict[str, list[Loaded]] = defaultdict(list)
-    run_time: dict[str, str] = {}
-    for loaded in renames.loaded(weights):
-        run_time[loaded.tensor] = loaded.name
-        if loaded.by is not None and loaded.by.stacks:
-            built[loaded.name].append(loaded)
-    problems: list[str] = []
-    pairs: list[tuple[str, Match, Stack, tuple[str, str]]] = []
+    problems = []
+    placed = []
     for wrapped in adapter.wrapped:
-        stacks: dict[str, Stack] = {}
+        stacks = {}
         for parameter in wrapped.parameters:
+            name = f"{wrapped.module}.{parameter}"
             match = names[wrapped.matched_as(parameter)]
-            stack_names = run_time.get(match.tensor, match.tensor), f"{wrapped.module}.{parameter}"
-            stored = {a.stack_orientation(n) for a in architectures for n in stack_names} - {""}
-            stack_or_fault = (
-                _stack(match.tensor, built, weights, config, stored) if match.tensor else match.why
-            )
-            if isinstance(stack_or_fault, Stack):
-                stacks[parameter] = stack_or_fault
+            found = _stack(name, match, weights, config, architectures, index)
+            if isinstance(found, Stack):
+                stacks[parameter] = found
             else:
-                problems.append(f"{wrapped.module + '.' + parameter!r} {stack_or_fault}")
+                problems.append(f"{name!r} {found}")
         if len(stacks) != len(wrapped.parameters):
             continue
         order = _assign(wrapped, stacks, adapter)
         if isinstance(order, str):
             problems.append(f"{wrapped.module!r} {order}")
             continue
-        pairs += [
-            (
-                f"{wrapped.module}.{parameter}",
-                names[wrapped.matched_as(parameter)],
-                stacks[parameter],
-                factors,
-            )
-            for parameter, factors in zip(order, wrapped.factors, strict=True)
-        ]
+        for parameter, factors in zip(order, wrapped.factors, strict=True):
+            match = names[wrapped.matched_as(parameter)]
+            name = f"{wrapped.module}.{parameter}"
+            placed.append(_PlacedFactors(name, match, stacks[parameter], factors))
     refuse_misfits(problems, sum(len(w.parameters) for w in adapter.wrapped), adapter, weights)
-    targets = []
-    orientations = _transposed(
-        [(stack, _sides(factors, adapter)) for _, _, stack, factors in pairs], adapter
+    turned = _transposed(placed, adapter)
+    return [
+        target
+        for of, delta_transposed in zip(placed, turned, strict=True)
+        for target in _expert_targets(of, adapter, delta_transposed)
+    ]
+
+
+class _PlacedFactors(NamedTuple):
+    """The names of a parameter's lora_A and lora_B, and the stack that they change."""
+
+    name: str
+    match: Match
+    stack: Stack
+    factors: tuple[str, str]
+
+
+def _expert_targets(
+    of: _PlacedFactors, adapter: DeltaSource, delta_transposed: bool
+) -> Iterator[Target]:
+    stack = of.stack
+    experts = len(stack.experts)
+    a, b = of.factors
+    header = adapter.file.header
+    rank = header.by_name[a].shape[0] // experts
+    scaling = adapter.config.lora_scaling(of.name, rank)
+    # With one expert, or rank 1, both orders are the same.
+    grouped = min(experts, rank) > 1 and is_grouped(adapter.config, adapter.path, header.metadata)
+    all_experts = LoraModule(
+        of.name, a, b, rank, scaling, stack.shape, "expert", (), None, grouped, delta_transposed
     )
-    for (name, match, stack, (a, b)), delta_transposed in zip(pairs, orientations, strict=True):
-        experts = len(stack.experts)
-        rank = adapter.file.header.by_name[a].shape[0] // experts
-        scaling = adapter.config.lora_scaling(name, rank)
-        # With one expert, or rank 1, both orders are the same.
-        grouped = min(experts, rank) > 1 and is_grouped(
-            adapter.config, adapter.path, adapter.file.header.metadata
-        )
-        of_stack = LoraModule(
-            name, a, b, rank, scaling, stack.shape, "expert", (), None, grouped, delta_transposed
-        )
-        for e, slices in enumerate(stack.experts):
-            module = replace(of_stack, name=f"{name}[{e}]", expert=(e, experts))
-            targets.append(
-                Target(f"{stack.name}[{e}]", module, stack.transposed, match, pieces=slices)
-            )
-    return targets
+    for e, slices in enumerate(stack.experts):
+        module = replace(all_experts, name=f"{of.name}[{e}]", expert=(e, experts))
+        yield Target(f"{stack.name}[{e}]", module, stack.transposed, of.match, pieces=slices)
 
 
 def _stack(
-    tensor: str,
-    built: Mapping[str, list[Loaded]],
+    name: str,
+    match: Match,
     weights: WeightView,
     config: ModelConfig,
-    stored: set[str],
+    architectures: Sequence[Architecture],
+    index: NameIndex,
 ) -> Stack | str:
-    """Find the stack of this name, or describe what is wrong; `stored` are the orientations that the base's class may use."""
-    shape = () if tensor in built else weights[tensor].shape
-    if tensor not in built and len(shape) != 3:
+    """Find the stack that a parameter of this name is, or describe what is wrong."""
+    tensor = match.tensor
+    if not tensor:
+        return match.why
+    loaded = index.loaded.get(tensor)
+    run_time = tensor if loaded is None else loaded.name
+    stored = {a.stack_orientation(n) for a in architectures for n in (run_time, name)} - {""}
+    parts = [of for of in index.by_run_time.get(tensor, ()) if of.by is not None and of.by.stacks]
+    shape = () if parts else weights[tensor].shape
+    if not parts and len(shape) != 3:
         return f"should be a stack of matrices, but {tensor!r} has shape {list(shape)}"
     if len(stored) != 1:
         return (
             "is a stack of matrices, but the base's config.json does not say whether they are stored as (out, in) or (in, out); name "
             "the base's class with --architecture NAME"
         )
-    in_out = stored == {"in,out"}
-    if tensor in built:
-        return _built(tensor, built[tensor], weights, config, in_out)
+    (order,) = stored
+    in_out = order == "in,out"
+    if parts:
+        return _built(tensor, parts, weights, config, in_out)
     experts, m, n = shape
     slices = tuple((TensorSlice(tensor, e),) for e in range(experts))
-    return Stack(
-        tensor, slices, (n, m) if in_out else (m, n), in_out, "in,out" if in_out else "out,in"
-    )
+    return Stack(tensor, slices, (n, m) if in_out else (m, n), in_out, order)
 
 
 def _built(
     name: str, loaded: Sequence[Loaded], weights: WeightView, config: ModelConfig, in_out: bool
 ) -> Stack | str:
     """Make the stack that loading builds from each expert's tensors, or from stacks concatenated by rows."""
-    by = loaded[0].by
+    first = loaded[0]
+    by = first.by
     assert by is not None
-    numbered = naming.MERGE in by.by
-    sources: list[dict[int, str]] = [{} for _ in by.sources]
-    for part in loaded:
-        sources[part.source][(part.number if numbered else 0) or 0] = part.tensor
-    experts = len(sources[0])
-    shape_sets = {
-        tuple(weights[s[e]].shape for s in sources)
-        for e in range(experts)
-        if all(e in s for s in sources)
-    }
-    wrong = f"is built on loading from {loaded[0].tensor!r} and similar tensors, which do not fit together or lack an expert"
-    complete = all(sorted(s) == list(range(experts)) for s in sources) and sum(
-        map(len, sources)
-    ) == len(loaded)
-    if not complete or len(shape_sets) != 1:
+    sources = by.by_source(loaded)
+    numbers = [*range(len(sources[0]))]
+    complete = all(sorted(source) == numbers for source in sources)
+    of_experts = {tuple(weights[s[e]].shape for s in sources) for e in numbers if complete}
+    wrong = f"is built on loading from {first.tensor!r} and similar tensors, which do not fit together or lack an expert"
+    if len(of_experts) != 1 or sum(map(len, sources)) != len(loaded):
         return wrong
-    (shapes,) = shape_sets
-    kinds = {(*s[:-2], s[-1]) for s in shapes}  # everything except their heights
-    if (
-        len(kinds) != 1
-        or len(shapes[0]) != (2 if numbered else 3)
-        or (naming.CONCATENATE in by.by and in_out)
-    ):
+    (shapes,) = of_experts
+    kinds = {(*shape[:-2], shape[-1]) for shape in shapes}  # everything except their heights
+    is_whole = len(shapes[0]) == (2 if by.numbered else 3)
+    if len(kinds) != 1 or not is_whole or (naming.CONCATENATE in by.by and in_out):
         return wrong
-    heights, width = [s[-2] for s in shapes], shapes[0][-1]
-    ends = list(itertools.accumulate(heights, initial=0))
-    rows = list(itertools.pairwise(ends)) if len(heights) > 1 else [None]
+    heights = [shape[-2] for shape in shapes]
+    m = sum(heights)
+    n = shapes[0][-1]
+    rows = [*itertools.pairwise(itertools.accumulate(heights, initial=0))]
+    spans = rows if len(rows) > 1 else [None]
 
     def slices(e: int) -> tuple[TensorSlice, ...]:
-        tensor, index = (e, None) if numbered else (0, e)
-        return tuple(TensorSlice(s[tensor], index, r) for s, r in zip(sources, rows, strict=True))
+        parts = zip(sources, spans, strict=True)
+        if by.numbered:
+            return tuple(TensorSlice(source[e], None, span) for source, span in parts)
+        return tuple(TensorSlice(source[0], e, span) for source, span in parts)
 
-    m, n = ends[-1], width
     transposed = in_out != (naming.TRANSPOSE in by.by)
-    if (
-        naming.TRANSPOSE_IF in by.by
-    ):  # if the shape is not the model's, whose input and output are hidden_size wide
-        known = n if not name.endswith("down_proj") else m
+    if naming.TRANSPOSE_IF in by.by:
+        # If the shape is not the model's, whose input and output are hidden_size wide.
+        known = m if name.endswith("down_proj") else n
         transposed = known != config.hidden_size
         if config.hidden_size not in (m, n):
             return f"is stored as {[m, n]}, but neither dimension is the model's hidden_size {config.hidden_size}"
-    if transposed:
-        m, n = n, m
-    run_time = (
-        "out,in"
-        if by.by in ((naming.MERGE,), (naming.MERGE, naming.CONCATENATE), (naming.CONCATENATE,))
-        else ""
-    )
-    return Stack(
-        name,
-        tuple(map(slices, range(experts if numbered else shapes[0][0]))),
-        (m, n),
-        transposed,
-        run_time,
-    )
+    experts = numbers if by.numbered else range(shapes[0][0])
+    turns = by.by in ((naming.TRANSPOSE,), (naming.TRANSPOSE_IF,))
+    shape = (n, m) if transposed else (m, n)
+    return Stack(name, tuple(map(slices, experts)), shape, transposed, "" if turns else "out,in")
 
 
-Sides = tuple[tuple[int, ...], tuple[int, ...]]
+Sides = tuple[Shape, Shape]
 """Shapes of lora_A and lora_B."""
 
 
@@ -488,21 +464,16 @@ def _assign(
     wrapped: Wrapped, stacks: Mapping[str, Stack], adapter: DeltaSource
 ) -> tuple[str, ...] | str:
     """Assign each wrapper its parameter, innermost first, or describe what is wrong."""
-    sides, orders = (
-        [_sides(factors, adapter) for factors in wrapped.factors],
-        itertools.permutations(stacks),
-    )
+    sides = [_sides(factors, adapter) for factors in wrapped.factors]
     fits = [
         order
-        for order in orders
+        for order in itertools.permutations(stacks)
         if all(_fit(stacks[p], *s) for p, s in zip(order, sides, strict=True))
     ]
     if len(fits) == 1:
         return fits[0]
-    registered = tuple(
-        sorted(stacks, key=lambda p: REGISTERED.index(p) if p in REGISTERED else len(REGISTERED))
-    )
-    if registered in fits and all(p in REGISTERED for p in stacks):
+    registered = tuple(parameter for parameter in REGISTERED if parameter in stacks)
+    if registered in fits:
         return registered
     shapes = listed((f"lora_A {list(a)}, lora_B {list(b)}" for a, b in sides), separator="; ")
     wanted = listed(
@@ -518,17 +489,20 @@ def _fit(stack: Stack, a: Sequence[int], b: Sequence[int]) -> bool:
     return {(b[0], a[1]), (a[1], b[0])} >= {stack.shape}
 
 
-def _transposed(stacks: Sequence[tuple[Stack, Sides]], adapter: DeltaSource) -> list[bool]:
+def _transposed(placed: Sequence[_PlacedFactors], adapter: DeltaSource) -> list[bool]:
     """Return for each stack whether ``(B·A)ᵀ`` is (out, in): by its shape; if square, like the others; else by PEFT's version."""
-    by_shape = [
-        {a[1] == s.shape[0]} if s.shape[0] != s.shape[1] else set[bool]() for s, (a, _) in stacks
-    ]
-    alike = set[bool]().union(*by_shape)
-    shown = [
-        seen or (alike if len(alike) == 1 else {_by_version(s, adapter)})
-        for seen, (s, _) in zip(by_shape, stacks, strict=True)
-    ]
-    return [transposed for (transposed,) in shown]
+    by_shape = []
+    for of in placed:
+        (_, width), _ = _sides(of.factors, adapter)
+        m, n = of.stack.shape
+        by_shape.append(width == m if m != n else None)
+    seen = {*by_shape} - {None}
+    alike = seen.pop() if len(seen) == 1 else None
+    turned = []
+    for of, shown in zip(placed, by_shape, strict=True):
+        known = alike if shown is None else shown
+        turned.append(_by_version(of.stack, adapter) if known is None else known)
+    return turned
 
 
 def _by_version(stack: Stack, adapter: DeltaSource) -> bool:
@@ -551,7 +525,7 @@ def _by_version(stack: Stack, adapter: DeltaSource) -> bool:
 
 
 def tensor_roles(
-    path: Path, base: Checkpoint, config: ModelConfig, orientation: Orientation
+    path: Path, base: Checkpoint, config: ModelConfig, orientation: Orientation, names: NameIndex
 ) -> Callable[[TensorInfo], str]:
     """Return a function that gives the role in its layer of a fine-tuned model's tensor; see `open_finetuned`.
 
@@ -569,50 +543,55 @@ def tensor_roles(
     UnsupportedError
         Raised by the returned function if a tensor may be a stack of experts with unknown orientation.
     """
-    classes, renames = orientation.architectures, naming.renames_for(config)
-    # For a class of another library, the classes of its type say nothing about stacks.
-    unknown = not classes or (bool(config.architectures) and architecture_for(config) is None)
+    classes = orientation.architectures
 
     def role(info: TensorInfo) -> str:
         module, _, parameter = info.name.rpartition(".")
-        (loaded,) = renames.loaded([info.name])
-        if len(info.shape) == 3 and (layout := stack_layout(info, loaded)):
-            return layout
+        (loaded,) = names.among([info.name]).loaded.values()
+        if len(info.shape) == 3 and (order := _order(path, base, config, classes, info, loaded)):
+            return order
         if parameter != "weight" or len(info.shape) < 2:
             return ""
         if len(info.shape) > 2:  # a table of positions may be called a weight only on disk
             return "weight" if loaded.by or loaded.name.endswith(".weight") else ""
         run_time = loaded.name.removesuffix(".weight")
         telling = [a for a in classes if a.has_module(run_time)] or classes
-        if (
-            any(a.is_embedding(run_time) for a in telling)
-            if telling
-            else tables.EMBEDDING.search(module)
-        ):
+        named = not classes and tables.EMBEDDING.search(module) is not None
+        if named or any(a.is_embedding(run_time) for a in telling):
             return "embedding"
         return "conv1d" if orientation.ways(info.name, run_time) == {True} else "weight"
 
-    def stack_layout(info: TensorInfo, loaded: Loaded) -> str:
-        by = () if loaded.by is None else loaded.by.by
-        stated = {a.stack_orientation(loaded.name) for a in classes} - {""}
-        if len(stated) == 1 and by in ((), (naming.CONCATENATE,), (naming.TRANSPOSE,)):
-            (run_time,) = stated
-            return (
-                ",".join(reversed(run_time.split(","))) if by == (naming.TRANSPOSE,) else run_time
-            )
-        # A tensor with a vector for each position, such as a token that starts every sequence, has a dimension of 1; so has the kernel
-        # of a convolution with one channel. Other convolutions have a bias of one number for each output, experts one for each expert.
-        bias = info.name.removesuffix("weight") + "bias" if info.name.endswith(".weight") else ""
-        convolution = bias in base.weight_map and base.info(bias).shape == info.shape[:1]
-        undecided = (unknown or by) and min(info.shape) > 1 and not convolution
-        if stated or undecided:
-            raise UnsupportedError(
-                f"{path}: {info.name!r} {list(info.shape)} may be a stack of experts, whose orientation is not known for "
-                f"{listed(map(str, config.architectures)) or 'no class'}; name the base's class with --architecture NAME"
-            )
-        return ""
-
     return role
+
+
+def _order(
+    path: Path,
+    base: Checkpoint,
+    config: ModelConfig,
+    classes: Sequence[Architecture],
+    info: TensorInfo,
+    loaded: Loaded,
+) -> str:
+    """Return the order in which the matrices of a stack of experts are stored; empty for another tensor."""
+    by = () if loaded.by is None else loaded.by.by
+    stated = {a.stack_orientation(loaded.name) for a in classes} - {""}
+    if len(stated) == 1 and by in ((), (naming.CONCATENATE,), (naming.TRANSPOSE,)):
+        (run_time,) = stated
+        other = {"out,in": "in,out", "in,out": "out,in"}
+        return other[run_time] if by == (naming.TRANSPOSE,) else run_time
+    # For a class of another library, the classes of its type say nothing about stacks.
+    unknown = not classes or (bool(config.architectures) and architecture_for(config) is None)
+    # A tensor with a vector for each position, such as a token that starts every sequence, has a dimension of 1; so has the kernel
+    # of a convolution with one channel. Other convolutions have a bias of one number for each output, experts one for each expert.
+    bias = info.name.removesuffix("weight") + "bias" if info.name.endswith(".weight") else ""
+    convolution = bias in base.weight_map and base.info(bias).shape == info.shape[:1]
+    undecided = (unknown or by) and min(info.shape) > 1 and not convolution
+    if stated or undecided:
+        raise UnsupportedError(
+            f"{path}: {info.name!r} {list(info.shape)} may be a stack of experts, whose orientation is not known for "
+            f"{listed(map(str, config.architectures)) or 'no class'}; name the base's class with --architecture NAME"
+        )
+    return ""
 
 
 def _match_stacks(
@@ -630,13 +609,11 @@ def _match_stacks(
     MismatchError
         If a stack is unmatched, or the base's stack has another shape.
     """
-    problems: list[str] = []
-    targets: list[Target] = []
+    problems = []
+    targets = []
     for stack in tuned.stacks:
-        match, stored = (
-            names[stack.name.removesuffix(".weight")],
-            tuned.tensors[stack.name].info.shape,
-        )
+        match = names[stack.name.removesuffix(".weight")]
+        stored = tuned.tensors[stack.name].info.shape
         if match.tensor not in weights:
             problems.append(f"{stack.name!r} {match.why}")
         elif (shape := weights[match.tensor].shape) != stored:
@@ -644,11 +621,11 @@ def _match_stacks(
                 f"{stack.name!r}: expected shape {list(stored)} in the base, found {list(shape)}"
             )
         else:
+            transposed = stack.layer_kind == "conv1d"
             for e in range(stored[0]):
-                name, slices = f"{match.tensor}[{e}]", (TensorSlice(match.tensor, e),)
                 module = replace(stack, name=f"{stack.name}[{e}]", expert=e)
-                targets.append(
-                    Target(name, module, stack.layer_kind == "conv1d", match, pieces=slices)
-                )
+                pieces = (TensorSlice(match.tensor, e),)
+                name = f"{match.tensor}[{e}]"
+                targets.append(Target(name, module, transposed, match, pieces=pieces))
     refuse_misfits(problems, len(tuned.stacks), tuned, weights)
     return targets

@@ -11,12 +11,13 @@ them → ``language_model.model.embed_tokens.weight`` on disk, where the head wo
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from streamer.adapters.adapter import DeltaSource
 from streamer.adapters.finetuned import FinetunedModel
@@ -24,8 +25,9 @@ from streamer.adapters.modules import Module, values_of
 from streamer.errors import UnsupportedError
 from streamer.plan.architectures import TIE_KEY as KEY
 from streamer.plan.architectures import Architecture, architecture_for, pattern_of, record_of
+from streamer.plan.base import Found, OpenBase
 from streamer.plan.carried_tensors import TensorEdits, VocabularyTensor
-from streamer.plan.name_matching import Renames
+from streamer.plan.names import TiedNames
 from streamer.storage.checkpoint import Checkpoint
 from streamer.units import listed
 from streamer.weights.base import StoredTensor, equal
@@ -35,134 +37,22 @@ BY_TIE = "the tie to the embedding"
 """Reason for dropping a tensor, in records."""
 
 
-@dataclass(frozen=True)
-class TiedNames:
-    """Names of one parameter.
-
-    Attributes
-    ----------
-    on_disk
-        Run-time name → the name that it has, or would have, on disk; names to which others are tied come first. None if there is no such
-        name, or if the names contain a layer's number.
-    stored
-        Name on disk of the tensor that is read; there may be copies under other names. Empty if the names contain numbers.
-    keys
-        Config keys that state the tie (see `architectures.Tie`).
-    """
-
-    on_disk: Mapping[str, str | None]
-    stored: str
-    keys: tuple[tuple[str, ...], ...]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Return all names on disk, the stored one first."""
-        return tuple(
-            dict.fromkeys([self.stored, *(name for name in self.on_disk.values() if name)])
-        )
-
-    @property
-    def others(self) -> tuple[str, ...]:
-        """Return the names on disk except the stored one."""
-        return self.names[1:]
-
-
-class NamesOnDisk:
-    """Lookup of the names that a loaded model's tensors have, or would have, on disk.
-
-    Parameters
-    ----------
-    names
-        Names in a checkpoint.
-    """
-
-    def __init__(
-        self, names: Collection[str], architecture: Architecture, renames: Renames
-    ) -> None:
-        self._names, self._architecture, self._renames = names, architecture, renames
-        self._at = {now: name for name, now in renames.at_run_time(names).items()}
-        self._base = f"{architecture.base_prefix}."
-
-    def find(self, run_time: str) -> str | None:
-        """Return the name on disk of a stored tensor in any layout: with or without the prefix of the base model."""
-        for name in (run_time, run_time.removeprefix(self._base), self._base + run_time):
-            if (stored := self._at.get(name)) is not None:
-                return stored
-        return next(
-            (
-                n
-                for n in (run_time, *self._architecture.disk_patterns(run_time))
-                if n in self._names
-            ),
-            None,
-        )
-
-    def find_all(self, pattern: str) -> list[str]:
-        """List the names on disk of the tensors that match a pattern, in all layers if it stands for a layer's number."""
-        if "*" in pattern:
-            return [name for now, name in self._at.items() if pattern_of(now) == pattern]
-        stored = self.find(pattern)
-        return [] if stored is None else [stored]
-
-    def of_new(self, run_time: str, beside: str, beside_on_disk: str) -> str | None:
-        """Return a name on disk under which loaders find a new tensor, in the layout of another tensor; None if there is none.
-
-        ``lm_head.weight`` beside ``model.language_model.embed_tokens.weight``, which is stored as
-        ``language_model.model.embed_tokens.weight`` → ``language_model.lm_head.weight``.
-        """
-        if beside != beside_on_disk and beside == self._base + beside_on_disk:
-            return run_time.removeprefix(self._base)
-        patterns = self._architecture.disk_patterns(run_time)
-        of_table = patterns if beside_on_disk in self._architecture.disk_patterns(beside) else ()
-        for name in (*of_table, run_time, *patterns):
-            if (
-                "*" not in name
-                and self._renames.at_run_time([*self._names, name]).get(name) == run_time
-            ):
-                return name
-        return None
-
-
-def find_ties(
-    names: Collection[str], architecture: Architecture | None, renames: Renames
-) -> tuple[TiedNames, ...]:
-    """Find the parameters of a checkpoint that have several names.
-
-    Parameters
-    ----------
-    names
-        The checkpoint's tensors.
-    """
-    if architecture is None:
-        return ()
-    # The run-time names of each parameter with several, and the keys of each of its ties.
-    groups: list[tuple[list[str], list[tuple[tuple[str, ...], ...]]]] = []
-    for tie in (tie for tie in architecture.ties if tie.tied):
-        same = [g for g in groups if tie.name in g[0] or tie.source in g[0]]
-        together = dict.fromkeys([tie.source, *(n for g in same for n in g[0]), tie.name])
-        groups = [g for g in groups if g not in same] + [
-            ([*together], [*(k for g in same for k in g[1]), tie.keys])
-        ]
-    on_disk, ties = NamesOnDisk(names, architecture, renames), []
-    for run_time, stated in groups:
-        # A tie without keys holds whatever the config says, and so do all of its parameter.
-        keys = (
-            tuple(dict.fromkeys(key for keys_of_tie in stated for key in keys_of_tie))
-            if all(stated)
-            else ()
-        )
-        if any("*" in name for name in run_time):
-            ties.append(TiedNames(dict.fromkeys(run_time), "", keys))
-            continue
-        stored_names = {name: stored for name in run_time if (stored := on_disk.find(name))}
-        if stored_names:
-            source, stored = next(iter(stored_names.items()))
-            at = {
-                name: stored_names.get(name) or on_disk.of_new(name, source, stored)
-                for name in run_time
-            }
-            ties.append(TiedNames(at, stored, keys))
-    return tuple(ties)
+def with_ties(
+    base: OpenBase, adapter: DeltaSource, found: Found, edits: TensorEdits
+) -> TensorEdits:
+    """Keep or undo the base's ties, as an adapter's deltas and edits require."""
+    checkpoint = base.checkpoint
+    matched = found.matched
+    if found.architecture is None:
+        refuse_unknown_ties(base, adapter, found, edits)
+        return edits
+    refuse_numbered_ties(found.ties, checkpoint.path, adapter, matched)
+    deltas = {*matched.values()}
+    mirrored = {matched[name] for name in found.mirrors}
+    editor = TieEditor(
+        checkpoint, adapter, base.config, found.architecture, edits, deltas, mirrored
+    )
+    return editor.edited(found.ties)
 
 
 @dataclass(frozen=True)
@@ -185,8 +75,8 @@ class TieEditor:
     config: ModelConfig
     architecture: Architecture
     edits: TensorEdits
-    deltas: frozenset[str]
-    mirrored: frozenset[str]
+    deltas: Set[str]
+    mirrored: Set[str]
 
     def edited(self, ties: Iterable[TiedNames]) -> TensorEdits:
         """Return all edits.
@@ -196,36 +86,38 @@ class TieEditor:
         UnsupportedError
             If names separate but no config can untie them.
         """
-        ties, rows = [self._without_apart(tie) for tie in ties if tie.stored], dict(self.edits.rows)
+        ties = [self._without_apart(tie) for tie in ties if tie.stored]
+        rows = dict(self.edits.rows)
         for tie in ties:
             # PEFT saves the embedding's trained tokens again for a tied head.
-            if (first := rows.get(self._input(tie) or "")) is not None and self._shares_tokens(tie):
-                for name in {*tie.names} & rows.keys() - {self._input(tie)}:
-                    if rows[name][1] == first[1] and equal(rows[name][0], first[0]):
+            own = self._input(tie)
+            if own in rows and self._shares_tokens(tie):
+                tokens, indices = rows[own]
+                for name in {*tie.names} & rows.keys() - {own}:
+                    others, other_indices = rows[name]
+                    if other_indices == indices and equal(others, tokens):
                         del rows[name]
         return replace(self, edits=replace(self.edits, rows=rows))._edited(ties)
 
     def _edited(self, ties: Sequence[TiedNames]) -> TensorEdits:
         parted = [tie for tie in ties if self._parts(tie)]
         untied = tuple(dict.fromkeys(key for tie in parted for key in tie.keys))
-        if untied and not self.config.values:
-            raise UnsupportedError(
-                f"{self.base.path}: has no config.json to say that {listed(map(repr, parted[0].names))} are no longer one tensor; add it"
-            )
-        architecture = (
-            architecture_for(self.config.untied(untied), self.architecture.name) if parted else None
-        )
-        still = architecture.tied_names if architecture else set()
+        still = set()
+        if parted:
+            if untied and not self.config.values:
+                names = listed(map(repr, parted[0].names))
+                raise UnsupportedError(
+                    f"{self.base.path}: has no config.json to say that {names} are no longer one tensor; add it"
+                )
+            apart = architecture_for(self.config.untied(untied), self.architecture.name)
+            still = set() if apart is None else apart.tied_names
         edits = replace(self.edits, untied=untied)
         for tie in ties:
             if parted and not still & tie.on_disk.keys():
                 edits = self._apart(tie, edits)
             elif tie in parted:
-                option = (
-                    "trainable_token_indices"
-                    if self.edits.rows.keys() & {*tie.names}
-                    else "exclude_modules"
-                )
+                has_rows = self.edits.rows.keys() & {*tie.names}
+                option = "trainable_token_indices" if has_rows else "exclude_modules"
                 why = f"changes {listed(map(repr, tie.names))} separately, which {self.architecture.name} ties whatever its config says"
                 raise self._refused(why, option)
             elif self._changed(tie):
@@ -244,46 +136,35 @@ class TieEditor:
         """Compare the stored copies of a tensor that changes, and omit unequal copies if the config says that they are separate."""
         if not self._changed(tie):
             return tie
-        copies = {
-            name: StoredTensor(*self.base.locate(name))
-            for name in tie.names
-            if name in self.base.weight_map
-        }
+        copies = _copies(self.base, tie)
         # A T5 stores its own head beside the embedding if the config says that they are separate.
-        apart = _unequal(
-            copies, self.base.path, "the config", bool(tie.keys) or self.config.tied is not False
-        )
-        return replace(
-            tie, on_disk={now: name for now, name in tie.on_disk.items() if name not in apart}
-        )
+        refuse = bool(tie.keys) or self.config.tied is not False
+        apart = _unequal(copies, self.base.path, "the config", refuse)
+        kept = {now: name for now, name in tie.on_disk.items() if name not in apart}
+        return replace(tie, on_disk=kept)
 
     def _parts(self, tie: TiedNames) -> bool:
         """Test whether the names stop being one tensor: they change, but not all in the same way."""
-        changed, edits = self._changed(tie), self.edits
-        delta, rows = changed & self.deltas, changed & edits.rows.keys()
+        edits = self.edits
+        changed = self._changed(tie)
+        delta = changed & self.deltas
         if not changed or delta & self.mirrored:
             return False
         saved = {name: edits.sources[name] for name in tie.names if name in edits.sources}
-        first = next(iter(saved.values()), None)
-        same = all(
-            first is part or equal(part, first) for part in saved.values() if first is not None
-        )
+        same = all(equal(*pair) for pair in pairwise(saved.values()))
         whole = len(saved) == len(tie.names) or not edits.trained & saved.keys()
-        tokens = not rows or (rows == {self._input(tie)} and self._shares_tokens(tie))
-        if not (
-            (rows and not tokens) or delta or changed & edits.shifts.keys() or not (same and whole)
-        ):
+        rows = changed & edits.rows.keys()
+        own = self._input(tie)
+        shares = self._shares_tokens(tie)
+        tokens = not rows or (rows == {own} and shares)
+        if tokens and not delta and not changed & edits.shifts.keys() and same and whole:
             return False
-        if (
-            self._input(tie) in rows
-            and self._shares_tokens(tie)
-            and (changed - rows or len(rows) > 1)
-        ):
-            others = listed(map(repr, sorted({*tie.names} - {self._input(tie)})))
-            which = f"{self._input(tie)!r}, which is tied to {others}, and also changes one of them otherwise"
+        if shares and own in rows and len(changed) > 1:
+            others = listed(map(repr, sorted({*tie.names} - {own})))
+            which = f"{own!r}, which is tied to {others}, and also changes one of them otherwise"
             raise self._refused(f"trains tokens of {which}", f"or untie them first, by {KEY}=false")
-        if missing := [now for now, name in tie.on_disk.items() if name is None]:
-            which = f"{tie.stored!r} and {missing[0]!r}, which is tied to it, separately"
+        if missing := next((now for now, name in tie.on_disk.items() if name is None), ""):
+            which = f"{tie.stored!r} and {missing!r}, which is tied to it, separately"
             raise self._refused(
                 f"changes {which}, but the name under which loaders would find the latter is not known"
             )
@@ -299,19 +180,18 @@ class TieEditor:
 
     def _apart(self, tie: TiedNames, edits: TensorEdits) -> TensorEdits:
         """Write all names; names that do not change get the values that the adapter has for the base."""
-        sources, base = dict(edits.sources), StoredTensor(*self.base.locate(tie.stored))
-        start = next(
-            (sources[name] for name in tie.names if name in sources and name not in edits.trained),
-            base,
-        )
+        base = StoredTensor(*self.base.locate(tie.stored))
+        sources = dict(edits.sources)
+        untrained = (name for name in tie.names if name in sources and name not in edits.trained)
+        saved = next(untrained, None)
+        start = base if saved is None else sources[saved]
         for name in tie.names:
-            if start is not base or name not in self.base.weight_map:
+            if saved is not None or name not in self.base.weight_map:
                 sources.setdefault(name, start)
-        shapes = {
-            name: (sources[name].info if name in sources else base.info).shape for name in tie.names
-        }
-        if other := next((name for name in tie.others if shapes[name] != shapes[tie.stored]), None):
-            which = f"{tie.stored!r} {shapes[tie.stored][0]} rows, but {other!r}, which is tied to it, has {shapes[other][0]}"
+        shapes = {name: sources.get(name, base).info.shape for name in tie.names}
+        shape = shapes[tie.stored]
+        if other := next((name for name in tie.others if shapes[name] != shape), None):
+            which = f"{tie.stored!r} {shape[0]} rows, but {other!r}, which is tied to it, has {shapes[other][0]}"
             raise self._refused(
                 f"gives {which}", "or save it again with save_embedding_layers=True"
             )
@@ -319,7 +199,9 @@ class TieEditor:
 
     def _together(self, tie: TiedNames, edits: TensorEdits) -> TensorEdits:
         """Write only the stored name, with the edits that change all names."""
-        sources, rows, shifts = dict(edits.sources), dict(edits.rows), dict(edits.shifts)
+        sources = dict(edits.sources)
+        rows = dict(edits.rows)
+        shifts = dict(edits.shifts)
         for name in tie.others:
             if name in sources:
                 sources.setdefault(tie.stored, sources.pop(name))
@@ -327,22 +209,19 @@ class TieEditor:
                 rows.setdefault(tie.stored, rows.pop(name))
             shifts.pop(name, None)
         gone = {name: BY_TIE for name in tie.others if name in self.base.weight_map}
-        return replace(
-            edits, sources=sources, rows=rows, shifts=shifts, dropped={**edits.dropped, **gone}
-        )
+        dropped = {**edits.dropped, **gone}
+        return replace(edits, sources=sources, rows=rows, shifts=shifts, dropped=dropped)
 
 
-def without_copies(
-    base: Checkpoint, tuned: FinetunedModel, architecture: Architecture | None, renames: Renames
-) -> tuple[FinetunedModel, dict[str, str]]:
+def _copies(base: Checkpoint, tie: TiedNames) -> dict[str, StoredTensor]:
+    """Return the tensors that a base stores for a tied parameter, by name."""
+    return {n: StoredTensor(*base.locate(n)) for n in tie.names if n in base.weight_map}
+
+
+def without_copies(base: OpenBase, tuned: FinetunedModel) -> tuple[FinetunedModel, dict[str, str]]:
     """Omit a fine-tuned model's copies of tied tensors, which would otherwise be judged and mitigated separately.
 
     If embedding and ``lm_head`` have equal bytes in both models and are tied, only the embedding is judged and written.
-
-    Parameters
-    ----------
-    architecture
-        Facts about the fine-tuned model.
 
     Returns
     -------
@@ -354,38 +233,40 @@ def without_copies(
     UnsupportedError
         If copies in either model differ, or if it is not known whether the class ties tensors of equal bytes.
     """
-    if architecture is None and tuned.model_config.tied is not False:
-        outer = [
-            t
-            for name, t in tuned.tensors.items()
-            if len(t.info.shape) == 2 and "*" not in pattern_of(name)
-        ]
-        if pair := next((p for p in combinations(outer, 2) if equal(*p)), None):
+    stated = tuned.model_config if tuned.model_config.values else base.config
+    architecture = architecture_for(stated, base.config.architecture)
+    separate = tuned.model_config.tied is False
+    if architecture is None and not separate:
+        _refuse_equal_matrices(tuned)
+    copies = set()
+    dropped: dict[str, str] = {}
+    for tie in base.names.among(tuned.tensors).ties(architecture):
+        of_tuned = {name: tuned.tensors[name] for name in tie.names if name in tuned.tensors}
+        of_base = _copies(base.checkpoint, tie)
+        refuse = bool(tie.keys) or not separate
+        apart = _unequal(of_tuned, tuned.path, "the config", refuse)
+        apart |= _unequal(of_base, base.checkpoint.path, f"the config of {tuned.path}", refuse)
+        same = [name for name in tie.names if name not in apart]
+        in_both = (name for name in same if name in of_tuned and name in of_base)
+        kept = next(in_both, tie.stored)
+        copies |= {name for name in same if name in of_tuned and name != kept}
+        dropped |= {name: BY_TIE for name in same if name in of_base and name != kept}
+    return tuned.without(copies) if copies else tuned, dropped
+
+
+def _refuse_equal_matrices(tuned: FinetunedModel) -> None:
+    """Refuse a model of unknown class that has equal matrices outside layers: they may be tied."""
+    outer = [
+        tensor
+        for name, tensor in tuned.tensors.items()
+        if len(tensor.info.shape) == 2 and "*" not in pattern_of(name)
+    ]
+    for one, other in combinations(outer, 2):
+        if equal(one, other):
             raise UnsupportedError(
-                f"{tuned.path}: whether {pair[0].info.name!r} and {pair[1].info.name!r}, whose bytes are equal, are tied depends on the "
+                f"{tuned.path}: whether {one.info.name!r} and {other.info.name!r}, whose bytes are equal, are tied depends on the "
                 f"model's class: {_unknown(tuned.model_config)}"
             )
-    copies: set[str] = set()
-    dropped: dict[str, str] = {}
-    for tie in find_ties(tuned.tensors, architecture, renames):
-        tuned_copies = {name: tuned.tensors[name] for name in tie.names if name in tuned.tensors}
-        base_copies = {
-            name: StoredTensor(*base.locate(name)) for name in tie.names if name in base.weight_map
-        }
-        refuse = bool(tie.keys) or tuned.model_config.tied is not False
-        apart = _unequal(tuned_copies, tuned.path, "the config", refuse)
-        apart |= _unequal(base_copies, base.path, f"the config of {tuned.path}", refuse)
-        same = [
-            name
-            for name in tie.names
-            if name in tuned_copies.keys() | base_copies and name not in apart
-        ]
-        tuned_name = next(
-            (name for name in same if name in tuned_copies and name in base_copies), tie.stored
-        )
-        copies |= {name for name in same if name in tuned_copies and name != tuned_name}
-        dropped |= {name: BY_TIE for name in same if name in base_copies and name != tuned_name}
-    return tuned.without(copies) if copies else tuned, dropped
 
 
 def mirrored(
@@ -426,17 +307,17 @@ def mirrored(
 
 def _repeats(head: Module, embedding: Module, adapter: DeltaSource) -> bool:
     """Test whether a head's factors are an embedding's, transposed, with the same scaling."""
-    if (head.shape, head.rank, head.scaling) != (
-        embedding.shape[::-1],
-        embedding.rank,
-        embedding.scaling,
-    ):
+    turned = (embedding.shape[::-1], embedding.rank, embedding.scaling)
+    if (head.shape, head.rank, head.scaling) != turned:
         return False
-    # A NaN has its own error later.
-    A, B, *_ = (values_of(adapter.tensors[name]).nan_to_num() for name in head.tensor_names)
-    rows, columns, *_ = (
-        values_of(adapter.tensors[name]).nan_to_num() for name in embedding.tensor_names
-    )
+
+    def factors(module: Module) -> tuple[Tensor, Tensor]:
+        # A NaN has its own error later.
+        a, b, *_ = (values_of(adapter.tensors[name]).nan_to_num() for name in module.tensor_names)
+        return a, b
+
+    A, B = factors(head)
+    rows, columns = factors(embedding)
     return torch.equal(A, columns.T) and torch.equal(B, rows.T)
 
 
@@ -444,24 +325,17 @@ def refuse_numbered_ties(
     ties: Iterable[TiedNames], base: Path, adapter: DeltaSource, matched: Iterable[str]
 ) -> None:
     """Refuse changes to parameters that are tied layer by layer."""
+    tied = [now for tie in ties if not tie.stored for now in tie.on_disk]
     for name in (*(f"{module}.weight" for module in matched), *(c.name for c in adapter.carried)):
-        pattern = pattern_of(name)
-        tied = [now for tie in ties if not tie.stored for now in tie.on_disk]
-        if any(
-            pattern == now or now.endswith(f".{pattern}") or pattern.endswith(f".{now}")
-            for now in tied
-        ):
+        pattern = f".{pattern_of(name)}"
+        if any(pattern.endswith(f".{now}") or f".{now}".endswith(pattern) for now in tied):
             raise UnsupportedError(
                 f"{base}: ties {name!r}, which {adapter.path} changes, to others layer by layer; train without it (exclude_modules)"
             )
 
 
 def refuse_unknown_ties(
-    base: Checkpoint,
-    config: ModelConfig,
-    adapter: DeltaSource,
-    edits: TensorEdits,
-    matched: Mapping[str, str],
+    base: OpenBase, adapter: DeltaSource, found: Found, edits: TensorEdits
 ) -> None:
     """Refuse changes to tensors that may be tied, in a model of an unknown class.
 
@@ -469,39 +343,29 @@ def refuse_unknown_ties(
     vocabulary, only matrices with that many rows count; if not, linear layers (a projector, a pooler) do not count if their number of rows
     is a width found in layers. A matrix with the bytes of another is refused, too. If the config states that nothing is tied, nothing is.
     """
+    config = base.config
     if config.tied is False:
         return
-    in_layers = [
-        name for name in base.weight_map if "*" in pattern_of(name) and name.endswith(".weight")
-    ]
-    widths = {
-        n
-        for shape in (base.info(name).shape for name in in_layers)
-        if len(shape) == 2
-        for n in shape
-    }
-    linear = {
-        name for module, name in matched.items() if adapter.modules[module].layer_kind == "linear"
-    }
-    outer = {
-        name: base.info(name).shape for name in base.weight_map if not pattern_of(name).count("*")
-    }
-    for name in dict.fromkeys([*matched.values(), *edits.sources, *edits.rows]):
+    stored = {n: StoredTensor(*base.checkpoint.locate(n)) for n in base.checkpoint.weight_map}
+    shapes = {name: tensor.info.shape for name, tensor in stored.items()}
+    outer = {name: shape for name, shape in shapes.items() if "*" not in pattern_of(name)}
+    inside = (shape for n, shape in shapes.items() if n not in outer and n.endswith(".weight"))
+    widths = {n for shape in inside if len(shape) == 2 for n in shape}
+    kinds = {name: adapter.modules[module].layer_kind for module, name in found.matched.items()}
+    for name in dict.fromkeys([*found.matched.values(), *edits.sources, *edits.rows]):
         # A quantized weight has other names on disk and is tied to nothing.
-        new = name in edits.sources and name not in base.weight_map
+        new = name in edits.sources and name not in stored
         shape = edits.sources[name].info.shape if new else outer.get(name, ())
         if len(shape) != 2 or "*" in pattern_of(name) or config.vocab_size not in (None, shape[0]):
             continue
         alike = [other for other in outer if other != name and outer[other] == shape]
-        inner = config.vocab_size is None and name in linear and shape[0] in widths
+        inner = config.vocab_size is None and kinds.get(name) == "linear" and shape[0] in widths
         apart = alike and not new and not config.tied
-        copied = not new and any(
-            equal(*(StoredTensor(*base.locate(n)) for n in (name, other))) for other in alike
-        )
-        if (inner or apart or (new and not alike)) and not copied:
+        spared = inner or apart or (new and not alike)
+        if spared and (new or not any(equal(stored[name], stored[other]) for other in alike)):
             continue
         raise UnsupportedError(
-            f"{base.path}: whether {name!r} is tied to another tensor depends on the model's class: {_unknown(config)}"
+            f"{base.checkpoint.path}: whether {name!r} is tied to another tensor depends on the model's class: {_unknown(config)}"
         )
 
 
@@ -512,41 +376,34 @@ def _unknown(config: ModelConfig) -> str:
 
 def _unequal(copies: Mapping[str, StoredTensor], path: Path, whose: str, refuse: bool) -> set[str]:
     """Return the names of a tied tensor's copies that differ from the first."""
-    first, *others = copies.values() or (None,)
-    apart = {other.info.name for other in others if first and other and not equal(first, other)}
-    if first and apart and refuse:
+    if not copies:
+        return set()
+    first, *others = copies.values()
+    apart = [other.info.name for other in others if not equal(first, other)]
+    if apart and refuse:
         raise UnsupportedError(
-            f"{path}: {apart.pop()!r} differs from {first.info.name!r}, to which {whose} ties it, and loaders disagree on which of them "
+            f"{path}: {apart[0]!r} differs from {first.info.name!r}, to which {whose} ties it, and loaders disagree on which of them "
             f"to use; correct {KEY}, or remove the copy"
         )
-    return apart
+    return set(apart)
 
 
-def vocabulary_tensors(
-    base: Checkpoint,
-    config: ModelConfig,
-    architecture: Architecture | None,
-    ties: Iterable[TiedNames],
-    renames: Renames,
-) -> dict[str, VocabularyTensor]:
+def vocabulary_tensors(base: OpenBase, found: Found) -> dict[str, VocabularyTensor]:
     """Find the tensors with a row for each entry of a vocabulary, by their names on disk.
 
     In a model of an unknown class, these are the tensors with as many rows as the config states.
     """
+    tensors = {}
+    architecture = found.architecture
     if architecture is None:
-        shapes = {name: base.info(name).shape for name in base.weight_map}
-        rows, keys = config.vocab_size, config.vocabulary_keys
-        return {
-            name: VocabularyTensor((name,), keys)
-            for name, shape in shapes.items()
-            if shape and shape[0] == rows
-        }
-    on_disk = NamesOnDisk(base.weight_map, architecture, renames)
-    tensors: dict[str, VocabularyTensor] = {}
+        for name in base.checkpoint.weight_map:
+            if base.checkpoint.info(name).shape[:1] == (base.config.vocab_size,):
+                tensors[name] = VocabularyTensor((name,), base.config.vocabulary_keys)
+        return tensors
     for run_time, keys in architecture.vocabulary.items():
-        for name in on_disk.find_all(run_time):
+        for name in base.names.find_all(run_time, architecture):
             tensors[name] = VocabularyTensor((name,), keys)
-    for tie in ties:
+    for tie in found.ties:
         stated = next(filter(None, map(architecture.vocabulary_keys, tie.on_disk)), None)
         if tie.stored and stated:
             tensors |= dict.fromkeys(tie.names, VocabularyTensor(tie.names, stated))
@@ -566,17 +423,19 @@ def without_stale_values(
     UnsupportedError
         If other tensors have a value for each token that the adapter does not supply for new tokens: a head's bias, a router's table.
     """
-    before = {
-        vocabulary[name].keys: base.info(name).shape[0]
+    changed = {
+        name: base.info(name).shape
         for name, part in edits.sources.items()
         if name in vocabulary
         and name in base.weight_map
         and part.info.shape != base.info(name).shape
     }
+    before = {vocabulary[name].keys: shape[0] for name, shape in changed.items()}
     patterns = () if architecture is None else architecture.may_be_missing
     stale = {}
     for name in sorted(vocabulary.keys() & base.weight_map.keys() - edits.dropped.keys()):
-        keys, saved = vocabulary[name].keys, edits.sources.get(name)
+        keys = vocabulary[name].keys
+        saved = edits.sources.get(name)
         if before.get(keys) not in (base.info(name) if saved is None else saved.info).shape:
             continue
         spare = saved is None and any(re.search(pattern, name) for pattern in patterns)

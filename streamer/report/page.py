@@ -26,14 +26,8 @@ import numpy as np
 
 from streamer.detection.findings import Findings, MatrixFinding, load_findings
 from streamer.errors import FormatError, OutputError, UsageError, printable
-from streamer.evaluation.evaluation import (
-    Evaluation,
-    commands,
-    figures,
-    load_evaluation,
-    reasons,
-    verdict,
-)
+from streamer.evaluation.evaluation import Evaluation, load_evaluation
+from streamer.evaluation.words import commands, figures, reasons, verdict
 from streamer.events import Monitor
 from streamer.fitting.choice import repair_columns
 from streamer.methods import METHODS, Shrink, takes_findings
@@ -102,16 +96,13 @@ def lambda_curve(findings: Findings) -> list[Removal]:
     intruding = math.fsum(
         m.detection.singular_values[j] ** 2 for m in findings for j in m.detection.intruders
     )
-    paper, project = math.sqrt(intruding / total) if total > 0 else 0.0, math.sqrt(share)
-    return [
-        Removal(
-            lam,
-            (1 - lam) * paper,
-            (1 - lam) * project,
-            math.sqrt(max(0.0, 1 - (1 - lam * lam) * share)),
-        )
-        for lam in LAMBDAS
-    ]
+    paper = math.sqrt(intruding / total) if total > 0 else 0.0
+    project = math.sqrt(share)
+    curve = []
+    for lam in LAMBDAS:
+        left = math.sqrt(max(0.0, 1 - (1 - lam * lam) * share))
+        curve.append(Removal(lam, (1 - lam) * paper, (1 - lam) * project, left))
+    return curve
 
 
 Subject = Findings | Evaluation | Mapping[str, Any]
@@ -145,15 +136,10 @@ def check_finite(findings: Findings, where: object) -> None:
     """Refuse findings with a figure that is not finite, which neither a page nor JSON holds."""
     for m in findings:
         d = m.detection
-        numbers = d.delta_norm, d.intruder_energy, d.dropped_at_zero, d.cutoff, m.scale
-        arrays = (
-            d.singular_values,
-            d.similarity,
-            d.similarity_low,
-            d.similarity_high,
-            d.base_singular_values,
-        )
-        if not all(map(math.isfinite, chain(numbers, *arrays))):
+        similarities = chain(d.similarity, d.similarity_low, d.similarity_high)
+        values = chain(d.singular_values, d.base_singular_values)
+        numbers = (d.delta_norm, d.intruder_energy, d.dropped_at_zero, d.cutoff, m.scale)
+        if not all(map(math.isfinite, chain(numbers, similarities, values))):
             raise FormatError(f"{where}: a figure of {m.tensor} is NaN or Inf; run detect again")
 
 
@@ -186,16 +172,12 @@ def headline(subject: Subject) -> tuple[str, list[tuple[str, str]]]:
     _, share = delta_energy(subject)
     with_any = sum(bool(m.detection.intruders) for m in subject)
     carrying = f", with {100 * share:.1f}% of the adapter's energy" if subject.intruders else ""
-    return (
-        f"{counted(subject.intruders, 'intruder')} in {with_any} of {counted(len(subject), 'matrix')}{carrying}. "
-        "The effect of mitigation has not been measured yet.",
-        [
-            (
-                "Make the adapter forget less, and measure it",
-                "streamer repair BASE ADAPTER -o OUTPUT",
-            )
-        ],
+    found = f"{counted(subject.intruders, 'intruder')} in {with_any} of {counted(len(subject), 'matrix')}{carrying}"
+    repair = (
+        "Make the adapter forget less, and measure it",
+        "streamer repair BASE ADAPTER -o OUTPUT",
     )
+    return f"{found}. The effect of mitigation has not been measured yet.", [repair]
 
 
 def sentences(subject: Subject) -> list[str]:
@@ -215,13 +197,12 @@ def sentences(subject: Subject) -> list[str]:
     judged = f"leading {100 * k:g}% of the singular directions"
     if isinstance(k, int):
         judged = counted(k, "leading singular direction").removeprefix("1 ")
-    adapter, base = (
-        f"“{_name(sources[role])}”" if role in sources else f"the {role}"
-        for role in ("adapter", "base")
-    )
+    names = {"adapter": "the adapter", "base": "the base"}
+    names |= {role: f"“{_name(sources[role])}”" for role in names.keys() & sources.keys()}
     return [
-        f"In {changed} that {adapter} changes in {base}, detection compared the {judged} of base + adapter with all directions of the "
-        f"base. A direction is an intruder if its similarity to every one of them is below {options.threshold_epsilon:g}."
+        f"In {changed} that {names['adapter']} changes in {names['base']}, detection compared the {judged} of base + adapter with "
+        "all directions of the base. A direction is an intruder if its similarity to every one of them is below "
+        f"{options.threshold_epsilon:g}."
     ]
 
 
@@ -283,21 +264,18 @@ def page_data(subject: Subject) -> dict[str, Any]:
         return {"evaluation": _evaluation(subject), "samples": samples(subject)}
     matrices = sorted(subject["matrices"], key=lambda m: natural(m["tensor"]))
     # None if it does not apply: a shrink or coefficients scale no intruders, and a merge is not truncated to a rank.
-    scaled, truncated = takes_findings(subject["method"]), subject["command"] == "mitigate"
-    measured = (
-        {"repair": _repair(subject["repair"]), "samples": samples(subject)}
-        if "repair" in subject
-        else {}
-    )
-    return {
-        **measured,
-        "output": {
-            "names": [printable(m["tensor"]) for m in matrices],
-            "intruders": [len(m["intruders"]) for m in matrices] if scaled else None,
-            **{key: [m[key] for m in matrices] for key in ("delta_norm", "delta_norm_after")},
-            "dropped": [m["dropped"] for m in matrices] if truncated else None,
-        },
+    is_scaled = takes_findings(subject["method"])
+    is_truncated = subject["command"] == "mitigate"
+    data: dict[str, Any] = {}
+    if "repair" in subject:
+        data = {"repair": _repair(subject["repair"]), "samples": samples(subject)}
+    data["output"] = {
+        "names": [printable(m["tensor"]) for m in matrices],
+        "intruders": [len(m["intruders"]) for m in matrices] if is_scaled else None,
+        **{key: [m[key] for m in matrices] for key in ("delta_norm", "delta_norm_after")},
+        "dropped": [m["dropped"] for m in matrices] if is_truncated else None,
     }
+    return data
 
 
 def _findings(findings: Findings) -> dict[str, Any]:
@@ -341,17 +319,17 @@ def _repair(measured: Mapping[str, Any]) -> dict[str, Any]:
         {"name": "base", "series": "base", "lambda": None, **at_origin}
     ]
     for row in measured["rows"]:
-        variants.append(
-            {
-                "name": row["name"],
-                "series": row["name"].partition(" ")[0],
-                "lambda": _lambda_of(row["name"]),
-                "kept": row[figure],
-                "kept_se": row[f"{figure}_se"],
-                "divergence": row["divergence"],
-                "divergence_se": row["divergence_se"],
-            }
-        )
+        series, _, value = row["name"].partition(" ")
+        variant = {
+            "name": row["name"],
+            "series": series,
+            "lambda": float(value) if series == Shrink.name else None,
+            "kept": row[figure],
+            "kept_se": row[f"{figure}_se"],
+            "divergence": row["divergence"],
+            "divergence_se": row["divergence_se"],
+        }
+        variants.append(variant)
     return {
         "keep": measured["keep"],
         "methods": list(METHODS),
@@ -361,12 +339,6 @@ def _repair(measured: Mapping[str, Any]) -> dict[str, Any]:
         "variants": variants,
         "columns": _columns(repair_columns(measured)),
     }
-
-
-def _lambda_of(name: str) -> float | None:
-    """Read λ from the name of a shrink."""
-    method, _, value = name.partition(" ")
-    return float(value) if method == Shrink.name else None
 
 
 def _columns(columns: Sequence[Column]) -> list[dict[str, Any]]:
@@ -456,14 +428,14 @@ def make_page(subject: Subject) -> bytes:
 def _suggestion(evaluation: Evaluation) -> str:
     """Format an evaluation's suggestion: its reasons as a list, the next commands as code."""
     best = evaluation.best()
-    lines = map(printable, (*reasons(evaluation, best), *commands(evaluation, best)))
-    matched = [(line, re.match(r"([a-z ]+): (streamer .+)", line)) for line in lines]
-    items = "".join(
-        f"<li>{html.escape(line)}</li>\n" for line, command in matched if command is None
-    )
-    return "\n".join(
-        [f'<ul id="suggestion">\n{items}</ul>', *(_command((c[1], c[2])) for _, c in matched if c)]
-    )
+    items = ""
+    to_run = []
+    for line in map(printable, (*reasons(evaluation, best), *commands(evaluation, best))):
+        if command := re.match(r"([a-z ]+): (streamer .+)", line):
+            to_run.append(_command((command[1], command[2])))
+        else:
+            items += f"<li>{html.escape(line)}</li>\n"
+    return "\n".join([f'<ul id="suggestion">\n{items}</ul>', *to_run])
 
 
 def _command(command: tuple[str, str]) -> str:

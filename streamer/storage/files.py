@@ -191,6 +191,13 @@ def open_regular(path: Path, what: str) -> tuple[int, os.stat_result]:
     return fd, st
 
 
+def read_regular(path: Path, what: str) -> bytes:
+    """Read a regular file whole; see `open_regular`."""
+    fd, _ = open_regular(path, what)
+    with storage_errors(path, "read"), os.fdopen(fd, "rb") as file:
+        return file.read()
+
+
 def read_bytes(fd: int, length: int, at: int) -> bytes:
     """Read bytes from offset `at`, repeating calls that return fewer; fewer only at the end of the file."""
     out = bytearray()

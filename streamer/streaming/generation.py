@@ -6,10 +6,11 @@ All sequences are in step, so a step reads every weight once, for all of them. T
 from __future__ import annotations
 
 import inspect
-import io
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,21 @@ import torch
 from torch import Tensor
 
 from streamer.errors import InputError, NumericError, UnsupportedError
-from streamer.streaming.model import require_transformers
-from streamer.streaming.sweep import SECONDS, STATES_FILE, Checkpoint, Group, SweepModel
+from streamer.storage.files import storage_errors
+from streamer.streaming.groups import Group
+from streamer.streaming.resume import SECONDS, STATES_FILE
+from streamer.streaming.skeleton import require_transformers
+from streamer.streaming.spool import in_file, moved_to_file
+from streamer.streaming.sweep import SweepModel
+from streamer.streaming.turn import Stop, nothing
+from streamer.streaming.variants import ADAPTER_ROW
 from streamer.weights.base import as_bytes
 
 Prompt = Sequence[int]
 """Tokens with which a sequence begins, at least one."""
+
+PAGE = 4096
+"""Bytes of the smallest tensor of a cache that is worth a file."""
 
 CACHES = "cache", "past_key_values"
 """Names under which versions of transformers take a cache."""
@@ -91,9 +101,8 @@ class Snapshot:
         """Save tokens and cache, if it is time to."""
         if time.monotonic() - self._saved < SECONDS:
             return
-        file = io.BytesIO()
-        torch.save(cache, file)
-        arrays = {"ids": ids, "cache": torch.frombuffer(file.getbuffer(), dtype=torch.uint8)}
+        saved = in_file(self.path.parent, partial(torch.save, cache))
+        arrays = {"ids": ids, "cache": saved}
         STATES_FILE.save(self.path, {"run": self.run}, arrays, overwrite=True)
         self._saved = time.monotonic()
 
@@ -106,9 +115,37 @@ class Snapshot:
         if tree["run"] != self.run:
             return None
         classes = {type(fresh), *map(type, fresh.layers)}
-        with torch.serialization.safe_globals([*classes]):
-            cache = torch.load(io.BytesIO(as_bytes(arrays["cache"])), weights_only=True)
+        with (
+            storage_errors(self.path.parent, "write a temporary file"),
+            tempfile.TemporaryFile(prefix=".streamer-", dir=self.path.parent) as file,
+            torch.serialization.safe_globals([*classes]),
+        ):
+            file.write(as_bytes(arrays["cache"]))
+            file.seek(0)
+            # Through its path the file is mapped, and the cache does not count as memory.
+            path = Path(f"/dev/fd/{file.fileno()}")
+            mapped = path.exists()
+            cache = torch.load(path if mapped else file, mmap=mapped, weights_only=True)
         return arrays["ids"].clone(), cache
+
+
+class FiledCache:
+    """Cache whose tensors lie in files: only the layer that runs has its keys and values in memory that the system cannot take back."""
+
+    def __init__(self, cache: Any, directory: Path) -> None:
+        self.layers = cache.layers
+        self.directory = directory
+        self._filed: dict[tuple[int, str], Tensor] = {}
+
+    def move(self) -> None:
+        """Move what is new to files."""
+        for number, layer in enumerate(self.layers):
+            for name, tensor in vars(layer).items():
+                known = tensor is self._filed.get((number, name))
+                if isinstance(tensor, Tensor) and tensor.nbytes >= PAGE and not known:
+                    filed = moved_to_file(tensor, self.directory)
+                    self._filed[number, name] = filed
+                    setattr(layer, name, filed)
 
 
 def _takes_cache(network: Any) -> bool:
@@ -124,7 +161,7 @@ def check_generates(model: SweepModel) -> None:
     UnsupportedError
         If it cannot.
     """
-    network: Any = model.network
+    network = model.network
     if not network.can_generate():
         raise UnsupportedError(
             f"{model.job.plan.base.path}: {type(network).__name__} cannot generate text; give --task"
@@ -133,26 +170,28 @@ def check_generates(model: SweepModel) -> None:
 
 def write_text(
     model: SweepModel,
-    variant: int,
     prompts: Mapping[int, Prompt],
     length: int,
     seed: int,
-    checkpoint: Checkpoint,
+    stop: Stop,
     after: Callable[[int], None],
     snapshot: Snapshot | None = None,
+    directory: Path | None = None,
 ) -> Tensor:
-    """Let a variant continue prompts to sequences of one length, each token drawn at temperature 1.
+    """Let the adapted model continue prompts to sequences of one length, each token drawn at temperature 1.
 
     Parameters
     ----------
     prompts
         Prompt of each sequence, by its number; see `Sampler`.
-    checkpoint
+    stop
         Called before each parameter is read; may raise to stop.
     after
         Called at each step with the number of tokens that each sequence has.
     snapshot
         Where a killed run's state lies; None keeps none, and so does a model whose cache is of its own kind, or has states alone.
+    directory
+        Where the cache lies, in files; None keeps it in memory.
 
     Returns
     -------
@@ -165,43 +204,52 @@ def write_text(
         If a logit is NaN or Inf.
     """
     transformers = require_transformers()
-    network: Any = model.network
-    name = str(model.job.plan.base.path)
-    ids, cache = torch.tensor([prompt[:1] for prompt in prompts.values()]), None
-    if network._supports_default_dynamic_cache() and _takes_cache(network):
-        cache = transformers.DynamicCache(config=network.config.get_text_config(decoder=True))
-        if all(getattr(cache, "is_linear", [False])):
-            snapshot = None  # such a cache does not know how many tokens it holds, and `generate` would run them again
-        if snapshot is not None and (found := snapshot.load(cache)) is not None:
-            ids, cache = found
+    network = model.network
+    device = model.job.device
+    ids = torch.tensor([prompt[:1] for prompt in prompts.values()])
+    cache = _fresh_cache(network)
+    # A cache of states alone does not know how many tokens it holds, and `generate` would run them again.
+    if cache is None or all(getattr(cache, "is_linear", [False])):
+        snapshot = None
+    if snapshot is not None and (found := snapshot.load(cache)) is not None:
+        ids, cache = found
 
     def step(so_far: Tensor) -> None:
         tokens = so_far.shape[1]
-        if snapshot is not None and cache is not None and tokens < length:
+        if snapshot is not None and tokens < length:
             snapshot.save(so_far, cache)
         after(tokens)
 
-    network.generation_config = (
-        transformers.GenerationConfig()
-    )  # without the stops and filters of the base's config
-    uses_cache = _takes_cache(network)
+    # Without the stops and filters of the base's config.
+    network.generation_config = transformers.GenerationConfig()
     config = transformers.GenerationConfig(
-        max_length=length, do_sample=False, use_cache=uses_cache, pad_token_id=0
+        max_length=length, do_sample=False, use_cache=_takes_cache(network), pad_token_id=0
     )
-    sampler = Sampler(prompts, seed, name, step)
-    # The keyword was renamed within version 5.
-    known = inspect.signature(transformers.GenerationMixin.prepare_inputs_for_generation).parameters
-    keyword = next(name for name in CACHES if name in known)
-    caches = {} if cache is None else {keyword: cache}
     model.limit(0, False)  # one group shares nothing with others
-    with model.alone(Group(ids, variant), checkpoint):
+    leave: Stop = nothing
+    if cache is not None and directory is not None:
+        leave = FiledCache(cache, directory).move
+    with model.alone(Group(ids, ADAPTER_ROW), stop, leave):
         out: Tensor = network.generate(
-            ids.to(model.job.device),
-            attention_mask=torch.ones_like(
-                ids, device=model.job.device
-            ),  # or it would take a token for padding
+            ids.to(device),
+            # Or it would take a token for padding.
+            attention_mask=torch.ones_like(ids, device=device),
             generation_config=config,
-            logits_processor=[sampler],
-            **caches,
+            logits_processor=[Sampler(prompts, seed, str(model.job.plan.base.path), step)],
+            **({} if cache is None else {_cache_keyword(): cache}),
         )
     return out.cpu()
+
+
+def _fresh_cache(network: Any) -> Any:
+    """Make a cache of transformers' common kind; None if the model has its own kind, or none."""
+    if not (network._supports_default_dynamic_cache() and _takes_cache(network)):
+        return None
+    config = network.config.get_text_config(decoder=True)
+    return require_transformers().DynamicCache(config=config)
+
+
+def _cache_keyword() -> str:
+    """Return the keyword by which `generate` takes a cache; it was renamed within version 5."""
+    prepare = require_transformers().GenerationMixin.prepare_inputs_for_generation
+    return next(name for name in CACHES if name in inspect.signature(prepare).parameters)

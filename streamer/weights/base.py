@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
 import numpy as np
@@ -26,6 +26,8 @@ from streamer.storage.atomic_file import views
 from streamer.storage.checkpoint import TensorFile
 from streamer.storage.header import TensorInfo
 from streamer.units import counted
+
+Shape = tuple[int, ...]
 
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 """Dtypes of the values of plain tensors, by the format's spelling. Computations use float32, for F64 float64."""
@@ -58,13 +60,13 @@ def float_dtype(info: TensorInfo, where: str) -> torch.dtype:
     return FLOATS[info.dtype]
 
 
-def in_memory(info: TensorInfo) -> tuple[torch.dtype, tuple[int, ...]]:
+def in_memory(info: TensorInfo) -> tuple[torch.dtype, Shape]:
     """Return the dtype and shape of a tensor in memory; if torch lacks the dtype, of its bytes, as flat uint8."""
     dtype = TORCH_DTYPES.get(info.dtype)
     return (torch.uint8, (info.nbytes,)) if dtype is None else (dtype, info.shape)
 
 
-def as_tensor(view: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+def as_tensor(view: memoryview, dtype: torch.dtype, shape: Shape) -> Tensor:
     """View bytes as a tensor, without a copy if their address is aligned. The caller must not write to it."""
     if len(view) == 0:
         return torch.empty(shape, dtype=dtype)
@@ -127,7 +129,8 @@ class StoredTensor:
 
     def rows(self, i: int, j: int) -> Tensor:
         """Read indices i to j of the first dimension in the stored dtype, without a copy if their address is aligned."""
-        dtype, rest = TORCH_DTYPES[self.info.dtype], self.info.shape[1:]
+        dtype = TORCH_DTYPES[self.info.dtype]
+        _, *rest = self.info.shape
         row = math.prod(rest) * dtype.itemsize
         return as_tensor(self._data(i * row, j * row), dtype, (j - i, *rest))
 
@@ -146,21 +149,19 @@ class StoredTensor:
         return as_tensor(self._data(start, stop), torch.uint8, (stop - start,))
 
     def _data(self, start: int = 0, stop: int | None = None) -> memoryview:
-        return (
-            self.file.view(self.info, start, stop)
-            if self.prefetched is None
-            else self.prefetched[start:stop]
-        )
+        if self.prefetched is not None:
+            return self.prefetched[start:stop]
+        return self.file.view(self.info, start, stop)
 
     def slice(self, index: int) -> StoredTensor:
         """Select one index of the first dimension: (experts, out, in) becomes (out, in)."""
         info = self.info
-        size = info.nbytes // info.shape[0]
+        count, *shape = info.shape
+        size = info.nbytes // count
         at = index * size
+        start = info.start + at
         prefetched = None if self.prefetched is None else self.prefetched[at : at + size]
-        matrix = replace(
-            info, shape=info.shape[1:], start=info.start + at, end=info.start + at + size
-        )
+        matrix = replace(info, shape=tuple(shape), start=start, end=start + size)
         return replace(self, info=matrix, prefetched=prefetched)
 
     def load(self) -> StoredTensor:
@@ -170,14 +171,15 @@ class StoredTensor:
         return replace(self, prefetched=view)
 
 
+Tensors = Mapping[str, StoredTensor]
+
+
 def equal(a: StoredTensor, b: StoredTensor) -> bool:
     """Test whether two tensors have the same bytes, dtype and shape."""
     if (a.info.dtype, a.info.shape) != (b.info.dtype, b.info.shape):
         return False
-    return all(
-        x == y
-        for x, y in zip(views(a.file.chunks(a.info)), views(b.file.chunks(b.info)), strict=True)
-    )
+    chunks = (views(stored.file.chunks(stored.info)) for stored in (a, b))
+    return all(x == y for x, y in zip(*chunks, strict=True))
 
 
 @dataclass(frozen=True)
@@ -204,8 +206,8 @@ class Weight(ABC):
     """Whether `rows` decodes quantized values from the weight's own tensors."""
 
     name: str
-    shape: tuple[int, ...]
-    tensors: Mapping[str, StoredTensor]
+    shape: Shape
+    tensors: Tensors
     label: str
     compute: torch.dtype
     written: torch.dtype | None
@@ -228,9 +230,8 @@ class Weight(ABC):
     @property
     def load_bytes(self) -> int:
         """Return the bytes of anonymous memory that `load` needs: 0 for mapped files."""
-        return sum(
-            stored.info.nbytes for stored in self.tensors.values() if stored.file.io == "pread"
-        )
+        stored = self.tensors.values()
+        return sum(tensor.info.nbytes for tensor in stored if tensor.file.io == "pread")
 
     @property
     def remote(self) -> bool:
@@ -243,9 +244,8 @@ class Weight(ABC):
 
     def at_hand(self) -> Self:
         """Prepare for a loop over the rows that must not read any byte twice."""
-        far = any(
-            stored.file.remote and stored.prefetched is None for stored in self.tensors.values()
-        )
+        stored = self.tensors.values()
+        far = any(tensor.file.remote and tensor.prefetched is None for tensor in stored)
         return self.load() if far else self
 
     def steps(self) -> Iterator[tuple[int, int]]:
@@ -256,7 +256,8 @@ class Weight(ABC):
 
     def blocks(self, rows: int) -> Iterator[tuple[int, int, Tensor]]:
         """Yield all rows in order, `rows` at a time, as (from, to, values); values are valid until the next block is asked for."""
-        source, m = self.at_hand(), self.matrix[0]
+        source = self.at_hand()
+        m, _ = self.matrix
         for i in range(0, m, rows):
             j = min(m, i + rows)
             yield i, j, source.rows(i, j)
@@ -272,7 +273,8 @@ class Weight(ABC):
 
     def whole(self, device: torch.device) -> Tensor:
         """Decode all values into a new tensor of the computing dtype and logical shape."""
-        source, out = self.at_hand(), empty_matrix(self.matrix, self.compute, device)
+        source = self.at_hand()
+        out = empty_matrix(self.matrix, self.compute, device)
         for i, j in self.steps():
             out[i:j] = source.rows(i, j)
         return out.reshape(self.shape)
@@ -284,13 +286,14 @@ class QuantizedWeight(Weight):
 
     quantized: ClassVar[bool] = True
 
+    compute: torch.dtype = field(default=torch.float32, kw_only=True)
+    written: torch.dtype | None = field(default=None, kw_only=True)
+
     def at_hand(self) -> Self:
         """Read the bytes ahead unless files are mapped: a few rows may need part of every stored row."""
-        ready = all(
-            stored.prefetched is not None or stored.file.io == "mmap"
-            for stored in self.tensors.values()
-        )
-        return self if ready else self.load()
+        stored = self.tensors.values()
+        read = (tensor.prefetched is not None or tensor.file.io == "mmap" for tensor in stored)
+        return self if all(read) else self.load()
 
     @abstractmethod
     def decode(self, i: int, j: int) -> Tensor:
@@ -331,7 +334,8 @@ class RowConcat(Weight):
 
     def rows(self, i: int, j: int) -> Tensor:
         """Read rows i to j from the pieces that hold them."""
-        parts, start = [], 0
+        parts = []
+        start = 0
         for piece in self.pieces:
             stop = start + piece.shape[0]
             if i < stop and start < j:
@@ -364,20 +368,19 @@ class Plain(Weight):
 
     def blocks(self, rows: int) -> Iterator[tuple[int, int, Tensor]]:
         """Yield the rows in the stored dtype, reading ahead from the disk."""
-        stored, (m, n) = self.tensors["weight"], self.matrix
+        stored = self.tensors["weight"]
         if stored.prefetched is not None or stored.info.nbytes == 0:
             yield from super().blocks(rows)
             return
+        m, n = self.matrix
         dtype = TORCH_DTYPES[stored.info.dtype]
-        for k, view in enumerate(views(stored.file.chunks(stored.info, rows * n * dtype.itemsize))):
-            i, j = k * rows, min(m, (k + 1) * rows)
+        chunks = stored.file.chunks(stored.info, rows * n * dtype.itemsize)
+        for i, view in zip(range(0, m, rows), views(chunks), strict=True):
+            j = min(m, i + rows)
             yield i, j, as_tensor(view, dtype, (j - i, n))
 
     def whole(self, device: torch.device) -> Tensor:
         """Copy all values to the computing dtype."""
         # Copy even if the dtype stays: LAPACK's bits depend on the alignment of its input, and a mapped file may have any alignment.
-        return (
-            empty_matrix(self.matrix, self.compute, device)
-            .reshape(self.shape)
-            .copy_(self.tensors["weight"].whole())
-        )
+        out = empty_matrix(self.matrix, self.compute, device).reshape(self.shape)
+        return out.copy_(self.tensors["weight"].whole())

@@ -26,9 +26,12 @@ from streamer.linalg.rounding import Grid
 from streamer.storage.files import strict_json
 from streamer.storage.header import TensorInfo
 from streamer.units import listed
-from streamer.weights.base import TORCH_DTYPES, QuantizedWeight, StoredTensor
+from streamer.weights.base import TORCH_DTYPES, QuantizedWeight, Shape, StoredTensor
 
 NOT_FINITE = "the result holds NaN or Inf; check the adapter's scale and lambda"
+
+Config = Mapping[str, Any]
+"""A model's ``quantization_config``."""
 
 SCALE_DTYPES = ("F16", "BF16", "F32")
 """Dtypes of scales; the product of a value and a 16-bit scale is exact in float32."""
@@ -40,7 +43,8 @@ def unpack(words: Tensor, bits: int, i: int, j: int) -> Tensor:
     With 3 bits, value 10 occupies bits 30 and 31 of the first word and bit 0 of the second.
     """
     at = torch.arange(i, j) * bits
-    word, shift = at // 32, (at % 32).to(torch.int32)
+    word = at // 32
+    shift = (at % 32).to(torch.int32)
     values = words[word] >> shift[:, None]
     split = torch.nonzero(shift + bits > 32).flatten()  # these values continue in the next word
     if len(split):
@@ -65,16 +69,10 @@ def dequantize_groups(values: Tensor, zeros: Tensor, scales: Tensor, group: Tens
     return out.T.contiguous()
 
 
-def group_size(config: Mapping[str, Any], inputs: int) -> int:
+def group_size(config: Config, inputs: int) -> int:
     """Read the number of inputs in a group from a quantization config: 128 by default, all inputs for −1."""
     size = config.get("group_size", config.get("q_group_size", 128))
     return size if type(size) is int and size > 0 else max(1, inputs)
-
-
-def has_packed_dtypes(tensors: Mapping[str, StoredTensor]) -> bool:
-    """Test whether values and zero points are int32 words and scales are floating-point."""
-    words = {tensors[role].info.dtype for role in ("weight", "zeros")}
-    return words == {"I32"} and tensors["scales"].info.dtype in SCALE_DTYPES
 
 
 def group_indices(stored: StoredTensor, count: int) -> Tensor:
@@ -93,32 +91,44 @@ def group_indices(stored: StoredTensor, count: int) -> Tensor:
     return group
 
 
-def where(tensors: Mapping[str, StoredTensor]) -> str:
-    """Name a weight's tensor of codes, for messages."""
-    return f"{tensors['weight'].file.path}: tensor {tensors['weight'].info.name!r}"
+class Parts(dict[str, StoredTensor]):
+    """The tensors that store one weight, by role; ``weight`` holds its codes."""
 
+    @property
+    def where(self) -> str:
+        """Name the tensor of codes, for messages."""
+        codes = self["weight"]
+        return f"{codes.file.path}: tensor {codes.info.name!r}"
 
-def check_fit(
-    fits: bool, tensors: Mapping[str, StoredTensor], also: str = "its config.json"
-) -> None:
-    """Refuse tensors of one weight whose dtypes, shapes or settings contradict each other.
+    def infos(self, *roles: str) -> list[TensorInfo]:
+        """List the headers of tensors."""
+        return [self[role].info for role in roles]
 
-    Raises
-    ------
-    FormatError
-        If not `fits`; the message lists the tensors.
-    """
-    if not fits:
-        found = ", ".join(
-            f"{p.info.name} {p.info.dtype} {list(p.info.shape)}" for p in tensors.values()
-        )
-        fault = f"codes, scales and zero points do not fit: {found}"
-        raise FormatError(f"{where(tensors)}: {fault}; get the file again, and {also}")
+    def may_have(self, role: str, dtype: str, shape: Shape) -> bool:
+        """Test whether a tensor, if there is one, has this dtype and shape."""
+        return role not in self or (self[role].info.dtype, self[role].info.shape) == (dtype, shape)
 
+    def has_packed_dtypes(self) -> bool:
+        """Test whether values and zero points are int32 words and scales are floating-point."""
+        weight, zeros, scales = (info.dtype for info in self.infos("weight", "zeros", "scales"))
+        return weight == zeros == "I32" and scales in SCALE_DTYPES
 
-def unsupported(tensors: Mapping[str, StoredTensor], what: str) -> UnsupportedError:
-    """Make the error for a weight that is stored in a way that nothing here decodes."""
-    return UnsupportedError(f"{where(tensors)}: {what} is not supported; use the 16-bit model")
+    def check(self, fits: bool, also: str = "its config.json") -> None:
+        """Refuse tensors whose dtypes, shapes or settings contradict each other.
+
+        Raises
+        ------
+        FormatError
+            If not `fits`; the message lists the tensors.
+        """
+        if not fits:
+            found = ", ".join(f"{i.name} {i.dtype} {list(i.shape)}" for i in self.infos(*self))
+            fault = f"codes, scales and zero points do not fit: {found}"
+            raise FormatError(f"{self.where}: {fault}; get the file again, and {also}")
+
+    def unsupported(self, what: str) -> UnsupportedError:
+        """Make the error for a weight that is stored in a way that nothing here decodes."""
+        return UnsupportedError(f"{self.where}: {what} is not supported; use the 16-bit model")
 
 
 class Recodable(QuantizedWeight):
@@ -172,51 +182,36 @@ class Scaled(QuantizedWeight):
     powers: bool
 
     @classmethod
-    def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
-        """Check that the tensors fit together, and make the weight that they store; `config` is the model's ``quantization_config``."""
-        weight, quant_scale = tensors["weight"].info, tensors["quant_scale"].info
+    def of(cls, name: str, parts: Parts, config: Config) -> Self:
+        """Check that the tensors fit together, and make the weight that they store."""
+        weight, quant_scale = parts.infos("weight", "quant_scale")
         if len(weight.shape) not in (2, 3):
-            raise unsupported(tensors, f"{weight.dtype} with {len(weight.shape)} dimensions")
-        if "zeros" in tensors and bool(tensors["zeros"].bytes().any()):
-            raise unsupported(tensors, "a zero point other than 0")
+            raise parts.unsupported(f"{weight.dtype} with {len(weight.shape)} dimensions")
+        if "zeros" in parts and bool(parts["zeros"].bytes().any()):
+            raise parts.unsupported("a zero point other than 0")
         if quant_scale.dtype not in (*SCALE_DTYPES, *EXPONENTS):
-            raise unsupported(tensors, f"{quant_scale.name!r} of dtype {quant_scale.dtype}")
+            raise parts.unsupported(f"{quant_scale.name!r} of dtype {quant_scale.dtype}")
         blocks = _blocks(weight.shape, quant_scale.shape, _stated_blocks(config))
         if len(blocks) > 1:
             found = f"fit shape {list(weight.shape)} and scale {list(quant_scale.shape)}"
             kinds = " and of ".join(f"{bm}x{bn}" for bm, bn in blocks)
             cure = "state one as weight_block_size in the quantization_config"
-            raise UnsupportedError(f"{where(tensors)}: blocks of {kinds} {found}; {cure}")
-        check_fit(bool(blocks), tensors)
-        mx = quant_scale.dtype in EXPONENTS or config.get("format") == "mxfp8-quantized"
-        sizes = [w.get("group_size") for w in stated_weights(config)] or [32]
-        fits = (weight.dtype, quant_scale.dtype, blocks) == (
-            "F8_E4M3",
-            "U8",
-            [(1, 32)],
-        ) and 32 in sizes
-        if mx and config.get("quant_method") == "compressed-tensors" and not fits:
-            found = f"{weight.dtype} {list(weight.shape)} with {quant_scale.dtype} {list(quant_scale.shape)}"
-            raise unsupported(tensors, f"MXFP8 as {found}, for {sizes} inputs by the config,")
-        (m, n), (block,) = weight.shape[-2:], blocks
-        kind = (
-            "tensor"
-            if block == (m, n)
-            else "channel"
-            if block == (1, n)
-            else f"{block[0]}x{block[1]}"
-        )
-        powers = quant_scale.dtype in EXPONENTS or config.get("scale_fmt") == "ue8m0"
-        return cls(
-            name,
-            weight.shape,
-            dict(tensors),
-            f"{weight.dtype} ({kind})",
-            torch.float32,
-            None,
-            block,
-            powers,
-        )
+            raise UnsupportedError(f"{parts.where}: blocks of {kinds} {found}; {cure}")
+        parts.check(bool(blocks))
+        (block,) = blocks
+        powers = quant_scale.dtype in EXPONENTS
+        if powers or config.get("format") == "mxfp8-quantized":
+            sizes = [w.get("group_size") for w in stated_weights(config)] or [32]
+            dtypes = (weight.dtype, quant_scale.dtype)
+            fits = dtypes == ("F8_E4M3", "U8") and block == (1, 32) and 32 in sizes
+            if config.get("quant_method") == "compressed-tensors" and not fits:
+                found = f"{weight.dtype} {list(weight.shape)} with {quant_scale.dtype} {list(quant_scale.shape)}"
+                raise parts.unsupported(f"MXFP8 as {found}, for {sizes} inputs by the config,")
+        m, n = weight.shape[-2:]
+        rows, columns = block
+        kind = {(1, n): "channel", (m, n): "tensor"}.get(block, f"{rows}x{columns}")
+        powers |= config.get("scale_fmt") == "ue8m0"
+        return cls(name, weight.shape, parts, f"{weight.dtype} ({kind})", block, powers)
 
     def decode(self, i: int, j: int) -> Tensor:
         """Compute ``(q − zero) · scale``."""
@@ -228,20 +223,21 @@ class Scaled(QuantizedWeight):
     def grid(self) -> Tensor:
         """Decode the scales to float32, (block rows, block columns)."""
         stored = self.tensors["quant_scale"]
-        (m, n), (bm, bn) = self.shape[-2:], self.block
-        values = (
-            exponents(stored.bytes())
-            if stored.info.dtype in EXPONENTS
-            else stored.whole().to(torch.float32)
-        )
-        return values.reshape(-(-m // bm), -(-n // bn))
+        m, n = self.shape[-2:]
+        bm, bn = self.block
+        shape = (-(-m // bm), -(-n // bn))
+        if stored.info.dtype in EXPONENTS:
+            return exponents(stored.bytes()).reshape(shape)
+        return stored.whole().to(torch.float32).reshape(shape)
 
     def by_block(
         self, values: Tensor, grid: Tensor, i: int, act: Callable[[Tensor, Tensor], Tensor]
     ) -> Tensor:
         """Apply `act` in place to rows i, i + 1, … and each value's scale."""
-        (bm, bn), n = self.block, values.shape[1]
-        scales, whole = grid[torch.arange(i, i + len(values)) // bm], n // bn
+        bm, bn = self.block
+        n = values.shape[1]
+        whole = n // bn
+        scales = grid[torch.arange(i, i + len(values)) // bm]
         act(values[:, : whole * bn].view(len(values), whole, bn), scales[:, :whole, None])
         act(values[:, whole * bn :], scales[:, whole:].expand(-1, n - whole * bn))
         return values
@@ -254,37 +250,30 @@ def exponents(raw: Tensor) -> Tensor:
     return torch.where(bits == 255, float("nan"), values)
 
 
-def stated_weights(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+def stated_weights(config: Config) -> list[dict[str, Any]]:
     """List what the groups of a quantization config state of their weights."""
     groups = config.get("config_groups")
-    weights = (
-        [g.get("weights") for g in groups.values() if isinstance(g, dict)]
-        if isinstance(groups, dict)
-        else []
-    )
-    return [w for w in weights if isinstance(w, dict)]
+    if not isinstance(groups, dict):
+        return []
+    weights = (group.get("weights") for group in groups.values() if isinstance(group, dict))
+    return [stated for stated in weights if isinstance(stated, dict)]
 
 
-def _stated_blocks(config: Mapping[str, Any]) -> list[tuple[int, int]]:
+def _stated_blocks(config: Config) -> list[tuple[int, int]]:
     """List the block sizes that a quantization config of transformers, compressed-tensors or ModelOpt states."""
-    stated = [
-        config.get("weight_block_size"),
-        *(w.get("block_structure") for w in stated_weights(config)),
-    ]
+    structures = (weights.get("block_structure") for weights in stated_weights(config))
+    stated = [config.get("weight_block_size"), *structures]
     # compressed-tensors before 0.11 wrote "128x128"; ModelOpt's algorithm has one size.
     sizes = [size.split("x") if isinstance(size, str) else size for size in stated]
-    sizes += [["128", "128"]] * (config.get("quant_algo") == "FP8_PB_WO")
-    pairs = [[*map(str, size)] for size in sizes if isinstance(size, list) and len(size) == 2]
-    return [
-        (int(m), int(n))
-        for m, n in pairs
-        if all(re.fullmatch("[1-9][0-9]{0,8}", size) for size in (m, n))
-    ]
+    if config.get("quant_algo") == "FP8_PB_WO":
+        sizes.append([128, 128])
+    pairs = (size for size in sizes if isinstance(size, list) and len(size) == 2)
+    number = "([1-9][0-9]{0,8})"
+    matches = (re.fullmatch(f"{number}x{number}", "x".join(map(str, pair))) for pair in pairs)
+    return [(int(match[1]), int(match[2])) for match in matches if match]
 
 
-def _blocks(
-    shape: tuple[int, ...], grid: tuple[int, ...], stated: Sequence[tuple[int, int]]
-) -> list[tuple[int, int]]:
+def _blocks(shape: Shape, grid: Shape, stated: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Infer from the shapes which rows and columns share a scale: all sizes that fit.
 
     Stated sizes come first. If none fits, because a checkpoint may mix kinds of blocks, a size that divides evenly and 128×128 are tried.
@@ -295,8 +284,9 @@ def _blocks(
         return []
     if math.prod(grid) == stack and (stack == 1 or grid[0] == stack):
         return [(m, n)]
-    if len(grid) == 4 and (len(shape), grid[1], grid[3]) == (2, 1, 1):
-        grid = grid[::2]  # ModelOpt's
+    match grid:
+        case (rows, 1, columns, 1) if len(shape) == 2:
+            grid = (rows, columns)  # ModelOpt's
     if len(grid) == len(shape) - 1:
         grid = (*grid, 1)  # one scale for each row, stored without a column dimension
     if len(grid) != len(shape) or grid[:-2] != shape[:-2]:
@@ -304,11 +294,9 @@ def _blocks(
     gm, gn = grid[-2:]
     even = [(m // gm, n // gn)] if gm and gn and m % gm == 0 and n % gn == 0 else []
     for sizes in (stated, [*even, (128, 128)]):
-        fits = [
-            (min(bm, m), min(bn, n)) for bm, bn in sizes if (-(-m // bm), -(-n // bn)) == (gm, gn)
-        ]
-        if fits:
-            return list(dict.fromkeys(fits))
+        fitting = ((bm, bn) for bm, bn in sizes if (-(-m // bm), -(-n // bn)) == (gm, gn))
+        if fits := dict.fromkeys((min(bm, m), min(bn, n)) for bm, bn in fitting):
+            return list(fits)
     return []
 
 
@@ -317,6 +305,8 @@ GROUP = 32
 _E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 _ASCENDING = torch.tensor([*range(15, 8, -1), *range(8)], dtype=torch.uint8)
 """The codes of `_E2M1` by their values, without −0."""
+
+_LEVELS = _E2M1[_ASCENDING.int()]
 
 _KINDS = {
     # Dtype of the scales and role of the tensor's own scale → name, inputs in a group, shapes of the tensor's scale.
@@ -351,30 +341,27 @@ class PackedFP4(_E2M1Codes):
     group_size: int
 
     @classmethod
-    def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
+    def of(cls, name: str, parts: Parts, config: Config) -> Self:
         """Check that the tensors fit together and to the config, and make the weight that they store."""
-        packed, scales = (tensors[role].info for role in ("weight", "scales"))
-        if "extra" in tensors:
-            raise unsupported(tensors, f"FP4 with {tensors['extra'].info.name!r}")
-        outer = next((role for role in ("divisor", "factor") if role in tensors), None)
+        packed, scales = parts.infos("weight", "scales")
+        if "extra" in parts:
+            raise parts.unsupported(f"FP4 with {parts['extra'].info.name!r}")
+        outer = next((role for role in ("divisor", "factor") if role in parts), None)
         label, size, shapes = _KINDS.get((scales.dtype, outer), ("", 1, ()))
-        check_fit(bool(label) and len(packed.shape) == 2 and 0 not in packed.shape, tensors)
-        m, n = packed.shape[0], 2 * packed.shape[1]
-        fits = outer is None or (
-            tensors[outer].info.dtype == "F32" and tensors[outer].info.shape in shapes
-        )
-        check_fit(fits and scales.shape == (m, n / size), tensors)
+        parts.check(bool(label) and len(packed.shape) == 2 and 0 not in packed.shape)
+        m, half = packed.shape
+        n = 2 * half
+        fits = outer is None or any(parts.may_have(outer, "F32", shape) for shape in shapes)
+        parts.check(fits and scales.shape == (m, n / size))
         keys = ("num_bits", "type", "group_size")
         stated = [(*map(w.get, keys), w.get("symmetric", True)) for w in stated_weights(config)]
-        if (stated and (4, "float", size, True) not in stated) or config.get(
-            "group_size", size
-        ) != size:
+        is_other = config.get("group_size", size) != size
+        if is_other or (stated and (4, "float", size, True) not in stated):
             stated_as = f"(bits, type, group, symmetric) {stated or config['group_size']}"
-            raise unsupported(
-                tensors,
-                f"{label} in groups of {size} that the quantization_config states as {stated_as}",
+            raise parts.unsupported(
+                f"{label} in groups of {size} that the quantization_config states as {stated_as}"
             )
-        return cls(name, (m, n), dict(tensors), label, torch.float32, None, size)
+        return cls(name, (m, n), parts, label, size)
 
     def decode(self, i: int, j: int) -> Tensor:
         """Compute ``e2m1 · scale``."""
@@ -393,9 +380,8 @@ class PackedFP4(_E2M1Codes):
 
     def grid(self, i: int, j: int) -> Grid:
         """Return e2m1's values and the scale of each."""
-        return Grid(
-            _E2M1[_ASCENDING.int()], self._scales(i, j).repeat_interleave(self.group_size, 1)
-        )
+        scales = self._scales(i, j).repeat_interleave(self.group_size, 1)
+        return Grid(_LEVELS, scales)
 
 
 @dataclass(frozen=True)
@@ -409,33 +395,26 @@ class MXFP4(_E2M1Codes):
     turned: ClassVar[bool] = True
 
     @classmethod
-    def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
+    def of(cls, name: str, parts: Parts, config: Config) -> Self:
         """Check that the tensors fit together, and make the weight that they store."""
-        blocks, scales = tensors["weight"].info, tensors["scales"].info
-        fits = (
-            len(scales.shape) == 3
-            and blocks.shape == (*scales.shape, GROUP // 2)
-            and scales.dtype == "U8"
-        )
-        check_fit(fits, tensors)
-        experts, out, groups, _ = blocks.shape
-        return cls(
-            name, (experts, groups * GROUP, out), dict(tensors), "MXFP4", torch.float32, None
-        )
+        blocks, scales = parts.infos("weight", "scales")
+        fits = len(scales.shape) == 3 and scales.dtype == "U8"
+        parts.check(fits and blocks.shape == (*scales.shape, GROUP // 2))
+        experts, out, groups = scales.shape
+        return cls(name, (experts, groups * GROUP, out), parts, "MXFP4")
 
     def decode(self, i: int, j: int) -> Tensor:
         """Compute ``e2m1 · 2^(scale − 127)``, transposed."""
-        first, last = i // GROUP, -(-j // GROUP)
+        first = i // GROUP
+        last = -(-j // GROUP)
         values = _values(self.tensors["weight"].whole()[:, first:last])  # (out, groups, 32)
         values.mul_(exponents(self.tensors["scales"].whole()[:, first:last])[..., None])
         return values.flatten(1).T[i - first * GROUP : j - first * GROUP].contiguous()
 
     def grid(self, i: int, j: int) -> Grid:
         """Return e2m1's values and the scale of each."""
-        return Grid(
-            _E2M1[_ASCENDING.int()],
-            exponents(self.tensors["scales"].rows(i, j)).repeat_interleave(GROUP, 1),
-        )
+        scales = exponents(self.tensors["scales"].rows(i, j))
+        return Grid(_LEVELS, scales.repeat_interleave(GROUP, 1))
 
     def coded_rows(self, i: int, j: int) -> Tensor:
         """Decode outputs i to j of one expert."""
@@ -466,26 +445,23 @@ class FP8(Scaled):
         NumericError
             If a value is NaN or Inf.
         """
-        (bm, bn), n = self.block, self.shape[1]
+        bm, bn = self.block
         grid = torch.zeros_like(self.grid())
         for i, j in self.steps():
             values = merged(i, j)
             if not all_finite(values):
                 raise NumericError(f"tensor {self.name!r}: {NOT_FINITE}")
-            largest = (
-                torch.nn.functional.pad(values.abs(), (0, -n % bn))
-                .view(len(values), -1, bn)
-                .amax(2)
-            )
-            grid.scatter_reduce_(
-                0, (torch.arange(i, j) // bm)[:, None].expand_as(largest), largest, "amax"
-            )
+            padded = torch.nn.functional.pad(values.abs(), (0, -self.shape[1] % bn))
+            largest = padded.view(len(values), -1, bn).amax(2)
+            rows = (torch.arange(i, j) // bm)[:, None].expand_as(largest)
+            grid.scatter_reduce_(0, rows, largest, "amax")
         quant_scale = torch.where(grid > 0, grid / LARGEST, 1.0)
         if self.powers:
             quant_scale = exponents(_exponent_bytes(quant_scale))
-        if self.tensors["quant_scale"].info.dtype in EXPONENTS:
+        stored = self.tensors["quant_scale"].info.dtype
+        if stored in EXPONENTS:
             return quant_scale
-        dtype = TORCH_DTYPES[self.tensors["quant_scale"].info.dtype]
+        dtype = TORCH_DTYPES[stored]
         smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
         return quant_scale.clamp_min(smallest).to(dtype).to(torch.float32)
 
@@ -526,31 +502,26 @@ class AWQ(QuantizedWeight):
     group_size: int
 
     @classmethod
-    def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
+    def of(cls, name: str, parts: Parts, config: Config) -> Self:
         """Check that the tensors fit together, and make the weight that they store."""
         version = str(config.get("version") or config.get("format") or "gemm").lower()
-        if (
-            version != "gemm"
-            or config.get("bits", 4) != 4
-            or config.get("zero_point", True) is not True
-        ):
-            bits, zero_point = config.get("bits"), config.get("zero_point")
-            raise unsupported(tensors, f"AWQ with {bits=!r}, {zero_point=!r}, {version=!r}")
-        weight, scales, zeros = (tensors[role].info.shape for role in ("weight", "scales", "zeros"))
-        inputs = weight[0] if weight else 0
+        bits = config.get("bits")
+        zero_point = config.get("zero_point")
+        usual = config.get("bits", 4) == 4 and config.get("zero_point", True) is True
+        if version != "gemm" or not usual:
+            raise parts.unsupported(f"AWQ with {bits=!r}, {zero_point=!r}, {version=!r}")
+        weight, scales, zeros = (info.shape for info in parts.infos("weight", "scales", "zeros"))
+        parts.check(len(weight) == 2 and parts.has_packed_dtypes())
+        inputs, words = weight
         size = group_size(config, inputs)
         groups = -(-inputs // size)
-        fits = (
-            len(weight) == 2 and scales == (groups, 8 * weight[1]) and zeros == (groups, weight[1])
-        )
-        check_fit(fits and has_packed_dtypes(tensors), tensors)
-        return cls(
-            name, (8 * weight[1], inputs), dict(tensors), "AWQ 4 bits", torch.float32, None, size
-        )
+        parts.check(scales == (groups, 8 * words) and zeros == (groups, words))
+        return cls(name, (8 * words, inputs), parts, "AWQ 4 bits", size)
 
     def decode(self, i: int, j: int) -> Tensor:
         """Compute ``(q − zero) · scale``, transposed."""
-        first, last = i // 8, -(-j // 8)
+        first = i // 8
+        last = -(-j // 8)
         shifts = torch.tensor(AWQ_ORDER, dtype=torch.int32) * 4
 
         def unpacked(role: str) -> Tensor:
@@ -592,51 +563,33 @@ class GPTQ(QuantizedWeight):
     symmetric: bool
 
     @classmethod
-    def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
+    def of(cls, name: str, parts: Parts, config: Config) -> Self:
         """Check that the tensors fit together, and make the weight that they store."""
         # transformers prefers the first key, GPTQModel the second, and vLLM reads only the first.
-        formats = {
-            str(config[k]).lower() for k in ("checkpoint_format", "format") if config.get(k)
-        } or {"gptq"}
+        stated = (config.get(key) for key in ("checkpoint_format", "format"))
+        formats = {str(format_).lower() for format_ in stated if format_} or {"gptq"}
         if formats not in ({"gptq"}, {"gptq_v2"}):
-            raise unsupported(tensors, f"GPTQ in the format {' and '.join(sorted(formats))}")
-        weight, scales, zeros = (tensors[role].info.shape for role in ("weight", "scales", "zeros"))
-        config = {**config, **_rule(config, name.removesuffix(".weight"), tensors)}
+            raise parts.unsupported(f"GPTQ in the format {' and '.join(sorted(formats))}")
+        weight, scales, zeros = (info.shape for info in parts.infos("weight", "scales", "zeros"))
+        config = {**config, **_rule(config, name.removesuffix(".weight"), parts)}
         bits = config.get("bits")
-        check_fit(len(weight) == len(scales) == len(zeros) == 2, tensors)
-        if (
-            "groups" in tensors and weight[0]
-        ):  # its length is the number of inputs, which gives the bits
-            bits = weight[0] * 32 // max(1, math.prod(tensors["groups"].info.shape))
+        parts.check(len(weight) == len(scales) == len(zeros) == 2)
+        words, outputs = weight
+        grouped = "groups" in parts
+        if grouped and words:  # the number of inputs gives the bits
+            bits = words * 32 // max(1, math.prod(parts["groups"].info.shape))
         if bits not in (2, 3, 4, 8):
-            raise unsupported(tensors, f"GPTQ with {bits!r} bits")
-        inputs, outputs = weight[0] * 32 // bits, weight[1]
+            raise parts.unsupported(f"GPTQ with {bits!r} bits")
+        inputs = words * 32 // bits
         size = group_size(config, inputs)
-        groups = scales[0] if "groups" in tensors else -(-inputs // size)
+        groups = scales[0] if grouped else -(-inputs // size)
         fits = scales == (groups, outputs) and zeros == (groups, -(-outputs * bits // 32))
-        fits &= weight[0] == -(-inputs * bits // 32) and has_packed_dtypes(tensors)
-        if "groups" in tensors:
-            fits &= (
-                tensors["groups"].info.shape == (inputs,) and tensors["groups"].info.dtype == "I32"
-            )
-        check_fit(fits, tensors)
-        label, less_one, symmetric = (
-            f"GPTQ {bits} bits",
-            formats == {"gptq"},
-            config.get("sym") is True,
-        )
-        return cls(
-            name,
-            (outputs, inputs),
-            dict(tensors),
-            label,
-            torch.float32,
-            None,
-            bits,
-            size,
-            less_one,
-            symmetric,
-        )
+        fits &= words == -(-inputs * bits // 32) and parts.may_have("groups", "I32", (inputs,))
+        parts.check(fits and parts.has_packed_dtypes())
+        label = f"GPTQ {bits} bits"
+        symmetric = config.get("sym") is True
+        less_one = formats == {"gptq"}
+        return cls(name, (outputs, inputs), parts, label, bits, size, less_one, symmetric)
 
     def decode(self, i: int, j: int) -> Tensor:
         """Compute ``(q − zero) · scale``, transposed."""
@@ -650,7 +603,8 @@ class GPTQ(QuantizedWeight):
 
     def _zeros(self, i: int, j: int) -> Tensor:
         """Unpack the zero points of outputs i to j: (groups, j − i)."""
-        words, bits = self.tensors["zeros"].whole(), self.bits
+        words = self.tensors["zeros"].whole()
+        bits = self.bits
         if self.symmetric:
             return torch.full((len(words), j - i), self._half, dtype=torch.int32)
         if self.less_one and bits != 3:
@@ -670,17 +624,14 @@ class GPTQ(QuantizedWeight):
             If the stored ones are others, so that kernels differ.
         """
         half = 1 << (self.bits - 1)
-        stored = set(
-            unpack(self.tensors["zeros"].whole().T, self.bits, 0, self.shape[0]).flatten().tolist()
-        )
+        zeros = unpack(self.tensors["zeros"].whole().T, self.bits, 0, self.shape[0])
+        stored = set(zeros.flatten().tolist())
         if len(stored) > 1 or not stored <= {half, half - self.less_one}:
-            raise unsupported(self.tensors, "a zero point other than that of sym=true")
+            raise Parts(self.tensors).unsupported("a zero point other than that of sym=true")
         return half
 
 
-def _rule(
-    config: Mapping[str, Any], module: str, tensors: Mapping[str, StoredTensor]
-) -> dict[str, Any]:
+def _rule(config: Config, module: str, parts: Parts) -> dict[str, Any]:
     """Read the settings that the first matching rule of ``dynamic`` gives a module."""
     try:
         rules = (config.get("dynamic") or {}).items()
@@ -691,9 +642,9 @@ def _rule(
         settings = {key: rule[key] for key in ("bits", "group_size", "sym") if key in rule}
     except (AttributeError, TypeError, OverflowError, RecursionError, re.error):
         fault = 'cannot read "dynamic" in the quantization config; get config.json again'
-        raise FormatError(f"{where(tensors)}: {fault}") from None
+        raise FormatError(f"{parts.where}: {fault}") from None
     if pattern.startswith("-:"):
-        raise unsupported(tensors, 'a quantized layer that a rule in "dynamic" excludes')
+        raise parts.unsupported('a quantized layer that a rule in "dynamic" excludes')
     return settings
 
 
@@ -713,79 +664,57 @@ class PackedIntegers(Recodable):
     bits: int
 
     @classmethod
-    def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
+    def of(cls, name: str, parts: Parts, config: Config) -> Self:
         """Check that the tensors fit together, and make the weight that they store."""
-        words, scales, stated = (tensors[role].info for role in ("weight", "scales", "shape"))
-        readable = stated.dtype in ("I64", "I32") and stated.shape == (2,)
-        shape = tuple(tensors["shape"].whole().tolist()) if readable else ()
-        if len(words.shape) != 2 or len(shape) != 2 or shape[0] != words.shape[0] or shape[1] < 1:
-            raise unsupported(tensors, f"a packed weight of shape {list(words.shape)}")
-        m, n = shape
-        known = {
-            b for w in stated_weights(config) if type(b := w.get("num_bits")) is int and 0 < b <= 8
-        }
-        if old := [
-            b for b in known if 32 % b and n > 32 // b and -(-n // (32 // b)) == words.shape[1]
-        ]:
-            raise unsupported(
-                tensors, f"packing of {listed(old)} bits by compressed-tensors up to 0.10"
+        words, scales, stored_shape = parts.infos("weight", "scales", "shape")
+        readable = stored_shape.dtype in ("I64", "I32") and stored_shape.shape == (2,)
+        m, n = parts["shape"].whole().tolist() if readable else (0, 0)
+        if len(words.shape) != 2 or m != words.shape[0] or n < 1:
+            raise parts.unsupported(f"a packed weight of shape {list(words.shape)}")
+        width = words.shape[1]
+        weights = stated_weights(config)
+        stated_bits = (stated.get("num_bits") for stated in weights)
+        known = {b for b in stated_bits if type(b) is int and 0 < b <= 8}
+        if old := [b for b in known if 32 % b and n > 32 // b and -(-n // (32 // b)) == width]:
+            raise parts.unsupported(
+                f"packing of {listed(old)} bits by compressed-tensors up to 0.10"
             )
-        fitting = [b for b in known or range(1, 9) if -(-n * b // 32) == words.shape[1]]
-        fits = (
-            words.dtype == "I32"
-            and len(fitting) == 1
-            and len(scales.shape) == 2
-            and scales.shape[0] == m
-        )
-        check_fit(fits, tensors)
-        bits, groups = fitting[0], scales.shape[1]
-        sizes = [w.get("group_size") for w in stated_weights(config)]
-        counts = {
-            n // size if n % size == 0 else 0 for size in sizes if type(size) is int and size > 0
-        }
+        fitting = [b for b in known or range(1, 9) if -(-n * b // 32) == width]
+        fits = words.dtype == "I32" and len(fitting) == 1
+        parts.check(fits and len(scales.shape) == 2 and scales.shape[0] == m)
+        (bits,) = fitting
+        groups = scales.shape[1]
+        sizes = [stated.get("group_size") for stated in weights]
+        positive = (size for size in sizes if type(size) is int and size > 0)
+        counts = {0 if n % size else n // size for size in positive}
         if counts and len(counts) == len(sizes) and groups not in counts:
-            raise unsupported(
-                tensors,
-                f"{groups} groups of {n} inputs, which the stated sizes {sizes} do not divide so",
+            raise parts.unsupported(
+                f"{groups} groups of {n} inputs, which the stated sizes {sizes} do not divide so"
             )
         fits = scales.dtype in SCALE_DTYPES and groups > 0 and n % groups == 0
-        if "zeros" in tensors:
-            fits &= tensors["zeros"].info.dtype == "I32" and tensors["zeros"].info.shape == (
-                -(-m * bits // 32),
-                groups,
-            )
-        if "groups" in tensors:
-            fits &= tensors["groups"].info.dtype == "I32" and tensors["groups"].info.shape == (n,)
-        check_fit(fits, tensors)
-        return cls(
-            name,
-            (m, n),
-            dict(tensors),
-            f"INT{bits} (compressed-tensors)",
-            torch.float32,
-            None,
-            bits,
-        )
+        fits &= parts.may_have("zeros", "I32", (-(-m * bits // 32), groups))
+        parts.check(fits and parts.may_have("groups", "I32", (n,)))
+        return cls(name, (m, n), parts, f"INT{bits} (compressed-tensors)", bits)
 
     def decode(self, i: int, j: int) -> Tensor:
         """Compute ``(q − zero) · scale``."""
-        grid, values = (
-            self.grid(i, j),
-            unpack(self.tensors["weight"].rows(i, j).T, self.bits, 0, self.shape[1]).T,
-        )
+        grid = self.grid(i, j)
+        values = unpack(self.tensors["weight"].rows(i, j).T, self.bits, 0, self.shape[1]).T
         return values.to(torch.float32).sub_(grid.zeros).mul_(grid.scales)
 
     def grid(self, i: int, j: int) -> Grid:
         """Return the range of the integers, with the scale and the zero point of each value."""
-        n, scales = self.shape[1], self.tensors["scales"].rows(i, j).to(torch.float32)
+        n = self.shape[1]
+        scales = self.tensors["scales"].rows(i, j).to(torch.float32)
         count = scales.shape[1]
-        group, stated = torch.arange(n) // -(-n // count), self.tensors.get("groups")
+        group = torch.arange(n) // -(-n // count)
+        stated = self.tensors.get("groups")
         if stated is not None and not bool((stated.whole() < 0).any()):  # −1 marks an unused g_idx
             group = group_indices(stated, count)
-        stored, half = self.tensors.get("zeros"), float(1 << (self.bits - 1))
-        zeros = (
-            unpack(stored.whole(), self.bits, i, j)[:, group].to(torch.float32) if stored else half
-        )
+        half = float(1 << (self.bits - 1))
+        zeros: Tensor | float = half
+        if stored := self.tensors.get("zeros"):
+            zeros = unpack(stored.whole(), self.bits, i, j)[:, group].to(torch.float32)
         return Grid(torch.arange(2.0 * half), scales[:, group], zeros)
 
     def packed(self, indices: Tensor) -> Tensor:
@@ -828,32 +757,30 @@ class HQQ(QuantizedWeight):
     count: int
 
     @classmethod
-    def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
+    def of(cls, name: str, parts: Parts, config: Config) -> Self:
         """Check that the tensors fit together, and make the weight that they store."""
-        wrong = [f"with {role!r}" for role in UNSUPPORTED if role in tensors]
-        wrong += [
-            f"without {role!r}"
-            for role in ("scale", "zero", "shape", "packing")
-            if role not in tensors
-        ]
-        if wrong:
-            raise unsupported(tensors, f"HQQ {wrong[0]}")
-        parts = {role: tensors[role] for role in ("weight", "scale", "zero", "shape")}
-        packed, scale, zero, stated = (stored.info for stored in parts.values())
-        fits = (stated.dtype, stated.shape) == ("I64", (2,)) and scale.dtype in SCALE_DTYPES
-        fits &= (scale.dtype, scale.shape) == (zero.dtype, zero.shape)
-        check_fit(fits and len(scale.shape) == 2 and min(scale.shape) == 1, parts)
-        (m, n), groups = tensors["shape"].whole().tolist(), max(scale.shape)
-        check_fit(m > 0 and n > 0 and m * n % groups == 0, parts)
-        table = (groups, m * n // groups) if scale.shape[1] == 1 else (m * n // groups, groups)
+        if role := next((role for role in UNSUPPORTED if role in parts), None):
+            raise parts.unsupported(f"HQQ with {role!r}")
+        needed = ("scale", "zero", "shape", "packing")
+        if role := next((role for role in needed if role not in parts), None):
+            raise parts.unsupported(f"HQQ without {role!r}")
+        read = Parts({role: parts[role] for role in ("weight", "scale", "zero", "shape")})
+        packed, scale = read.infos("weight", "scale")
+        fits = read.may_have("shape", "I64", (2,)) and scale.dtype in SCALE_DTYPES
+        fits &= read.may_have("zero", scale.dtype, scale.shape)
+        read.check(fits and len(scale.shape) == 2 and min(scale.shape) == 1)
+        m, n = read["shape"].whole().tolist()
+        groups = max(scale.shape)
+        read.check(m > 0 and n > 0 and m * n % groups == 0)
+        size = m * n // groups
+        table = (groups, size) if scale.shape[1] == 1 else (size, groups)
         fitting = [packing for packing in _PACKINGS if _holds(packed, table, *packing)]
-        check_fit(len(fitting) == 1, parts)
-        dtype, bits, count = fitting[0]
-        info = replace(packed, dtype=dtype, shape=(-(-table[0] // count), table[1]))
-        stored = {**tensors, "weight": replace(tensors["weight"], info=info)}
-        return cls(
-            name, (m, n), stored, f"HQQ {bits} bits", torch.float32, None, table, bits, count
-        )
+        read.check(len(fitting) == 1)
+        ((dtype, bits, count),) = fitting
+        rows, columns = table
+        info = replace(packed, dtype=dtype, shape=(-(-rows // count), columns))
+        stored = {**parts, "weight": replace(parts["weight"], info=info)}
+        return cls(name, (m, n), stored, f"HQQ {bits} bits", table, bits, count)
 
     def decode(self, i: int, j: int) -> Tensor:
         """Compute ``(q − zero) · scale``.
@@ -864,60 +791,50 @@ class HQQ(QuantizedWeight):
             If a setting contradicts the shapes.
         """
         self._check_settings()
-        n, (rows, columns) = self.shape[1], self.table
-        first, last = i * n // columns, -(-j * n // columns)
+        n = self.shape[1]
+        rows, columns = self.table
+        first = i * n // columns
+        last = -(-j * n // columns)
         # Zero points and scales are a column if groups are rows of the table, else one row.
         parts = (self.tensors[role] for role in ("zero", "scale"))
         zero, scale = (
             part.whole() if part.info.shape[0] == 1 else part.rows(first, last) for part in parts
         )
-        at, packed = torch.arange(first, last), -(-rows // self.count)
+        at = torch.arange(first, last)
+        packed = -(-rows // self.count)
         words = self.tensors["weight"].whole()[at % packed]
         shift = (self.count - 1 - at // packed).mul_(self.bits).to(words.dtype)
-        values = (
-            words.bitwise_right_shift_(shift[:, None])
-            .bitwise_and_((1 << self.bits) - 1)
-            .to(scale.dtype)
-        )
+        codes = words.bitwise_right_shift_(shift[:, None]).bitwise_and_((1 << self.bits) - 1)
+        values = codes.to(scale.dtype).sub_(zero).mul_(scale).to(torch.float32).flatten()
         start = i * n - first * columns
-        return (
-            values.sub_(zero)
-            .mul_(scale)
-            .to(torch.float32)
-            .flatten()[start : start + (j - i) * n]
-            .view(j - i, n)
-        )
+        return values[start : start + (j - i) * n].view(j - i, n)
 
     def _check_settings(self) -> None:
-        axis = int(self.tensors["scale"].info.shape[1] == 1)
+        axis = 1 if self.tensors["scale"].info.shape[1] == 1 else 0
         packing = f"{self.bits}bit_{'32' if self.bits == 3 else 'u8'}"
-        for role, expected in {
-            "packing": packing,
-            "axis": axis,
-            "group_size": self.table[axis],
-        }.items():
-            if (stored := self.tensors.get(role)) is not None:
-                raw = bytes(stored.bytes(0, min(stored.info.nbytes, 16)).tolist())
-                found = (
-                    raw.decode("latin-1") if role == "packing" else int.from_bytes(raw, "little")
+        settings = {"packing": packing, "axis": axis, "group_size": self.table[axis]}
+        for role, expected in settings.items():
+            stored = self.tensors.get(role)
+            if stored is None:
+                continue
+            raw = bytes(stored.bytes(0, min(stored.info.nbytes, 16)).tolist())
+            found = raw.decode("latin-1") if role == "packing" else int.from_bytes(raw, "little")
+            if found != expected:
+                fault = f"expected {expected!r} by the shapes of its HQQ layer, found {found!r}"
+                raise FormatError(
+                    f"{self.where}: tensor {stored.info.name!r}: {fault}; get the file again"
                 )
-                if found != expected:
-                    fault = f"expected {expected!r} by the shapes of its HQQ layer, found {found!r}"
-                    raise FormatError(
-                        f"{self.where}: tensor {stored.info.name!r}: {fault}; get the file again"
-                    )
 
 
 def _holds(packed: TensorInfo, table: tuple[int, int], dtype: str, bits: int, count: int) -> bool:
     """Test whether a tensor holds a table in these words; the library may view them as floating-point values."""
-    rows = -(-table[0] // count)
-    whole = bits == 3 or rows * count == table[0]
-    size = rows * table[1] * TORCH_DTYPES[dtype].itemsize
-    return (
-        whole
-        and (packed.shape[:1], packed.nbytes) == ((rows,), size)
-        and packed.dtype in (dtype, *SCALE_DTYPES)
-    )
+    height, width = table
+    rows = -(-height // count)
+    if bits != 3 and rows * count != height:
+        return False
+    size = rows * width * TORCH_DTYPES[dtype].itemsize
+    fits = packed.shape[:1] == (rows,) and packed.nbytes == size
+    return fits and packed.dtype in (dtype, *SCALE_DTYPES)
 
 
 @dataclass(frozen=True)
@@ -938,55 +855,46 @@ class FourBit(Recodable):
     offset: float
 
     @classmethod
-    def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
+    def of(cls, name: str, parts: Parts, config: Config) -> Self:
         """Check that the tensors fit together, and make the weight that they store."""
-        state = _state(tensors)
+        state = _state(parts)
         shape = state.get("shape")
         if not (isinstance(shape, list) and len(shape) == 2 and all(map(_is_count, shape))):
-            raise unsupported(tensors, f"bitsandbytes with the shape {shape!r}")
-        nested = "nested_absmax" in tensors
-        blocksize, inner = state.get("blocksize"), state.get("nested_blocksize") if nested else 1
+            raise parts.unsupported(f"bitsandbytes with the shape {shape!r}")
+        nested = "nested_absmax" in parts
+        blocksize = state.get("blocksize")
+        inner = state.get("nested_blocksize") if nested else 1
         offset = state.get("nested_offset", 0.0)
         if not (_is_count(blocksize) and _is_count(inner) and type(offset) in (int, float)):
-            raise unsupported(
-                tensors,
-                f"a quant_state with {blocksize=!r}, nested_blocksize={inner!r}, {offset=!r}",
+            raise parts.unsupported(
+                f"a quant_state with {blocksize=!r}, nested_blocksize={inner!r}, {offset=!r}"
             )
         count = math.prod(shape)
         blocks = -(-count // blocksize)
         wanted = {"weight": -(-count // 2), "absmax": blocks * (1 if nested else 4), "map": 64}
         if nested:
             wanted |= {"nested_absmax": -(-blocks // inner) * 4, "nested_map": 1024}
-        check_fit(wanted.keys() <= tensors.keys(), tensors)
+        parts.check(wanted.keys() <= parts.keys())
         for role, size in wanted.items():
-            info, dtype = tensors[role].info, "U8" if nested and role == "absmax" else "F32"
-            check_fit(info.nbytes == size and (role == "weight" or info.dtype == dtype), tensors)
+            info = parts[role].info
+            dtype = "U8" if nested and role == "absmax" else "F32"
+            parts.check(info.nbytes == size and (role == "weight" or info.dtype == dtype))
         kind = str(state.get("quant_type")).upper()
-        return cls(
-            name,
-            tuple(shape),
-            dict(tensors),
-            kind,
-            torch.float32,
-            None,
-            blocksize,
-            inner,
-            float(offset),
-        )
+        return cls(name, tuple(shape), parts, kind, blocksize, inner, float(offset))
 
     def decode(self, i: int, j: int) -> Tensor:
         """Compute ``quant_map[q] · absmax``."""
         n = self.shape[1]
-        a, b = i * n, j * n
-        packed = self.tensors["weight"].bytes(a // 2, -(-b // 2))
-        quantized = torch.stack([packed >> 4, packed & 15], 1).flatten()[a % 2 :][: b - a]
-        return (
-            self.tensors["map"].flat(0, 16)[quantized.int()].view(j - i, n).mul_(self._scales(i, j))
-        )
+        start = i * n
+        packed = self.tensors["weight"].bytes(start // 2, -(-j * n // 2))
+        codes = torch.stack([packed >> 4, packed & 15], 1).flatten()[start % 2 :]
+        values = self.tensors["map"].flat(0, 16)[codes[: (j - i) * n].int()]
+        return values.view(j - i, n).mul_(self._scales(i, j))
 
     def _scales(self, i: int, j: int) -> Tensor:
         """Decode the scale of each value of rows i to j."""
-        n, size = self.shape[1], self.blocksize
+        n = self.shape[1]
+        size = self.blocksize
         first = i * n // size
         blocks = self._absmax(first, -(-j * n // size)).repeat_interleave(size)
         return blocks[i * n - first * size :][: (j - i) * n].view(j - i, n)
@@ -1008,10 +916,9 @@ class FourBit(Recodable):
             return stored.flat(i, j)
         size = self.nested_blocksize
         values = self.tensors["nested_map"].flat(0, 256)[stored.flat(i, j).int()]
-        outer = self.tensors["nested_absmax"].flat(i // size, -(-j // size))[
-            torch.arange(i, j) // size - i // size
-        ]
-        return values.mul_(outer).add_(self.offset)
+        first = i // size
+        outer = self.tensors["nested_absmax"].flat(first, -(-j // size))
+        return values.mul_(outer[torch.arange(i, j) // size - first]).add_(self.offset)
 
 
 @dataclass(frozen=True)
@@ -1022,44 +929,35 @@ class EightBit(QuantizedWeight):
     """
 
     @classmethod
-    def of(cls, name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Self:
+    def of(cls, name: str, parts: Parts, config: Config) -> Self:
         """Check that the tensors fit together, and make the weight that they store."""
-        weight, quant_scale = tensors["weight"].info, tensors["SCB"].info
-        fits = (
-            len(weight.shape) == 2
-            and quant_scale.dtype == "F32"
-            and math.prod(quant_scale.shape) == weight.shape[0]
-        )
-        check_fit(fits, tensors)
-        if "format" in tensors and bool(tensors["format"].bytes().any()):
-            raise unsupported(
-                tensors, "a weight_format other than 0 (rows), of bitsandbytes before 0.45,"
+        weight, largest = parts.infos("weight", "SCB")
+        fits = len(weight.shape) == 2 and largest.dtype == "F32"
+        parts.check(fits and math.prod(largest.shape) == weight.shape[0])
+        if "format" in parts and bool(parts["format"].bytes().any()):
+            raise parts.unsupported(
+                "a weight_format other than 0 (rows), of bitsandbytes before 0.45,"
             )
-        return cls(name, weight.shape, dict(tensors), "INT8 (bitsandbytes)", torch.float32, None)
+        return cls(name, weight.shape, parts, "INT8 (bitsandbytes)")
 
     def decode(self, i: int, j: int) -> Tensor:
         """Compute ``q · SCB / 127``, multiplying as the library does."""
-        quant_scale = self.tensors["SCB"].flat(i, j)
-        return (
-            self.tensors["weight"]
-            .rows(i, j)
-            .to(torch.float32)
-            .mul_(quant_scale[:, None])
-            .mul_(7.874015718698502e-3)
-        )
+        values = self.tensors["weight"].rows(i, j).to(torch.float32)
+        largest = self.tensors["SCB"].flat(i, j)[:, None]
+        return values.mul_(largest).mul_(7.874015718698502e-3)
 
 
 def _is_count(value: object) -> TypeGuard[int]:
     return type(value) is int and 0 < value < 2**62
 
 
-def _state(tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
+def _state(parts: Parts) -> dict[str, Any]:
     """Parse the JSON, a few hundred bytes, that bitsandbytes keeps in a tensor."""
-    stored = tensors["state"]
+    stored = parts["state"]
     try:
         state = strict_json(stored.bytes(0, min(stored.info.nbytes, 1 << 16)).numpy().tobytes())
     except ValueError as e:
         raise FormatError(
-            f"{where(tensors)}: its quant_state is not JSON: {e}; get the file again"
+            f"{parts.where}: its quant_state is not JSON: {e}; get the file again"
         ) from None
     return state if isinstance(state, dict) else {}

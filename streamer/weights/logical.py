@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -28,30 +28,34 @@ from streamer.errors import FormatError, UnsupportedError
 from streamer.storage.checkpoint import Checkpoint
 from streamer.storage.files import strict_json
 from streamer.weights import codes
-from streamer.weights.base import FLOATS, Plain, QuantizedWeight, StoredTensor, Weight
-from streamer.weights.model_config import ModelConfig
+from streamer.weights.base import FLOATS, Plain, QuantizedWeight, StoredTensor, Tensors, Weight
+from streamer.weights.codes import Config, Parts
+from streamer.weights.model_config import ModelConfig, Values
+
+_TORCHAO_PARTS = (
+    "scale_and_zero",
+    "per_tensor_scale",
+    "act_pre_scale",
+    "act_quant_scale",
+    "act_quant_zero_point",
+)
 
 _TORCHAO_OPTIONAL = {"zero_points": ("._weight_zero_point",)} | {
-    part: (f"._weight_{part}",)
-    for part in (
-        "scale_and_zero",
-        "per_tensor_scale",
-        "act_pre_scale",
-        "act_quant_scale",
-        "act_quant_zero_point",
-    )
+    part: (f"._weight_{part}",) for part in _TORCHAO_PARTS
 }
 """Roles of the tensors that some classes have, and their endings."""
 
-_PARTS = {"qdata": "weight", "scale": "quant_scale", "zero_point": "zero_points"} | {
-    part: part
-    for part in ("act_quant_scale", "act_quant_zero_point")  # only activations need them
+_PARTS = {
+    "qdata": "weight",
+    "scale": "quant_scale",
+    "zero_point": "zero_points",
+    # Only activations need these.
+    "act_quant_scale": "act_quant_scale",
+    "act_quant_zero_point": "act_quant_zero_point",
 }
 
 
-def torchao_weight(
-    name: str, tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]
-) -> QuantizedWeight:
+def torchao_weight(name: str, parts: Parts, config: Config) -> QuantizedWeight:
     """Make the weight that these tensors store, by the class that the file's metadata states.
 
     Raises
@@ -61,66 +65,57 @@ def torchao_weight(
     FormatError
         If the metadata is missing or does not fit the tensors.
     """
-    kind, data, parts = _stated(name, tensors)
-    unknown = [part for part in parts if part not in _PARTS]
-    if kind not in _TORCHAO_CLASSES or unknown:
-        found = f"{kind} with {unknown[0]}" if unknown else kind
-        raise codes.unsupported(tensors, f"torchao's {found}")
-    codes.check_fit({_PARTS[part] for part in parts} == tensors.keys(), tensors)
-    return _TORCHAO_CLASSES[kind](name, tensors, data)
+    kind, data, stated = _stated(name, parts)
+    unknown = next((part for part in stated if part not in _PARTS), None)
+    if kind not in _TORCHAO_CLASSES or unknown is not None:
+        raise parts.unsupported(
+            f"torchao's {kind}" + (f" with {unknown}" if unknown is not None else "")
+        )
+    parts.check({_PARTS[part] for part in stated} == parts.keys())
+    return _TORCHAO_CLASSES[kind](name, parts, data)
 
 
-def _stated(
-    name: str, tensors: Mapping[str, StoredTensor]
-) -> tuple[str, dict[str, Any], list[str]]:
+def _stated(name: str, parts: Parts) -> tuple[str, Values, list[str]]:
     """Read what the metadata states of a weight: its class, its attributes, and the tensors that it consists of."""
     try:
-        match strict_json(tensors["weight"].file.header.metadata[name].encode()):
-            case {"_type": str(kind), "_data": dict(data), "_tensor_data_names": list(parts)} if (
-                all(isinstance(part, str) for part in parts)
+        match strict_json(parts["weight"].file.header.metadata[name].encode()):
+            case {"_type": str(kind), "_data": dict(data), "_tensor_data_names": list(stated)} if (
+                all(isinstance(part, str) for part in stated)
             ):
-                return kind, data, parts
+                return kind, data, stated
     except (KeyError, ValueError):
         pass
     fault = f"the file's metadata does not describe {name!r} as torchao does"
-    raise FormatError(f"{codes.where(tensors)}: {fault}; get the file again")
+    raise FormatError(f"{parts.where}: {fault}; get the file again")
 
 
-def _blocks(
-    cls: type[codes.Scaled], name: str, tensors: Mapping[str, StoredTensor], data: dict[str, Any]
-) -> codes.Scaled:
+def _blocks(cls: type[codes.Scaled], name: str, parts: Parts, data: Values) -> codes.Scaled:
     """Make a weight with scales of blocks that divide its rows and columns, as the metadata states them."""
-    values, scale = (tensors[role].info for role in ("weight", "quant_scale"))
-    codes.check_fit(len(values.shape) == 2 == len(scale.shape) and 0 not in scale.shape, tensors)
+    values, scale = parts.infos("weight", "quant_scale")
+    parts.check(len(values.shape) == 2 == len(scale.shape) and 0 not in scale.shape)
     block = [m // k for m, k in zip(values.shape, scale.shape, strict=True)]
     fits = [k * b for k, b in zip(scale.shape, block, strict=True)] == [*values.shape]
-    codes.check_fit(
-        fits and data.get("block_size") == block and scale.dtype in codes.SCALE_DTYPES, tensors
-    )
-    return cls.of(name, tensors, {"weight_block_size": block})
+    fits &= data.get("block_size") == block
+    parts.check(fits and scale.dtype in codes.SCALE_DTYPES)
+    return cls.of(name, parts, {"weight_block_size": block})
 
 
-def _fp8(name: str, tensors: Mapping[str, StoredTensor], data: dict[str, Any]) -> codes.Scaled:
-    codes.check_fit(
-        tensors["weight"].info.dtype == "F8_E4M3" and "zero_points" not in tensors, tensors
-    )
-    return _blocks(codes.FP8, name, tensors, data)
+def _fp8(name: str, parts: Parts, data: Values) -> codes.Scaled:
+    parts.check(parts["weight"].info.dtype == "F8_E4M3" and "zero_points" not in parts)
+    return _blocks(codes.FP8, name, parts, data)
 
 
-def _integers(name: str, tensors: Mapping[str, StoredTensor], data: dict[str, Any]) -> codes.Scaled:
-    zeros = tensors.get("zero_points", tensors["weight"]).info
-    if zeros.dtype in codes.SCALE_DTYPES:
-        raise codes.unsupported(tensors, f"torchao's zero point in {zeros.dtype}")
-    fits = tensors["weight"].info.dtype == zeros.dtype == "I8"
-    fits &= "zero_points" not in tensors or zeros.shape == tensors["quant_scale"].info.shape
-    codes.check_fit(fits, tensors)
+def _integers(name: str, parts: Parts, data: Values) -> codes.Scaled:
+    zeros = parts.get("zero_points", parts["weight"]).info.dtype
+    if zeros in codes.SCALE_DTYPES:
+        raise parts.unsupported(f"torchao's zero point in {zeros}")
+    fits = parts["weight"].info.dtype == "I8"
+    parts.check(fits and parts.may_have("zero_points", "I8", parts["quant_scale"].info.shape))
     stated = data.get("target_dtype", {"_data": "int8"})
-    codes.check_fit(
-        isinstance(stated, dict) and isinstance(stated.get("_data"), str), tensors, "its metadata"
-    )
-    return replace(
-        _blocks(codes.Scaled, name, tensors, data), label=f"{stated['_data'].upper()} (torchao)"
-    )
+    dtype = stated.get("_data") if isinstance(stated, dict) else None
+    parts.check(isinstance(dtype, str), "its metadata")
+    label = f"{str(dtype).upper()} (torchao)"
+    return replace(_blocks(codes.Scaled, name, parts, data), label=label)
 
 
 @dataclass(frozen=True)
@@ -128,31 +123,23 @@ class PackedInt4(QuantizedWeight):
     """Four-bit integers along the inputs, two in a byte."""
 
     @classmethod
-    def of(cls, name: str, tensors: Mapping[str, StoredTensor], data: dict[str, Any]) -> Self:
+    def of(cls, name: str, parts: Parts, data: Values) -> Self:
         """Check that the tensors fit together and to the metadata, and make the weight that they store."""
-        packed = tensors["weight"].info
-        fits = (
-            {"quant_scale", "zero_points"} <= tensors.keys()
-            and packed.dtype == "I8"
-            and len(packed.shape) == 2
+        packed = parts["weight"].info
+        fits = {"quant_scale", "zero_points"} <= parts.keys()
+        parts.check(fits and packed.dtype == "I8" and len(packed.shape) == 2)
+        m, half = packed.shape
+        n = 2 * half
+        scale = parts["quant_scale"].info
+        parts.check(
+            len(scale.shape) == 2 and scale.shape[1] == m and scale.shape[0] > 0 and half > 0
         )
-        codes.check_fit(fits, tensors)
-        (m, half), scale = packed.shape, tensors["quant_scale"].info
-        codes.check_fit(
-            len(scale.shape) == 2 and scale.shape[1] == m and scale.shape[0] > 0 and half > 0,
-            tensors,
-        )
-        size = 2 * half // scale.shape[0]
-        fits = data.get("shape") == [m, 2 * half] and data.get("block_size") == [1, size]
-        fits &= (tensors["zero_points"].info.dtype, tensors["zero_points"].info.shape) == (
-            scale.dtype,
-            scale.shape,
-        )
-        codes.check_fit(
-            fits and scale.dtype in codes.SCALE_DTYPES and size * scale.shape[0] == 2 * half,
-            tensors,
-        )
-        return cls(name, (m, 2 * half), dict(tensors), "INT4 (torchao)", torch.float32, None)
+        groups = scale.shape[0]
+        size = n // groups
+        fits = data.get("shape") == [m, n] and data.get("block_size") == [1, size]
+        fits &= parts.may_have("zero_points", scale.dtype, scale.shape)
+        parts.check(fits and scale.dtype in codes.SCALE_DTYPES and size * groups == n)
+        return cls(name, (m, n), parts, "INT4 (torchao)")
 
     def decode(self, i: int, j: int) -> Tensor:
         """Compute ``q · scale + zero``."""
@@ -195,16 +182,14 @@ class QuantizationFormat:
 
     title: str
     stored: str
-    quant_methods: frozenset[str | None]
+    quant_methods: Sequence[str | None]
     values: tuple[str, tuple[str, ...], str]
     companion_suffixes: Mapping[str, tuple[str, ...]]
-    make: Callable[[str, Mapping[str, StoredTensor], Mapping[str, Any]], QuantizedWeight]
+    make: Callable[[str, Parts, Config], QuantizedWeight]
     optional: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     requantizes: bool = False
 
-    def claim(
-        self, tensor: str, tensors: Mapping[str, StoredTensor]
-    ) -> tuple[str, dict[str, str]] | None:
+    def claim(self, tensor: str, tensors: Tensors) -> tuple[str, dict[str, str]] | None:
         """Recognise a weight's tensor of quantized values by name and dtype, and collect its companions.
 
         For GPTQ: ``layers.0.q_proj.qweight`` → ``layers.0.q_proj.weight`` and ``{"weight": "layers.0.q_proj.qweight",
@@ -231,47 +216,47 @@ class QuantizationFormat:
 
 FORMATS: tuple[QuantizationFormat, ...] = (
     QuantizationFormat("FP8 e4m3: scale of a block, a row or the tensor; MXFP8", "`weight`, `weight_scale_inv` or `weight_scale`",
-          frozenset({None, "fp8", "mxfp8", "fbgemm_fp8", "compressed-tensors", "modelopt"}), ("", ("F8_E4M3",), ""),
+          (None, "fp8", "mxfp8", "fbgemm_fp8", "compressed-tensors", "modelopt"), ("", ("F8_E4M3",), ""),
           {"quant_scale": ("_scale_inv", "_scale")}, codes.FP8.of, {"zeros": ("_zero_point",)}, requantizes=True),
     QuantizationFormat("bitsandbytes NF4 and FP4, double quantization too", "`weight`, `.absmax`, `.quant_map`, `.quant_state.*`",
-          frozenset({None, "bitsandbytes"}), ("", (), ""),
+          (None, "bitsandbytes"), ("", (), ""),
           {"absmax": (".absmax",), "map": (".quant_map",),
            "state": (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")}, codes.FourBit.of,
           {"nested_absmax": (".nested_absmax",), "nested_map": (".nested_quant_map",)}),
     QuantizationFormat("bitsandbytes int8", "`weight`, `SCB`",
-          frozenset({None, "bitsandbytes"}), (".weight", ("I8",), ".weight"),
+          (None, "bitsandbytes"), (".weight", ("I8",), ".weight"),
           {"SCB": (".SCB",)}, codes.EightBit.of, {"format": (".weight_format",)}),
     QuantizationFormat("GPTQ, 2, 3, 4 and 8 bits, both formats", "`qweight`, `qzeros`, `scales`, `g_idx`",
-          frozenset({"gptq"}), (".qweight", (), ".weight"),
+          ("gptq",), (".qweight", (), ".weight"),
           {"zeros": (".qzeros",), "scales": (".scales",)}, codes.GPTQ.of, {"groups": (".g_idx",)}),
     QuantizationFormat("AWQ, 4 bits (gemm)", "`qweight`, `qzeros`, `scales`",
-          frozenset({"awq"}), (".qweight", (), ".weight"),
+          ("awq",), (".qweight", (), ".weight"),
           {"zeros": (".qzeros",), "scales": (".scales",)}, codes.AWQ.of),
     QuantizationFormat("compressed-tensors int8", "`weight`, `weight_scale`",
-          frozenset({"compressed-tensors"}), (".weight", ("I8",), ".weight"),
+          ("compressed-tensors",), (".weight", ("I8",), ".weight"),
           {"quant_scale": (".weight_scale",)}, codes.Scaled.of, {"zeros": (".weight_zero_point",)}),
     QuantizationFormat("compressed-tensors packed integers", "`weight_packed`, `weight_scale`, `weight_shape`",
-          frozenset({"compressed-tensors"}), (".weight_packed", (), ".weight"),
+          ("compressed-tensors",), (".weight_packed", (), ".weight"),
           {"scales": (".weight_scale",), "shape": (".weight_shape",)}, codes.PackedIntegers.of,
           {"zeros": (".weight_zero_point",), "groups": (".weight_g_idx",)}),
     QuantizationFormat("compressed-tensors NVFP4 and MXFP4", "`weight_packed`, `weight_scale`, `weight_global_scale` (NVFP4)",
-          frozenset({"compressed-tensors"}), (".weight_packed", ("U8",), ".weight"),
+          ("compressed-tensors",), (".weight_packed", ("U8",), ".weight"),
           {"scales": (".weight_scale",)}, codes.PackedFP4.of,
           {"divisor": (".weight_global_scale",), "extra": (".weight_zero_point", ".weight_g_idx")}),
     QuantizationFormat("ModelOpt NVFP4, stated in `config.json` or `hf_quant_config.json`", "`weight`, `weight_scale`, `weight_scale_2`",
-          frozenset({"modelopt"}), (".weight", ("U8",), ".weight"),
+          ("modelopt",), (".weight", ("U8",), ".weight"),
           {"scales": (".weight_scale",), "factor": (".weight_scale_2",)}, codes.PackedFP4.of, {"extra": (".pre_quant_scale",)}),
     QuantizationFormat("torchao FP8 e4m3: scale of a block, a row or the tensor", "`_weight_qdata`, `_weight_scale`",
-          frozenset({"torchao"}), ("._weight_qdata", ("F8_E4M3",), ".weight"),
+          ("torchao",), ("._weight_qdata", ("F8_E4M3",), ".weight"),
           {"quant_scale": ("._weight_scale",)}, torchao_weight, _TORCHAO_OPTIONAL, requantizes=True),
     QuantizationFormat("torchao int8 and fewer bits in bytes, int4 (plain)", "`_weight_qdata`, `_weight_scale`, `_weight_zero_point`",
-          frozenset({"torchao"}), ("._weight_qdata", (), ".weight"),
+          ("torchao",), ("._weight_qdata", (), ".weight"),
           {}, torchao_weight, {"quant_scale": ("._weight_scale",), **_TORCHAO_OPTIONAL}),
     QuantizationFormat("HQQ, 1 to 8 bits, both axes", "`W_q`, `scale`, `zero`, `shape` and settings",
-          frozenset({None, "hqq"}), (".W_q", (), ".weight"),
+          (None, "hqq"), (".W_q", (), ".weight"),
           {}, codes.HQQ.of, {role: (f".{role}",) for role in ("scale", "zero", "shape", *codes.SETTINGS, *codes.UNSUPPORTED)}),
     QuantizationFormat("MXFP4 expert stacks", "`*_blocks`, `*_scales`",
-          frozenset({None, "mxfp4"}), ("_blocks", ("U8",), ""),
+          (None, "mxfp4"), ("_blocks", ("U8",), ""),
           {"scales": ("_scales",)}, codes.MXFP4.of),
 )  # fmt: skip
 """Formats of quantized weights. To add one, add an entry here and its class in `codes` (torchao's are above)."""
@@ -341,7 +326,7 @@ class StoredWeight:
     """
 
     index: int
-    tensors: Mapping[str, StoredTensor]
+    tensors: Tensors
     format: QuantizationFormat | None
 
 
@@ -376,12 +361,12 @@ class WeightView(Mapping[str, Weight]):
     quantization: Mapping[str, Any]
     stored: Mapping[str, StoredWeight]
     owners: Mapping[str, tuple[str, str]]
-    replacements: Mapping[str, StoredTensor] = field(default_factory=dict)
+    replacements: Tensors = field(default_factory=dict)
     derived: Mapping[str, Callable[[WeightView], Weight]] = field(default_factory=dict)
     written: torch.dtype | None = None
     casts: Mapping[str, torch.dtype] = field(default_factory=dict)
 
-    def replaced(self, sources: Mapping[str, StoredTensor]) -> WeightView:
+    def replaced(self, sources: Tensors) -> WeightView:
         """Replace some weights by tensors, or add tensors."""
         return replace(self, replacements={**self.replacements, **sources})
 
@@ -395,30 +380,23 @@ class WeightView(Mapping[str, Weight]):
         if name not in self.replacements:
             return self._of_base(name)
         weight = Plain.of(self.replacements[name])
-        written = (
-            self._of_base(name).written
-            if name in self.stored
-            else self.casts.get(name, weight.written)
-        )
-        return replace(weight, name=name, written=written)
+        replaced = self._of_base(name) if name in self.stored else weight
+        return replace(weight, name=name, written=self.casts.get(name, replaced.written))
 
     def _of_base(self, name: str) -> Weight:
         stored = self.stored[name]
         if stored.format is None:
-            weight = Plain.of(stored.tensors["weight"])
-            return replace(weight, written=self.casts[name]) if name in self.casts else weight
-        return replace(
-            stored.format.make(name, stored.tensors, self.quantization), written=self.written
-        )
+            plain = Plain.of(stored.tensors["weight"])
+            return replace(plain, written=self.casts.get(name, plain.written))
+        weight = stored.format.make(name, Parts(stored.tensors), self.quantization)
+        return replace(weight, written=self.written)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a stored tensor, also of one of integers, which have no `Weight`."""
-        stored = None if name in self.replacements or name in self.derived else self.stored[name]
-        return (
-            self[name].shape
-            if stored is None or stored.format is not None
-            else stored.tensors["weight"].info.shape
-        )
+        is_own = name not in self.replacements and name not in self.derived
+        if is_own and self.stored[name].format is None:
+            return self.stored[name].tensors["weight"].info.shape
+        return self[name].shape
 
     def __contains__(self, name: object) -> bool:
         return name in self.stored or name in self.replacements or name in self.derived
@@ -442,11 +420,10 @@ class WeightView(Mapping[str, Weight]):
 
     def requantizes(self, name: str) -> bool:
         """Test whether merged values of this quantized weight are written back quantized."""
-        format_, tensors = self.stored[name].format, self.stored[name].tensors
-        matrix = len(tensors["weight"].info.shape) == 2
-        return (
-            format_ is not None and format_.requantizes and matrix and name not in self.replacements
-        )
+        stored = self.stored[name]
+        if stored.format is None or name in self.replacements:
+            return False
+        return stored.format.requantizes and len(stored.tensors["weight"].info.shape) == 2
 
 
 def open_weights(checkpoint: Checkpoint, config: ModelConfig) -> WeightView:
@@ -470,7 +447,7 @@ def open_weights(checkpoint: Checkpoint, config: ModelConfig) -> WeightView:
     tensors = {
         t.name: StoredTensor(f, t) for f in checkpoint.files.values() for t in f.header.tensors
     }
-    claimed: dict[str, tuple[QuantizationFormat, str, dict[str, str]]] = {}
+    claimed = {}
     owners: dict[str, tuple[str, str]] = {}
     for name in tensors:
         for format_ in formats:
@@ -507,7 +484,7 @@ _ACTIVATION_SCALE = re.compile(
 _QUANTIZED = re.compile(r"^(F8_|F6_|F4)")
 _INTEGERS = {"I8", "U8", "I16", "U16", "I32", "U32"}
 
-_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def cast_weights(weights: WeightView, dtype: torch.dtype) -> WeightView:
@@ -515,27 +492,26 @@ def cast_weights(weights: WeightView, dtype: torch.dtype) -> WeightView:
 
     A weight that is stored wider than most of the base's values keeps its dtype: models store in float32 what they need in float32.
     """
-    plain = {
+    infos = {
         name: stored.tensors["weight"].info
         for name, stored in weights.stored.items()
         if stored.format is None
     }
     floats = {
-        n: i for n, i in plain.items() if i.dtype in FLOATS and not is_activation_scale(n, weights)
+        name: info
+        for name, info in infos.items()
+        if info.dtype in FLOATS and not is_activation_scale(name, weights)
     }
     counts = Counter[str]()
     for info in floats.values():
         counts[info.dtype] += math.prod(info.shape)
     widest = max((FLOATS[usual].itemsize for usual, _ in counts.most_common(1)), default=0)
-    names = {
-        n
-        for n, i in floats.items()
-        if FLOATS[i.dtype] != dtype and FLOATS[i.dtype].itemsize <= widest
-    }
+    dtypes = {name: FLOATS[info.dtype] for name, info in floats.items()}
+    names = {name for name, own in dtypes.items() if own != dtype and own.itemsize <= widest}
     names |= {
-        n
-        for n, new in weights.replacements.items()
-        if n not in weights.stored and new.info.dtype in FLOATS
+        name
+        for name, new in weights.replacements.items()
+        if name not in weights.stored and new.info.dtype in FLOATS
     }
     return replace(weights, casts=dict.fromkeys(names, dtype), written=weights.written and dtype)
 
@@ -548,23 +524,21 @@ def plain_weights(weights: WeightView, config: ModelConfig) -> WeightView:
     UnsupportedError
         If some quantized values have no known format.
     """
-    for name, info in (
-        (t.name, t) for f in weights.checkpoint.files.values() for t in f.header.tensors
-    ):
-        quantized = _QUANTIZED.match(info.dtype) or (
-            info.dtype in _INTEGERS and len(info.shape) > 1
-        )
-        if quantized and name not in weights.owners and not is_activation_scale(name, weights):
+    infos = (info for file in weights.checkpoint.files.values() for info in file.header.tensors)
+    for info in infos:
+        name = info.name
+        is_integers = info.dtype in _INTEGERS and len(info.shape) > 1
+        if name in weights.owners or not (is_integers or _QUANTIZED.match(info.dtype)):
+            continue
+        if not is_activation_scale(name, weights):
             what = (
                 f"tensor {name!r}: dtype {info.dtype} with no scale or table that could decode it"
             )
             raise UnsupportedError(f"{weights.checkpoint.path}: {what}; use the 16-bit model")
     # The config states a dtype as ``torch.float16`` or ``float16``.
-    stated = (
-        _DTYPES.get(str(value).removeprefix("torch."))
-        for value in config.stated("dtype", "torch_dtype")
-    )
-    return replace(weights, written=FLOATS[next(filter(None, stated), "BF16")])
+    names = (str(value).removeprefix("torch.") for value in config.stated("dtype", "torch_dtype"))
+    stated = next((_DTYPES[name] for name in names if name in _DTYPES), torch.bfloat16)
+    return replace(weights, written=stated)
 
 
 def plain_metadata(metadata: Mapping[str, str], weights: WeightView) -> dict[str, str]:

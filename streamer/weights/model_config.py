@@ -14,6 +14,8 @@ from typing import Any
 
 from streamer.storage.checkpoint import PIPELINE_NAME, is_pipeline, read_json_object
 
+Values = dict[str, Any]
+
 MODEL_CONFIG = "config.json"
 
 TOP_VOCABULARY = ("vocab_size",)
@@ -87,11 +89,10 @@ class ModelConfig:
         return any(stated) if stated else None
 
     @property
-    def quantization(self) -> dict[str, Any]:
+    def quantization(self) -> Values:
         """Return the quantization config, or {}."""
-        return next(
-            (dict(v) for v in self.stated(*QUANTIZATION_KEYS) if isinstance(v, dict) and v), {}
-        )
+        stated = (value for value in self.stated(*QUANTIZATION_KEYS) if isinstance(value, dict))
+        return next((dict(value) for value in stated if value), {})
 
     def with_vocabulary(self, rows: int, keys: tuple[str, ...]) -> ModelConfig:
         """Set the number of tokens at a path of keys, and also at the top level and in the language model's part if both state it.
@@ -114,7 +115,7 @@ class ModelConfig:
 
     def untied(self, keys: Iterable[tuple[str, ...]]) -> ModelConfig:
         """State at each path of keys that head and embedding are separate; a top-level key is also set for the language model."""
-        out: dict[str, Any] = dict(self.values)
+        out: Values = dict(self.values)
         for *path, key in keys:
             _part(out, path)[key] = False
             if not path and self.text:
@@ -124,27 +125,28 @@ class ModelConfig:
     def with_dtype(self, dtype: str) -> ModelConfig:
         """State another dtype wherever the config or a part of it states one."""
 
-        def stated(part: Mapping[str, Any]) -> dict[str, Any]:
-            inner = {
-                k: stated(v)
-                for k, v in part.items()
-                if k.endswith("_config") and isinstance(v, dict)
+        def stated(part: Mapping[str, Any]) -> Values:
+            configs = {
+                k: v for k, v in part.items() if k.endswith("_config") and isinstance(v, dict)
             }
+            inner = {key: stated(config) for key, config in configs.items()}
             return {**part, **inner, **dict.fromkeys(part.keys() & {"dtype", "torch_dtype"}, dtype)}
 
         return replace(self, values=stated(self.values))
 
     def unquantized(self) -> ModelConfig:
         """Remove every statement that the model is quantized."""
-        out = {key: value for key, value in self.values.items() if key not in QUANTIZATION_KEYS}
+
+        def rest(part: Mapping[str, Any]) -> Values:
+            return {key: value for key, value in part.items() if key not in QUANTIZATION_KEYS}
+
+        out = rest(self.values)
         if isinstance(out.get("text_config"), dict):
-            out["text_config"] = {
-                key: value for key, value in self.text.items() if key not in QUANTIZATION_KEYS
-            }
+            out["text_config"] = rest(self.text)
         return replace(self, values=out)
 
 
-def _part(config: dict[str, Any], path: Iterable[str]) -> dict[str, Any]:
+def _part(config: Values, path: Iterable[str]) -> Values:
     """Copy the parts of a config along a path, replacing them in place, and return the last."""
     for name in path:
         inner = config.get(name)
@@ -175,6 +177,6 @@ def read_model_config(directory: Path | None) -> ModelConfig:
     return ModelConfig(values)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> Values:
     """Read a JSON object as transformers writes it, allowing Infinity and NaN; {} if there is none."""
     return read_json_object(path, json.loads) if path.exists() else {}

@@ -15,7 +15,7 @@ from learned import evaluate, make_learned
 from test_schemas import check
 
 import streamer
-from streamer.evaluation.evaluate import BLOCK
+from streamer.evaluation.evaluate import BLOCK_SEQUENCES
 from streamer.linalg.torch_state import has_fast_bfloat16
 
 
@@ -235,7 +235,7 @@ def test_products_of_bfloat16_are_recorded(server: Server, home: Path, tmp_path:
         assert tree["dtype"] == "bf16"
         other = evaluate(server, home, output, "--method", "shrink")
         assert (other.code, output.read_text().count('"dtype": "bf16"')) == (4, 1)
-    slow = "import streamer.evaluation.evaluation as o; o.has_fast_bfloat16 = lambda: False"
+    slow = "import streamer.measuring.facts as o; o.has_fast_bfloat16 = lambda: False"
     done = evaluate(server, home, output, "--dtype", "bf16", before=slow)
     assert (done.code, done.out) == (2, "")
     assert done.err.startswith(
@@ -263,8 +263,8 @@ def test_it_stops_when_the_answer_is_clear(server: Server, tmp_path: Path) -> No
     )
     assert first["suggestion"]["name"] == "shrink 0.75"
     count = len(first["tokens"]["task"])
-    assert BLOCK <= count < 64
-    assert count % BLOCK == 0
+    assert BLOCK_SEQUENCES <= count < 64
+    assert count % BLOCK_SEQUENCES == 0
     assert first["texts"]["task"]["sequences"] == 64
     both = check(
         evaluate(server, home, output, *given, "--lambda", "0.75,0.5", "--json"),

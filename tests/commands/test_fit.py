@@ -17,9 +17,11 @@ from test_schemas import check
 
 import streamer
 from streamer.errors import FormatError, MismatchError, OutputExistsError
-from streamer.evaluation.evaluation import against_shrink
+from streamer.evaluation.curve import against_shrink
 from streamer.events import Event
-from streamer.fitting.fit import MISSED, SHRINKS, factors_of
+from streamer.fitting.choice import MISSED
+from streamer.fitting.fit import SHRINKS
+from streamer.fitting.solver import factors_of
 from streamer.forecast import START_SECONDS
 from streamer.plan.plan import make_plan
 

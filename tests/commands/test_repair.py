@@ -461,7 +461,9 @@ def test_a_share_of_a_change_too_small_to_measure_is_not_stated(fitted: Path) ->
 
 def test_the_command_that_follows_measures_what_was_written(home: Path, tmp_path: Path) -> None:
     row: Any = {"what": "repair", "name": "regmean 0.9", "written": True}
-    row |= dict.fromkeys(choice.FIGURES, 0.5) | {f"{name}_se": 0.01 for name in choice.FIGURES}
+    row |= dict.fromkeys(choice.SHARES_MEASURED, 0.5) | {
+        f"{name}_se": 0.01 for name in choice.SHARES_MEASURED
+    }
     record: Any = {
         "schema": "streamer.repair/1",
         "why": "",

@@ -25,12 +25,14 @@ from streamer.events import Monitor
 from streamer.fitting.mapping import prepare_map
 from streamer.linalg.moments import Refit, System, TextInputs, basis, leading_vectors, refit
 from streamer.linalg.torch_state import CPU, threads
-from streamer.measuring import runs
-from streamer.measuring.runs import TRANSFORMERS_BYTES, Limits, Work, part_sums
+from streamer.measuring import batches
+from streamer.measuring.batches import TRANSFORMERS_BYTES, Limits, Work
+from streamer.measuring.losses import batch_sums
 from streamer.measuring.statistics import MEASURES
 from streamer.plan.plan import Plan, make_plan
-from streamer.streaming.sweep import SweepModel, check_logits
-from streamer.streaming.values import VariantSet, make_variants
+from streamer.streaming.checks import check_logits
+from streamer.streaming.sweep import SweepModel
+from streamer.streaming.variants import VariantSet, make_variants
 
 TOLERANCE = 1e-4
 """Of the largest value: products are cut up otherwise, and rounded."""
@@ -42,9 +44,11 @@ Arrays = dict[str, np.ndarray]
 
 def measured(model: SweepModel, ids: torch.Tensor, block: int) -> Arrays:
     """Sums of all variants, in blocks of the vocabulary."""
-    (part,) = runs.riders({"text": sequences(ids)}, len(VARIANTS), model.size, ids.numel(), False)
+    (part,) = batches.batches(
+        {"text": sequences(ids)}, len(VARIANTS), model.size, ids.numel(), False
+    )
     model.run(part.groups, nothing)
-    (sums,) = part_sums(model, [part], block, nothing)
+    (sums,) = batch_sums(model, [part], block, nothing)
     return {name: getattr(sums, name) for name in MEASURES}
 
 
@@ -170,11 +174,11 @@ def test_weights_cross_once_a_sweep_and_memory_there_is_as_forecast(
     ):
         VariantSet(plan, VARIANTS, None, rounds_products=True, device=DEVICE)
     ids, rows = token_ids(1000, 4, 64), 3 * 256
-    monkeypatch.setattr(runs, "LOGIT_BYTES", 4 * rows * 64)
+    monkeypatch.setattr(batches, "LOGIT_BYTES", 4 * rows * 64)
     model = SweepModel(VariantSet(plan, VARIANTS, None, device=DEVICE))
     model.limit(1 << 20, False)
     forecast = (
-        Work(0, rows, 64).nbytes(model.size, 0, Limits(256, 1 << 20, False)) - TRANSFORMERS_BYTES
+        Work(rows, 64).nbytes(model.size, 0, Limits(256, 1 << 20, False)) - TRANSFORMERS_BYTES
     )
     with threads(), TRAFFIC.counted() as traffic:
         measured(model, ids, 64)

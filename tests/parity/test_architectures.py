@@ -22,7 +22,7 @@ from transformers.conversion_mapping import (
 from transformers.core_model_loading import WeightConverter, apply_converters, apply_renamings
 
 from streamer.plan.architectures import packaged
-from streamer.plan.name_matching import RENAMES, renames_for
+from streamer.plan.names import RENAMES, NameIndex, renames_for
 from streamer.weights.model_config import ModelConfig, read_model_config
 
 
@@ -99,6 +99,10 @@ RENUMBERED = {
 }  # they count layers anew, which no pattern does
 
 
+@pytest.mark.xfail(
+    not SAME_VERSION,  # a release after the table may change any rule
+    reason=f"the table is of {packaged(RENAMES)['source']}; tools/make_renames.py renews it",
+)
 @pytest.mark.parametrize(
     "key", sorted(packaged(RENAMES)["rules"].keys() & THEIRS.keys() - RENUMBERED)
 )
@@ -125,7 +129,8 @@ def test_renames_agree_with_transformers(key: str) -> None:
     ours = renames_for(ModelConfig({"architectures": [key], "model_type": "unknown"}))
     legacy = [] if key == "legacy" else THEIRS["legacy"]
     got = {
-        name: (renamed, by is not None) for name, renamed, by, _, _ in ours.loaded(sorted(names))
+        name: (renamed, by is not None)
+        for name, renamed, by, _, _ in NameIndex(tuple(sorted(names)), ours).loaded.values()
     }
     for name in sorted(names):
         assert got[name] == theirs(name, [*THEIRS[key], *legacy]), name
@@ -148,7 +153,10 @@ def test_renames_of_models_within_agree_with_transformers(name: str) -> None:
     ]
     names |= {old_name(key, vit) for key in names}
     ours = renames_for(ModelConfig(config))
-    got = {key: (renamed, by is not None) for key, renamed, by, _, _ in ours.loaded(sorted(names))}
+    got = {
+        key: (renamed, by is not None)
+        for key, renamed, by, _, _ in NameIndex(tuple(sorted(names)), ours).loaded.values()
+    }
     for key in sorted(names):
         assert got[key] == theirs(key, transforms), key
 
@@ -168,5 +176,5 @@ def test_a_type_that_borrows_a_class_keeps_its_own_names(tmp_path: Path) -> None
     stored = load_file(tmp_path / "model.safetensors").keys()
     assert "transformer.wte.weight" in stored
     assert {
-        *renames_for(read_model_config(tmp_path)).at_run_time(stored).values()
+        *NameIndex.of(stored, read_model_config(tmp_path)).at_run_time.values()
     } == model.state_dict().keys()

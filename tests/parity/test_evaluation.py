@@ -38,7 +38,7 @@ from streamer.errors import NumericError, UnsupportedError
 from streamer.linalg.torch_state import has_fast_bfloat16
 from streamer.plan.plan import make_plan
 from streamer.streaming.sweep import SweepModel
-from streamer.streaming.values import BASE, Variant, VariantSet, make_variants
+from streamer.streaming.variants import BASE, Variant, VariantSet, make_variants
 
 
 @pytest.mark.long

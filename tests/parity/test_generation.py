@@ -19,13 +19,14 @@ from streamer.errors import Interrupted
 from streamer.plan.plan import make_plan
 from streamer.streaming import generation
 from streamer.streaming.generation import Sampler, Snapshot, write_text
+from streamer.streaming.spool import moved_to_file
 from streamer.streaming.sweep import SweepModel
-from streamer.streaming.values import VariantSet, make_variants
+from streamer.streaming.variants import VariantSet, make_variants
 
 LENGTH = 24
 PROMPTS = {0: [1], 1: [0], 2: [2, 5, 0, 9]}
 
-QUICK = "llama", "gemma3", "mixtral", "gpt2", "qwen3-next", "mamba"
+QUICK = "llama", "gemma3-text", "mixtral", "gpt2", "qwen3-next", "mamba"
 
 
 def ignore(tokens: object) -> None:
@@ -41,10 +42,11 @@ def written(
     model: SweepModel,
     after: Callable[[int], None] = ignore,
     snapshot: Snapshot | None = None,
+    directory: Path | None = None,
     **prompts: Any,
 ) -> torch.Tensor:
     return write_text(
-        model, 1, prompts.get("prompts", PROMPTS), LENGTH, vary(7), nothing, after, snapshot
+        model, prompts.get("prompts", PROMPTS), LENGTH, vary(7), nothing, after, snapshot, directory
     )
 
 
@@ -102,12 +104,41 @@ def test_an_interrupted_run_goes_on_with_the_same_tokens(
 
     with pytest.raises(Interrupted):
         written(model, stop, Snapshot(tmp_path / "states", "run"))
-    again = written(swept(base, adapter), steps.append, Snapshot(tmp_path / "states", "run"))
+    again = written(
+        swept(base, adapter), steps.append, Snapshot(tmp_path / "states", "run"), tmp_path
+    )
     assert torch.equal(again, whole)
     begun = LENGTH // 2 if (tmp_path / "states").exists() else 1
     assert steps == [*range(2, LENGTH // 2 + 1), *range(begun + 1, LENGTH + 1)]
     other = written(swept(base, adapter), ignore, Snapshot(tmp_path / "states", "another run"))
     assert torch.equal(other, whole)
+
+
+@pytest.mark.parametrize("name", slow_but_quick(CAUSAL))
+def test_a_cache_in_files_changes_no_token(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(generation, "PAGE", 1)
+    _, base, adapter = make_pair(name, tmp_path, CAUSAL[name][2], lora_alpha=4)
+    whole = written(swept(base, adapter))
+    before = set(tmp_path.iterdir())
+    assert torch.equal(written(swept(base, adapter), directory=tmp_path), whole)
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_keys_and_values_lie_in_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(generation, "PAGE", 1)
+    moved = list[torch.Tensor]()
+
+    def move(tensor: torch.Tensor, directory: Path) -> torch.Tensor:
+        moved.append(moved_to_file(tensor, directory))
+        return moved[-1]
+
+    monkeypatch.setattr(generation, "moved_to_file", move)
+    _, base, adapter = make_pair("llama", tmp_path, CAUSAL["llama"][2], lora_alpha=4)
+    written(swept(base, adapter), directory=tmp_path)
+    keys_and_values = [tensor.shape[2] for tensor in moved]
+    assert sorted(keys_and_values) == sorted([*range(1, LENGTH)] * 4)  # of two layers, once a step
 
 
 def test_draws_depend_neither_on_what_runs_beside_nor_on_the_order(tmp_path: Path) -> None:

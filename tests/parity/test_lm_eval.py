@@ -18,7 +18,7 @@ from seeds import vary
 from tokenized_texts import WORDS, lines, save
 
 import streamer
-from streamer.measuring import runs
+from streamer.measuring import batches
 
 pytestmark = [
     pytest.mark.long,
@@ -182,7 +182,7 @@ def test_a_killed_run_keeps_the_answers_of_the_sweeps_before(
 
     whole, kept = answers(), {"cache": str(tmp_path / "cache.sqlite")}
     monkeypatch.setattr(lm_eval, "BLOCK", 1)
-    monkeypatch.setattr(runs, "ROWS", 1)
+    monkeypatch.setattr(batches, "MOST_ROWS", 1)
     monkeypatch.setattr(lm_eval, "measure", killed)
     with pytest.raises(KeyboardInterrupt):
         answers(**kept)

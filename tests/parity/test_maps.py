@@ -23,7 +23,7 @@ from verified import lines
 import streamer
 from streamer.plan.plan import make_plan
 from streamer.streaming import values
-from streamer.streaming.sweep import _Reader
+from streamer.streaming.readers import ParameterReader
 
 IDS = [*torch.randint(3, 64, (12, 12), generator=torch.Generator().manual_seed(vary(3)))]
 
@@ -167,7 +167,7 @@ def test_matrices_are_read_a_few_rows_at_a_time(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also one that several matrices form, and a stack of experts, of which none is read whole."""
-    monkeypatch.setattr(values, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(values, "READ_BYTES", 1000)
     most, blocks = 0, values.Values.blocks
 
     def measured(self: values.Values, *args: Any) -> Any:
@@ -177,13 +177,13 @@ def test_matrices_are_read_a_few_rows_at_a_time(
             yield block
 
     monkeypatch.setattr(values.Values, "blocks", measured)
-    whole, read = list[str](), _Reader.read
+    whole, read = list[str](), ParameterReader.read
 
-    def recorded(self: _Reader) -> torch.Tensor:
+    def recorded(self: ParameterReader) -> torch.Tensor:
         whole.extend([self.name] if len(self.shape) > 1 else [])
         return read(self)
 
-    monkeypatch.setattr(_Reader, "read", recorded)
+    monkeypatch.setattr(ParameterReader, "read", recorded)
     cls = make_base(name, tmp_path / "base")
     assert_alike(mapped(tmp_path / "base", tmp_path), expected_of(name, cls, tmp_path / "base"))
     assert (0 < most <= 1000, whole) == (True, [])

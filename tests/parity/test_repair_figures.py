@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 import streamer
 from streamer.errors import MismatchError
 from streamer.fitting.fit import divide
-from streamer.measuring.texts import GENERAL, TASK, read_text
+from streamer.measuring.sequences import GENERAL, TASK
+from streamer.measuring.texts import read_text
 from streamer.options import RepairOptions
 
 DEMO = Path(streamer.__file__).parent / "demo"

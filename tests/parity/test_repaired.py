@@ -23,7 +23,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file
 
 import streamer
-from streamer.fitting.fit import unchanged
+from streamer.fitting.solver import unchanged
 from streamer.methods.files import Coefficients
 
 

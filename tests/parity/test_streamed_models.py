@@ -38,12 +38,14 @@ import streamer
 from streamer.errors import UnsupportedError, UsageError
 from streamer.evaluation.evaluation import Evaluation
 from streamer.linalg import operators
-from streamer.measuring.runs import CALL, EvaluatedVariant, part_sums, riders, sweep_cost
+from streamer.measuring.batches import CALL, batches, sweep_cost
+from streamer.measuring.losses import batch_sums
+from streamer.measuring.statistics import EvaluatedVariant
 from streamer.methods import UNCHANGED
 from streamer.plan.plan import make_plan
-from streamer.streaming.model import refused_errors
+from streamer.streaming.skeleton import refused_errors
 from streamer.streaming.sweep import SweepModel
-from streamer.streaming.values import ADAPTER, BASE, Variant, VariantSet, make_variants
+from streamer.streaming.variants import ADAPTER, BASE, Variant, VariantSet, make_variants
 
 
 def make_inputs(
@@ -278,7 +280,7 @@ def test_the_check_of_logits_finds_a_class_whose_config_does_not_say_so(
     _, base, adapter, texts = make_choosing_inputs(name, tmp_path, factor=2)
     options: dict[str, Any] = {"methods": ["shrink"], "lambdas": (0.5,), "on_event": str}
     stated = streamer.evaluate_variants(base, adapter, **options, **texts)
-    monkeypatch.setattr("streamer.streaming.model.CHOSEN_KEYS", ())
+    monkeypatch.setattr("streamer.streaming.size.CHOSEN_KEYS", ())
     found = streamer.evaluate_variants(base, adapter, **options, **texts)
     for text in texts:
         assert np.array_equal(getattr(found, text).loss, getattr(stated, text).loss)
@@ -316,7 +318,7 @@ def test_a_fit_divides_its_sequences_by_length_if_the_check_of_logits_finds_that
     options: dict[str, Any] = {"holdout": 0.5, "on_event": str}
     texts["task"] = make_learned_text(cls, base, adapter, tmp_path / "learned.jsonl")
     stated = streamer.repair_adapter(base, adapter, tmp_path / "stated", **texts, **options)
-    monkeypatch.setattr("streamer.streaming.model.CHOSEN_KEYS", ())
+    monkeypatch.setattr("streamer.streaming.size.CHOSEN_KEYS", ())
     found = streamer.repair_adapter(base, adapter, tmp_path / "found", **texts, **options)
     assert found["rows"] == stated["rows"]
 
@@ -328,10 +330,10 @@ def test_a_sweep_costs_what_torch_counts(tmp_path: Path, monkeypatch: pytest.Mon
     _, base, adapter = make_pair("llama", tmp_path, CAUSAL["llama"][2])
     variants = Variant(BASE, None), Variant(ADAPTER, UNCHANGED)
     model = SweepModel(VariantSet(make_plan(base, adapter), variants, None))
-    held_out = riders({"text": sequences(token_ids(64)[:1])}, len(variants), model.size, 12, False)
+    held_out = batches({"text": sequences(token_ids(64)[:1])}, len(variants), model.size, 12, False)
     with FlopCounterMode(display=False) as counter:
         model.run(held_out[0].groups, nothing)
-        part_sums(model, held_out, model.vocabulary, nothing)
+        batch_sums(model, held_out, model.vocabulary, nothing)
     cost = sweep_cost(model.size, 24, 2) - 2 * CALL * len(model.size.products)
     assert 1 <= counter.get_total_flops() / 2 / cost < 1.1, "attention and the deltas come on top"
 

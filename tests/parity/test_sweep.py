@@ -43,12 +43,15 @@ from transformers.pytorch_utils import Conv1D
 import streamer
 from streamer.errors import Interrupted, NumericError, UnsupportedError
 from streamer.events import Event
-from streamer.fitting.fit import Solver, factors_of
+from streamer.fitting.solver import FactorSolver, factors_of
 from streamer.linalg.moments import GENERAL_RIDGE, RIDGE
-from streamer.measuring.runs import Part, part_sums
+from streamer.measuring.batches import Batch
+from streamer.measuring.losses import batch_sums
 from streamer.measuring.statistics import SequenceSums
 from streamer.plan.targets import Target
-from streamer.streaming.sweep import Group, States, TargetWatch
+from streamer.streaming.groups import Group
+from streamer.streaming.resume import States
+from streamer.streaming.sites import TargetWatch
 from streamer.streaming.values import ROOM
 
 
@@ -353,14 +356,14 @@ def test_a_router_that_casts_its_weight_is_fitted(tmp_path: Path) -> None:
 def sums(sweep: Sweep, ids: Tensor, variants: Sequence[int], fits: bool) -> SequenceSums:
     """Sums of some variants, which ride beside groups of the fit, or alone."""
     text = sequences(ids)
-    part = Part(
+    part = Batch(
         "text", (*range(len(ids)),), text, tuple(Group(text.padded_ids, v) for v in variants)
     )
     if fits:
         sweep.run(part.groups)
     else:
         sweep.model.run(part.groups, nothing)
-    return part_sums(sweep.model, [part], 25, nothing)[0]
+    return batch_sums(sweep.model, [part], 25, nothing)[0]
 
 
 def assert_same(one: SequenceSums, other: SequenceSums) -> None:
@@ -423,7 +426,7 @@ def test_a_stopped_sweep_leaves_nothing_behind(
     _, base, adapter = make_pair("llama", tmp_path, LINEAR, lora_alpha=4)
     general, task, other = token_ids(64, 18).split(6)
     sweep, calls = make_sweep(base, adapter, general, task), 0
-    forward, refit = LlamaMLP.forward, Solver._refit
+    forward, refit = LlamaMLP.forward, FactorSolver._refit
 
     def count(error: Exception, last: float) -> None:
         nonlocal calls
@@ -454,7 +457,7 @@ def test_a_stopped_sweep_leaves_nothing_behind(
                 patched.setattr(
                     LlamaMLP, "forward", torch.no_grad()(forward)
                 )  # groups wait within it
-                patched.setattr(Solver, "_refit", stop_at_gates)
+                patched.setattr(FactorSolver, "_refit", stop_at_gates)
                 error, message = Interrupted, "stopped"
             else:
                 patched.setattr(
@@ -485,7 +488,7 @@ def test_a_killed_sweep_resumes_between_two_layers(
     name: str, spools: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the same bits. In Gemma 3n and 4, later layers read what earlier ones leave in a container: it starts again."""
-    monkeypatch.setattr("streamer.streaming.sweep.SECONDS", 0)
+    monkeypatch.setattr("streamer.streaming.resume.SECONDS", 0)
     _, base, adapter = make_pair(name, tmp_path, BESIDE.get(name, CAUSAL[name][2]), lora_alpha=4)
     general, task, other = token_ids(64, 18).split(6)
     rights, results, runs = [], [], list[list[str]]()

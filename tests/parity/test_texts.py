@@ -24,9 +24,10 @@ from streamer.errors import (
     UnsupportedError,
     UsageError,
 )
-from streamer.measuring.texts import MARK, load_tokenizer, tokenizer_directory
+from streamer.measuring.lines import MARK
+from streamer.measuring.tokenizer import load_tokenizer, tokenizer_directory
 from streamer.plan.plan import make_plan
-from streamer.streaming.model import unreadable
+from streamer.streaming.skeleton import unreadable
 
 
 @pytest.mark.parametrize("start", [True, False])

@@ -33,7 +33,7 @@ from streamer.cli.tables import evaluation_table, findings_table
 from streamer.detection.detect import detect_to_files
 from streamer.detection.findings import load_findings
 from streamer.detection.options import DetectionOptions, Run
-from streamer.evaluation.evaluation import Names
+from streamer.evaluation.words import Names
 from streamer.events import Event, Monitor
 from streamer.methods import UNCHANGED, Method, Paper
 from streamer.output.job import Job, open_jobs

@@ -16,16 +16,21 @@ from torch import Tensor
 
 import streamer
 from streamer.detection.findings import Findings
-from streamer.fitting.fit import Point, Solver, factors_of, streams_of, unchanged
+from streamer.fitting.fit import Point
+from streamer.fitting.solver import FactorSolver, factors_of, streams_of, unchanged
 from streamer.linalg.torch_state import CPU
-from streamer.measuring.runs import part_sums, riders
+from streamer.measuring.batches import batches
+from streamer.measuring.losses import batch_sums
+from streamer.measuring.sequences import GENERAL, TASK, TextSequences
 from streamer.measuring.statistics import SequenceSums
-from streamer.measuring.texts import GENERAL, TASK, TextSequences
 from streamer.methods import UNCHANGED, Shrink
 from streamer.plan.plan import Plan, make_plan
 from streamer.plan.targets import Target
-from streamer.streaming.sweep import Group, Spool, SweepModel, TargetWatch
-from streamer.streaming.values import ADAPTER, BASE, Variant, VariantSet, make_variants
+from streamer.streaming.groups import Group
+from streamer.streaming.sites import TargetWatch
+from streamer.streaming.spool import Spool
+from streamer.streaming.sweep import SweepModel
+from streamer.streaming.variants import ADAPTER, BASE, Variant, VariantSet, make_variants
 
 TOP_K = 4
 
@@ -140,9 +145,9 @@ def streamed(
     model = SweepModel(
         VariantSet(make_plan(base, adapter), variants, found, projected, rounds_products)
     )
-    (part,) = riders({"text": sequences(ids)}, len(variants), model.size, ids.numel(), False)
+    (part,) = batches({"text": sequences(ids)}, len(variants), model.size, ids.numel(), False)
     model.run(part.groups, nothing)
-    (sums,) = part_sums(model, [part], 25, nothing)
+    (sums,) = batch_sums(model, [part], 25, nothing)
     model.check_all_used()
     return sums
 
@@ -238,16 +243,16 @@ class Sweep:
 
     plan: Plan
     model: SweepModel
-    solver: Solver
+    solver: FactorSolver
     groups: list[Group]
 
     @property
     def rights(self) -> dict[str, list[Tensor]]:
         """Return each candidate's right factors of the matrices that were fitted, by `Target.tensor`."""
-        return {
-            name: [self.solver.spool.read(place)[0] for place in own]
-            for name, own in self.solver.places.items()
-        }
+        rights: dict[str, list[Tensor]] = {}
+        for key, right in sorted(self.solver.factors().items()):
+            rights.setdefault(key.rpartition("/")[0], []).append(right)
+        return rights
 
     def run(self, riders: Sequence[Group] = (), checkpoint: Any = nothing) -> None:
         """Fit."""
@@ -269,7 +274,7 @@ def make_sweep(
     model = SweepModel(
         VariantSet(plan, (Variant(BASE, None), Variant(ADAPTER, UNCHANGED)), None, device=device)
     )
-    solver = Solver(model, weights, tokens, spool)
+    solver = FactorSolver(model, weights, tokens, spool)
     points = [Point(mu, solver.candidate(k, as_is)) for k, mu in enumerate(weights)]
     candidates = [point.variant for point in points]
     model.use(

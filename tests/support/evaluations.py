@@ -12,9 +12,8 @@ from seeds import vary
 
 from streamer.detection.findings import Findings
 from streamer.evaluation.evaluation import Evaluation
-from streamer.measuring.runs import EvaluatedVariant
-from streamer.measuring.statistics import SequenceSums
-from streamer.measuring.texts import TextSequences
+from streamer.measuring.sequences import TextSequences
+from streamer.measuring.statistics import EvaluatedVariant, SequenceSums
 
 SCHEMA = json.loads((files("streamer") / "schemas" / "evaluation-1.json").read_text())
 

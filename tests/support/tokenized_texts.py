@@ -10,7 +10,8 @@ from seeds import vary
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from streamer.measuring.texts import TextSequences, read_text
+from streamer.measuring.sequences import TextSequences
+from streamer.measuring.texts import read_text
 
 TEXT = "the quick brown fox jumps over a lazy dog while seven wizards pack boxes of liquor jugs; straße, naïve, 東京 🦊"
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from evaluations import CURVES, LAMBDAS, evaluation, text_of
 
-from streamer.evaluation.evaluate import BLOCK, clear, spread
-from streamer.evaluation.evaluation import EXCESS, STEPS, lambda_to_place
+from streamer.evaluation.curve import EXCESS, LAMBDA_STEPS, lambda_to_place
+from streamer.evaluation.evaluate import BLOCK_SEQUENCES, clear, spread
 from streamer.methods import Shrink
-from streamer.streaming.values import Variant, make_variants
+from streamer.streaming.variants import Variant, make_variants
 
 Shares = Callable[[float], float]
 
@@ -33,7 +33,7 @@ def test_a_shrink_is_placed_that_keeps_the_share(curve: str, keep: float) -> Non
     if lam is None:
         assert any(0 <= share(x) - keep <= EXCESS for x in (*LAMBDAS, 1.0))
         return
-    assert lam == round(lam * STEPS) / STEPS
+    assert lam == round(lam * LAMBDA_STEPS) / LAMBDA_STEPS
     assert keep - 0.02 <= share(lam) <= keep + 0.02
     assert share(min(x for x in (*LAMBDAS, 1.0) if x > lam)) >= keep
 
@@ -80,12 +80,12 @@ def test_sampling_stops_when_the_answer_is_clear(
     assert clear(evaluation(**options)) is is_clear  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("count", [1, BLOCK, 3 * BLOCK, 70])
+@pytest.mark.parametrize("count", [1, BLOCK_SEQUENCES, 3 * BLOCK_SEQUENCES, 70])
 def test_every_block_is_spread_over_a_text(count: int) -> None:
     text = text_of(np.full(2, i) for i in range(count))
     order = [int(ids[0]) for ids in spread(text).ids]
     assert sorted(order) == list(range(count))
-    steps = -(-count // BLOCK)
+    steps = -(-count // BLOCK_SEQUENCES)
     assert max(np.diff([*order[: -(-count // steps)], count])) <= steps
 
 

@@ -10,8 +10,9 @@ from evaluations import COLUMNS, CURVES, evaluation, faults
 
 from streamer.cli.tables import evaluation_table
 from streamer.errors import FormatError
-from streamer.evaluation.evaluation import Evaluation, Names, figures
-from streamer.measuring.runs import EvaluatedVariant
+from streamer.evaluation.evaluation import Evaluation
+from streamer.evaluation.words import Names, command_of, figures
+from streamer.measuring.statistics import EvaluatedVariant
 from streamer.tables import Screen
 
 
@@ -254,8 +255,8 @@ def test_the_command_that_makes_a_variant(
     from arguments import subparsers
 
     e = evaluation()
-    command, *options = Evaluation(e.variants, e.general, e.task, {**e.facts, **facts}).command(
-        EvaluatedVariant(*variant)
+    command, *options = command_of(
+        Evaluation(e.variants, e.general, e.task, {**e.facts, **facts}), EvaluatedVariant(*variant)
     )
     assert " ".join([command, *options]) == words
     subparsers()[command].parse_args(["BASE", "ADAPTER", "-o", "OUTPUT", *options])

@@ -8,9 +8,9 @@ from evaluations import CURVES, evaluation
 from scipy.stats import binom, norm
 
 from streamer.errors import UsageError
-from streamer.evaluation.evaluation import WORTH, ShrinkComparison, Trade, against_shrink
-from streamer.measuring.runs import EvaluatedVariant
-from streamer.measuring.statistics import Estimate
+from streamer.evaluation.curve import ShrinkComparison, against_shrink
+from streamer.evaluation.judgement import WORTH, Trade
+from streamer.measuring.statistics import Estimate, EvaluatedVariant
 
 ADAPTER = EvaluatedVariant("adapter", None, None)
 
@@ -40,10 +40,11 @@ def test_a_trade_that_gives_up_many_times_what_it_regains_is_not_suggested() -> 
     """An adapter that hardly forgets: what a shrink gives up of the task is many times what it regains."""
     e = evaluation(forgets=0.0037, noise=0.0005)
     found = e.best()
-    assert (found.variant, found.reason, found.declined) == (
+    assert found.trade is not None
+    assert (found.variant, found.reason, found.trade.name) == (
         ADAPTER,
         "not worth it",
-        e.variants[-4],
+        e.variants[-4].name,
     )
     assert e.variants[-4].name == "shrink 0.75"
     tree = e.to_dict()["suggestion"]
@@ -89,9 +90,9 @@ def test_of_what_keeps_enough_the_worth_decides_before_the_divergence() -> None:
 
 def test_what_is_worth_it_by_less_than_its_error_is_not() -> None:
     few = Estimate(0.1, 0.04, 64), Estimate(0.05, 0.02, 64)
-    assert not Trade(*few).worth_it
-    assert Trade(Estimate(0.1, 0.02, 64), few[1]).worth_it
-    assert not Trade(Estimate(0.1, 0.02, 3), few[1]).worth_it
+    assert not Trade("few", *few).worth_it
+    assert Trade("few", Estimate(0.1, 0.02, 64), few[1]).worth_it
+    assert not Trade("few", Estimate(0.1, 0.02, 3), few[1]).worth_it
 
 
 @pytest.mark.parametrize("keep", [0, -0.5, 1.01, 90, float("nan")])

@@ -12,10 +12,11 @@ from seeds import vary
 from streamer.api.texts import RepairRequest
 from streamer.errors import FormatError, MismatchError, UsageError
 from streamer.evaluation.evaluation import Evaluation
-from streamer.fitting.fit import SHRINKS, Point, check_learning, divide, misses, set_facts
-from streamer.measuring.runs import LENGTHS, EvaluatedVariant, of_few_lengths
-from streamer.measuring.statistics import SequenceSums
-from streamer.measuring.texts import TextSequences
+from streamer.fitting.choice import check_learning, misses, set_facts
+from streamer.fitting.fit import SHRINKS, Point, divide
+from streamer.measuring.batches import LENGTHS, of_few_lengths
+from streamer.measuring.sequences import TextSequences
+from streamer.measuring.statistics import EvaluatedVariant, SequenceSums
 from streamer.options import RepairOptions
 
 PATHS, HOLDOUT = {"general": Path("g.npy"), "task": Path("t.npy")}, RepairOptions.holdout
@@ -175,7 +176,7 @@ def test_what_is_near_a_shrink_is_told(left: float, near: bool) -> None:
     facts = {"forgotten": True, "reliable": {"kept": True, "forgetting": True}, "sets": [one]}
     line = "90%: the result is close to the shrink that keeps the same share, and diverges nearly as much from the base; the "
     assert (
-        misses(facts)
+        list(misses(facts))
         == [f"{line}texts may be too similar: give general text of another kind than the task's"]
         * near
     )
@@ -183,7 +184,7 @@ def test_what_is_near_a_shrink_is_told(left: float, near: bool) -> None:
         {"forgotten": False},
         {"sets": [{**one, "shrink": None}]},
     ):
-        assert misses({**facts, **other}) == []
+        assert list(misses({**facts, **other})) == []
 
 
 def test_a_refusal_says_how_many_errors_the_sequences_take() -> None:
@@ -212,15 +213,16 @@ def test_a_set_says_if_it_keeps_less_than_the_floor(left: float, missed: bool) -
     shrinks = [EvaluatedVariant(f"shrink {lam}", "shrink", lam) for lam in SHRINKS]
     others = [EvaluatedVariant(name, None, None) for name in ("base", "adapter")]
     variants = (*others, *shrinks, EvaluatedVariant("regmean 0.9", "regmean", None))
-    one = set_facts(Evaluation(variants, own, own, {}), 0.9, Point(1.0, {}))
+    one = set_facts(Evaluation(variants, own, own, {}), 0.9, 1.0)
     assert one["missed"] is missed
     # Of the shrinks, the adapter alone keeps 90 %.
     assert (one["shrink"]["lambda"], one["shrink"]["kept"]) == (1, 1)
     line = "90% was to be kept, and 85.0% is, on the held-out sequences; ask for a larger share, or give more text"
     assert (
-        misses({"forgotten": False, "sets": [one], "reliable": {"kept": True}}) == [line] * missed
+        list(misses({"forgotten": False, "sets": [one], "reliable": {"kept": True}}))
+        == [line] * missed
     )
-    assert misses({"sets": [one], "reliable": {"kept": False}}) == []
+    assert list(misses({"sets": [one], "reliable": {"kept": False}})) == []
 
 
 def test_candidates_are_interpolated_by_the_logarithm_of_their_weights() -> None:

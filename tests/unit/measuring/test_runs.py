@@ -7,10 +7,18 @@ import pytest
 from evaluations import text_of
 
 from streamer.errors import UsageError
-from streamer.measuring.runs import ROWS, Limits, Records, Work, longest_padded, parts, riders
-from streamer.measuring.texts import TextSequences
+from streamer.measuring.batches import (
+    MOST_ROWS,
+    Limits,
+    Work,
+    batch_numbers,
+    batches,
+    longest_padded,
+)
+from streamer.measuring.prepared import Records
+from streamer.measuring.sequences import TextSequences
 from streamer.storage.transaction import Journal
-from streamer.streaming.model import ModelSize
+from streamer.streaming.size import ModelSize
 from streamer.streaming.values import ROOM
 
 LARGE = ModelSize(
@@ -34,7 +42,7 @@ def divided(
     lengths: tuple[int, ...], tokens: int, short: int | None = None, one_length: bool = False
 ) -> list[tuple[int, ...]]:
     """Parts of a text; every sequence is in one of them."""
-    found = [*parts(text(*lengths), tokens, short, one_length)]
+    found = [*batch_numbers(text(*lengths), tokens, short, one_length)]
     assert sorted(i for part in found for i in part) == [*range(len(lengths))]
     return found
 
@@ -55,7 +63,7 @@ def test_sequences_of_one_length_go_together_if_padding_changes_the_model() -> N
 
 def test_every_variant_sees_every_sequence_once() -> None:
     texts = {"general": text(*[512] * 3), "task": text(64, 30)}
-    found = riders(texts, 3, LARGE, 1024, False)
+    found = batches(texts, 3, LARGE, 1024, False)
     assert [(part.name, part.numbers) for part in found] == [
         ("general", (0, 1)),
         ("general", (2,)),
@@ -84,13 +92,13 @@ def test_a_budget_limits_a_sweep() -> None:
         work.limits(LARGE, RESIDENT, None),
         work.nbytes(LARGE, RESIDENT, Limits(512, 0, True)),
     )
-    assert unlimited == (ROWS, ROOM, False)
+    assert unlimited == (MOST_ROWS, ROOM, False)
     found = [work.limits(LARGE, RESIDENT, least + more) for more in range(0, 8 << 30, 64 << 20)]
     assert [
         work.nbytes(LARGE, RESIDENT, one) <= least + i * (64 << 20) for i, one in enumerate(found)
     ] == [True] * len(found)
     kinds = [(one.rows, one.spools) for one in found]
-    assert list(dict.fromkeys(kinds)) == [(512, True), (ROWS, True), (ROWS, False)]
+    assert list(dict.fromkeys(kinds)) == [(512, True), (MOST_ROWS, True), (MOST_ROWS, False)]
     assert (found[0].room, found[-1]) == (0, unlimited)
 
 

@@ -10,7 +10,8 @@ from seeds import vary
 
 from streamer.errors import FormatError, MissingInputError, UsageError
 from streamer.measuring import texts
-from streamer.measuring.texts import TextSequences, evenly, read_text
+from streamer.measuring.sequences import TextSequences, evenly
+from streamer.measuring.texts import read_text
 
 
 def save(path: Path, array: np.ndarray) -> Path:
@@ -44,7 +45,7 @@ def test_the_length_that_is_named_gives_the_least_number_of_sequences(tmp_path: 
     assert len(read_text(path, None, length=31, least=4).ids) == 4
 
 
-@pytest.mark.parametrize("size", [0, 1000, texts.SAMPLES * texts.SAMPLE_BYTES, 3_000_001])
+@pytest.mark.parametrize("size", [0, 1000, texts.TEXT_SAMPLES * texts.TEXT_SAMPLE_BYTES, 3_000_001])
 def test_the_digest_of_a_file_tells_it_from_others(size: int, tmp_path: Path) -> None:
     content = np.random.default_rng(vary(0)).bytes(size)
 

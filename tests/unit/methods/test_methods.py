@@ -109,7 +109,6 @@ def test_methods_are_named_in_few_other_files() -> None:
     assert found == {
         "evaluation/evaluation.py",
         "fitting/choice.py",
-        "fitting/fit.py",
         "cli/tables.py",
         "api/texts.py",
     }

@@ -12,8 +12,8 @@ from seeds import vary
 import streamer
 from streamer.errors import OutputError, StreamerError, UnsupportedError, UsageError
 from streamer.linalg.operators import Dense, LowRank
-from streamer.output import adapter_writer
-from streamer.output.adapter_writer import truncated
+from streamer.output import lora
+from streamer.output.lora import truncated
 
 Q = "model.layers.0.q_proj"
 
@@ -36,7 +36,7 @@ def test_truncation_is_the_nearest(
     shape: tuple[int, int], factored: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Eckart-Young, by LAPACK and, above so many rows and columns, by the Krylov solver."""
-    monkeypatch.setattr(adapter_writer, "SMALL", 100)
+    monkeypatch.setattr(lora, "SMALL", 100)
     p = min(shape)
     sigma = torch.cat([torch.tensor([9.0, 5.0, 4.0, 1.0, 0.5]), torch.full((p - 5,), 1e-3)])
     matrix, expected = (

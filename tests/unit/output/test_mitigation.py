@@ -11,7 +11,7 @@ from planted import oracle, problem
 from streamer.detection.options import DetectionOptions
 from streamer.linalg.operators import Dense
 from streamer.methods import METHODS, Paper, Project, Shrink
-from streamer.output.adapter_writer import back_project
+from streamer.output.factors import back_project
 
 SHAPES = [(96, 64), (64, 96), (80, 80), (61, 67)]
 

@@ -8,19 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamer.plan.name_matching import Match, Rename, Renames, renames_for
+from streamer.plan.name_matching import Match
 from streamer.plan.name_matching import match_names as match
+from streamer.plan.names import NameIndex, Rename, Renames, renames_for
 from streamer.weights.model_config import ModelConfig
 
 
 def match_names(
     modules: list[str], tensors: list[str], model: dict[str, object] | Renames | None = None
 ) -> dict[str, Match]:
-    return match(
-        modules,
-        tensors,
-        model if isinstance(model, Renames) else renames_for(ModelConfig(model or {})),
-    )
+    renames = model if isinstance(model, Renames) else renames_for(ModelConfig(model or {}))
+    return match(modules, NameIndex(tuple(tensors), renames))
 
 
 def weights(*stems: str) -> list[str]:

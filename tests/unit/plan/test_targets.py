@@ -10,7 +10,8 @@ import torch
 
 from streamer.adapters.adapter import DeltaSource, open_adapter
 from streamer.errors import MismatchError
-from streamer.plan.name_matching import match_names, renames_for
+from streamer.plan.name_matching import match_names
+from streamer.plan.names import NameIndex
 from streamer.plan.targets import Orientation, Target, match_targets
 from streamer.storage.checkpoint import open_checkpoint
 from streamer.weights.logical import WeightView, open_weights
@@ -19,10 +20,10 @@ from streamer.weights.model_config import ModelConfig
 
 def targets_of(weights: WeightView, adapter: DeltaSource, config: dict) -> list[Target]:
     model = ModelConfig(config)
-    renames, orientation = renames_for(model), Orientation.of(weights.checkpoint, model)
-    return match_targets(
-        weights, adapter, orientation, match_names(adapter.modules, weights, renames), renames
-    )
+    names = NameIndex.of(weights, model)
+    orientation = Orientation.of(weights.checkpoint, model)
+    matches = match_names(adapter.modules, names)
+    return match_targets(weights, adapter, orientation, matches, names)
 
 
 # Shapes and orientation -----------------------------------------------------------------------------------------------

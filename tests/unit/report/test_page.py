@@ -16,7 +16,7 @@ import streamer
 from streamer.api.report import ReportRequest
 from streamer.detection.findings import Findings
 from streamer.errors import FormatError
-from streamer.evaluation.evaluation import figures, verdict
+from streamer.evaluation.words import figures, verdict
 from streamer.events import Monitor
 from streamer.plan.name_matching import natural
 from streamer.report.page import certificates, headline, make_page, open_subject, sentences

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from streamer.errors import UnsupportedError
-from streamer.streaming.values import LazyTensor, Reader
+from streamer.streaming.lazy import LazyTensor, Reader
 
 
 class Given(Reader):

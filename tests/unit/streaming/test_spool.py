@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from streamer.errors import StorageError
-from streamer.streaming.sweep import Spool
+from streamer.streaming.spool import Spool
 
 
 def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:

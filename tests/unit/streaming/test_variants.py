@@ -7,7 +7,7 @@ import pytest
 from streamer.api.texts import EvaluateRequest
 from streamer.errors import UsageError
 from streamer.methods.files import Coefficients
-from streamer.streaming.values import make_variants
+from streamer.streaming.variants import make_variants
 
 
 def test_base_and_adapter_come_first() -> None:

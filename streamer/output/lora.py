@@ -1,4 +1,4 @@
-"""Write mitigated deltas as an adapter: the original with new factors, or a LoRA adapter of a chosen rank."""
+"""Write mitigated deltas as a LoRA adapter of a chosen rank."""
 
 from __future__ import annotations
 
@@ -6,19 +6,16 @@ import json
 import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from streamer.adapters.adapter import PREFIX, saved_names
 from streamer.adapters.adapter_config import (
-    CONFIG_NAME,
-    LAYOUT_DETAILS,
-    LAYOUT_KEY,
     WEIGHTS_NAME,
     is_residual,
 )
@@ -27,332 +24,18 @@ from streamer.adapters.modules import MethodModule
 from streamer.errors import UnsupportedError, UsageError
 from streamer.linalg.operators import Delta, Dense, LowRank
 from streamer.linalg.svd import energies, energies_bytes, krylov_triplets, least_rank
-from streamer.output.job import Job, Writer
+from streamer.output.factors import OneFileWriter, server_advice, server_rank
+from streamer.output.job import Job
 from streamer.output.model_writer import AddDelta
 from streamer.output.record import MitigatedMatrix
 from streamer.plan.architectures import Architecture, architecture_for
-from streamer.plan.name_matching import Renames, renames_for
+from streamer.plan.names import NameIndex
 from streamer.plan.plan import AdapterBatch, MemoryEstimate, Plan, check_budget, resident_bytes
-from streamer.plan.side_files import TOKENIZER_CONFIG, other_files, skipped_files
 from streamer.plan.targets import Target
-from streamer.plan.tied_embeddings import find_ties
-from streamer.storage.atomic_file import Piece, ShardPlan, plan_shard
-from streamer.storage.checkpoint import INDEX_NAME, SINGLE_NAME
+from streamer.storage.atomic_file import Piece, plan_shard
 from streamer.storage.header import TensorInfo
-from streamer.storage.transaction import RECORD_NAME
-from streamer.units import counted, listed
-from streamer.weights.base import FLOATS, StoredTensor, as_bytes, encode, equal
-
-
-def back_project(delta: LowRank, rank: int, scaling: float) -> tuple[Tensor, Tensor, float]:
-    """Compute adapter factors with ``scaling · B @ A ≈ Δ'``, and the relative Frobenius norm that is lost.
-
-    Parameters
-    ----------
-    delta
-        Δ' = L Rᵀ, (m, n).
-    rank
-        The adapter's rank r. If Δ' has at most r columns, its factors are kept and nothing is lost; otherwise Δ' is
-        truncated to the nearest matrix of rank r, and ``√Σ`` goes into both B and A.
-    scaling
-        LoRA's s, not zero.
-
-    Returns
-    -------
-    B, A, dropped
-        (m, r), (r, n), and ``‖Δ' − s·B·A‖_F / ‖Δ'‖_F``.
-    """
-    delta = delta.precise()
-    if delta.rank <= rank:
-        return delta.L / scaling, delta.R.T, 0.0
-    root, dropped = delta.scaled(1 / scaling).truncated(rank)
-    return root.L, root.R.T, dropped
-
-
-SERVER_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Values of vLLM's ``max_lora_rank``."""
-
-PATTERNS = ("rank_pattern", "alpha_pattern")
-
-
-def server_rank(path: Path, rank: int) -> int:
-    """Return the least of `SERVER_RANKS` from `rank` on; refuse a larger one."""
-    if rank > SERVER_RANKS[-1]:
-        what = f"for_server: servers take ranks up to {SERVER_RANKS[-1]}, found {rank}"
-        raise UnsupportedError(
-            f"{path}: {what}; give a smaller one (--to-lora RANK), or use `streamer merge`"
-        )
-    return next(served for served in SERVER_RANKS if served >= rank)
-
-
-def server_advice(
-    config: Mapping[str, Any], entries: Iterable[tuple[str, Any, Any]], for_server: bool
-) -> list[str]:
-    """Advise against serving an adapter: servers scale all modules by one α/r, and apply factors alone."""
-    beside = [name for name, *_ in entries if for_server and ".lora_" not in name]
-    if beside:
-        kept = f"the output keeps {counted(len(beside), 'tensor')} beside the factors (first: {beside[0]!r})"
-        remedy = "put them into the base, or use `streamer merge`"
-        return [f"{kept}, which vLLM and other servers refuse or ignore: {remedy}"]
-    ignored = [key for key in PATTERNS if config.get(key)]
-    who, keys = (
-        ("vLLM and other", ignored) if ignored else ("SGLang, llama.cpp and other", ["use_rslora"])
-    )
-    if not ignored and not config.get("use_rslora"):
-        return []
-    return [
-        f"{who} servers ignore {' and '.join(keys)} and would scale deltas wrongly; for them, add --for-server"
-    ]
-
-
-HASHES = ("modelspec.hash_sha256", "sshs_legacy_hash", "sshs_model_hash")
-"""Metadata in which trainers state hashes of the original factors."""
-
-
-@dataclass(frozen=True)
-class MitigatedFactors:
-    """New values of the tensors that hold factors, for a mitigation of an adapter whose deltas all have factors."""
-
-    job: Job
-
-    @cached_property
-    def targets(self) -> dict[str, list[Target]]:
-        """List for each tensor of the adapter the targets whose factors it holds: one, or all experts of a layer."""
-        by_tensor: dict[str, list[Target]] = {}
-        for target in self.job.plan.targets:
-            for name in self.names(target):
-                by_tensor.setdefault(name, []).append(target)
-        return by_tensor
-
-    def names(self, target: Target) -> list[str]:
-        """Return the names of the tensors that a mitigation of the target would change."""
-        mirror = self.job.plan.mirrors.get(target.module.name)
-        return [*target.module.tensor_names, *(mirror.tensor_names if mirror else ())]
-
-    def tensors(
-        self, targets: Sequence[Target], metrics: list[MitigatedMatrix]
-    ) -> dict[str, Tensor | None]:
-        """Make the tensors with the factors of these targets, one module or all experts of a layer; None if one does not change.
-
-        Parameters
-        ----------
-        metrics
-            The metrics of each matrix are appended to it.
-        """
-        new = [(target.module.factors, self._factors(target, metrics)) for target in targets]
-        module, factors = new[0]
-        if (
-            module is None
-            or module.expert is None
-            or not (module.grouped or any(factors for _, factors in new))
-        ):
-            return (
-                dict.fromkeys(name for target in targets for name in self.names(target)) | factors
-            )
-        a, b = (self.job.plan.adapter.tensors[name].whole() for name in module.tensor_names)
-        whole = {module.a: a.clone(), module.b: module.regrouped(b).clone()}
-        for expert, factors in new:
-            assert expert is not None
-            for name, rows in zip(
-                expert.tensor_names, replace(expert, grouped=False).expert_slices, strict=True
-            ):
-                if name in factors:
-                    whole[name][rows] = factors[name]
-        return {**whole}
-
-    def _factors(self, target: Target, metrics: list[MitigatedMatrix]) -> dict[str, Tensor]:
-        job, module, names = self.job, target.module.factors, self.names(target)
-        delta, after = job.mitigated(target)
-        if after is delta:
-            metrics.append(job.metrics(target, delta, after))
-            return {}
-        assert isinstance(after, LowRank)
-        assert module is not None
-        B, A, error = back_project(after, module.rank, module.scaling)
-        A, B = (B.T, A.T) if module.delta_transposed else (A, B)
-        values, unchanged = dict(zip(names, (A, B, B.T, A.T), strict=False)), list[str]()
-        if (
-            job.method.keeps_left
-        ):  # the factor of Δ that is B, or the transpose of A, and its copies
-            unchanged = names[::3] if module.delta_transposed else names[1:3]
-        dtypes = {name: FLOATS[job.plan.adapter.file.header.by_name[name].dtype] for name in names}
-        out = {
-            name: encode(t, dtypes[name], name)
-            for name, t in values.items()
-            if name not in unchanged
-        }
-        written = module.product(out.get(module.a, A).double(), out.get(module.b, B).double())
-        metrics.append(job.metrics(target, delta, written, error))
-        return out
-
-
-def refuse_dense(plan: Plan, remedy: str) -> None:
-    """Refuse deltas without factors: DoRA's, and those of PEFT's methods other than LoRA."""
-    if dense := [t.module.name for t in plan.targets if t.module.factors is None]:
-        what = f"the mitigated delta of {dense[0]!r} (and {len(dense) - 1} more) has no form in this kind of adapter"
-        raise UnsupportedError(f"{plan.adapter.path}: {what}; {remedy}")
-
-
-class OneFileWriter(Writer):
-    """Writer of an adapter of one tensor file and a config, if it has one, with the other files of the adapter in `source`, if given."""
-
-    def __init__(
-        self,
-        job: Job,
-        path: Path,
-        shard: ShardPlan,
-        config: bytes | None,
-        source: Path | None,
-        to_lora: int | float | None = None,
-        written: Sequence[Target] | None = None,
-    ) -> None:
-        copies = [(name, p) for name, p in other_files(source) if name != CONFIG_NAME]
-        own = (shard.name, RECORD_NAME)
-        tokenizer: Literal["adapter"] | None = (
-            "adapter" if TOKENIZER_CONFIG in dict(copies) else None
-        )
-        skipped = (
-            [] if source is None else [name for name in skipped_files(source) if name not in own]
-        )
-        base_bytes = sum(
-            job.plan.weights[t.tensor].nbytes for t in job.plan.targets if not t.module.low_rank
-        )
-        super().__init__(
-            job,
-            path,
-            "mitigate",
-            {shard.name: shard},
-            {} if config is None else {CONFIG_NAME: config},
-            copies,
-            skipped,
-            ("adapter_model.bin", SINGLE_NAME, INDEX_NAME),
-            base_bytes,
-            tokenizer=tokenizer,
-            warnings=job.warnings,
-            to_lora=to_lora,
-            written=written,
-        )
-        self._ready: dict[str, Tensor | None] = {}
-
-
-class AdapterWriter(OneFileWriter):
-    """Writer of the original adapter's tensors, order, dtypes and config, with new factors of mitigated modules, under PEFT's names.
-
-    For servers, each module's scale goes into ``lora_B``, and zeros extend all factors to one rank.
-    """
-
-    def __init__(self, job: Job, path: Path) -> None:
-        plan = job.plan
-        if plan.adapter.describes_model:
-            do = "`streamer merge` writes the mitigated model, and --to-lora RANK its difference to the base as a LoRA adapter"
-            raise UnsupportedError(
-                f"{plan.adapter.path}: is a model, and no adapter that could be written back; {do}"
-            )
-        if job.method.mitigation_lambda != 1:
-            lora = "" if plan.config.pipeline else ", and --to-lora RANK as a LoRA adapter"
-            refuse_dense(plan, f"`streamer merge` writes it into the base{lora}")
-        header, values = plan.adapter.file.header, plan.adapter.config.values
-        kind = None if plan.config.pipeline else plan.adapter.config.peft_type
-        names = {t.name: t.name for t in header.tensors}
-        names = saved_names(names) if kind == "LORA" else names
-        self._read = {name: header.by_name[own] for name, own in names.items()}
-        self._factors, self._rank = MitigatedFactors(job), 0
-        if job.for_server:
-            refuse_dense(plan, "--to-lora RANK writes it as a LoRA adapter")
-            if (
-                kind != "LORA"
-                or plan.mirrors
-                or any(c.role == "lora_bias" for c in plan.adapter.carried)
-            ):
-                what = "for_server: is of a pipeline, of another kind than LoRA, has biases beside its factors, or holds a tied delta twice"
-                raise UnsupportedError(f"{plan.adapter.path}: {what}; use `streamer merge`")
-            self._rank = server_rank(plan.adapter.path, max(t.module.rank for t in plan.targets))
-        entries = [(name, t.dtype, self._shape(t)) for name, t in self._read.items()]
-        metadata = {key: text for key, text in header.metadata.items() if key not in HASHES}
-        shard = plan_shard(
-            plan.adapter.file.path.name, entries, {**metadata, **job.stamp("mitigate")}
-        )
-        config = next((config.read_bytes() for config in plan.adapter.config_paths), None)
-        # Factors are written in PEFT's order of columns, and PEFT needs the type.
-        plain = {k: v for k, v in values.items() if k not in (LAYOUT_KEY, LAYOUT_DETAILS)} | {
-            "peft_type": kind
-        }
-        if job.for_server:
-            plain |= {
-                "r": self._rank,
-                "lora_alpha": self._rank,
-                "use_rslora": False,
-                **{key: {} for key in PATTERNS},
-            }
-        if config is not None and plain != values:
-            config = json.dumps(plain, indent=2, ensure_ascii=False).encode() + b"\n"
-        super().__init__(job, path, shard, config, plan.adapter.directory)
-        self.advice += server_advice(plain, entries, job.for_server)
-
-    def _shape(self, info: TensorInfo) -> tuple[int, ...]:
-        """Return the written shape of a tensor: of factors, one side has the rank, times the number of experts that the tensor holds."""
-        targets = self._factors.targets.get(info.name, ())
-        if not (targets and self._rank):
-            return info.shape
-        module = targets[0].module.factors
-        assert module is not None
-        shape, side = [*info.shape], int(info.name == module.b)
-        shape[side] = self._rank * (module.expert[1] if module.expert else 1)
-        return tuple(shape)
-
-    def estimates(self, resident: int) -> Iterator[MemoryEstimate]:
-        """Estimate the peak memory for each matrix; for experts, whose factors share a tensor, including all factors, old and new."""
-        job, plan = self.job, self.job.plan
-        for target in plan.targets:
-            size = job.mitigation_bytes(target, projected=True)
-            if target.module.factors is not None and target.module.factors.expert is not None:
-                size += 2 * sum(
-                    plan.adapter.tensors[name].info.nbytes for name in self._factors.names(target)
-                )
-            yield MemoryEstimate(target.tensor, target.module.shape, resident + size)
-
-    def tensor_bytes(
-        self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]
-    ) -> Iterable[Piece]:
-        """Yield the bytes of a tensor; tensors that are not factors, or do not change, keep the file's bytes."""
-        file, info = job.plan.adapter.file, self._read[info.name]
-        targets = self._factors.targets.get(info.name, ())
-        if targets and info.name not in self._ready:
-            factors = MitigatedFactors(job).tensors(targets, metrics)
-            self._ready |= (
-                self._served(factors, targets, metrics[-len(targets) :]) if self._rank else factors
-            )
-        new = self._ready.pop(info.name, None)
-        return file.chunks(info) if new is None else [Piece(as_bytes(new))]
-
-    def _served(
-        self,
-        factors: Mapping[str, Tensor | None],
-        targets: Sequence[Target],
-        metrics: Sequence[MitigatedMatrix],
-    ) -> dict[str, Tensor | None]:
-        """Scale and extend factors, and add what rounding the scaled lora_B loses to the metrics of their targets."""
-        tensors = self.job.plan.adapter.tensors
-        values = {
-            name: tensors[name].whole() if new is None else new for name, new in factors.items()
-        }
-        out = {name: t.new_zeros(self._shape(tensors[name].info)) for name, t in values.items()}
-        for target, row in zip(targets, metrics, strict=True):
-            assert target.module.factors is not None
-            module = replace(
-                target.module.factors, grouped=False
-            )  # columns are in PEFT's order by now
-            wide = replace(module, rank=self._rank)
-            (a, b), (wide_a, wide_b) = module.expert_slices, wide.expert_slices
-            A, B = values[module.a][a], values[module.b][b]
-            scaled = B.double() * module.scaling
-            written = encode(scaled, B.dtype, module.b)
-            out[module.a][wide_a][: module.rank] = A
-            out[module.b][wide_b][:, : module.rank] = written
-            lost = LowRank((written.double() - scaled).flatten(1), A.double().flatten(1).T).norm()
-            row["dropped"] = math.hypot(row["dropped"], lost / (row["delta_norm_after"] or 1.0))
-        return {**out}
-
+from streamer.units import listed
+from streamer.weights.base import StoredTensor, as_bytes, equal
 
 OF_MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
 """Model types in which PEFT 0.21 refuses LoRA for modules whose weights are passed to kernels without calling the module."""
@@ -427,12 +110,12 @@ class LoraLayout:
 
 
 def _tied_modules(
-    tuned: FinetunedModel, architecture: Architecture | None, renames: Renames
+    names: NameIndex, architecture: Architecture | None
 ) -> dict[str, tuple[str, list[str]]]:
     """Map each module whose weight others share, by its name on disk → its run-time name and the others'."""
     tied = {}
-    for tie in find_ties(tuned.tensors, architecture, renames):
-        if tie.stored.endswith(".weight") and not {*tie.others} & tuned.tensors.keys():
+    for tie in names.ties(architecture):
+        if tie.stored.endswith(".weight") and not {*tie.others} & names.loaded.keys():
             module = next(
                 name.removesuffix(".weight")
                 for name in tie.on_disk
@@ -506,13 +189,9 @@ class LoraWriter(OneFileWriter):
         self._ranks = {t.module.name: self._least for t in in_factors}
         if isinstance(rank, float):
             self._ranks = _least_ranks(job, in_factors, rank)
-        if job.for_server:
-            common = (
-                rank
-                if isinstance(rank, int)
-                else server_rank(plan.adapter.path, max(self._ranks.values()))
-            )
-            self._ranks = dict.fromkeys(self._ranks, common)
+            if job.for_server:
+                common = server_rank(plan.adapter.path, max(self._ranks.values()))
+                self._ranks = dict.fromkeys(self._ranks, common)
         self._targets: dict[str, Target] = {}
         entries: list[tuple[str, str, tuple[int, ...]]] = []
         for target in written:
@@ -662,14 +341,12 @@ def _least_ranks(job: Job, targets: Sequence[Target], share: float) -> dict[str,
             f"to_lora: {what}; run `streamer detect`, and pass them with --findings, or pass a rank"
         )
     resident = resident_bytes(AdapterBatch(job.plan.base, (job.plan,)))
-    sizes = (
-        job.mitigation_bytes(t) + (0 if t.module.low_rank else energies_bytes(t.module.shape))
-        for t in targets
-    )
-    estimates = (
-        MemoryEstimate(t.tensor, t.module.shape, resident + n)
-        for t, n in zip(targets, sizes, strict=True)
-    )
+    estimates = []
+    for target in targets:
+        size = resident + job.mitigation_bytes(target)
+        if not target.module.low_rank:
+            size += energies_bytes(target.module.shape)
+        estimates.append(MemoryEstimate(target.tensor, target.module.shape, size))
     check_budget(estimates, job.detection.max_memory)
     return {
         target.module.name: least_rank(energies(job.mitigated(target)[1]), share)
@@ -709,7 +386,7 @@ def _built_on_loading(plan: Plan) -> dict[str, str]:
     """
     if not isinstance(plan.adapter, FinetunedModel):
         return {}
-    loaded = renames_for(plan.config).loaded(plan.adapter.tensors)
+    loaded = plan.names.among(plan.adapter.tensors).loaded.values()
     return {
         made.tensor.removesuffix(".weight"): made.name for made in loaded if made.by is not None
     }
@@ -751,12 +428,13 @@ def _layout(plan: Plan) -> LoraLayout:
             {t.module.name: t.module.name for t in plan.targets}, stored, original, {}
         )
     # Changed tensors without a module of their own in a loaded model are refused.
-    built, renames = _built_on_loading(plan), renames_for(plan.config)
+    built = _built_on_loading(plan)
+    index = plan.names.among(tuned.tensors)
     targets = [t for t in plan.targets if not t.pieces and t.module.name not in built]
     trained = {t.module.name for t in targets if not _is_unchanged(plan, t)}
     matched = {t.module.name: t.tensor for t in targets}
     architecture = architecture_for(tuned.model_config, plan.config.architecture)
-    now = renames.at_run_time(tuned.tensors)
+    now = index.at_run_time
     tensors, sources, kind = tuned.tensors, plan.edits.sources, tuned.model_config.model_type
     bases = {
         s.info.name: StoredTensor(*base.locate(n))
@@ -769,7 +447,7 @@ def _layout(plan: Plan) -> LoraLayout:
         if c.source in bases and equal(tensors[c.source], bases[c.source])
     }
     changed = {c.source: c for c in tuned.carried if c.source not in same}
-    tied = _tied_modules(tuned, architecture, renames)
+    tied = _tied_modules(index, architecture)
     owners = {
         other: module
         for module, (_, others) in tied.items()
