@@ -68,12 +68,14 @@ OutputState = Literal["written", "resumed", "present"]
 def warn(event: Event) -> None:
     """Issue warnings through the `warnings` module, attributed to the line that called the library; ignore other events."""
     if event.stage == "warning":
-        level, frame = 1, sys._getframe()
+        level = 1
+        frame = sys._getframe()
         while (
             frame.f_back is not None
             and frame.f_globals.get("__name__", "").partition(".")[0] == "streamer"
         ):
-            level, frame = level + 1, frame.f_back
+            level += 1
+            frame = frame.f_back
         warnings.warn(one_line(event.name), StreamerWarning, stacklevel=level)
 
 
@@ -142,8 +144,12 @@ class Progress:
     """
 
     def __init__(self, monitor: Monitor, stage: Stage, total: int = 0, of: int = 0) -> None:
-        self.total, self.of, self.done, self.items = total, of, 0, 0
-        self.monitor, self._stage = monitor, stage
+        self.total = total
+        self.of = of
+        self.done = 0
+        self.items = 0
+        self.monitor = monitor
+        self._stage = stage
 
     def begin(self, name: str, adapter: str = "") -> None:
         """Report that a step begins, unless a stop was requested."""
@@ -152,11 +158,13 @@ class Progress:
 
     def add(self, units: int, items: int = 1) -> None:
         """Count what a step has done."""
-        self.done, self.items = self.done + units, self.items + items
+        self.done += units
+        self.items += items
 
     def end(self) -> None:
         """Report the end of the stage."""
-        self.done, self.items = self.total, self.of
+        self.done = self.total
+        self.items = self.of
         self._report("")
 
     def _report(self, name: str, adapter: str = "") -> None:

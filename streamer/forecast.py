@@ -23,7 +23,7 @@ from streamer.linalg.svd import OVERSAMPLING
 from streamer.linalg.torch_state import CPU
 from streamer.measuring.batches import TRANSFORMERS_BYTES, sweep_cost
 from streamer.measuring.prepared import Prepared
-from streamer.output.job import Writer
+from streamer.output.layout import Output
 from streamer.plan.plan import AdapterBatch, Plan
 from streamer.plan.targets import Target
 from streamer.storage.atomic_file import views
@@ -93,7 +93,8 @@ def measure_rates(base: Checkpoint, monitor: Monitor) -> Rates | None:
         return None
     monitor.checkpoint()
     monitor.emit(Event("probe", "a product and a read"))
-    W, block = torch.ones(SIDE, SIDE), torch.ones(SIDE, COLUMNS)
+    W = torch.ones(SIDE, SIDE)
+    block = torch.ones(SIDE, COLUMNS)
     W @ block  # starts the threads
     products = 0
     began = time.perf_counter()
@@ -176,7 +177,7 @@ def _norm_cost(shape: tuple[int, int], rank: int) -> int:
     return MULTIPLY_ADDS_PER_NORM_STEP * (sum(shape) + 1000) * rank * (rank + 8)
 
 
-def forecast_output(writer: Writer, resident: int, rates: Rates | None) -> Forecast:
+def forecast_output(output: Output, resident: int, rates: Rates | None) -> Forecast:
     """Forecast what `mitigate` or `merge` needs.
 
     Parameters
@@ -186,28 +187,29 @@ def forecast_output(writer: Writer, resident: int, rates: Rates | None) -> Forec
     rates
         None gives no time; neither do a delta that is not low-rank, and rounding to codes.
     """
-    job = writer.job
-    plan = job.plan
-    output = writer.output
-    peak = escalated = max(estimate.nbytes for estimate in writer.estimates(resident))
-    network = writer.base_bytes
-    read = network + _adapter_bytes(plan) + sum(p.stat().st_size for _, p in writer.copies)
-    read += sum(
-        f.nbytes for m in job.findings or () for f in (m.detection.U, m.detection.S, m.detection.Vh)
-    )
+    mitigation = output.mitigation
+    plan = output.plan
+    files = output.on_disk
+    estimates = output.layout.memory(mitigation, resident)
+    peak = escalated = max(estimate.nbytes for estimate in estimates)
+    network = output.layout.base_bytes
+    read = network + _adapter_bytes(plan) + sum(p.stat().st_size for p in output.copies.values())
+    for matrix in mitigation.findings or ():
+        found = matrix.detection
+        read += found.U.nbytes + found.S.nbytes + found.Vh.nbytes
     seconds = None
-    is_known = job.requantize is None and all(t.module.low_rank for t in plan.targets)
+    is_known = output.form.requantize is None and all(t.module.low_rank for t in plan.targets)
     if rates is not None and is_known:
         products = 0
         for target in plan.targets:
             m, n = target.module.shape
-            rank = target.module.factor_rank + job.intruders(target)
+            rank = target.module.factor_rank + mitigation.added_directions(target)
             products += _norm_cost((m, n), rank)
-            if writer.command == "merge":
+            if output.layout.command == "merge":
                 products += m * n * (MULTIPLY_ADDS_PER_VALUE + rank)
-        seconds = products / rates.products + (read + output.total_bytes) / rates.nbytes
-    if job.detects:
-        first = forecast_detection(plan, job.detection, job.device, resident, rates)
+        seconds = products / rates.products + (read + files.total_bytes) / rates.nbytes
+    if mitigation.detects:
+        first = forecast_detection(plan, mitigation.detection, mitigation.device, resident, rates)
         peak = max(peak, first.peak_memory_bytes)
         escalated = max(escalated, first.escalated_memory_bytes)
         read += _adapter_bytes(plan) + _base_bytes(plan)
@@ -219,8 +221,8 @@ def forecast_output(writer: Writer, resident: int, rates: Rates | None) -> Forec
         escalated_memory_bytes=escalated,
         seconds=seconds,
         network_bytes=network_bytes(plan, network),
-        write_bytes=output.total_bytes,
-        temporary_bytes=output.temporary_bytes,
+        write_bytes=files.total_bytes,
+        temporary_bytes=files.temporary_bytes,
         read_bytes=_identified_bytes(plan) + read,
     )
 
@@ -326,12 +328,11 @@ def shared_by_detections(batch: AdapterBatch) -> int:
     )
 
 
-def shared_by_merges(writers: Sequence[Writer]) -> int:
+def shared_by_merges(outputs: Sequence[Output]) -> int:
     """Count the bytes of the base's files, for every output except the first, plus the bytes that detection shares."""
-    jobs = [writer.job for writer in writers]
-    if not jobs:
+    if not outputs:
         return 0
-    base = sum(file.header.file_bytes for job in jobs[1:] for file in job.plan.base.files.values())
-    return base + shared_by_detections(
-        AdapterBatch(jobs[0].plan.base, tuple(job.plan for job in jobs if job.detects))
-    )
+    base = outputs[0].plan.base
+    files = sum(file.header.file_bytes for file in base.files.values())
+    detecting = tuple(output.plan for output in outputs if output.mitigation.detects)
+    return (len(outputs) - 1) * files + shared_by_detections(AdapterBatch(base, detecting))

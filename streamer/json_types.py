@@ -85,9 +85,11 @@ def check(tree: Mapping[str, Any], record: Mapping[str, Any]) -> None:
 @cache
 def _test(hint: Any) -> Callable[[Any], bool]:
     """Make the test whether a value from JSON is of a type."""
-    origin, args = get_origin(hint), get_args(hint)
+    origin = get_origin(hint)
+    args = get_args(hint)
     if origin in (Annotated, NotRequired):
-        inner, keywords = _test(args[0]), [annotation.keywords for annotation in args[1:] if isinstance(annotation, Keywords)]
+        inner = _test(args[0])
+        keywords = [annotation.keywords for annotation in args[1:] if isinstance(annotation, Keywords)]
         least = [keyword["minimum"] for keyword in keywords if "minimum" in keyword]
         return lambda value: inner(value) and not any(value < minimum for minimum in least)
     if origin in (Union, UnionType):

@@ -102,7 +102,8 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         **options: Any,
     ) -> None:
         super().__init__()
-        lam, keep = options.pop("lambda", None), options.get("keep")
+        lam = options.pop("lambda", None)
+        keep = options.get("keep")
         keywords = {
             k: v
             for k, v in options.items()
@@ -305,8 +306,10 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         variants = self._variants if self._cache is not None else (self._variants[0], other)
         counted = tuple(np.arange(len(ids)) >= len(ids) - scored for ids, scored in questions)
         text = TextSequences(tuple(question.ids for question in questions), counted, REQUESTS)
-        model, plan = self._model, self._model.job.plan
-        texts, resident = {REQUESTS: text}, resident_bytes(AdapterBatch(plan.base, (plan,)))
+        model = self._model
+        plan = self._model.job.plan
+        texts = {REQUESTS: text}
+        resident = resident_bytes(AdapterBatch(plan.base, (plan,)))
         progress = SweepProgress(Monitor(), "evaluate")
         rows = max(BLOCK, len(variants) * max(MOST_ROWS, text.longest))
         work = Work(rows, text.longest)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from streamer.measuring.facts import ProductDtype
     from streamer.methods import MethodName
     from streamer.methods.files import Coefficients, InputMap
-    from streamer.output.job import FindingsOrPath
+    from streamer.output.opening import FindingsOrPath
     from streamer.output.record import MergedDtype
     from streamer.remote.inputs import RemoteMode
     from streamer.storage.checkpoint import IOMode
@@ -606,10 +606,8 @@ class Scaling(Options, group="mitigation"):
         """Return the coefficients and the map that are given, read from their files if paths are given."""
         from streamer.methods import files  # it loads torch
 
-        loaders, read = (
-            {"coefficients": files.load_coefficients, "map": files.load_map},
-            files.Coefficients | files.InputMap,
-        )
+        loaders = {"coefficients": files.load_coefficients, "map": files.load_map}
+        read = files.Coefficients | files.InputMap
         values = {name: value for name in loaders if (value := getattr(self, name)) is not None}
         return {name: v if isinstance(v, read) else loaders[name](v) for name, v in values.items()}
 
@@ -655,7 +653,7 @@ class MethodOptions(Scaling, group="mitigation"):
         return make_method(given.pop("method", None), **given)
 
 
-class Mitigation(MethodOptions, Judged, Computing, OfAdapter, group="mitigation"):
+class Mitigating(MethodOptions, Judged, Computing, OfAdapter, group="mitigation"):
     """A mitigation method, and the findings that it may need."""
 
     findings: FindingsOrPath = option(
@@ -673,7 +671,7 @@ class Dequantizing(Options):
     )
 
 
-class WritingOptions(Writing, Mitigation, group="output"):
+class WritingOptions(Writing, Mitigating, group="output"):
     """What mitigate and merge share."""
 
     adapter: Adapters = argument(SEVERAL_ADAPTERS, ADAPTERS, nargs="+")
@@ -728,7 +726,7 @@ class MergeOptions(Dequantizing, WritingOptions):
     executor: Executor | None = keyword("workers that write shards")
 
 
-class IterateOptions(Dequantizing, Mitigation):
+class IterateOptions(Dequantizing, Mitigating):
     """Options of `iter_merged`."""
 
     tensors: Callable[[str], bool] | None = keyword(

@@ -42,9 +42,12 @@ from streamer.linalg.operators import all_finite
 from streamer.linalg.torch_state import threads
 from streamer.methods import Method, NullSpace, Project, RegMean
 from streamer.options import LiveMitigation, LiveOptions
-from streamer.output.factors import MitigatedFactors, refuse_dense
-from streamer.output.job import Job, check_counts, lacking_inputs, refuse_other_base
-from streamer.output.model_writer import AddBias, Cast, CopyBytes, OutputTensor, plan_merged
+from streamer.output.factors import mitigated_factors, refuse_dense, targets_by_tensor
+from streamer.output.form import Form
+from streamer.output.merged import OutputTensor, plan_merged
+from streamer.output.mitigation import Mitigation
+from streamer.output.opening import check_counts, lacking_inputs, refuse_other_base
+from streamer.output.recipes import AddBias, Cast, CopyBytes
 from streamer.output.record import MitigatedMatrix
 from streamer.output.write import truncation_warnings
 from streamer.packages import require_package
@@ -597,10 +600,10 @@ def named_as_files(live_plan: LivePlan, findings: Findings) -> Findings:
     return replace(findings, matrices=tuple(renamed))
 
 
-def live_job(
+def live_mitigation(
     live_plan: LivePlan, method: Method, settings: LiveMitigation, monitor: Monitor
-) -> Job:
-    """Make the job, with findings if the method needs them: the given ones or new ones; findings, factors and maps get names in memory.
+) -> Mitigation:
+    """Make a mitigation, with given or new findings if the method needs them; findings, factors and maps get names in memory.
 
     Raises
     ------
@@ -645,7 +648,7 @@ def live_job(
         usable.check_matches(
             plan.base_identity, plan.adapter_identity, detection_options(settings, None, loaded)
         )
-    return Job(plan, method, detection, device, usable)
+    return Mitigation(plan, method, detection, device, usable)
 
 
 @explained(LiveMitigation)
@@ -697,11 +700,11 @@ def merge_and_unload_with_reduced_intruder_dimensions(
     with watched(settings) as monitor:
         live_plan = plan_live(peft_model, adapter_name, settings.ignore_keys)
         outputs = _changed(live_plan)
-        job = live_job(live_plan, method, settings, monitor)
+        mitigation = live_mitigation(live_plan, method, settings, monitor)
         # Compute everything once before the first change, so that wrong coefficients or an overflow are refused here.
         for output in outputs:
             monitor.checkpoint()
-            _values(job, output)
+            _values(mitigation, output)
         # Activate before any weight changes, because it may fail: a model loaded in inference mode allows no gradients.
         with quiet_peft():
             live_plan.live.activate(adapter_name)
@@ -709,7 +712,7 @@ def merge_and_unload_with_reduced_intruder_dimensions(
         done = 0
         for items, output in enumerate(outputs):
             monitor.emit(Event("write", output.name, done, total, items, len(outputs)))
-            values = _values(job, output)
+            values = _values(mitigation, output)
             module, key, tensor = live_plan.tensors[output.name]
             if output.name in live_plan.plan.base.weight_map:
                 tensor.detach().copy_(values)
@@ -732,7 +735,7 @@ def _changed(live_plan: LivePlan) -> list[OutputTensor]:
     """
     plan = live_plan.plan
     outputs: list[OutputTensor] = []
-    for output in chain.from_iterable(plan_merged(plan).files.values()):
+    for output in chain.from_iterable(plan_merged(plan, Form()).files.values()):
         source = plan.edits.sources.get(output.name)
         stays = output.name in plan.base.weight_map
         saved = source is not None and source.file is plan.adapter.file
@@ -776,11 +779,11 @@ def _place(live: LiveTensor) -> tuple[str, int]:
     return (str(tensor.device), tensor.data_ptr()) if tensor.numel() else ("parameter", id(tensor))
 
 
-def _values(job: Job, output: OutputTensor) -> Tensor:
+def _values(mitigation: Mitigation, output: OutputTensor) -> Tensor:
     """Compute a tensor's values in its own dtype."""
     with threads():
         nbytes = tensor_nbytes(output.dtype, output.shape)
-        data = gather(output.recipe.pieces(job.mitigated), nbytes)
+        data = gather(output.recipe.make(mitigation, measures=False), nbytes)
     return as_tensor(data, TORCH_DTYPES[output.dtype], output.shape)
 
 
@@ -879,13 +882,12 @@ def reduce_intruder_dimension(
         merge = "merge_and_unload_with_reduced_intruder_dimensions"
         files = "for files `streamer mitigate --to-lora RANK` writes it as a LoRA adapter"
         refuse_dense(live_plan.plan, f"{merge} merges it into the base, and {files}")
-        job = live_job(live_plan, method, settings, monitor)
-        factors = MitigatedFactors(job)
+        mitigation = live_mitigation(live_plan, method, settings, monitor)
         new: dict[str, Tensor | None] = {}
         metrics: list[MitigatedMatrix] = []
-        for name, targets in factors.targets.items():
+        for name, targets in targets_by_tensor(live_plan.plan).items():
             if name not in new:
-                tensors, rows = factors.of(targets)
+                tensors, rows = mitigated_factors(targets, mitigation)
                 new |= tensors
                 metrics += rows
         way = f'method="{Project.name}" or ' if not method.keeps_rank else ""
@@ -894,9 +896,10 @@ def reduce_intruder_dimension(
         given = {name: values for name, values in new.items() if values is not None}
         _add(live_plan.live, new_adapter_name, given)
         if logging_sink is not None:
-            _log(live_plan, job.findings, logging_sink)
+            _log(live_plan, mitigation.findings, logging_sink)
             logging_sink(f"Enabling new adapter {new_adapter_name}")
-        return None if job.findings is None else named_as_files(live_plan, job.findings)
+        findings = mitigation.findings
+        return None if findings is None else named_as_files(live_plan, findings)
 
 
 def _log(live_plan: LivePlan, findings: Findings | None, sink: Callable[[str], Any]) -> None:

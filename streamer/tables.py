@@ -169,7 +169,8 @@ def shorten(names: Sequence[str], width: int, among: Sequence[str] = ()) -> list
     """
     if max(map(len, names), default=0) <= width:
         return list(names)
-    ways, every = _ways(names), {*names, *among}
+    ways = _ways(names)
+    every = {*names, *among}
     for way in ways:
         short = [way(name) for name in names]
         if max(map(len, short)) <= width and len(set(map(way, every))) == len(every):

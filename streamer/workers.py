@@ -275,8 +275,11 @@ class Workers:
         at_once: int = AT_ONCE,
         processes: int | None = None,
     ) -> None:
-        self._open, self.at_once, self.processes = opens, at_once, processes
-        self._opened, self._users = contextlib.ExitStack(), 0
+        self._open = opens
+        self.at_once = at_once
+        self.processes = processes
+        self._opened = contextlib.ExitStack()
+        self._users = 0
         self._executor: Executor | None = None
 
     @classmethod
@@ -346,7 +349,9 @@ class Workers:
         MismatchError
             If a worker has different inputs.
         """
-        waiting, lost, broken = deque(tasks), set[Key](), False
+        waiting = deque(tasks)
+        lost = set[Key]()
+        broken = False
         running: dict[Future[TaskResult], Key] = {}
         arrived: queue.SimpleQueue[Future[TaskResult]] = queue.SimpleQueue()
         with self.kept_open():
@@ -410,7 +415,8 @@ def _next(
     arrived: queue.SimpleQueue[Future[TaskResult]], executor: Executor, monitor: Monitor
 ) -> Future[TaskResult]:
     """Wait for a task to end or for a request to stop; warn once of each thing that a cluster lacks meanwhile."""
-    last_lack, asked_at = "", time.monotonic()
+    last_lack = ""
+    asked_at = time.monotonic()
     while True:
         monitor.checkpoint()
         with contextlib.suppress(queue.Empty):
@@ -419,7 +425,8 @@ def _next(
             lack = _lacks(executor)
             if lack and lack != last_lack:
                 monitor.emit(Event("warning", lack))
-            last_lack, asked_at = lack, time.monotonic()
+            last_lack = lack
+            asked_at = time.monotonic()
 
 
 def _lacks(executor: Executor) -> str:

@@ -141,10 +141,8 @@ def _disk_prefix(path: str, part: Facts, facts: Facts) -> str:
     """What stands on disk before the part's own names there, most often."""
     seen: dict[str, int] = {f"{path}.": 0}
     for name in _named(part):
-        mine, theirs = (
-            facts.disk.get(f"{path}.{name}", [f"{path}.{name}"]),
-            part.disk.get(name, [name]),
-        )
+        mine = facts.disk.get(f"{path}.{name}", [f"{path}.{name}"])
+        theirs = part.disk.get(name, [name])
         if len(mine) == len(theirs) == 1 and mine[0].endswith(theirs[0]):
             prefix = mine[0].removesuffix(theirs[0])
             seen[prefix] = seen.get(prefix, 0) + 1

@@ -65,7 +65,8 @@ def generate(
 
 def timed(detect: Callable[[], Sequence[Findings]]) -> tuple[Sequence[Findings], float, float]:
     """The findings, and the seconds of the processor and of the clock."""
-    wall, processor = time.perf_counter(), time.process_time()
+    wall = time.perf_counter()
+    processor = time.process_time()
     found = detect()
     return found, time.process_time() - processor, time.perf_counter() - wall
 

@@ -120,10 +120,8 @@ def make_case(
         if spectrum == "outlier":
             top.L[:, 0] *= 300
         weight.addmm_(top.L, top.R.T)
-    A, B = (
-        torch.randn(rank, n, generator=g) / n**0.5,
-        0.05 * torch.randn(m, rank, generator=g) / m**0.5,
-    )
+    A = torch.randn(rank, n, generator=g) / n**0.5
+    B = 0.05 * torch.randn(m, rank, generator=g) / m**0.5
     for j, sigma in enumerate(PLANTED[spectrum][:rank]):
         u = torch.randn(m, generator=g)
         B[:, j] = u / u.norm() * sigma / SCALE / A[j].norm()
@@ -166,10 +164,8 @@ def peft_model(case: Case) -> Any:
     rank = case.A.shape[0]
     model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=["0"]))
     layer = model.base_model.model[0]
-    layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data = (
-        case.A.clone(),
-        case.B.clone(),
-    )
+    layer.lora_A["default"].weight.data = case.A.clone()
+    layer.lora_B["default"].weight.data = case.B.clone()
     return model
 
 
@@ -195,7 +191,8 @@ class Run(NamedTuple):
 
 def timed(job: Callable[[], Any]) -> Run:
     """Run it by the clock."""
-    began, cpu = time.perf_counter(), time.process_time()
+    began = time.perf_counter()
+    cpu = time.process_time()
     result = job()
     return Run(result, time.perf_counter() - began, time.process_time() - cpu, 0)
 
@@ -235,10 +232,8 @@ def compare(
             runs[name].append(timed(jobs[name]))
     rows = []
     for name, of in runs.items():
-        seconds, cpu = (
-            statistics.median(run.seconds for run in of),
-            statistics.median(run.cpu for run in of),
-        )
+        seconds = statistics.median(run.seconds for run in of)
+        cpu = statistics.median(run.cpu for run in of)
         rows.append(
             {
                 "solver": name,
@@ -329,9 +324,11 @@ def topk_jobs(
 def measure_topk(shape: tuple[int, int], args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each solver of the top-k stage; a solver that fails says so."""
     case = make_case(shape, args.spectrum, args.rank, args.torch_dtype, args.seed, args.device)
-    base, delta = Dense(case.weight.float()), case.delta
+    base = Dense(case.weight.float())
+    delta = case.delta
     W = Sum(base, delta).dense()
-    jobs, failed = topk_jobs(W, base, delta, args.top_k), []
+    jobs = topk_jobs(W, base, delta, args.top_k)
+    failed = []
     for name, job in list(jobs.items()):
         try:
             job()

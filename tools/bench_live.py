@@ -49,11 +49,9 @@ def kinds() -> None:
     import kinds_cases
     from live import adapter_state, load_state, loaded
 
-    counts, worst, refused = (
-        {"findings": 0, "adapters": 0, "merges": 0},
-        dict.fromkeys(("adapter", "merge", "outputs"), 0.0),
-        {},
-    )
+    counts = {"findings": 0, "adapters": 0, "merges": 0}
+    worst = dict.fromkeys(("adapter", "merge", "outputs"), 0.0)
+    refused = {}
     for name in kinds_cases.KINDS:
         with tempfile.TemporaryDirectory() as directory, kinds_cases.quiet():
             home = Path(directory)
@@ -148,7 +146,8 @@ def timed(act: Callable[[], object]) -> float:
 
 def speed(size: int, repeats: int) -> None:
     """Print the time of both functions on one layer."""
-    ours, theirs = [], []
+    ours = []
+    theirs = []
     live.reduce_intruder_dimension(adapted(64, 1, torch.float32))  # imports
     for _ in range(repeats):
         model = adapted(size, 1, torch.float32)
@@ -156,7 +155,8 @@ def speed(size: int, repeats: int) -> None:
         if not theirs or theirs[0] < SLOW:
             peer = adapted(size, 1, torch.float32)
             theirs.append(timed(lambda: of_peft(peer, logging_sink=None)))  # noqa: B023  # called here
-    a, b = statistics.median(ours), statistics.median(theirs)
+    a = statistics.median(ours)
+    b = statistics.median(theirs)
     print(
         f"one {size}x{size} float32 layer, rank 16: {a:.2f} s; PEFT's function {b:.1f} s: {b / a:.0f} times as long"
     )
@@ -167,7 +167,9 @@ def memory(size: int, count: int) -> None:
     model = adapted(size, count, torch.bfloat16)
     live.reduce_intruder_dimension(adapted(64, 1, torch.float32))
     factors = sum(p.nbytes for n, p in model.named_parameters() if "lora_" in n)
-    before, peak, stop = kilobytes("/proc/self/status", "RssAnon:"), 0, threading.Event()
+    before = kilobytes("/proc/self/status", "RssAnon:")
+    peak = 0
+    stop = threading.Event()
 
     def watch() -> None:
         nonlocal peak

@@ -92,7 +92,8 @@ def measure_rounds(
     inputs: Inputs, work: Path, contenders: list[str], rounds: int, cache: str
 ) -> dict[str, Any]:
     """Seconds of each contender, and how merge compares, round by round; the largest share of the base that stayed in the cache."""
-    rows, kept = [], 0.0
+    rows = []
+    kept = 0.0
     for i in range(rounds):
         row: dict[str, float] = {}
         for contender in contenders[i % len(contenders) :] + contenders[: i % len(contenders)]:
@@ -266,9 +267,11 @@ def prepare(args: argparse.Namespace, work: Path, times: int = 1) -> Inputs:
     """The model as given, or generated with so many times the layers, and findings on it."""
     if args.base is None:
         made, _ = make_checkpoint.make_as_asked(work / "model", args, times)
-        base, adapter = made.base, made.adapter
+        base = made.base
+        adapter = made.adapter
     else:
-        base, adapter = args.base, args.adapter
+        base = args.base
+        adapter = args.adapter
         if base.stat().st_dev != work.stat().st_dev:
             raise SystemExit(
                 f"--work {work.parent} and --base {base} are on different file systems; the copy would not compare"

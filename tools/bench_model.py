@@ -195,11 +195,13 @@ def measure(
         ]
     )
     run = json.loads((work / "run.json").read_text())
-    matrices, events = run["matrices"], run["events"]
+    matrices = run["matrices"]
+    events = run["events"]
     layers = by_layer(events)
     each = statistics.mean(layers) if layers else None
     reading = sum(ended - start for start, ended in run["reading"])
-    waited, first = sum(run["waited"]), run["waited"][0]
+    waited = sum(run["waited"])
+    first = run["waited"][0]
     hidden = max(0.0, 1 - (waited - first) / max(reading - first, 1e-9))
     found = {row["tensor"]: row["intruders"] for row in matrices if row["intruders"]}
     tree: Row = {
@@ -240,7 +242,8 @@ def measure(
 
 def table(tree: Row) -> str:
     """The result for people."""
-    m, reading = tree["machine"], tree["reading"]
+    m = tree["machine"]
+    reading = tree["reading"]
     lines = [
         f"{m['cores']} cores ({m['cpu']}), {m['memory'] / 2**30:.0f} GiB memory, torch {m['torch']}, "
         f"{tree['threads']} threads, {tree['device']}",
@@ -339,7 +342,9 @@ def main() -> None:
     args.project = args.project or (KNOWN[args.like].layers if args.like else None)
     with tempfile.TemporaryDirectory(prefix="bench-model-", dir=args.work) as directory:
         work = Path(directory)
-        base, adapter, planted = args.base, args.adapter, None
+        base = args.base
+        adapter = args.adapter
+        planted = None
         if base is None:
             made = make_checkpoint.make_checkpoint(
                 work,
@@ -350,7 +355,9 @@ def main() -> None:
                 shards=None,
                 shard_bytes=make_checkpoint.HUB_SHARD_BYTES,
             )
-            base, adapter, planted = made.base, made.adapter, made.planted
+            base = made.base
+            adapter = made.adapter
+            planted = made.planted
         elif args.like:
             config = json.loads((base / "config.json").read_text())
             model = replace(make_checkpoint.model_of(args), layers=config["num_hidden_layers"])

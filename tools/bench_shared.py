@@ -65,7 +65,8 @@ def run(
 ) -> tuple[float, float]:
     """Wall and processor seconds of so many detections at once; infinite if they take longer than the limit."""
     with tempfile.TemporaryDirectory() as directory:
-        began, used = time.perf_counter(), _children()
+        began = time.perf_counter()
+        used = _children()
         commands = [
             [
                 sys.executable,
@@ -127,7 +128,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        base, adapter = arguments.base, arguments.adapter
+        base = arguments.base
+        adapter = arguments.adapter
         if base is None or adapter is None:
             base, adapter = generated(Path(directory), arguments.hidden)
         kinds = [
@@ -175,10 +177,13 @@ def generated(directory: Path, hidden: int) -> tuple[Path, Path]:
     import torch
     from safetensors.torch import save_file
 
-    base, adapter, g = directory / "base", directory / "adapter", torch.Generator().manual_seed(0)
+    base = directory / "base"
+    adapter = directory / "adapter"
+    g = torch.Generator().manual_seed(0)
     base.mkdir()
     adapter.mkdir()
-    weights, factors = {}, {}
+    weights = {}
+    factors = {}
     decay = torch.arange(1, hidden + 1).pow(-0.7)
     for i in range(4):
         left, right = (

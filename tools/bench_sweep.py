@@ -157,11 +157,14 @@ def rows_of(name: str, out: Path, sweeps: int, sequences: int, length: int) -> i
 
 def measure_command(name: str, args: argparse.Namespace, work: Path, layers: int) -> dict[str, Any]:
     """Run a command."""
-    out, before = work / f"{name}.out", children_cpu()
-    line, events = arguments(name, args, work, out), work / "events.jsonl"
+    out = work / f"{name}.out"
+    before = children_cpu()
+    line = arguments(name, args, work, out)
+    events = work / "events.jsonl"
     asks = ["dry"] if name == "generate" else ["--dry-run", "--json", "-qq"]
     dry = subprocess.run([*line, *asks], check=True, stdout=subprocess.PIPE)
-    start, forecast = children_cpu() - before, json.loads(dry.stdout)["forecast"]
+    start = children_cpu() - before
+    forecast = json.loads(dry.stdout)["forecast"]
     cached = cold(work / "base")
     try:
         with events.open("w") as file:
@@ -223,11 +226,10 @@ def measure_model(
 
 def projected(runs: list[dict[str, Any]], model: Known, like: str | None) -> dict[str, Any]:
     """Derive the seconds of the start, a layer and the head from runs with a rising number of layers, and project whole models."""
-    few, many = runs[0], runs[-1]
-    less, more = (
-        few["cpu"] - few["start"],
-        (many["cpu"] - many["start"]) * few["rows"] / many["rows"],
-    )
+    few = runs[0]
+    many = runs[-1]
+    less = few["cpu"] - few["start"]
+    more = (many["cpu"] - many["start"]) * few["rows"] / many["rows"]
     layer = (more - less) / (many["layers"] - few["layers"])
     head = less - few["layers"] * layer
     models = {}
@@ -347,7 +349,8 @@ def main() -> None:
         "--json", action="store_true", help="print one JSON object; seconds and bytes"
     )
     args = parser.parse_args()
-    args.commands, layers = args.commands.split(","), args.layers.split(",")
+    args.commands = args.commands.split(",")
+    layers = args.layers.split(",")
     if not {*args.commands} <= {*COMMANDS}:
         parser.error(f"--commands: expected some of {', '.join(COMMANDS)}")
     if not all(one.isdigit() for one in layers) or not all(

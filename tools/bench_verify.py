@@ -22,7 +22,9 @@ from measure import cold, files_of, machine, size_of, spread, timed, warm, watch
 def rounds(output: Path, runs: int, prepare: Callable[[Path], object]) -> dict[str, Any]:
     """Seconds of both, a run of each by turns."""
     files = [str(path) for path in files_of([output])]
-    mine, theirs, memory = [], [], 0
+    mine = []
+    theirs = []
+    memory = 0
     for _ in range(runs):
         prepare(output)
         theirs.append(timed(["sha256sum", *files]))

@@ -107,7 +107,8 @@ def measure(
     base: Path, adapter: Path, engines: list[str], counts: list[int]
 ) -> list[dict[str, Any]]:
     """One row for one process, and one for each engine and number of workers."""
-    task, rows = empty_task(base, adapter), []
+    task = empty_task(base, adapter)
+    rows = []
     with tempfile.TemporaryDirectory() as directory:
         alone = Path(directory) / "alone.safetensors"
         began = time.perf_counter()
@@ -151,7 +152,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:
-        base, adapter = args.base, args.adapter
+        base = args.base
+        adapter = args.adapter
         if base is None:
             size = ["--hidden", str(args.hidden)] if args.hidden else []
             subprocess.run(
@@ -169,7 +171,8 @@ def main() -> None:
                 check=True,
                 stdout=subprocess.DEVNULL,
             )
-            base, adapter = Path(directory) / "base", Path(directory) / "adapter"
+            base = Path(directory) / "base"
+            adapter = Path(directory) / "adapter"
         rows = measure(
             base, adapter, args.engines.split(","), [int(n) for n in args.workers.split(",")]
         )
@@ -178,7 +181,8 @@ def main() -> None:
         return
     print("engine       workers  start s  seconds  task ms  equal")
     for row in rows:
-        started, trip = row.get("start_seconds"), row.get("task_seconds")
+        started = row.get("start_seconds")
+        trip = row.get("task_seconds")
         print(
             f"{row['engine']:<12} {row['workers']:>7}  {'' if started is None else f'{started:.1f}':>7}  {row['seconds']:>7.1f}  "
             f"{'' if trip is None else f'{trip * 1000:.1f}':>7}  {row.get('equal', '')!s:>5}"

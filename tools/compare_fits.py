@@ -188,7 +188,8 @@ def factors_of(out: Path) -> Path:
 
 def clocked(path: Path, make: Callable[[], Any]) -> Any:
     """Make a file, or read what was made before; the CPU seconds of making it are noted beside it."""
-    new, began = not path.exists(), time.process_time()
+    new = not path.exists()
+    began = time.process_time()
     made = make()
     if new:
         path.with_suffix(".seconds").write_text(repr(time.process_time() - began))
@@ -259,10 +260,8 @@ def curve(adapter: Path, method: str, findings: Any, args: argparse.Namespace) -
 
 def mapped(home: Path, args: argparse.Namespace) -> Any:
     """Map the inputs of a base, or read the map that was made before."""
-    options, path = (
-        {"sequences": args.sequences, "length": args.length},
-        home / "base.map.safetensors",
-    )
+    options = {"sequences": args.sequences, "length": args.length}
+    path = home / "base.map.safetensors"
     return clocked(
         path,
         lambda: streamer.map_inputs(home / "base", path, general=home / "general.txt", **options),
@@ -273,7 +272,8 @@ def interpolated(
     measured: Sequence[Point], keep: float, what: str = "left", adapter: Point | None = None
 ) -> float | None:
     """Interpolate a measure where a share is kept, from the adapter as it is through ever stronger points, while they keep less."""
-    kept, values = [1.0], [1.0 if adapter is None else adapter[what]]
+    kept = [1.0]
+    values = [1.0 if adapter is None else adapter[what]]
     for point in measured:
         if point["kept"] >= kept[-1]:
             break
@@ -322,7 +322,8 @@ def peers(adapter: Path, seed: int, facts: Any, args: argparse.Namespace) -> dic
     """Measure the repairs of others."""
     from transformers import AutoTokenizer
 
-    home, out = adapter.parent, {}
+    home = adapter.parent
+    out = {}
     ids = train_small.stream(
         AutoTokenizer.from_pretrained(home / "base"), [(home / "task.txt").read_text()]
     )
@@ -357,7 +358,8 @@ def joined(whole: Evaluation, made: Evaluation) -> Evaluation:
     """Put the adapter of another evaluation on the same texts after the base and the adapter of one."""
 
     def on(text: str) -> SequenceSums:
-        one, two = whole.sums[text].take([0, 1]), made.sums[text].take([1])
+        one = whole.sums[text].take([0, 1])
+        two = made.sums[text].take([1])
         count = min(
             len(one.tokens), len(two.tokens)
         )  # an evaluation that stopped early has the first sequences

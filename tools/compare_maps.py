@@ -36,8 +36,10 @@ from scipy.stats import spearmanr
 
 from streamer import load_map
 
-KEEP, TEXTS = (0.9, 0.8), ("task", "general", "third")
-CLOSE, STEPS = 0.025, 6
+KEEP = (0.9, 0.8)
+TEXTS = ("task", "general", "third")
+CLOSE = 0.025
+STEPS = 6
 """Difference of what is kept from a share that ends the search, and the most strengths that are tried for it."""
 
 FORMS: dict[str, tuple[str, float, float, bool]] = {
@@ -76,7 +78,8 @@ class Module(NamedTuple):
 
     def directions(self, kind: str, ridge: float) -> tuple[torch.Tensor, ...]:
         """X, γ, Y with A C_t (C_t + μ C_g)^-1 = X diag(1 / (1 + μ γ)) Y, and the parts of E‖Δ x‖² by γ."""
-        core, solve = torch.linalg.qr(self.L)[1], torch.linalg.solve_triangular
+        core = torch.linalg.qr(self.L)[1]
+        solve = torch.linalg.solve_triangular
         Q = torch.linalg.qr(torch.cat([self.V, self.A.T], 1))[
             0
         ]  # elsewhere A is 0, and both are multiples of I
@@ -85,11 +88,14 @@ class Module(NamedTuple):
             kind
         ]
         weights = weights * len(Q) / weights.sum().clamp_min(1e-300)
-        one, VQ = torch.eye(Q.shape[1], dtype=Q.dtype), Q.T @ self.V
+        one = torch.eye(Q.shape[1], dtype=Q.dtype)
+        VQ = Q.T @ self.V
         root = torch.linalg.cholesky((W.T * weights) @ W + ridge * one)
         half = solve(root, (VQ * (self.values - self.rest)) @ VQ.T + self.rest * one, upper=False)
         gamma, P = torch.linalg.eigh(solve(root, half.T, upper=False))
-        X, Y, gamma = self.A @ Q @ root @ P, P.T @ solve(root, Q.T, upper=False), gamma.clamp_min(0)
+        X = self.A @ Q @ root @ P
+        Y = P.T @ solve(root, Q.T, upper=False)
+        gamma = gamma.clamp_min(0)
         return X, gamma, Y, torch.linalg.vector_norm(core @ X, dim=0) ** 2 * gamma
 
 
@@ -101,23 +107,21 @@ class Measured:
         from peft.tuners.lora import LoraLayer
         from transformers import AutoTokenizer
 
-        tokenizer, entries = AutoTokenizer.from_pretrained(args.base), load_map(args.map)
-        self.model, self.modules = (
-            PeftModel.from_pretrained(load(args.base), args.adapter, "adapter").eval(),
-            {},
-        )
+        tokenizer = AutoTokenizer.from_pretrained(args.base)
+        entries = load_map(args.map)
+        self.model = PeftModel.from_pretrained(load(args.base), args.adapter, "adapter").eval()
+        self.modules = {}
         self.texts = {text: sequences(getattr(args, text), tokenizer) for text in TEXTS}
         for path, layer in self.model.named_modules():
             if isinstance(layer, LoraLayer):
-                name, W0 = (
-                    f"{path.removeprefix('base_model.model.')}.weight",
-                    layer.weight.detach().double(),
-                )
+                name = f"{path.removeprefix('base_model.model.')}.weight"
+                W0 = layer.weight.detach().double()
                 A, B = (
                     factors["adapter"].weight.detach().double()
                     for factors in (layer.lora_A, layer.lora_B)
                 )
-                L, n = layer.scaling["adapter"] * B, A.shape[1]
+                L = layer.scaling["adapter"] * B
+                n = A.shape[1]
                 if (entry := entries.find(name, n)) is None:
                     raise SystemExit(
                         f"{args.map}: lacks the inputs of {name}; make it of more text"
@@ -125,15 +129,14 @@ class Measured:
                 values, rest, V = (
                     getattr(entry.spectrum, key) for key in ("values", "rest", "vectors")
                 )
-                D, scale = torch.linalg.qr(L)[1] @ A, n / entry.trace
+                D = torch.linalg.qr(L)[1] @ A
+                scale = n / entry.trace
                 own, base = (
                     float(((M @ V) ** 2 @ (values - rest)).sum() + rest * (M**2).sum())
                     for M in (D, W0)
                 )
-                size, base_size = (
-                    float(torch.linalg.matrix_norm(D, 2)),
-                    float(torch.svd_lowrank(W0, 4, 8)[1][0]),
-                )
+                size = float(torch.linalg.matrix_norm(D, 2))
+                base_size = float(torch.svd_lowrank(W0, 4, 8)[1][0])
                 forecasts = {
                     "E‖Δx‖² / ‖Δ‖² E‖x‖²": own / float((D**2).sum()) / entry.trace,
                     "E‖Δx‖² / E‖W0 x‖²": own / base,
@@ -202,7 +205,8 @@ class Measured:
 
     def searched(self, method: str, gain: float) -> list[dict[str, Any]]:
         """Find the strengths at which a method keeps each share of the gain, and measure it there on all texts."""
-        at, points = self.made(method), dict[float, dict[str, Any]]()
+        at = self.made(method)
+        points = dict[float, dict[str, Any]]()
         for keep in KEEP:
             for _ in range(STEPS):
                 ts = sorted(points)
@@ -253,7 +257,8 @@ def compared(args: argparse.Namespace, path: Path) -> None:
 
 def left(found: dict[str, Any], method: str, keep: float, text: str, counts: Any = None) -> float:
     """The logarithm of the KL divergence left where a share is kept, of the adapter's; NaN if nothing was measured near it."""
-    points, adapter = found["points"].get(method, []), found["adapter"]
+    points = found["points"].get(method, [])
+    adapter = found["adapter"]
     counts = counts or {key: np.ones(len(sums)) for key, sums in adapter.items()}
     if all(abs(sum(p["task"]) / sum(adapter["task"]) - keep) > 2 * CLOSE for p in points):
         return math.nan
@@ -268,10 +273,8 @@ def ratio(
     found: dict[str, Any], method: str, other: str, keep: float, text: str
 ) -> tuple[float, float]:
     """The logarithm of what a method leaves as a part of what another leaves where they keep as much, and its error."""
-    sizes, draws = (
-        {key: len(found["adapter"][key]) for key in ("task", text)},
-        np.random.default_rng(0),
-    )
+    sizes = {key: len(found["adapter"][key]) for key in ("task", text)}
+    draws = np.random.default_rng(0)
     samples = [
         {key: draws.multinomial(n, np.full(n, 1 / n)) for key, n in sizes.items()}
         for _ in range(200)
@@ -364,11 +367,9 @@ def main() -> int:
         help="sequences and tokens for each delta alone",
     )
     args = parser.parse_args()
-    measure_forgetting.SEQUENCES, measure_forgetting.LENGTH, measure_forgetting.MORE = (
-        args.sequences,
-        args.length,
-        1,
-    )
+    measure_forgetting.SEQUENCES = args.sequences
+    measure_forgetting.LENGTH = args.length
+    measure_forgetting.MORE = 1
     args.out.mkdir(parents=True, exist_ok=True)
     if args.base:
         compared(args, args.out / f"{args.name or args.adapter.name}.json")

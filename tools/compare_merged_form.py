@@ -46,7 +46,8 @@ def steps(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[int, float]:
     differ = ours != theirs
     if not differ.any():
         return 0, 0.0
-    a, b = ours[differ].double(), theirs[differ].double()
+    a = ours[differ].double()
+    b = theirs[differ].double()
     unit = torch.finfo(ours.dtype).eps * torch.maximum(a.abs(), b.abs())
     return int(differ.sum()), float(((a - b).abs() / unit).max())
 
@@ -62,7 +63,8 @@ def main() -> int:
     parser.add_argument("--max-shard-size", default="500MB")
     args = parser.parse_args()
     home: Path = args.directory
-    base, adapter = home / "base", home / "adapter"
+    base = home / "base"
+    adapter = home / "adapter"
     if not base.exists():
         make = [
             sys.executable,
@@ -72,7 +74,8 @@ def main() -> int:
             args.size_gb,
         ]
         subprocess.run(make, check=True)
-    peaks, form = {}, ["--dtype", args.dtype, "--max-shard-size", args.max_shard_size]
+    peaks = {}
+    form = ["--dtype", args.dtype, "--max-shard-size", args.max_shard_size]
     for name, options in (("plain", []), ("ours", form)):
         shutil.rmtree(home / name, ignore_errors=True)
         line = [
@@ -95,18 +98,22 @@ def main() -> int:
     merged = PeftModel.from_pretrained(model, adapter).merge_and_unload().to(DTYPES[args.dtype])
     merged.save_pretrained(home / "theirs", max_shard_size=args.max_shard_size)
     del model, merged
-    ours, theirs = located(home / "ours"), located(home / "theirs")
+    ours = located(home / "ours")
+    theirs = located(home / "theirs")
     changed = {
         name
         for name in ours
         if any(f".{name.split('.')[-2]}.lora_A" in key for key in located(adapter))
     }
-    other, values, most = 0, 0, 0.0
+    other = 0
+    values = 0
+    most = 0.0
     for name in ours.keys() & theirs.keys():
         count, largest = steps(read(name, ours[name]), read(name, theirs[name]))
         other += bool(count)
         assert not count or name in changed, name
-        values, most = values + count, max(most, largest)
+        values = values + count
+        most = max(most, largest)
     index = json.loads((home / "ours" / "model.safetensors.index.json").read_text())
     AutoModelForCausalLM.from_pretrained(home / "ours", dtype="auto")
     print(

@@ -194,7 +194,8 @@ def write_adapter(directory: Path, weights: dict[str, Any], seed: int, **options
 
 def write_inputs(home: Path) -> None:
     """All bases and adapters."""
-    plain, experts = tensors(), tensors(experts=True)
+    plain = tensors()
+    experts = tensors(experts=True)
     halves = {n: t.bfloat16() for n, t in plain.items()}
     write_base(home / "plain", halves, "llama")
     write_base(home / "sharded", halves, "llama", shards=3)

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 360, 56, 150, 20, 52
+WIDTH = 640
+HEIGHT = 360
+LEFT = 56
+RIGHT = 150
+TOP = 20
+BOTTOM = 52
 COLOURS = ("#c0392b", "#2060a0", "#2e8b57", "#8e6bbf", "#c98a1b", "#555")
 
 
@@ -18,7 +23,8 @@ def line_figure(lines: Mapping[str, Sequence[tuple[float, float]]], below: str, 
     """
     xs = sorted({x for points in lines.values() for x, _ in points})
     most = max(1.0, *(y for points in lines.values() for _, y in points))
-    first, last = xs[0], xs[-1] if len(xs) > 1 else xs[0] + 1
+    first = xs[0]
+    last = xs[-1] if len(xs) > 1 else xs[0] + 1
 
     def across(x: float) -> float:
         return LEFT + (x - first) / (last - first) * (WIDTH - LEFT - RIGHT)

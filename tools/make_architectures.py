@@ -122,7 +122,8 @@ def model_classes() -> tuple[dict[str, type[PreTrainedModel]], dict[str, str]]:
 
     Classes that only share code are not built alone; those of timm and its wrappers hold another library's modules.
     """
-    found, missing = {}, {}
+    found = {}
+    missing = {}
     for module in pkgutil.walk_packages(transformers.models.__path__, "transformers.models."):
         if not module.name.rpartition(".")[2].startswith("modeling_"):
             continue

@@ -78,10 +78,8 @@ def planted_factors(
     In a trained adapter, the rest follows directions of the base; here it is small and random.
     """
     m, n = shape
-    A, B = (
-        torch.randn(rank, n, generator=generator) / n**0.5,
-        0.05 * torch.randn(m, rank, generator=generator) / m**0.5,
-    )
+    A = torch.randn(rank, n, generator=generator) / n**0.5
+    B = 0.05 * torch.randn(m, rank, generator=generator) / m**0.5
     for j in range(planted):
         u = torch.randn(m, generator=generator)
         B[:, j] = u / u.norm() * SIGMA[j] / scaling / A[j].norm()
@@ -198,7 +196,8 @@ def split(model: Known, dtype: str, shards: int | None, shard_bytes: int | None)
             raise SystemExit(
                 f"--shards: expected 1 to {len(sizes)}, the number of tensors, found {shards}"
             )
-        done, total = 0, sum(sizes.values())
+        done = 0
+        total = sum(sizes.values())
         for left, (name, size) in zip(range(len(sizes), 0, -1), sizes.items(), strict=True):
             missing = shards - len(groups)
             if (
@@ -243,8 +242,11 @@ class Values:
     """The values of each tensor of the base and of the adapter, from seeds of their own."""
 
     def __init__(self, model: Known, rank: int, seed: int) -> None:
-        self.model, self.rank, self.seed = model, rank, seed
-        self.shapes, self.matrices = model.tensors, model.matrices
+        self.model = model
+        self.rank = rank
+        self.seed = seed
+        self.shapes = model.tensors
+        self.matrices = model.matrices
         self.lora = lora_shapes(model, rank)
         for module, (_, experts, (m, n)) in model.stacks.items():
             self.lora[module] = (experts * rank, n), (m, rank * experts)
@@ -307,7 +309,8 @@ def make_checkpoint(
 ) -> GeneratedModel:
     """Write ``directory/base`` and ``directory/adapter``; the scale of the adapter is 2."""
     values = Values(model, rank, seed)
-    base, adapter = directory / "base", directory / "adapter"
+    base = directory / "base"
+    adapter = directory / "adapter"
     files = [
         sorted(names) for names in split(model, dtype, shards, shard_bytes)
     ]  # within a file as `save_file` has them

@@ -35,7 +35,8 @@ SHAPE = {
 }
 """Options of `train_small.py` that make the base."""
 
-ADAPTER, ADAPTER_STEPS = "high", 100
+ADAPTER = "high"
+ADAPTER_STEPS = 100
 TOKENS = 16_384
 """Most tokens of a text."""
 

@@ -18,12 +18,10 @@ def man_page() -> str:
     from argparse_manpage.manpage import Manpage
 
     page = Manpage(build_parser())
-    page.source, page.section, page.manual, page.date = (
-        f"streamer {__version__}",
-        "1",
-        "User Commands",
-        "",
-    )
+    page.source = f"streamer {__version__}"
+    page.section = "1"
+    page.manual = "User Commands"
+    page.date = ""
     page.description = "find LoRA intruder dimensions and scale them down"
     body = re.sub(r", \d+ here", "", str(page)).partition(".SH COMMENTS\n")[
         0

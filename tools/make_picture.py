@@ -22,7 +22,11 @@ from shapes import Known
 import streamer
 
 MATRIX = "model.layers.0.self_attn.o_proj"
-SHOWN, CELL, LEFT, TOP, GAP = 10, 18, 64, 62, 70
+SHOWN = 10
+CELL = 18
+LEFT = 64
+TOP = 62
+GAP = 70
 
 
 def tensor(directory: Path, name: str) -> np.ndarray:
@@ -90,7 +94,8 @@ def main() -> None:
         before = similarities(W0 + delta(model.adapter, found.scale), W0)
         after = similarities(W0 + delta(mitigated, found.scale), W0)
     second = LEFT + SHOWN * CELL + GAP
-    width, height = second + SHOWN * CELL + 24, TOP + SHOWN * CELL + 34
+    width = second + SHOWN * CELL + 24
+    height = TOP + SHOWN * CELL + 34
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         'font-family="sans-serif" font-size="12">',

@@ -119,7 +119,10 @@ class Maker:
     """Make the schema of a record: objects that occur more than once are under ``$defs``."""
 
     def __init__(self, root: type) -> None:
-        self.root, self.uses, self.defs, self.shared = root, Counter[type](), {}, set[type]()
+        self.root = root
+        self.uses = Counter[type]()
+        self.defs = {}
+        self.shared = set[type]()
         self.fields(root)  # to count
         self.shared = {one for one, count in self.uses.items() if count > 1 or one in APART}
         self.uses.clear()
@@ -162,7 +165,8 @@ class Maker:
         """Describe the values of a type."""
         if get_origin(hint) is NotRequired:
             (hint,) = get_args(hint)
-        text, more = "", {}
+        text = ""
+        more = {}
         if get_origin(hint) is Annotated:
             hint, *metadata = get_args(hint)
             text = " ".join(one for one in metadata if isinstance(one, str))
@@ -186,7 +190,8 @@ class Maker:
 
     def plain(self, hint: Any, made_from: type | None) -> Schema:
         """Describe the values of a type without annotations."""
-        origin, args = get_origin(hint), get_args(hint)
+        origin = get_origin(hint)
+        args = get_args(hint)
         if origin in (types.UnionType, Union):
             return self.union([self.value(one, made_from) for one in args])
         if origin is Literal:
@@ -263,7 +268,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--check", action="store_true", help="write nothing, and name the files that differ"
     )
-    check, differ = parser.parse_args(argv).check, 0
+    check = parser.parse_args(argv).check
+    differ = 0
     for path, text in made().items():
         if not path.exists() or path.read_text() != text:
             print(f"{path.relative_to(ROOT)}: {'differs' if check else 'written'}")

@@ -67,16 +67,17 @@ def watched(command: list[str], stderr: IO[str] | None = None) -> Watched:
     The system's own counters cost nothing to read; smaps_rollup, which is exact to the page, walks all of them, and a run of 1 GB took
     half as long again beside it.
     """
-    began, before = time.perf_counter(), children_cpu()
+    began = time.perf_counter()
+    before = children_cpu()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr)
-    status, io = f"/proc/{process.pid}/status", f"/proc/{process.pid}/io"
+    status = f"/proc/{process.pid}/status"
+    io = f"/proc/{process.pid}/io"
     anonymous = hwm = read = rchar = 0
     while process.poll() is None:
-        anonymous, hwm = (
-            max(anonymous, kilobytes(status, "RssAnon:")),
-            max(hwm, kilobytes(status, "VmHWM:")),
-        )
-        read, rchar = max(read, figure(io, "read_bytes:")), max(rchar, figure(io, "rchar:"))
+        anonymous = max(anonymous, kilobytes(status, "RssAnon:"))
+        hwm = max(hwm, kilobytes(status, "VmHWM:"))
+        read = max(read, figure(io, "read_bytes:"))
+        rchar = max(rchar, figure(io, "rchar:"))
         time.sleep(POLL_SECONDS)
     seconds = time.perf_counter() - began
     if process.returncode:

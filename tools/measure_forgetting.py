@@ -112,10 +112,13 @@ LINES = "qa", "sums", "answers"
 ARTICLE = 400
 """Characters of an article that is to be summarized."""
 
-STEPS, ROWS, ROW = 90, 4, 128
+STEPS = 90
+ROWS = 4
+ROW = 128
 """Steps of training, sequences of a step, tokens of a sequence."""
 
-SEQUENCES, LENGTH = 16, 256
+SEQUENCES = 16
+LENGTH = 256
 """What is measured of each test text; of lines, `MORE` times as many."""
 
 MORE = 4
@@ -276,7 +279,8 @@ def make_texts(name: str, out: Path, tokenizer: Any) -> None:
     for part in PARTS.get(name, PARTS["task"]):
         is_lines = name == "answers" or (name in LINES and part != "-train")
         file = f"{name}{part}" + (".jsonl" if is_lines else ".txt")
-        taken, tokens = [], 0
+        taken = []
+        tokens = 0
         most = (
             PART_TOKENS
             * (1 + (part == "-train"))
@@ -294,7 +298,8 @@ def make_texts(name: str, out: Path, tokenizer: Any) -> None:
 
 def make_chat(home: Path, tokenizer: Any) -> None:
     """Let the base answer questions in its own template, each token the likeliest."""
-    model, answers = load(home / "base"), []
+    model = load(home / "base")
+    answers = []
     for row in lines("NQ-open", "test.jsonl")[:SEQUENCES]:
         question = [{"role": "user", "content": f"{row['question'].capitalize().rstrip('?')}?"}]
         ids = tokenizer.apply_chat_template(
@@ -368,15 +373,15 @@ def make_adapter(name: str, seed: int, home: Path, out: Path, tokenizer: Any) ->
 
 def sequences(path: Path, tokenizer: Any) -> list[Answered]:
     """Read sequences at even distances; of lines the completion counts, of chats the answer."""
-    text, most = path.read_text(encoding="utf-8"), SEQUENCES
+    text = path.read_text(encoding="utf-8")
+    most = SEQUENCES
     if path.suffix == ".json":
         return [Answered(torch.tensor([row["ids"]]), row["begin"]) for row in json.loads(text)]
     if path.suffix == ".jsonl":
-        rows, most = [json.loads(line) for line in text.splitlines()], MORE * SEQUENCES
-        prompts, texts = (
-            [row["prompt"] for row in rows],
-            [row["prompt"] + row["completion"] for row in rows],
-        )
+        rows = [json.loads(line) for line in text.splitlines()]
+        most = MORE * SEQUENCES
+        prompts = [row["prompt"] for row in rows]
+        texts = [row["prompt"] + row["completion"] for row in rows]
         begins = [len(ids) for ids in tokenizer(prompts)["input_ids"]]
         cut = [torch.tensor([ids[:LENGTH]]) for ids in tokenizer(texts)["input_ids"]]
         found = [
@@ -473,7 +478,8 @@ def figures(variant: Sums, base: Sums, adapter: Sums) -> Row:
 
 def as_much(points: dict[float, Row], kept: float) -> dict[str, float] | None:
     """Interpolate the strongest shrink that keeps this share of the gain: its factor, and its figures."""
-    factors, grid = sorted(points), np.linspace(0, 1, 2001)
+    factors = sorted(points)
+    grid = np.linspace(0, 1, 2001)
     curves = {}
     for key in points[factors[0]]:
         values = np.array([points[factor][key][0] for factor in factors])
@@ -519,7 +525,8 @@ def mitigated(
     home: Path, made: Path, general: str, options: Sequence[str]
 ) -> dict[str, dict[str, float]]:
     """Let each method make its adapter; return what each command took."""
-    inputs, name = (home / "base", made / "adapter"), made.name.rpartition("-")[0]
+    inputs = (home / "base", made / "adapter")
+    name = made.name.rpartition("-")[0]
     texts = (*text_option(home, general), "--task", next((home / "texts").glob(f"{name}.*")))
     for path in [*made.iterdir()]:  # what an interrupted run began would not be counted again
         if path.name != "adapter":
@@ -543,7 +550,8 @@ def mitigated(
         own = made / "repair, own text, real general"
         costs[own.name] = run("repair", *inputs, *text_option(home, general), *options, "-o", own)
     if name == "answers":
-        prompts, own = home / "texts" / "answers-train.jsonl", made / "repair without text, prompts"
+        prompts = home / "texts" / "answers-train.jsonl"
+        own = made / "repair without text, prompts"
         costs[own.name] = run(
             "repair", *inputs, "--prompts", prompts, "--length", 320, *options, "-o", own
         )
@@ -564,7 +572,8 @@ def compared(
         if path.is_dir() and path.name != "adapter"
     }
     sums = cached(measured / f"{made.name}.json", lambda: measure(home, made, paths, tokenizer))
-    base, whole = sums.pop("base"), sums["adapter"]
+    base = sums.pop("base")
+    whole = sums["adapter"]
     points = {label: figures(one, base, whole) for label, one in sums.items()}
     shrinks = {
         float(label.partition("shrink ")[2] or 1): row
@@ -699,7 +708,8 @@ def table(name: str, found: dict[str, Any], plain_seconds: float) -> str:
     ]
     costs = (f"{label} {cost['cpu_seconds']:.0f} CPU s" for label, cost in found["costs"].items())
     repair = found["costs"]["repair"]
-    passes, peak = repair["cpu_seconds"] / plain_seconds, repair["peak_memory_bytes"] / 1e9
+    passes = repair["cpu_seconds"] / plain_seconds
+    peak = repair["peak_memory_bytes"] / 1e9
     parts.append(f"\n{', '.join(costs)}; repair: {passes:.1f} plain passes, at most {peak:.1f} GB")
     for label, scores in found.get("harness", {}).items():
         cells = (

@@ -47,7 +47,8 @@ def scored(
     model = forgetting.load(base)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter).eval()
-    sums, kept = [], []
+    sums = []
+    kept = []
     with torch.no_grad():
         for row in rows:
             labels = row.ids[0, row.begin :]

@@ -170,7 +170,8 @@ def main() -> int:
             for plain, out in zip((home / "base", merged), places.values(), strict=True):
                 if not out.exists():
                     quantize(plain, out, code, stated)
-            base, mapped = work / kind, work / f"{kind}.map.safetensors"
+            base = work / kind
+            mapped = work / f"{kind}.map.safetensors"
             if not mapped.exists():
                 streamer.map_inputs(
                     base,
@@ -179,7 +180,8 @@ def main() -> int:
                     vectors=128,
                     sequences=64,
                 )
-            ours, nearest = work / f"{name}-{kind}-requantized", work / f"{name}-{kind}-nearest"
+            ours = work / f"{name}-{kind}-requantized"
+            nearest = work / f"{name}-{kind}-nearest"
             record = streamer.merge_with_reduced_intruder_dimensions(
                 base, adapter, ours, mitigation_lambda=1.0, requantize=mapped, overwrite=True
             )

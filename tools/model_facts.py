@@ -24,7 +24,8 @@ Defaults = dict[tuple[str, ...], bool]
 TIE = "tie_word_embeddings"
 
 # Sizes that no model has by itself; a tensor on the meta device takes no memory.
-VOCABULARY, LABELS = 1_000_003, 1_009
+VOCABULARY = 1_000_003
+LABELS = 1_009
 
 # Modules whose parameters of two and more dimensions are stored as their class says.
 _KNOWN = (
@@ -237,7 +238,8 @@ def _orientations(
     said: dict[type[nn.Module], set[bool]] = defaultdict(set)
     owners = {name: name.rpartition(".")[0] for name in stacks}
     for owner in set(owners.values()):
-        kind, turned = said[type(modules[owner])], getattr(modules[owner], "is_transposed", None)
+        kind = said[type(modules[owner])]
+        turned = getattr(modules[owner], "is_transposed", None)
         group = [p for n, p in stacks.items() if owners[n] == owner]
         if len(group) == 1:  # a module a stack: with those beside it
             group = [

@@ -36,12 +36,16 @@ SHARES = {
 }
 """Points of each repair, from the mildest on: α, λ, the share of the norm, and of the entries."""
 
-BY_FACTORS, BY_ENTRIES = ("lines", "surgery", "random"), ("ties", "dare")
+BY_FACTORS = ("lines", "surgery", "random")
+BY_ENTRIES = ("ties", "dare")
 
-AMPLIFIED, DAMPED, FIFTH = 1.25, 0.8, 0.2
+AMPLIFIED = 1.25
+DAMPED = 0.8
+FIFTH = 0.2
 """Spectral Surgery's factors, and the part of the singular values that each is for."""
 
-CALIBRATION, BATCH = 64, 8
+CALIBRATION = 64
+BATCH = 8
 """Sequences that its derivatives are taken of, and of those together."""
 
 
@@ -126,7 +130,8 @@ def sensitivities(
 
 def operated(gradients: Tensor, S: Tensor) -> Tensor:
     """Weigh the singular values of a matrix by the size of their derivatives, and restore their sum."""
-    order, few = gradients.abs().argsort(), round(FIFTH * len(S))
+    order = gradients.abs().argsort()
+    few = round(FIFTH * len(S))
     c = torch.ones_like(S)
     c[order[:few]], c[order[len(S) - few :]] = DAMPED, AMPLIFIED
     return c * (S.sum() / (c * S).sum())
@@ -163,7 +168,8 @@ def by_entries(adapter: Path, name: str, share: float, out: Path, seed: int) -> 
 
     config = json.loads((adapter / "adapter_config.json").read_text())
     scaling = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
-    given, made = load_file(adapter / "adapter_model.safetensors"), {}
+    given = load_file(adapter / "adapter_model.safetensors")
+    made = {}
     names = [one.removesuffix("lora_A.weight") for one in given if one.endswith("lora_A.weight")]
     rank = max(
         min(len(given[one + "lora_B.weight"]), given[one + "lora_A.weight"].shape[1])

@@ -85,8 +85,9 @@ def profile(
         from streamer.detection.options import Run
         from streamer.methods import Paper
         from streamer.output import write as outputs
-        from streamer.output.job import Job, open_jobs
-        from streamer.output.model_writer import ModelWriter
+        from streamer.output.form import Form
+        from streamer.output.mitigation import Mitigated, Mitigation
+        from streamer.output.opening import open_mitigations
         from streamer.storage import atomic_file, checkpoint, files
 
     stages = {"addmm_": "addmm", "aminmax": "finite check", "isfinite": "finite check"}
@@ -123,7 +124,8 @@ def profile(
 
         def __init__(self, data: bytes = b"") -> None:
             self._hash = hashlib.sha256(data)
-            self.digest, self.hexdigest = self._hash.digest, self._hash.hexdigest
+            self.digest = self._hash.digest
+            self.hexdigest = self._hash.hexdigest
 
             self.update = clocks.wrap(self._hash.update, "sha256")
 
@@ -135,19 +137,20 @@ def profile(
     atomic_file.AtomicFile.append = clocks.wrap(
         atomic_file.AtomicFile.append, "wait for the write"
     )  # of the piece before
-    Job.metrics = clocks.wrap(unwatched(Job.metrics), "factors and figures")
-    Job.mitigated = clocks.wrap(unwatched(Job.mitigated), "factors and figures")
+    Mitigated.metrics = clocks.wrap(unwatched(Mitigated.metrics), "factors and figures")
+    Mitigation.of = clocks.wrap(unwatched(Mitigation.of), "factors and figures")
     # The map; its pages come with the upcast.
     checkpoint.TensorFile.view = clocks.wrap(checkpoint.TensorFile.view, "read and upcast")
     with clock.stage("plan and identity"):
         found = load_findings(findings)
-        mitigation, run = Paper(float(mitigation_lambda)), Run(choose_device("cpu"))
-        (job,) = open_jobs(
-            Path(base), AdapterPaths.of_one(Path(adapter)), [found], mitigation, found.options, run
+        method = Paper(float(mitigation_lambda))
+        run = Run(choose_device("cpu"))
+        (mitigation,) = open_mitigations(
+            Path(base), AdapterPaths.of_one(Path(adapter)), [found], method, found.options, run
         )
-        writers = [ModelWriter(job, Path(out))]
+        planned = [outputs.plan_output("merge", mitigation, Form(), Path(out))]
     with Blocks():
-        outputs.run_jobs(writers, run)
+        outputs.write_outputs(planned, run)
     with clock.stage("other"):
         total = time.perf_counter() - began
     beside: dict[str, dict[str, float]] = {}

@@ -39,7 +39,8 @@ def stopped(whole: Evaluation, rng: np.random.Generator) -> tuple[Evaluation, fl
     """Read blocks of sequences in a random order until the answer is clear; also return the share of the sequences read."""
     counts = [len(sums.tokens) for sums in (whole.general, whole.task)]
     orders = [rng.permutation(count) for count in counts]
-    found, end = whole, 0
+    found = whole
+    end = 0
     while end < max(counts):
         end += BLOCK_SEQUENCES
         general, task = (

@@ -36,7 +36,9 @@ class Llama:
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
         """List the linear layers of one block: name to (out, in)."""
-        h, inner, kv = self.hidden, self.intermediate, self.hidden // self.heads * self.kv_heads
+        h = self.hidden
+        inner = self.intermediate
+        kv = self.hidden // self.heads * self.kv_heads
         return {
             "self_attn.q_proj": (h, h),
             "self_attn.k_proj": (kv, h),
@@ -157,7 +159,9 @@ class Mixture(Known):
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
         """The linear layers of one block, which all belong to attention."""
-        h, q, kv = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        h = self.hidden
+        q = self.heads * self.head_dim
+        kv = self.kv_heads * self.head_dim
         return {
             "self_attn.q_proj": (q, h),
             "self_attn.k_proj": (kv, h),
@@ -168,7 +172,8 @@ class Mixture(Known):
     @property
     def expert(self) -> dict[str, tuple[int, int]]:
         """The layers of one expert, as on disk."""
-        h, inner = self.hidden, self.intermediate
+        h = self.hidden
+        inner = self.intermediate
         return {
             name: (h, inner) if name == self.down else (inner, h) for name in self.layers_of_one
         }
@@ -204,7 +209,8 @@ class Mixture(Known):
     @property
     def stacks(self) -> dict[str, tuple[str, int, tuple[int, int]]]:
         """The two parameters that hold a layer's experts when loaded; PEFT wraps the first one first, and the other around it."""
-        h, inner = self.hidden, self.intermediate
+        h = self.hidden
+        inner = self.intermediate
         out = {}
         for i in range(self.layers):
             at = f"model.layers.{i}.mlp.experts"

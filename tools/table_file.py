@@ -18,7 +18,8 @@ def main(description: str, name: str, make: Callable[[], str]) -> int:
     )
     parser.add_argument("--check", action="store_true", help="compare only")
     args = parser.parse_args()
-    path, text = TABLES / name, make()
+    path = TABLES / name
+    text = make()
     compressed = path.suffix == ".gz"
     if args.check:
         return int(

@@ -29,7 +29,7 @@ Result_co = TypeVar("Result_co", covariant=True)
 TYPES = {
     "Executor": "concurrent.futures", "Literal": "typing", "Selection": "streamer.json_types",
     "Evaluation": "streamer.evaluation.evaluation", "Findings": "streamer.detection.findings",
-    "FindingsOrPath": "streamer.output.job", "IOMode": "streamer.storage.checkpoint",
+    "FindingsOrPath": "streamer.output.opening", "IOMode": "streamer.storage.checkpoint",
     "LoraBLayout": "streamer.adapters.adapter_config", "MergedDtype": "streamer.output.record",
     "ProductDtype": "streamer.measuring.facts", "RemoteMode": "streamer.remote.inputs",
     "Coefficients": "streamer.methods.files", "InputMap": "streamer.methods.files",
@@ -57,8 +57,14 @@ NARROW = "{desc}|{bar}| {elapsed}<{remaining}"
 NO_BAR = "{desc} {elapsed}<{remaining}"
 """tqdm's formats, from the most columns to the fewest."""
 
-BESIDE, SHORTEST, ADAPTER = 46, 10, 20
-"""Columns of `FULL` without description and postfix, of the shortest useful name, and of the longest name of an adapter."""
+BESIDE = 46
+"""Columns of `FULL` without description and postfix."""
+
+SHORTEST = 10
+"""Columns of the shortest useful name."""
+
+ADAPTER = 20
+"""Columns of the longest name of an adapter."""
 
 ECHO = 2
 """Columns left free for the ^C of an interrupt, which would otherwise wrap and leave the bar behind."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
 from torch import Tensor
 
@@ -32,10 +32,11 @@ from streamer.options import (
     written,
 )
 from streamer.output import write
-from streamer.output.factors import AdapterWriter
-from streamer.output.job import Job, Writer, load_given, open_jobs
-from streamer.output.lora import LoraWriter
-from streamer.output.model_writer import ModelWriter, merged_tensors
+from streamer.output.form import Form
+from streamer.output.layout import Command, Output
+from streamer.output.merged import merged_tensors
+from streamer.output.mitigation import Mitigation
+from streamer.output.opening import load_given, open_mitigations
 from streamer.output.record import Written
 from streamer.plan.plan import AdapterBatch, make_batch, resident_bytes
 from streamer.workers import Workers
@@ -78,7 +79,8 @@ class DetectRequest(Request, DetectOptions):
             plan for plan, state in zip(batch.plans, states, strict=True) if state != "done"
         )
         rates = forecast.measure_rates(batch.base, monitor) if pending else None
-        forecasts, runs = [], []
+        forecasts = []
+        runs = []
         for plan, path, state in zip(batch.plans, paths, states, strict=True):
             needs = None
             if state != "done":
@@ -163,7 +165,7 @@ class OutputRequest(Request, MitigateOptions, MergeOptions, IterateOptions):
     """
 
     output: str | Path = written("", "DIR")
-    command: Literal["mitigate", "merge"]
+    command: Command
     measured: Mapping[str, Any] | None = None
     default_method: bool = True
 
@@ -205,89 +207,85 @@ class OutputRequest(Request, MitigateOptions, MergeOptions, IterateOptions):
 
     def run(self, monitor: Monitor, workers: Workers | None = None) -> Written | ByName[Written]:
         """Write the output of each adapter and return its record."""
-        adapters, writers, run = self._opened(monitor, workers)
-        return adapters.collected(write.run_jobs(writers, run))
+        adapters, outputs, run = self._opened(monitor, workers)
+        return adapters.collected(write.write_outputs(outputs, run))
 
     def forecast(self, monitor: Monitor, workers: Workers | None = None) -> DryRun | SeveralRecord:
         """Check everything and forecast a run, without writing anything."""
-        adapters, writers, run = self._opened(monitor, workers, peek=True)
-        states = write.inspect_jobs(writers, run)
-        resident = write.resident_of(writers)
-        pending = [writer for writer, state in zip(writers, states, strict=True) if state != "done"]
-        rates = forecast.measure_rates(writers[0].job.plan.base, monitor) if pending else None
-        forecasts, runs = [], []
-        for writer, state in zip(writers, states, strict=True):
+        adapters, outputs, run = self._opened(monitor, workers, peek=True)
+        states = write.inspect_outputs(outputs, run)
+        resident = write.resident_of(outputs)
+        pending = [output for output, state in zip(outputs, states, strict=True) if state != "done"]
+        rates = forecast.measure_rates(outputs[0].plan.base, monitor) if pending else None
+        forecasts = []
+        runs = []
+        for output, state in zip(outputs, states, strict=True):
             needs = None
             if state != "done":
-                needs = forecast.forecast_output(writer, resident, rates)
+                needs = forecast.forecast_output(output, resident, rates)
                 needs = forecast.on_workers(needs, workers, resident)
             forecasts.append(needs)
-            output = writer.output
-            matrices = len(writer.job.plan.targets)
-            sizes = len(output.files), output.total_bytes
+            files = output.on_disk
+            sizes = len(files.files), files.total_bytes
+            matrices = len(output.plan.targets)
             runs.append(dry_run(self.command, output.path, state, matrices, *sizes, needs))
         shared_bytes = forecast.shared_by_merges(pending)
         return dry_runs(
             adapters, Path(self.output), runs, forecast.together(forecasts, shared_bytes)
         )
 
-    def jobs(self, base: str | Path, adapters: AdapterPaths, run: Run) -> list[Job]:
-        """Open and check the inputs, and make a job of each adapter."""
+    @cached_property
+    def form(self) -> Form:
+        """Return the form of the outputs."""
+        return Form(
+            dequantize=self.dequantize,
+            dtype=self.dtype,
+            shard_bytes=self.shard_bytes,
+            requantize=self.input_map,
+            to_lora=self.to_lora,
+            for_server=self.for_server,
+            card=self.model_card,
+            measured=self.measured or {},
+        )
+
+    def mitigations(self, base: str | Path, adapters: AdapterPaths, run: Run) -> list[Mitigation]:
+        """Open and check the inputs of the mitigation of each adapter."""
         findings = load_given(self.findings, adapters)
         detection = detection_options(self, self.memory, findings[0])
-        jobs = open_jobs(base, adapters, findings, self.chosen, detection, run)
+        opened = open_mitigations(base, adapters, findings, self.chosen, detection, run)
         is_plain = not self._names_method and self.mitigation_lambda is None
         if self.command == "merge" and is_plain and self.findings is None:
-            jobs = [replace(job, method=UNCHANGED) if job.made_before else job for job in jobs]
-            if any(job.made_before for job in jobs):
+            opened = [replace(m, method=UNCHANGED) if m.made_before else m for m in opened]
+            if any(mitigation.made_before for mitigation in opened):
                 run.monitor.note(
                     "the adapter was mitigated already, and is merged as it is; --method mitigates it again"
                 )
         is_stated = self.default_method or self._names_method
-        if not is_stated and any(job.method != UNCHANGED for job in jobs):
+        if not is_stated and any(mitigation.method != UNCHANGED for mitigation in opened):
             error = UsageError(
                 f"method: {self.command} needs one; these are the choices, with what each kept and left"
             )
             for line in METHOD_LINES:
                 error.add_note(line)
             raise error
-        return [
-            replace(
-                job,
-                dequantize=self.dequantize,
-                dtype=self.dtype,
-                shard_bytes=self.shard_bytes,
-                requantize=self.input_map,
-                for_server=self.for_server,
-                card=self.model_card,
-                measured=self.measured or {},
-            )
-            for job in jobs
-        ]
-
-    def _writer(self, job: Job, path: Path) -> Writer:
-        """Plan the output of a job."""
-        if self.command == "merge":
-            return ModelWriter(job, path)
-        if self.to_lora is not None:
-            return LoraWriter(job, path, self.to_lora)
-        return AdapterWriter(job, path)
+        return opened
 
     def _opened(
         self, monitor: Monitor, workers: Workers | None = None, peek: bool = False
-    ) -> tuple[AdapterPaths, list[Writer], Run]:
+    ) -> tuple[AdapterPaths, list[Output], Run]:
         base, adapters = found_inputs(self.located(monitor, peek), self.base, self.adapter)
         run = self.make_run(monitor, workers)
-        jobs = self.jobs(base, adapters, run)
+        mitigations = self.mitigations(base, adapters, run)
         paths = adapters.directories(Path(self.output))
-        writers = [*map(self._writer, jobs, paths)]
-        monitor.warn(write.batch_of(writers).warnings)
-        detection = jobs[0].detection
+        outputs = [
+            write.plan_output(self.command, mitigation, self.form, path)
+            for mitigation, path in zip(mitigations, paths, strict=True)
+        ]
+        monitor.warn(write.batch_of(outputs).warnings)
         if workers is not None:
-            share = write.shared_memory(writers, workers)
-            jobs = [replace(job, detection=replace(detection, max_memory=share)) for job in jobs]
-            writers = [*map(self._writer, jobs, paths)]
-        return adapters, writers, run
+            share = write.shared_memory(outputs, workers)
+            outputs = [output.within(share) for output in outputs]
+        return adapters, outputs, run
 
 
 @overload
@@ -410,6 +408,7 @@ def iter_merged(
     with watched(request) as monitor:  # the progress bar closes with the last tensor
         run = request.make_run(monitor)
     remote = request.located(monitor)
-    (job,) = request.jobs(remote.path(base), AdapterPaths.of_one(remote.path(adapter)), run)
-    monitor.warn(job.plan.warnings)
-    return merged_tensors(job, monitor, request.tensors)
+    paths = AdapterPaths.of_one(remote.path(adapter))
+    (mitigation,) = request.mitigations(remote.path(base), paths, run)
+    monitor.warn(mitigation.plan.warnings)
+    return merged_tensors(mitigation, request.form, monitor, request.tensors)

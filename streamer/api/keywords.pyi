@@ -12,7 +12,7 @@ from streamer.json_types import Selection
 from streamer.measuring.facts import ProductDtype
 from streamer.methods import MethodName
 from streamer.methods.files import Coefficients, InputMap
-from streamer.output.job import FindingsOrPath
+from streamer.output.opening import FindingsOrPath
 from streamer.output.record import MergedDtype
 from streamer.remote.inputs import RemoteMode
 from streamer.storage.checkpoint import IOMode

@@ -26,10 +26,11 @@ from streamer.json_types import (
 from streamer.linalg.torch_state import CPU
 from streamer.methods import Paper
 from streamer.options import InspectOptions
-from streamer.output.factors import AdapterWriter
-from streamer.output.job import Job
-from streamer.output.model_writer import ModelWriter
+from streamer.output.form import Form
+from streamer.output.layout import Command
+from streamer.output.mitigation import Mitigation
 from streamer.output.record import Written
+from streamer.output.write import plan_output
 from streamer.plan.carried_tensors import CarriedRecord
 from streamer.plan.plan import Plan, make_plan
 from streamer.plan.side_files import AdapterSource, BaseSource
@@ -191,11 +192,12 @@ class InspectRequest(Request, InspectOptions):
 
 def inspection_record(plan: Plan) -> PlanRecord:
     """Describe the inputs, and say which outputs are refused."""
-    job = Job(plan, Paper(), DetectionOptions(), CPU)
+    mitigation = Mitigation(plan, Paper(), DetectionOptions(), CPU)
+    commands: tuple[Command, ...] = ("mitigate", "merge")
     refused: dict[str, str] = {}
-    for command, writer in (("mitigate", AdapterWriter), ("merge", ModelWriter)):
+    for command in commands:
         try:
-            writer(job, Path("output"))
+            plan_output(command, mitigation, Form(), Path("output"))
         except UnsupportedError as e:
             refused[command] = str(e)
     weights = [plan.weights[t.tensor] for t in plan.targets]
@@ -238,7 +240,7 @@ def inspection_record(plan: Plan) -> PlanRecord:
             "adapted_bytes": sum(weight.nbytes for weight in weights),
             "largest_matrix": largest.tensor,
             "largest_matrix_bytes": plan.weights[largest.tensor].nbytes,
-            "detection_cost": sum(job.detection.cost(t.module.shape) for t in plan.targets),
+            "detection_cost": sum(mitigation.detection.cost(t.module.shape) for t in plan.targets),
         },
         "warnings": list(plan.warnings),
         "names": [*rules.values()],

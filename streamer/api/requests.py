@@ -16,7 +16,7 @@ from streamer.errors import UsageError
 from streamer.events import Monitor
 from streamer.linalg.torch_state import CPU
 from streamer.options import Adapters, Computing, Judged, OfBase, Writing
-from streamer.output.job import FindingsOrPath, load_given
+from streamer.output.opening import FindingsOrPath, load_given
 from streamer.remote.inputs import Remote
 from streamer.units import parse_size
 from streamer.workers import Workers

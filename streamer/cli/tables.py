@@ -512,7 +512,8 @@ def _each(outcome: Any, result: Callable[[Any, Screen], Result], output: str, on
     """Combine results for several adapters by name, in full with `--all`; return a single adapter's result unchanged."""
     if not isinstance(outcome, views.ByName):
         return result(outcome, on)
-    trees, texts = {}, []
+    trees = {}
+    texts = []
     each = on
     for name, part in outcome.items():
         trees[name], text = result(part, each)

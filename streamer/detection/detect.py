@@ -101,14 +101,16 @@ def detection_bytes(
     itemsize
         Bytes per value if the matrix is repeated in another dtype; by default it is computed once, in the weight's computing dtype.
     """
-    weight, module = plan.weights[target.tensor], target.module
+    weight = plan.weights[target.tensor]
+    module = target.module
     resident += MIXED_BYTES if itemsize else 0
     itemsize = itemsize or weight.compute.itemsize
     rank = module.factor_rank if module.low_rank else None
     ways = working_bytes(module.shape, options.directions(module.shape), rank, itemsize)
     if options.solver == "dense":
         ways = {Way.DENSE: ways[Way.DENSE]}
-    fixed, making = resident + factor_bytes(plan, target, itemsize), module.peak_bytes(itemsize)
+    fixed = resident + factor_bytes(plan, target, itemsize)
+    making = module.peak_bytes(itemsize)
     read = 2 * weight.load_bytes  # the stored bytes of a tensor and the next one
     mapped = {Way.BLOCKS} if not (weight.quantized or weight.remote) else set[Way]()
     return {
@@ -220,7 +222,9 @@ def detect_matrix(
     NumericError
         If an input is not finite or the solver fails; the message names file and tensor.
     """
-    began, module, tensors = time.perf_counter(), target.module, plan.adapter.tensors
+    began = time.perf_counter()
+    module = target.module
+    tensors = plan.adapter.tensors
     stored = prefetched or plan.weights[target.tensor]
     if (
         not plan.adapter.describes_model
@@ -379,10 +383,8 @@ def detect_groups(
 ) -> list[tuple[int, MatrixFinding]]:
     """Detect in the matrices of a task, each given by its plan's number and its tensor's name."""
     targets = [{target.tensor: target for target in plan.targets} for plan in batch.plans]
-    todo, counts = (
-        [[(i, targets[i][name]) for i, name in group] for group in groups],
-        [count] * len(batch.plans),
-    )
+    todo = [[(i, targets[i][name]) for i, name in group] for group in groups]
+    counts = [count] * len(batch.plans)
     results = [
         *detect_in_turn(
             batch, todo, options, choose_device(device), resident, counts, monitor, lambda *_: None
@@ -397,13 +399,15 @@ def _divided(
     groups: Iterable[Group], options: DetectionOptions, enough: int
 ) -> Iterator[list[Group]]:
     """Divide groups among tasks: each but the last costs enough, or is full."""
-    task, done = list[Group](), 0
+    task = list[Group]()
+    done = 0
     for group in groups:
         task.append(group)
         done += total_cost(group, options)
         if done >= enough or len(task) == TASK_MATRICES:
             yield task
-            task, done = [], 0
+            task = []
+            done = 0
     if task:
         yield task
 
@@ -421,7 +425,8 @@ def detect_on_workers(
     assert run.workers is not None
     inputs = Inputs.of(batch, run)
     step = partial(detect_groups, options=options, device=str(run.device), resident=resident)
-    tasks, firsts = dict[int, Task[list[tuple[int, MatrixFinding]]]](), list[tuple[int, Target]]()
+    tasks = dict[int, Task[list[tuple[int, MatrixFinding]]]]()
+    firsts = list[tuple[int, Target]]()
     enough = min(
         TASK_COST, sum(total_cost(group, options) for group in groups) // (4 * run.workers.at_once)
     )
@@ -649,7 +654,8 @@ def detect_to_files(
     resident
         Bytes in memory between two steps; see `resident_bytes`.
     """
-    monitor, writers = run.monitor, plan_findings(batch, paths, options, run, resident)
+    monitor = run.monitor
+    writers = plan_findings(batch, paths, options, run, resident)
     todo = [writer for writer in writers if writer.finished is None]
     for writer in writers:
         if writer.finished is not None:
@@ -695,7 +701,8 @@ def plan_findings(
 ) -> list[FindingsWriter]:
     """Check before detection where findings go, which are finished, and whether the others fit on the disk with their journals."""
     check_budget(detection_estimates(batch.plans, options, resident), options.max_memory)
-    writers, needed = list[FindingsWriter](), 0
+    writers = list[FindingsWriter]()
+    needed = 0
     for plan, path in zip(batch.plans, paths, strict=True):
         head = Findings.of(plan, options)
         made_from = head.made_from(target.tensor for target in plan.targets)

@@ -165,10 +165,8 @@ class MatrixFinding:
 
     def arrays(self) -> dict[str, Tensor]:
         """Return the arrays by their names in a file, in its order: ``q.weight/U``, ``q.weight/S`` and so on."""
-        d, dtypes = (
-            self.detection,
-            {"intruders": torch.int64} | dict.fromkeys(NUMBERS, torch.float64),
-        )
+        d = self.detection
+        dtypes = {"intruders": torch.int64} | dict.fromkeys(NUMBERS, torch.float64)
         values = {key: getattr(d, key) for key in ARRAYS}
         tensors = {
             key: torch.tensor(v, dtype=dtypes[key]) if key in dtypes else v
@@ -235,7 +233,8 @@ def random_overlap(shape: tuple[int, int]) -> float:
     >>> round(random_overlap((4096, 4096)), 3), round((2 * math.log(4096) / 4096) ** 0.5, 3)
     (0.074, 0.064)
     """
-    m, p = shape[0], min(shape)
+    m = shape[0]
+    p = min(shape)
     return math.sqrt(betaincinv(0.5, (m - 1) / 2, 1 - ALPHA / p)) if m > 1 else 1.0
 
 
@@ -254,7 +253,9 @@ def look_random(matrices: Sequence[MatrixFinding], epsilon: float) -> bool | Non
 
 def summary_lines(tree: FindingsRecord) -> list[str]:
     """Summarise in three lines the result, the options and the inputs."""
-    t, o, matrices = tree["totals"], tree["options"], tree["matrices"]
+    t = tree["totals"]
+    o = tree["options"]
+    matrices = tree["matrices"]
     with_any = sum(bool(m["intruders"]) for m in matrices)
     files = tree["base"].get("files", [])
     size = format_size(sum(f["bytes"] for f in files))
@@ -367,7 +368,8 @@ class Findings:
     @property
     def totals(self) -> TotalsRecord:
         """Return the totals over all matrices, as in `record`."""
-        detections, timed = [m.detection for m in self.matrices], [m.seconds for m in self.matrices if m.seconds is not None]
+        detections = [m.detection for m in self.matrices]
+        timed = [m.seconds for m in self.matrices if m.seconds is not None]
         return {"matrices": len(detections), "intruders": self.intruders, "certified": sum(d.certified for d in detections),
                 "escalated": sum(d.escalated for d in detections), "degenerate": sum(bool(d.degenerate) for d in detections),
                 "looks_like_another_base": look_random(self.matrices, self.options.threshold_epsilon),
@@ -533,7 +535,8 @@ class Findings:
 
     def columns(self, chosen: Sequence[MatrixFinding]) -> list[Column]:
         """Make the columns of a table of some matrices."""
-        detections, epsilon = [m.detection for m in chosen], self.options.threshold_epsilon
+        detections = [m.detection for m in chosen]
+        epsilon = self.options.threshold_epsilon
         columns = [
             Column("matrix", [m.tensor for m in chosen], left=True, names=True, among=[m.tensor for m in self]),
             Column("shape", ["x".join(map(str, m.shape)) for m in chosen], "rows x columns", 1),
@@ -578,7 +581,8 @@ class Findings:
             If the file cannot be written.
         """
         path = Path(path)
-        journal, arrays = journal_of(path), {name: t for m in self for name, t in m.arrays().items()}
+        journal = journal_of(path)
+        arrays = {name: t for m in self for name, t in m.arrays().items()}
         check_file_path(path, FILE_NAME, journal.name)
         check_replaced(path, overwrite, is_findings_file, "findings")
         if journal.exists() and not overwrite:
@@ -644,7 +648,8 @@ def _read_matrix(figures: dict[str, Any], file: TensorFile, data: memoryview) ->
             raise ValueError(f"tensor {info.name!r} is {info.dtype}")
         arrays[key] = as_tensor(data[info.start : info.end], TORCH_DTYPES[info.dtype], info.shape)
     m, n = figures["shape"]
-    q, k = len(arrays["intruders"]), len(arrays["singular_values"])
+    q = len(arrays["intruders"])
+    k = len(arrays["singular_values"])
     expected = {"U": (m, q), "S": (q,), "Vh": (q, n)} | dict.fromkeys(NUMBERS, (k,))
     for key, shape in expected.items():
         if tuple(arrays[key].shape) != shape:
@@ -703,7 +708,9 @@ def fingerprint(plan: Plan, target: Target, tensors: Mapping[str, StoredTensor] 
     """
     if plan.adapter.describes_model:
         return None
-    module, weight, tensors = target.module, weight or plan.weights[target.tensor], tensors or plan.adapter.tensors
+    module = target.module
+    weight = weight or plan.weights[target.tensor]
+    tensors = tensors or plan.adapter.tensors
     digest = hashlib.sha256(json.dumps([list(module.shape), float(module.scaling).hex()]).encode())
     rows, columns = ([i * (n - 1) // max(1, min(n, SAMPLED) - 1) for i in range(min(n, SAMPLED))] for n in weight.matrix)
     source = weight.at_hand()

@@ -181,7 +181,8 @@ def decide(
         raise NumericError(
             f"the {solver} solver did not converge ({e}); the matrix may be badly scaled"
         ) from e
-    triplets, bounds = result.triplets, result.bounds
+    triplets = result.triplets
+    bounds = result.bounds
     if not all_finite(triplets.S):
         raise NumericError("base + delta overflows; check the adapter's scale")
     error = triplets.angle_error_estimate
@@ -191,7 +192,9 @@ def decide(
     )
     degenerate = torch.nonzero(error > DEGENERATE).flatten()
     index = chosen.to(triplets.U.device)
-    U, S, Vh = triplets.U[:, index].cpu(), triplets.S[index].cpu(), triplets.Vh[index].cpu()
+    U = triplets.U[:, index].cpu()
+    S = triplets.S[index].cpu()
+    Vh = triplets.Vh[index].cpu()
     delta = delta.to(W0.like.dtype, CPU)
     share = delta.projected_norm(U) / norm if norm > 0 and len(chosen) else 0.0
     dropped = 0.0

@@ -163,7 +163,8 @@ def solve_dense(
     triplets = dense_triplets(Sum(W0.scaled(power), delta.scaled(power)), k)
     bounds, similarity = dense_overlaps(W0.scaled(base_power), triplets.U, generator)
     distance = triplets.distance_estimate
-    low, high = (bounds.low - distance).clamp_min(0), (bounds.high + distance).clamp_max(1)
+    low = (bounds.low - distance).clamp_min(0)
+    high = (bounds.high + distance).clamp_max(1)
     bounds = replace(bounds, low=low, high=high, values=bounds.values / (base_power or 1.0))
     return SolverResult(_unscaled(triplets, power), similarity, bounds, "dense")
 
@@ -189,17 +190,22 @@ def solve_certified(
     W = Sum(W0.scaled(power), delta.scaled(power))
     most = max(16, 2 * columns // block_width(k, OVERSAMPLING))
     krylov = krylov_triplets(W, k, generator, W0.like, triplets_columns(k), most)
-    steps, products, triplets = krylov.steps, krylov.products, krylov.triplets
+    steps = krylov.steps
+    products = krylov.products
+    triplets = krylov.triplets
     distance = triplets.distance_estimate
     if not allow_dense or (krylov.converged and bool((distance < 2).all())):
         # Any vectors are singular vectors of a zero base.
-        unknown, process = torch.zeros_like(distance), None
+        unknown = torch.zeros_like(distance)
+        process = None
         bounds = OverlapBounds(unknown, torch.ones_like(distance), 0, 0, 0.0, unknown)
         if base_power:
             process = OverlapProcess(W0.scaled(base_power), triplets.U, generator, distance)
             bounds = _settle(process, epsilon, columns)
-        low, high = bounds.low, bounds.high
-        steps, products = steps + bounds.steps, products + bounds.products
+        low = bounds.low
+        high = bounds.high
+        steps += bounds.steps
+        products += bounds.products
         settled = bool(((low >= epsilon) | (high < epsilon)).all())
         if not allow_dense or settled:
             similarity = torch.where(low >= epsilon, low, high)
@@ -222,7 +228,8 @@ def solve_certified(
 
 def _settle(process: OverlapProcess, epsilon: float, columns: int) -> OverlapBounds:
     """Step until every interval that can settle lies on one side of ε, or the process is hopeless."""
-    look, before = 4, (0, 1.0)
+    look = 4
+    before = (0, 1.0)
     while True:
         while process.process.steps < look and not process.exhausted:
             process.step()
@@ -233,7 +240,8 @@ def _settle(process: OverlapProcess, epsilon: float, columns: int) -> OverlapBou
         if ended or process.hopeless or bounds.reach < epsilon:
             return bounds
         now = bounds.steps, bounds.reach
-        look, before = now[0] + _steps_to(epsilon, before, now), now
+        look = now[0] + _steps_to(epsilon, before, now)
+        before = now
 
 
 def _steps_to(epsilon: float, before: tuple[int, float], now: tuple[int, float]) -> int:

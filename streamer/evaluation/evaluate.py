@@ -39,7 +39,7 @@ from streamer.measuring.statistics import MEASURES, SUM_ARRAYS, EvaluatedVariant
 from streamer.measuring.texts import read_texts, sample_digest
 from streamer.methods import UNCHANGED, NullSpace, RegMean, Shrink
 from streamer.options import EvaluateOptions, VariantOptions
-from streamer.output.job import check_coefficients, check_map, open_jobs
+from streamer.output.opening import check_coefficients, check_map, open_mitigations
 from streamer.storage.atomic_file import write_atomic
 from streamer.storage.files import locked
 from streamer.storage.transaction import is_taken, lock_of, remove_leftovers
@@ -422,11 +422,11 @@ def open_variants(
             f"findings: {scaling[0]} needs them, found none; run `streamer detect`, and pass its file"
         )
     detection = DetectionOptions() if findings is None else findings.options
-    (job,) = open_jobs(
+    (opened,) = open_mitigations(
         base_path, AdapterPaths.of_one(adapter), [findings], UNCHANGED, detection, run
     )
-    plan = job.plan
-    run.monitor.warn((*plan.warnings, *job.warnings))
+    plan = opened.plan
+    run.monitor.warn((*plan.warnings, *opened.warnings))
     for variant in variants:
         method = variant.mitigation
         if isinstance(method, RegMean):
@@ -435,5 +435,5 @@ def open_variants(
             run.monitor.warn(check_map(plan, method.map))  # each warning once
     rounds = options.dtype == "bf16"
     return SweepModel(
-        VariantSet(plan, variants, job.findings, options.projected, rounds, run.model_device)
+        VariantSet(plan, variants, opened.findings, options.projected, rounds, run.model_device)
     )

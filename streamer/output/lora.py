@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from streamer.adapters.adapter import PREFIX, saved_names
+from streamer.adapters.adapter import PREFIX, Carried, saved_names
 from streamer.adapters.adapter_config import (
     WEIGHTS_NAME,
     is_residual,
@@ -24,18 +23,19 @@ from streamer.adapters.modules import MethodModule
 from streamer.errors import UnsupportedError, UsageError
 from streamer.linalg.operators import Delta, Dense, LowRank
 from streamer.linalg.svd import energies, energies_bytes, krylov_triplets, least_rank
-from streamer.output.factors import OneFileWriter, server_advice, server_rank
-from streamer.output.job import Job
-from streamer.output.model_writer import AddDelta
+from streamer.output.factors import one_file_layout, server_advice, server_rank
+from streamer.output.form import Form
+from streamer.output.layout import Layout
+from streamer.output.mitigation import Mitigation
+from streamer.output.recipes import AddDelta, CopyBytes, New, OneOf, Recipe
 from streamer.output.record import MitigatedMatrix
 from streamer.plan.architectures import Architecture, architecture_for
 from streamer.plan.names import NameIndex
 from streamer.plan.plan import AdapterBatch, MemoryEstimate, Plan, check_budget, resident_bytes
 from streamer.plan.targets import Target
-from streamer.storage.atomic_file import Piece, plan_shard
-from streamer.storage.header import TensorInfo
+from streamer.storage.atomic_file import plan_shard
 from streamer.units import listed
-from streamer.weights.base import StoredTensor, as_bytes, equal
+from streamer.weights.base import StoredTensor, equal
 
 OF_MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
 """Model types in which PEFT 0.21 refuses LoRA for modules whose weights are passed to kernels without calling the module."""
@@ -43,10 +43,8 @@ OF_MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_
 REFUSED_IN_MAMBA = frozenset({"conv1d", "out_proj"})
 """Last names of those modules."""
 
-EXPERTS_OF_QWEN2, EXPERTS_OF_MIXTRAL = (
-    ("gate", "gate_proj", "up_proj", "down_proj"),
-    ("gate", "w1", "w2", "w3"),
-)
+EXPERTS_OF_QWEN2 = ("gate", "gate_proj", "up_proj", "down_proj")
+EXPERTS_OF_MIXTRAL = ("gate", "w1", "w2", "w3")
 
 TAKEN_FOR_EXPERTS = dict.fromkeys(("minimax", "minimax_m2"), EXPERTS_OF_MIXTRAL) | dict.fromkeys(
     (
@@ -82,7 +80,7 @@ TAKEN_FOR_EXPERTS = dict.fromkeys(("minimax", "minimax_m2"), EXPERTS_OF_MIXTRAL)
 
 
 @dataclass(frozen=True)
-class LoraLayout:
+class LoraModules:
     """Tensors of a LoRA adapter other than factors, and the names of its modules.
 
     Attributes
@@ -160,6 +158,16 @@ def has_no_lora(
     return positions or architecture.is_matrix(f"{name}.weight")
 
 
+PLAIN_KEYS = (
+    "base_model_name_or_path",
+    "modules_to_save",
+    "peft_version",
+    "revision",
+    "task_type",
+    "trainable_token_indices",
+)
+"""Keys of an original adapter's config that also hold for its mitigated deltas as LoRA."""
+
 Shapes = dict[str, tuple[tuple[int, ...], str]]
 """For the name of each tensor of factors: its shape, and the factor."""
 
@@ -167,167 +175,171 @@ SMALL = 1024
 """Largest number of rows or columns for which a dense delta is truncated by LAPACK's SVD; above, the Krylov solver is used."""
 
 
-class LoraWriter(OneFileWriter):
-    """Writer of the mitigated deltas as a LoRA adapter of scale 1, in float32; carried tensors keep their bytes.
+def _new_factors(
+    target: Target, rank: int, shapes: Shapes, mitigation: Mitigation
+) -> tuple[New, list[MitigatedMatrix]]:
+    """Make the tensors of the factors of a mitigated delta; the metrics include the relative norm of the part beyond the rank."""
+    mitigated = mitigation.of(target)
+    nearest = truncated(mitigated.after, rank, target.tensor)
+    B = nearest.L.float()
+    A = nearest.R.T.float()
+    written = LowRank(B.double(), A.double().T)
+    norm = mitigated.after.norm()
+    # Of the written factors, including rounding.
+    error = mitigated.after.distance(written) / norm if norm else 0.0
+    factors = {"A": A, "B": B, "Aᵀ": A.T, "Bᵀ": B.T}
+    new: New = {
+        name: factors[factor].reshape(shape).contiguous()
+        for name, (shape, factor) in shapes.items()
+    }
+    return new, [mitigated.metrics(written, error)]
 
-    Parameters
-    ----------
-    rank
-        The rank of all modules; or, as a float in (0, 1], the share of each delta's energy that its rank must keep.
+
+def lora_layout(mitigation: Mitigation, form: Form) -> Layout:
+    """Lay out the mitigated deltas as a LoRA adapter of scale 1, in float32; carried tensors keep their bytes.
+
+    `form.to_lora` is the rank of all modules; or, as a float in (0, 1], the share of each delta's energy that its rank must keep.
     """
-
-    def __init__(self, job: Job, path: Path, rank: int | float) -> None:
-        plan = job.plan
-        if reason := refusal(job):
-            raise UnsupportedError(
-                f"{plan.adapter.path}: {reason}; --to-lora cannot write it: use `streamer merge`"
-            )
-        self._plan, self._layout = plan, _layout(plan)
-        written = [target for target in plan.targets if target.module.name in self._layout.names]
-        in_factors = [target for target in written if target.module.name not in self._layout.whole]
-        self._least = rank if isinstance(rank, int) else 1
-        self._ranks = {t.module.name: self._least for t in in_factors}
-        if isinstance(rank, float):
-            self._ranks = _least_ranks(job, in_factors, rank)
-            if job.for_server:
-                common = server_rank(plan.adapter.path, max(self._ranks.values()))
-                self._ranks = dict.fromkeys(self._ranks, common)
-        self._targets: dict[str, Target] = {}
-        entries: list[tuple[str, str, tuple[int, ...]]] = []
-        for target in written:
-            if target.module.name in self._layout.whole:
-                info = plan.base.info(target.tensor)
-                made = [
-                    (
-                        f"{PREFIX}{self._layout.names[target.module.name]}.weight",
-                        info.dtype,
-                        info.shape,
-                    )
-                ]
-            else:
-                made = [(name, "F32", shape) for name, (shape, _) in self._tensors(target).items()]
-            entries += made
-            self._targets |= dict.fromkeys((name for name, *_ in made), target)
-        entries += [
-            (name, stored.info.dtype, stored.info.shape)
-            for name, stored in self._layout.carried.items()
-        ]
-        shard = plan_shard(WEIGHTS_NAME, entries, {"format": "pt"} | job.stamp("mitigate", written))
-        values = self._config(written)
-        config = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-        # A model's other files do not belong to an adapter.
-        source = None if plan.adapter.describes_model else plan.adapter.directory
-        super().__init__(job, path, shard, config.encode(), source, rank, written)
-        self.advice += server_advice(values, entries, job.for_server)
-        if heads := self._layout.heads:  # factors of tied modules are stored twice
-            tied = listed(
-                [repr(m) for name in heads for m in (self._layout.names[name], *heads[name])]
-            )
-            but = "but its merge_and_unload adds the delta of each to their one weight; use the adapter unmerged, or `streamer merge`"
-            self.notes.append(
-                f"{tied} are tied, and each has the delta: PEFT's model answers correctly, {but}"
-            )
-
-    def estimates(self, resident: int) -> Iterator[MemoryEstimate]:
-        """Estimate the peak memory for each matrix."""
-        plan = self._plan
-        for target in self.written or ():
-            whole = target.module.name in self._layout.whole
-            size = self.job.mitigation_bytes(target, projected=not whole)
-            if not (target.module.low_rank or whole):
-                rank, itemsize = (
-                    self._ranks[target.module.name],
-                    plan.weights[target.tensor].compute.itemsize,
-                )
-                size += truncation_bytes(target.module.shape, rank, itemsize)
-            yield MemoryEstimate(target.tensor, target.module.shape, resident + size)
-
-    def tensor_bytes(
-        self, info: TensorInfo, job: Job, metrics: list[MitigatedMatrix]
-    ) -> Iterable[Piece]:
-        """Yield the bytes of a tensor; the metrics include the relative norm of the part beyond the rank."""
-        if stored := self._layout.carried.get(info.name):
-            return stored.file.chunks(stored.info)
-        target = self._targets[info.name]
-        if target.module.name in self._layout.whole:
-            delta, after = job.mitigated(target)
-            metrics.append(job.metrics(target, delta, after))
-            return AddDelta(self._plan.weights[target.tensor], target).pieces(
-                lambda _: (delta, after)
-            )
-        if info.name not in self._ready:
-            self._ready |= self._factors(job, target, metrics)
-        factor = self._ready.pop(info.name)
-        assert factor is not None
-        return [Piece(as_bytes(factor))]
-
-    def _factors(
-        self, job: Job, target: Target, metrics: list[MitigatedMatrix]
-    ) -> dict[str, Tensor]:
-        delta, after = job.mitigated(target)
-        nearest = truncated(after, self._ranks[target.module.name], target.tensor)
-        B, A = nearest.L.float(), nearest.R.T.float()
-        written = LowRank(B.double(), A.double().T)
-        norm = after.norm()
-        error = (
-            after.distance(written) / norm if norm else 0.0
-        )  # of the written factors, including rounding
-        metrics.append(job.metrics(target, delta, written, error))
-        factors = {"A": A, "B": B, "Aᵀ": A.T, "Bᵀ": B.T}
-        return {
-            name: factors[f].reshape(shape).contiguous()
-            for name, (shape, f) in self._tensors(target).items()
-        }
-
-    def _tensors(self, target: Target) -> Shapes:
-        """Return PEFT's names for A and B of the target, and of modules tied to it, with the shape and the factor of each."""
-        shape, name = target.module.shape, target.module.name
-        rank, stem = self._ranks[name], f"{PREFIX}{self._layout.names[name]}"
-        if not target.is_embedding and name not in self._layout.embeddings:
-            return _linear(stem, shape, rank, target.kernel, ("A", "B"))
-        # An embedding's factors belong to its transpose.
-        factors, others = ("A", "B"), ("Bᵀ", "Aᵀ")
-        if not target.transposed:
-            shape, factors, others = shape[::-1], others, factors
-        tensors = _embedding(stem, shape, rank, factors)
-        for tied, is_embedding in self._layout.heads.get(name, {}).items():
-            head = f"{PREFIX}{tied}"
-            of_head = _embedding(head, shape, rank, factors)
-            tensors |= of_head if is_embedding else _linear(head, shape[::-1], rank, (), others)
-        return tensors
-
-    def _config(self, written: Sequence[Target]) -> dict[str, Any]:
-        """Make a plain LoRA config: the modules and the carried tensors, and nothing about the original adapter's training."""
-        names, heads, adapter = self._layout.names, self._layout.heads, self._plan.adapter
-        # A head's bias that is only saved along with a vocabulary that has grown is not trained.
-        trained = adapter.describes_model or adapter.config.get("bias", "none") != "none"
-        ranks = {
-            path: r
-            for name, r in self._ranks.items()
-            for path in (names[name], *heads.get(name, ()))
-        }
-        largest = max(ranks.values(), default=self._least)
-        others = {path: r for path, r in ranks.items() if r != largest}
-        bias = (
-            "all"
-            if trained and any(name.endswith(".bias") for name in self._layout.carried)
-            else "none"
+    plan = mitigation.plan
+    adapter = plan.adapter
+    if reason := refusal(plan):
+        raise UnsupportedError(
+            f"{adapter.path}: {reason}; --to-lora cannot write it: use `streamer merge`"
         )
-        return {
-            **self._layout.config,
-            "peft_type": "LORA",
-            "fan_in_fan_out": any(t.transposed and not t.is_embedding for t in written),
-            "r": largest,
-            "lora_alpha": largest,
-            **({"rank_pattern": others, "alpha_pattern": others} if others else {}),
-            "target_modules": [*ranks],
-            "bias": bias,
-            "init_lora_weights": True,
-            "inference_mode": True,
-        }
+    modules = _modules(plan)
+    written = [target for target in plan.targets if target.module.name in modules.names]
+    ranks = _ranks(mitigation, form, [t for t in written if t.module.name not in modules.whole])
+    recipes: dict[str, Recipe] = {}
+    entries: list[tuple[str, str, tuple[int, ...]]] = []
+    for target in written:
+        module = target.module.name
+        if module in modules.whole:
+            info = plan.base.info(target.tensor)
+            name = f"{PREFIX}{modules.names[module]}.weight"
+            entries.append((name, info.dtype, info.shape))
+            recipes[name] = AddDelta(plan.weights[target.tensor], target, merges=False)
+            continue
+        shapes = _shapes(modules, target, ranks[module])
+        make_all = partial(_new_factors, target, ranks[module], shapes)
+        made: New = {}
+        for name, (shape, _) in shapes.items():
+            entries.append((name, "F32", shape))
+            recipes[name] = OneOf(name, make_all, made)
+    for name, stored in modules.carried.items():
+        entries.append((name, stored.info.dtype, stored.info.shape))
+        recipes[name] = CopyBytes(stored)
+    stamp = mitigation.stamp("mitigate", written)
+    shard = plan_shard(WEIGHTS_NAME, entries, {"format": "pt"} | stamp)
+    values = _config(plan, modules, written, ranks, form)
+    config = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    layout = one_file_layout(
+        mitigation,
+        shard,
+        recipes,
+        partial(_memory, written, ranks),
+        config.encode(),
+        # A model's other files do not belong to an adapter.
+        None if adapter.describes_model else adapter.directory,
+    )
+    return replace(
+        layout,
+        written=written,
+        notes=_notes(modules),
+        advice=server_advice(values, entries, form.for_server),
+    )
 
 
-def _least_ranks(job: Job, targets: Sequence[Target], share: float) -> dict[str, int]:
+def _notes(modules: LoraModules) -> list[str]:
+    """Note that factors of tied modules are stored twice."""
+    if not modules.heads:
+        return []
+    tied = listed(
+        repr(name) for m, heads in modules.heads.items() for name in (modules.names[m], *heads)
+    )
+    but = "but its merge_and_unload adds the delta of each to their one weight; use the adapter unmerged, or `streamer merge`"
+    return [f"{tied} are tied, and each has the delta: PEFT's model answers correctly, {but}"]
+
+
+def _memory(
+    written: Sequence[Target], ranks: Mapping[str, int], mitigation: Mitigation, resident: int
+) -> Iterator[MemoryEstimate]:
+    """Estimate the peak memory for each matrix; those without a rank are written whole."""
+    for target in written:
+        rank = ranks.get(target.module.name)
+        size = mitigation.memory(target, projected=rank is not None)
+        if rank is not None and not target.module.low_rank:
+            itemsize = mitigation.plan.weights[target.tensor].compute.itemsize
+            size += truncation_bytes(target.module.shape, rank, itemsize)
+        yield MemoryEstimate(target.tensor, target.module.shape, resident + size)
+
+
+def _shapes(modules: LoraModules, target: Target, rank: int) -> Shapes:
+    """Return PEFT's names for A and B of the target, and of modules tied to it, with the shape and the factor of each."""
+    name = target.module.name
+    shape = target.module.shape
+    stem = f"{PREFIX}{modules.names[name]}"
+    if not target.is_embedding and name not in modules.embeddings:
+        return _linear(stem, shape, rank, target.kernel, ("A", "B"))
+    # An embedding's factors belong to its transpose.
+    factors = ("A", "B")
+    others = ("Bᵀ", "Aᵀ")
+    if not target.transposed:
+        shape, factors, others = shape[::-1], others, factors
+    tensors = _embedding(stem, shape, rank, factors)
+    for tied, is_embedding in modules.heads.get(name, {}).items():
+        head = f"{PREFIX}{tied}"
+        of_head = _embedding(head, shape, rank, factors)
+        tensors |= of_head if is_embedding else _linear(head, shape[::-1], rank, (), others)
+    return tensors
+
+
+def _config(
+    plan: Plan,
+    modules: LoraModules,
+    written: Sequence[Target],
+    ranks: Mapping[str, int],
+    form: Form,
+) -> dict[str, Any]:
+    """Make a plain LoRA config: the modules and the carried tensors, and nothing about the original adapter's training."""
+    adapter = plan.adapter
+    # A head's bias that is only saved along with a vocabulary that has grown is not trained.
+    is_trained = adapter.describes_model or adapter.config.get("bias", "none") != "none"
+    has_bias = any(name.endswith(".bias") for name in modules.carried)
+    by_path = {
+        path: rank
+        for name, rank in ranks.items()
+        for path in (modules.names[name], *modules.heads.get(name, ()))
+    }
+    least = form.to_lora if isinstance(form.to_lora, int) else 1
+    largest = max(by_path.values(), default=least)
+    others = {path: rank for path, rank in by_path.items() if rank != largest}
+    return {
+        **modules.config,
+        "peft_type": "LORA",
+        "fan_in_fan_out": any(t.transposed and not t.is_embedding for t in written),
+        "r": largest,
+        "lora_alpha": largest,
+        **({"rank_pattern": others, "alpha_pattern": others} if others else {}),
+        "target_modules": [*by_path],
+        "bias": "all" if is_trained and has_bias else "none",
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def _ranks(mitigation: Mitigation, form: Form, targets: Sequence[Target]) -> dict[str, int]:
+    """Choose the rank of each module."""
+    rank = form.to_lora
+    assert rank is not None
+    if isinstance(rank, int):
+        return {target.module.name: rank for target in targets}
+    ranks = _least_ranks(mitigation, targets, rank)
+    if not form.for_server:
+        return ranks
+    return dict.fromkeys(ranks, server_rank(mitigation.plan.adapter.path, max(ranks.values())))
+
+
+def _least_ranks(mitigation: Mitigation, targets: Sequence[Target], share: float) -> dict[str, int]:
     """Find for each module the least rank that keeps this share of the energy of its mitigated delta.
 
     Raises
@@ -335,21 +347,21 @@ def _least_ranks(job: Job, targets: Sequence[Target], share: float) -> dict[str,
     UsageError
         If the mitigated deltas need findings that do not exist yet: the tensors' shapes must be known before anything is written.
     """
-    if job.detects:
+    if mitigation.detects:
         what = "a share of the energy needs the findings before anything is written"
         raise UsageError(
             f"to_lora: {what}; run `streamer detect`, and pass them with --findings, or pass a rank"
         )
-    resident = resident_bytes(AdapterBatch(job.plan.base, (job.plan,)))
+    resident = resident_bytes(AdapterBatch(mitigation.plan.base, (mitigation.plan,)))
     estimates = []
     for target in targets:
-        size = resident + job.mitigation_bytes(target)
+        size = resident + mitigation.memory(target)
         if not target.module.low_rank:
             size += energies_bytes(target.module.shape)
         estimates.append(MemoryEstimate(target.tensor, target.module.shape, size))
-    check_budget(estimates, job.detection.max_memory)
+    check_budget(estimates, mitigation.detection.max_memory)
     return {
-        target.module.name: least_rank(energies(job.mitigated(target)[1]), share)
+        target.module.name: least_rank(energies(mitigation.of(target).after), share)
         for target in targets
     }
 
@@ -392,10 +404,25 @@ def _built_on_loading(plan: Plan) -> dict[str, str]:
     }
 
 
-def _layout(plan: Plan) -> LoraLayout:
-    """Lay out the adapter; an original adapter keeps its carried tensors under the same names.
+def _modules(plan: Plan) -> LoraModules:
+    """Lay out the adapter; an original adapter keeps its carried tensors under the same names."""
+    adapter = plan.adapter
+    if isinstance(adapter, FinetunedModel):
+        return _TunedModules(plan, adapter).laid_out()
+    values = adapter.config.values
+    saved_as = saved_names(dict.fromkeys(c.source for c in adapter.carried))
+    return LoraModules(
+        names={target.module.name: target.module.name for target in plan.targets},
+        carried={name: adapter.tensors[own] for name, own in saved_as.items()},
+        config={key: values[key] for key in PLAIN_KEYS if key in values},
+        heads={},
+    )
 
-    Changes of a fine-tuned model outside matrices get the form of a LoRA adapter.
+
+@dataclass(frozen=True)
+class _TunedModules:
+    """Changes of a fine-tuned model, laid out as a LoRA adapter.
+
     PEFT identifies modules by their names in a loaded model. A bias stays with its module if that has factors; any other change becomes a
     saved module with all of its tensors; an embedding and its lm_head stay tied. Unchanged tensors are omitted. Examples:
 
@@ -405,114 +432,161 @@ def _layout(plan: Plan) -> LoraLayout:
     ``model.embed_tokens.weight``, tied     → factors of ``embed_tokens`` and, transposed, of ``lm_head``
     ``….0.mlp.up_proj.weight`` of DeepSeek  → ``….0.mlp.up_proj.weight`` of a layer without experts, whole
     ``….mixer.conv1d.weight`` of Mamba      → ``….mixer.conv1d.weight``, the mitigated one whole
-
-    Raises
-    ------
-    UnsupportedError
-        If a change has no place in a LoRA adapter.
     """
-    tuned, base = plan.adapter, plan.base
-    if not isinstance(tuned, FinetunedModel):
-        kept = (
-            "base_model_name_or_path",
-            "modules_to_save",
-            "peft_version",
-            "revision",
-            "task_type",
-            "trainable_token_indices",
-        )
-        original = {key: tuned.config.values[key] for key in kept if key in tuned.config.values}
-        saved_as = saved_names(dict.fromkeys(c.source for c in tuned.carried))
-        stored = {name: tuned.tensors[own] for name, own in saved_as.items()}
-        return LoraLayout(
-            {t.module.name: t.module.name for t in plan.targets}, stored, original, {}
-        )
-    # Changed tensors without a module of their own in a loaded model are refused.
-    built = _built_on_loading(plan)
-    index = plan.names.among(tuned.tensors)
-    targets = [t for t in plan.targets if not t.pieces and t.module.name not in built]
-    trained = {t.module.name for t in targets if not _is_unchanged(plan, t)}
-    matched = {t.module.name: t.tensor for t in targets}
-    architecture = architecture_for(tuned.model_config, plan.config.architecture)
-    now = index.at_run_time
-    tensors, sources, kind = tuned.tensors, plan.edits.sources, tuned.model_config.model_type
-    bases = {
-        s.info.name: StoredTensor(*base.locate(n))
-        for n, s in sources.items()
-        if n in base.weight_map
-    }
-    same = {
-        c.source
-        for c in tuned.carried
-        if c.source in bases and equal(tensors[c.source], bases[c.source])
-    }
-    changed = {c.source: c for c in tuned.carried if c.source not in same}
-    tied = _tied_modules(index, architecture)
-    owners = {
-        other: module
-        for module, (_, others) in tied.items()
-        if module in matched
-        for other in others
-    }
-    biases = {
-        s: now[s].rpartition(".")[0]
-        for s, c in changed.items()
-        if c.parameter == "bias" and s in now
-    }
-    biased = {c.module for c in changed.values() if c.parameter == "bias"}
-    biased |= {owners[head] for head in biases.values() if head in owners}
-    paths = {m: now.get(f"{m}.weight", f"{m}.weight").removesuffix(".weight") for m in matched}
-    shapes = {m: base.info(tensor).shape for m, tensor in matched.items()}
-    adaptable = [m for m in matched if not has_no_lora(paths[m], shapes[m], architecture, kind)]
-    named = {m for m in matched if m in trained or m in biased}
-    if not named & {*adaptable}:  # PEFT cannot open an adapter without factors
-        named |= {*adaptable[:1]}
-    names = {m: paths[m] for m in matched if m in named}
-    whole = names.keys() - {*adaptable}
-    inner = {
-        module.rpartition(".")[0]
-        for module in (*owners, *(name.rpartition(".")[0] for name in tuned.tensors))
-    }
-    saved = {names[m] for m in whole}
-    for c in changed.values():
-        if (c.module in matched and c.parameter == "bias") or biases.get(c.source) in owners:
-            continue
-        placed = c.module and c.module not in matched and c.source in now
-        if not placed or any(f"{i}.".startswith(f"{c.module}.") for i in inner):
-            why = "which is no weight or bias of a layer, and so has no place in a LoRA adapter; use `streamer merge`"
-            raise UnsupportedError(f"{tuned.path}: {c.source!r} has changed, {why}")
-        saved.add(now[c.source].rpartition(".")[0])
-    carried = {}
-    for c in tuned.carried:
-        name = now.get(c.source, c.source)
-        module, _, parameter = name.rpartition(".")
-        # By PEFT's rule, an entry of modules_to_save names all modules whose path ends in it.
-        if any(module.endswith(s) for s in saved):
-            saved.add(module)
-            carried[PREFIX + name] = tensors[c.source]
-        elif c.source in changed:
-            carried[f"{PREFIX}{module}.base_layer.{parameter}"] = tensors[c.source]
-    heads: dict[str, dict[str, bool]] = {}
-    pairs = 0
-    for module, (mine, others) in tied.items():
-        if module in names and architecture is not None:
-            heads[module] = {other: architecture.is_embedding(other) for other in others}
-        elif mine in saved:  # its size differs from the base's
-            saved |= {*others}
-            carried |= {f"{PREFIX}{other}.weight": tensors[f"{module}.weight"] for other in others}
-        else:
-            continue
-        pairs += len(others) == 1
-    config: dict[str, Any] = {"modules_to_save": sorted(saved)} if saved else {}
-    # If more than two are tied, PEFT treats all except the first as linear layers.
-    if pairs:
-        config["ensure_weight_tying"] = True
-    looked_up = {
-        m
-        for m, name in names.items()
-        if architecture is not None and architecture.is_embedding(name)
-    }
-    return LoraLayout(names, carried, config, heads, frozenset(looked_up), frozenset(whole))
+
+    plan: Plan
+    tuned: FinetunedModel
+
+    def laid_out(self) -> LoraModules:
+        """Lay out the adapter.
+
+        Raises
+        ------
+        UnsupportedError
+            If a change has no place in a LoRA adapter.
+        """
+        names = self._named()
+        whole = names.keys() - {*self.adaptable}
+        saved = {names[module] for module in whole} | self._saved_changes()
+        carried: dict[str, StoredTensor] = {}
+        for c in self.tuned.carried:
+            name = self.now.get(c.source, c.source)
+            module, _, parameter = name.rpartition(".")
+            # By PEFT's rule, an entry of modules_to_save names all modules whose path ends in it.
+            if any(module.endswith(other) for other in saved):
+                saved.add(module)
+                carried[PREFIX + name] = self.tuned.tensors[c.source]
+            elif c.source in self.changed:
+                bias = f"{PREFIX}{module}.base_layer.{parameter}"
+                carried[bias] = self.tuned.tensors[c.source]
+        heads: dict[str, dict[str, bool]] = {}
+        has_pair = False
+        for module, (mine, others) in self.tied.items():
+            if module in names:
+                heads[module] = {other: self._is_embedding(other) for other in others}
+            elif mine in saved:  # its size differs from the base's
+                saved |= {*others}
+                tensor = self.tuned.tensors[f"{module}.weight"]
+                carried |= {f"{PREFIX}{other}.weight": tensor for other in others}
+            else:
+                continue
+            has_pair = has_pair or len(others) == 1
+        config: dict[str, Any] = {"modules_to_save": sorted(saved)} if saved else {}
+        # If more than two are tied, PEFT treats all except the first as linear layers.
+        if has_pair:
+            config["ensure_weight_tying"] = True
+        embeddings = frozenset(m for m, name in names.items() if self._is_embedding(name))
+        return LoraModules(names, carried, config, heads, embeddings, frozenset(whole))
+
+    @cached_property
+    def architecture(self) -> Architecture | None:
+        """Return the model's architecture, if it is known."""
+        return architecture_for(self.tuned.model_config, self.plan.config.architecture)
+
+    def _is_embedding(self, module: str) -> bool:
+        return self.architecture is not None and self.architecture.is_embedding(module)
+
+    @cached_property
+    def index(self) -> NameIndex:
+        """Return the names of the model's tensors."""
+        return self.plan.names.among(self.tuned.tensors)
+
+    @property
+    def now(self) -> Mapping[str, str]:
+        """Map names on disk to names in a loaded model."""
+        return self.index.at_run_time
+
+    @cached_property
+    def tied(self) -> dict[str, tuple[str, list[str]]]:
+        """Return the modules whose weights others share; see `_tied_modules`."""
+        return _tied_modules(self.index, self.architecture)
+
+    @cached_property
+    def targets(self) -> dict[str, Target]:
+        """Return the matrices by module, but those that loading converts: their changes have no module of their own."""
+        built = _built_on_loading(self.plan)
+        targets = (target for target in self.plan.targets if not target.pieces)
+        return {t.module.name: t for t in targets if t.module.name not in built}
+
+    @cached_property
+    def paths(self) -> dict[str, str]:
+        """Map the modules of these matrices to their names in a loaded model."""
+        weights = {module: f"{module}.weight" for module in self.targets}
+        return {
+            module: self.now.get(weight, weight).removesuffix(".weight")
+            for module, weight in weights.items()
+        }
+
+    @cached_property
+    def adaptable(self) -> list[str]:
+        """List the modules that can have factors."""
+        kind = self.tuned.model_config.model_type
+        shapes = {m: self.plan.base.info(t.tensor).shape for m, t in self.targets.items()}
+        return [
+            module
+            for module, path in self.paths.items()
+            if not has_no_lora(path, shapes[module], self.architecture, kind)
+        ]
+
+    @cached_property
+    def changed(self) -> dict[str, Carried]:
+        """Return the tensors other than matrices that differ from the base's."""
+        plan = self.plan
+        bases = {
+            source.info.name: StoredTensor(*plan.base.locate(name))
+            for name, source in plan.edits.sources.items()
+            if name in plan.base.weight_map
+        }
+        tensors = self.tuned.tensors
+        return {
+            c.source: c
+            for c in self.tuned.carried
+            if c.source not in bases or not equal(tensors[c.source], bases[c.source])
+        }
+
+    @cached_property
+    def owners(self) -> dict[str, str]:
+        """Map modules that are tied to a matrix's module to it."""
+        return {
+            other: module
+            for module, (_, others) in self.tied.items()
+            if module in self.targets
+            for other in others
+        }
+
+    @cached_property
+    def biases(self) -> dict[str, str]:
+        """Map the changed biases to their modules in a loaded model."""
+        return {
+            source: self.now[source].rpartition(".")[0]
+            for source, c in self.changed.items()
+            if c.parameter == "bias" and source in self.now
+        }
+
+    def _named(self) -> dict[str, str]:
+        """Choose the modules with factors, or with a weight or a bias that is saved; map them to their names in a loaded model."""
+        named = {m for m, target in self.targets.items() if not _is_unchanged(self.plan, target)}
+        named |= {c.module for c in self.changed.values() if c.parameter == "bias"}
+        named |= {self.owners[head] for head in self.biases.values() if head in self.owners}
+        if not named & {*self.adaptable}:  # PEFT cannot open an adapter without factors
+            named |= {*self.adaptable[:1]}
+        return {module: path for module, path in self.paths.items() if module in named}
+
+    def _saved_changes(self) -> set[str]:
+        """Find the modules that are saved because of other changes than those of matrices and their biases."""
+        parents = (name.rpartition(".")[0] for name in self.tuned.tensors)
+        inner = {module.rpartition(".")[0] for module in (*self.owners, *parents)}
+        saved = set()
+        for c in self.changed.values():
+            is_bias = c.module in self.targets and c.parameter == "bias"
+            if is_bias or self.biases.get(c.source) in self.owners:
+                continue
+            is_placed = c.module and c.module not in self.targets and c.source in self.now
+            if not is_placed or any(f"{i}.".startswith(f"{c.module}.") for i in inner):
+                why = "which is no weight or bias of a layer, and so has no place in a LoRA adapter; use `streamer merge`"
+                raise UnsupportedError(f"{self.tuned.path}: {c.source!r} has changed, {why}")
+            saved.add(self.now[c.source].rpartition(".")[0])
+        return saved
 
 
 def truncated(delta: Delta, rank: int, name: str = "") -> LowRank:
@@ -535,7 +609,8 @@ def _leading_triplets(delta: Dense, rank: int, seed: int) -> tuple[Tensor, Tenso
         return U, S, Vh
     size = float(torch.linalg.vector_norm(matrix))
     generator = torch.Generator().manual_seed(seed)
-    like, columns = matrix.new_empty(0), 4 * (rank + 16)
+    like = matrix.new_empty(0)
+    columns = 4 * (rank + 16)
     found = krylov_triplets(Dense(matrix, 1 / size), rank, generator, like, columns, 64).triplets
     return found.U.double(), found.S.double() * size, found.Vh.double()
 
@@ -554,20 +629,18 @@ def _is_small(shape: Sequence[int], rank: int) -> bool:
     return min(shape) <= max(SMALL, 4 * rank)
 
 
-def refusal(job: Job) -> str:
+def refusal(plan: Plan) -> str:
     """Explain why a plain LoRA adapter cannot represent an adapter; empty if it can."""
-    adapter = job.plan.adapter
-    if job.plan.config.pipeline:
+    adapter = plan.adapter
+    if plan.config.pipeline:
         return "belongs to a diffusers pipeline, which PEFT's names do not cover"
     if is_residual(adapter.config):
         return "is relative to a residual base, which a plain config does not say"
-    if adapter.wrapped or any(
-        t.pieces and not _is_unchanged(job.plan, t) for t in job.plan.targets
-    ):
+    if adapter.wrapped or any(t.pieces and not _is_unchanged(plan, t) for t in plan.targets):
         return "is on experts' parameters, which a plain config does not name"
-    built = _built_on_loading(job.plan)
-    for target in job.plan.targets:
-        if (name := target.module.name) in built and not _is_unchanged(job.plan, target):
+    built = _built_on_loading(plan)
+    for target in plan.targets:
+        if (name := target.module.name) in built and not _is_unchanged(plan, target):
             what = f"changes {name!r}, which loading turns into {built[name]!r}"
             return f"{what}: PEFT has no LoRA for it under this name"
         one_channel = (
@@ -576,18 +649,18 @@ def refusal(job: Job) -> str:
         )
         if one_channel and not adapter.describes_model:
             return f"changes {name!r}, a convolution with one channel per group; PEFT's LoRA needs their number, which no file states"
-    architecture = None if not adapter.describes_model else architecture_for(job.plan.config)
+    architecture = None if not adapter.describes_model else architecture_for(plan.config)
     if (
         architecture is not None
         and architecture.input_embedding is None
         and any(t.tied for t in architecture.ties)
     ):
         return f"is a {architecture.name}, which ties weights and has no input embedding: PEFT opens no adapter for it"
-    if job.plan.mirrors:
+    if plan.mirrors:
         return "holds the delta of a tied embedding twice (ensure_weight_tying)"
-    written = (t.module.name for t in job.plan.targets if not adapter.describes_model)
-    if refused := [m for m in written if is_refused(m, job.plan.config.model_type)]:
-        return f"changes {refused[0]!r}, which PEFT refuses LoRA for in models of type {job.plan.config.model_type!r}"
+    written = (t.module.name for t in plan.targets if not adapter.describes_model)
+    if refused := [m for m in written if is_refused(m, plan.config.model_type)]:
+        return f"changes {refused[0]!r}, which PEFT refuses LoRA for in models of type {plan.config.model_type!r}"
     if any(c.role == "lora_bias" for c in adapter.carried):
         return "has biases beside its factors (lora_bias), which have no place in another scale"
     return ""

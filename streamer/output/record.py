@@ -10,7 +10,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal, NotRequired, TypedDict
 
@@ -154,35 +154,15 @@ def record_lines(record: Mapping[str, Any], title: str | None = None) -> list[st
     title
         Start of a first line about the files: the output's location.
     """
-    t, method, lam, fitted = (
-        record["totals"],
-        record["method"],
-        record["lambda"],
-        record.get("coefficients"),
-    )
-    mitigated, norms = (
-        f"{t['changed']} of {t['matrices']} matrices mitigated",
-        f"|delta| {t['delta_norm']:.4g}",
-    )
-    if fitted is not None:
-        each = METHODS[method].changes if method in METHODS else "as it was fitted"
-        how = f"method {method}, to keep {100 * fitted['keep']:g}% of the learning: {mitigated}, {each}"
-    elif lam == 1:
-        how = "lambda 1: the unchanged adapter, nothing mitigated"
-    elif not takes_findings(method):
-        how = f"method {method}, lambda {lam:g}: {mitigated}, each {METHODS[method].changes if method in METHODS else 'as a whole'}"
-    else:
-        how = f"method {method}, select {record['scale']}, lambda {lam:g}: {mitigated}, {counted(t['intruders'], 'intruder')} scaled"
+    t = record["totals"]
+    lam = record["lambda"]
+    norms = f"|delta| {t['delta_norm']:.4g}"
     if lam != 1:
         norms += f" -> {t['delta_norm_after']:.4g}"
-    if (
-        lam != 1 and method != Shrink.name and t["equal_norm_shrink"] <= 1
-    ):  # a shrink cannot make a delta larger
+    # A shrink cannot make a delta larger.
+    if lam != 1 and record["method"] != Shrink.name and t["equal_norm_shrink"] <= 1:
         norms += f"; baseline of equal norm: --method shrink --lambda {t['equal_norm_shrink']:.4f}"
-    to_lora = record["to_lora"]
-    kept = f"; written at the smallest ranks that keep {100 * (to_lora or 0):g} % of the energy"
-    rank = kept if isinstance(to_lora, float) else f"; written at rank {to_lora}" if to_lora else ""
-    lines = [how + rank, norms]
+    lines = [_how(record) + _rank(record), norms]
     if title is not None:
         files = counted(len(record["files"]), "file")
         lines = [f"{title}: {files}, {format_size(t['bytes'])}", *lines]
@@ -194,31 +174,59 @@ def record_lines(record: Mapping[str, Any], title: str | None = None) -> list[st
         lines.append(f"carried along: {count} beside the factors, {carried[0]['tensor']} first")
     if record["command"] == "merge" and record["tokenizer"] == "adapter":
         lines.append("the tokenizer and its chat template are the adapter's own")
-    if lam != 1 and takes_findings(method) and not t["changed"]:
+    if lam != 1 and takes_findings(record["method"]) and not t["changed"]:
         lines.append(
             "nothing was changed, since there is no intruder; to forget less, use `streamer repair`, or --method shrink"
         )
-    share = (
-        100 * t.get("rounded_away", 0) / (t.get("values") or 1)
-    )  # earlier versions did not count them
+    return [printable(line) for line in (*lines, *_losses(record))]
+
+
+def _how(record: Mapping[str, Any]) -> str:
+    """Say how the matrices were mitigated."""
+    t = record["totals"]
+    method = record["method"]
+    lam = record["lambda"]
+    fitted = record.get("coefficients")
+    mitigated = f"{t['changed']} of {t['matrices']} matrices mitigated"
+    changes = METHODS[method].changes if method in METHODS else None
+    if fitted is not None:
+        kept = f"to keep {100 * fitted['keep']:g}% of the learning"
+        return f"method {method}, {kept}: {mitigated}, {changes or 'as it was fitted'}"
+    if lam == 1:
+        return "lambda 1: the unchanged adapter, nothing mitigated"
+    if not takes_findings(method):
+        return f"method {method}, lambda {lam:g}: {mitigated}, each {changes or 'as a whole'}"
+    scaled = f"{counted(t['intruders'], 'intruder')} scaled"
+    return f"method {method}, select {record['scale']}, lambda {lam:g}: {mitigated}, {scaled}"
+
+
+def _rank(record: Mapping[str, Any]) -> str:
+    """Say at which rank a LoRA adapter was written; nothing for another output."""
+    to_lora = record["to_lora"]
+    if isinstance(to_lora, float):
+        return f"; written at the smallest ranks that keep {100 * to_lora:g} % of the energy"
+    return f"; written at rank {to_lora}" if to_lora else ""
+
+
+def _losses(record: Mapping[str, Any]) -> Iterator[str]:
+    """Say what rounding, codes and projection lost."""
+    t = record["totals"]
+    matrices = record["matrices"]
+    # Earlier versions did not count them.
+    share = 100 * t.get("rounded_away", 0) / (t.get("values") or 1)
     if share >= 0.05:  # not 0.0%
         unchanged = f"rounding left {share:.1f}% of the values in these matrices unchanged"
-        lines.append(f"{unchanged}: the result is not exactly base + delta")
-    if coded := [m for m in record["matrices"] if "survives" in m]:
-        kept, error = (
-            100 * sum(m[key] for m in coded) / len(coded) for key in ("survives", "rounding_error")
-        )
+        yield f"{unchanged}: the result is not exactly base + delta"
+    if coded := [m for m in matrices if "survives" in m]:
+        kept = 100 * sum(m["survives"] for m in coded) / len(coded)
+        error = 100 * sum(m["rounding_error"] for m in coded) / len(coded)
         response = f"of the update's response to the map's inputs, {kept:.0f}% survives, with an error of {error:.0f}%"
-        lines.append(
-            f"written in the base's codes: {response} (means of {counted(len(coded), 'matrix')})"
-        )
+        yield f"written in the base's codes: {response} (means of {counted(len(coded), 'matrix')})"
     if record["command"] == "mitigate":
         most = f"lost in projection: at most {100 * t['dropped_max']:.2f}% of a matrix's mitigated delta"
-        worst = max(record["matrices"], key=lambda m: m["dropped"], default={"dropped": 0.0})
-        lines.append(
-            f"{most}, in {worst['tensor']}" if worst["dropped"] >= 5e-5 else most
-        )  # not 0.00%
-    return [printable(line) for line in lines]
+        worst = max(matrices, key=lambda m: m["dropped"], default={"dropped": 0.0})
+        # Not 0.00%.
+        yield f"{most}, in {worst['tensor']}" if worst["dropped"] >= 5e-5 else most
 
 
 CARD_NAME = "README.md"
@@ -267,7 +275,8 @@ class Card:
             (match[1].replace("\r\n", "\n"), original[match.end() :]) if match else (None, original)
         )
         blocks = {} if head is None else _blocks(head)
-        merged, sources = record["command"] == "merge", (record["base"], record["adapter"])
+        merged = record["command"] == "merge"
+        sources = (record["base"], record["adapter"])
         make_head = _merged_head if merged else _adapter_head
         front = head if blocks is None else make_head(self, sources, blocks)
         if merged and body.strip():
@@ -388,12 +397,10 @@ def _name(source: NameSource) -> str:
 
 def _facts(record: Record) -> str:
     """Describe how an output was made, as a table, lists, and commands."""
-    base, adapter, detection, fitted = (
-        record["base"],
-        record["adapter"],
-        record["detection"],
-        record["coefficients"],
-    )
+    base = record["base"]
+    adapter = record["adapter"]
+    detection = record["detection"]
+    fitted = record["coefficients"]
     rows = [
         (what, f"{_name(s)}, digest `{s['digest']}`")
         for what, s in (("base", base), ("adapter", adapter))
@@ -464,7 +471,8 @@ def command_line(record: Record) -> str:
         "-o",
         "OUTPUT",
     ]
-    lam, fitted = record["lambda"], record["coefficients"]
+    lam = record["lambda"]
+    fitted = record["coefficients"]
     if fitted is not None:
         words += ["--method", record["method"], *_file_option(record)]
     else:

@@ -100,13 +100,13 @@ class Listing:
 
     def download(self, names: Collection[str], monitor: Monitor) -> Path:
         """Download files unless they exist, and return their directory; each gets its name when it is complete."""
-        directory, missing = (
-            self.directory("files"),
-            [name for name in names if not self.is_cached(name)],
-        )
-        total, done = sum(self.files[name].size for name in missing), 0
+        directory = self.directory("files")
+        missing = [name for name in names if not self.is_cached(name)]
+        total = sum(self.files[name].size for name in missing)
+        done = 0
         for i, name in enumerate(missing):
-            file, path = self.files[name], directory / name
+            file = self.files[name]
+            path = directory / name
             source = RemoteSource(file)
             make_private(path.parent)
             for partial in (p for p in path.parent.iterdir() if PARTIAL.match(p.name)):
@@ -195,7 +195,8 @@ def list_address(url: Url) -> Listing:
     InputError, StorageError
         If access is denied, or no server answers.
     """
-    file, small = "", Files()
+    file = ""
+    small = Files()
     if url.name.endswith(".safetensors"):
         if (stat := ranges.stat_remote(url.text, url.shown)) is None:
             raise errors.MissingInputError(
@@ -465,13 +466,13 @@ def list_hub(name: HubName) -> HubListing:
         raise errors.InputError(
             f"{name.shown}: the hub states no commit, which would identify its version; check HF_ENDPOINT"
         )
-    start, files, shards = _path(name, ""), dict[str, RemoteFile](), list[str]()
+    start = _path(name, "")
+    files = dict[str, RemoteFile]()
+    shards = list[str]()
     for sibling in info.siblings or ():
         if (path := str(sibling.rfilename)).startswith(start):
-            url, shown = (
-                hub.hf_hub_url(name.repo, path, revision=commit),
-                f"{name.repo}@{commit[:12]}/{path}",
-            )
+            url = hub.hf_hub_url(name.repo, path, revision=commit)
+            shown = f"{name.repo}@{commit[:12]}/{path}"
             if sibling.size is None and path.endswith(".safetensors"):
                 raise errors.UnsupportedError(
                     f"{shown}: the hub does not state its size; download it, and name the directory"
@@ -523,8 +524,10 @@ def _client(name: HubName) -> Iterator[Any]:
     """Give the hub's client, without its bars and its log of failed attempts; turn its errors into errors that say what to do."""
     needs = f"{name.shown}: no such path, and a name on the hub needs huggingface_hub 0.25"
     hub = require_package("huggingface_hub", (0, 25), needs, "hub")
-    utils, logger = import_module("huggingface_hub.utils"), logging.getLogger("huggingface_hub")
-    level, hidden = logger.level, utils.are_progress_bars_disabled()
+    utils = import_module("huggingface_hub.utils")
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    hidden = utils.are_progress_bars_disabled()
     logger.setLevel(logging.CRITICAL)
     utils.disable_progress_bars()
     try:
@@ -539,7 +542,8 @@ def _client(name: HubName) -> Iterator[Any]:
 
 def _error(name: HubName, e: Exception) -> errors.StreamerError:
     """Make the error for one of the hub's client: by its class, or by the response's status."""
-    hub_errors, shown = import_module("huggingface_hub.errors"), name.shown
+    hub_errors = import_module("huggingface_hub.errors")
+    shown = name.shown
     full = errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS
     if isinstance(e, OSError) and e.errno in full:
         return errors.StorageError(
@@ -603,7 +607,8 @@ def parse_address(text: str) -> HubName | Url | None:
         return None
     named = _HUB_PAGE.fullmatch(text)
     if named is None and (match := _SCHEME.match(text)):
-        scheme, rest = match["scheme"], text[match.end() :]
+        scheme = match["scheme"]
+        rest = text[match.end() :]
         if scheme == "hf":
             if (named := _HUB_NAME.fullmatch(rest.removeprefix("models/"))) is None:
                 raise errors.UsageError(

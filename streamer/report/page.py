@@ -190,7 +190,8 @@ def sentences(subject: Subject) -> list[str]:
         # The headline of other outputs says how they were made; the table of a repair, what was measured.
         figures = () if "repair" in subject else subject.get("measured", ())[1:]
         return [*map(printable, figures), first, *([how] if "measured" in subject else []), *others]
-    sources, options = subject.sources, subject.options
+    sources = subject.sources
+    options = subject.options
     k = options.top_k
     matrices = counted(len(subject), "matrix")
     changed = f"the {matrices}" if len(subject) == 1 else f"each of the {matrices}"

@@ -63,7 +63,9 @@ class Piece:
 
     def release(self) -> None:
         """Release the bytes: their buffer may be leased again."""
-        view, buffer, self.view = self.view, self.view.obj, _GONE
+        view = self.view
+        buffer = self.view.obj
+        self.view = _GONE
         if self._free is not None:
             if CHECKED:
                 view[:] = RELEASED * len(view)
@@ -80,7 +82,8 @@ class BufferRing:
     """Leases up to `count` buffers of `size` bytes, allocated when they are first needed."""
 
     def __init__(self, size: int, count: int = QUEUE + 1) -> None:
-        self._size, self._free = size, list[bytearray | None]([None] * count)
+        self._size = size
+        self._free = list[bytearray | None]([None] * count)
 
     def lease(self, size: int | None = None) -> Piece:
         """Lease a buffer, or the first `size` bytes of one; raise `BufferError` if all are leased."""
@@ -100,7 +103,8 @@ def views(pieces: Iterable[Piece]) -> Iterator[memoryview]:
 
 def gather(pieces: Iterable[Piece], nbytes: int) -> memoryview:
     """Copy pieces into newly allocated memory of `nbytes`, and release each."""
-    out, at = memoryview(bytearray(nbytes)), 0
+    out = memoryview(bytearray(nbytes))
+    at = 0
     for view in views(pieces):
         out[at : at + len(view)] = view
         at += len(view)
@@ -146,8 +150,14 @@ class AtomicFile:
     """
 
     def __init__(self, path: Path, size: int, head: bytes = b"", renames: bool = True) -> None:
-        self.path, self.size, self.written, self._fd, self._at = path, size, 0, -1, 0
-        self._head, self._renames, self._is_complete = head, renames, False
+        self.path = path
+        self.size = size
+        self.written = 0
+        self._fd = -1
+        self._at = 0
+        self._head = head
+        self._renames = renames
+        self._is_complete = False
         self.partial = path.with_name(partial_name(path.name))
         self._hash = hashlib.sha256()
         self._threads: tuple[ThreadPoolExecutor, ...] = ()
@@ -201,7 +211,9 @@ class AtomicFile:
         """Close the file: writes that have not begun are dropped, so that none goes to a descriptor that is reused for another file."""
         for thread in self._threads:
             thread.shutdown(cancel_futures=True)
-        fd, self._fd = self._fd, -1  # a failed close has still closed the descriptor
+        # A failed close has still closed the descriptor.
+        fd = self._fd
+        self._fd = -1
         if fd >= 0:
             os.close(fd)
 
@@ -209,7 +221,8 @@ class AtomicFile:
         done = 0
         while done < len(view):
             done += os.write(self._fd, view[done : done + files.MAX_CALL_BYTES])
-        begun, self._at = self._at, self._at + len(view)
+        begun = self._at
+        self._at += len(view)
         if len(view) >= THREADED_BYTES:
             # These pages are still dirty, so they stay, but Linux begins to write them.
             files.drop_cached(self._fd, begun, len(view))
@@ -376,7 +389,8 @@ class ShardFile(AtomicFile):
     def __init__(self, directory: Path, plan: ShardPlan, renames: bool = True) -> None:
         files.make_directory((directory / plan.name).parent)
         super().__init__(directory / plan.name, plan.nbytes, plan.raw_header, renames)
-        self.plan, self._following = plan, iter(plan.header.tensors)
+        self.plan = plan
+        self._following = iter(plan.header.tensors)
 
     def add(self, info: TensorInfo, pieces: Iterable[Piece]) -> None:
         """Pull the next tensor's pieces, hash and write them, and check their total size."""

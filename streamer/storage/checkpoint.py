@@ -81,12 +81,10 @@ class TensorFile:
             undo.callback(source.close)
             self.header = source.header().prefixed(prefix)
             undo.pop_all()
-        self.source, self.io, self.stamp, self.remote = (
-            source,
-            source.io,
-            source.stamp,
-            source.remote,
-        )
+        self.source = source
+        self.io = source.io
+        self.stamp = source.stamp
+        self.remote = source.remote
 
     def close(self) -> None:
         """Close the file; existing views stay valid."""
@@ -123,11 +121,13 @@ class TensorFile:
 
     def chunks(self, info: TensorInfo, size: int = 4 << 20) -> Iterator[Piece]:
         """Yield a tensor's bytes in pieces that the caller releases, while the disk reads ahead."""
-        source, first = self.source, self.header.data_start + info.start
+        source = self.source
+        first = self.header.data_start + info.start
         end = self.header.file_bytes if self._read_through else first + info.nbytes
         ring = BufferRing(min(size, info.nbytes))
         for start in range(0, info.nbytes, size):
-            at, stop = first + start, first + min(start + size, info.nbytes)
+            at = first + start
+            stop = first + min(start + size, info.nbytes)
             piece = ring.lease(stop - at)
             source.prefetch(at, stop, end)
             source.read_into(piece.view, at)
@@ -145,7 +145,8 @@ class TensorFile:
             Whether several readers take turns with each tensor: its pages then stay in the page cache until `release_pages`. For one
             reader, `chunks` reads ahead beyond the tensor.
         """
-        self._read_through, self._keeps_pages = not by_several, by_several
+        self._read_through = not by_several
+        self._keeps_pages = by_several
         try:
             yield
         finally:
@@ -174,7 +175,9 @@ class TensorFile:
             raise FormatError(
                 f"{self.path}: expected a SHA-256 of the file in its metadata, {found}; {again}"
             )
-        source, at, end = self.source, self.header.data_start, self.header.file_bytes
+        source = self.source
+        at = self.header.data_start
+        end = self.header.file_bytes
         header = bytes(source.view(0, at))
         digest = hashlib.sha256(header.replace(stated.encode(), NO_DIGEST.encode(), 1))
         buffer = memoryview(bytearray(HASHED_BYTES))
@@ -457,10 +460,8 @@ def _model(
             holders.setdefault(t.name, []).append(name)
     for tensor in {**weight_map, **holders}:
         if holders.get(tensor) != [weight_map.get(tensor)]:
-            there, expected = (
-                listed(holders.get(tensor, ["no shard"])),
-                weight_map.get(tensor, "no shard"),
-            )
+            there = listed(holders.get(tensor, ["no shard"]))
+            expected = weight_map.get(tensor, "no shard")
             what = f"tensor {tensor!r}: expected in {expected}, found in {there}; get index and shards of one version"
             raise FormatError(f"{index_path}: {what}")
     data_bytes = sum(file.header.data_bytes for file in files.values())

@@ -31,8 +31,9 @@ UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errn
 MAX_CALL_BYTES = 1 << 30
 """Most bytes read or written by one call: macOS refuses 2 GiB or more."""
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Parameters of `mallopt`, as glibc's ``malloc.h`` numbers them."""
+# Parameters of `mallopt`, as glibc's ``malloc.h`` numbers them.
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
 
 
 def reserve(fd: int, size: int) -> None:
@@ -398,7 +399,8 @@ def difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
     """Describe briefly how two identities differ."""
     keys = [k for k in {**first, **second} if first.get(k) != second.get(k)]
     if "files" in keys:
-        a, b = first.get("files", []), second.get("files", [])
+        a = first.get("files", [])
+        b = second.get("files", [])
         if [f["file"] for f in a] != [f["file"] for f in b]:
             return f"files {[f['file'] for f in a][:3]} against {[f['file'] for f in b][:3]}"
         changed = next(x["file"] for x, y in zip(a, b, strict=True) if x != y)

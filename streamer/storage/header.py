@@ -24,8 +24,11 @@ from streamer.units import format_size, format_sizes, quoted
 MAX_HEADER_BYTES = 100_000_000
 """Largest N, which is the safetensors library's own limit."""
 
-DIGEST, NO_DIGEST = "sha256", "0" * 64
-"""Metadata key of a digest of the whole file, and the value in its place while the digest is computed."""
+DIGEST = "sha256"
+"""Metadata key of a digest of the whole file."""
+
+NO_DIGEST = "0" * 64
+"""The value in its place while the digest is computed."""
 
 MAX_DEPTH = 127
 """Deepest nesting of lists and objects that the library's JSON parser accepts, including the whole header's braces."""
@@ -135,7 +138,8 @@ def tensor_nbytes(dtype: str, shape: Iterable[int]) -> int:
 
 def _depth(value: object) -> int:
     """Return the nesting depth of lists and objects in a JSON value."""
-    depth, level = 0, [value]
+    depth = 0
+    level = [value]
     while level := [v for v in level if isinstance(v, dict | list)]:
         depth += 1
         level = [child for v in level for child in (v.values() if isinstance(v, dict) else v)]

@@ -33,7 +33,8 @@ class LocalSource:
     _fd = -1
 
     def __init__(self, path: Path, io: IOMode) -> None:
-        self.path, self.io = path, io
+        self.path = path
+        self.io = io
         self._fd, st = files.open_regular(path, "a safetensors file")
         self.stamp = files.file_stamp(st)
 

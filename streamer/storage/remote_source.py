@@ -91,7 +91,8 @@ class Transient(Exception):
 
     def __init__(self, reason: str, done: int = 0, wait: float | None = None) -> None:
         super().__init__(reason)
-        self.done, self.wait = done, wait
+        self.done = done
+        self.wait = wait
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,8 @@ def request_list(url: str, shown: str) -> dict[str, RemoteFile]:
             entries = fs.find(path, detail=True)
     except (FileNotFoundError, IsADirectoryError):
         return {}
-    scheme, start = url.partition("://")[0], path.rstrip("/") + "/"
+    scheme = url.partition("://")[0]
+    start = path.rstrip("/") + "/"
     inside = {full: f"{scheme}://{full}" for full in entries if full.startswith(start)}
     return {full.removeprefix(start): _stated(at, at, entries[full]) for full, at in inside.items()}
 
@@ -330,7 +332,8 @@ def _answer(url: str, part: str, shown: str, token: bool) -> Iterator[tuple[Any,
 
 @cache
 def _pool(proxy: str) -> Any:
-    urllib3, context = _urllib3(), ssl.create_default_context()
+    urllib3 = _urllib3()
+    context = ssl.create_default_context()
     options = {"maxsize": CONNECTIONS, "num_pools": CONNECTIONS, "ssl_context": context}
     return urllib3.ProxyManager(proxy, **options) if proxy else urllib3.PoolManager(**options)
 
@@ -402,7 +405,8 @@ def _bucket(url: str, shown: str) -> Iterator[tuple[Any, str]]:
         lacks = f"such an address needs {plugin}, which is not installed; pip install 'intruder-streamer[remote]'"
         raise MissingPackageError(f"{shown}: {lacks}", plugin) from None
     except Exception as e:  # each plugin has its own exceptions
-        name, text = type(e).__name__, without_secrets(str(e))
+        name = type(e).__name__
+        text = without_secrets(str(e))
         if (
             isinstance(e, PermissionError)
             or "Credential" in name
@@ -610,7 +614,8 @@ def _retried(shown: str, most: int, call: Callable[[], T]) -> T:
 
 def _sleep(seconds: float) -> None:
     """Sleep, or raise `Interrupted` as soon as a stop is requested."""
-    monitor, until = _monitor.get(), time.monotonic() + seconds
+    monitor = _monitor.get()
+    until = time.monotonic() + seconds
     while True:
         monitor.checkpoint()
         if (left := until - time.monotonic()) <= 0:
@@ -636,7 +641,8 @@ class RemoteSource:
     remote = True
 
     def __init__(self, file: RemoteFile) -> None:
-        self.file, self.stamp = file, file.stamp
+        self.file = file
+        self.stamp = file.stamp
         self.io: IOMode = "pread"
         self._ahead: deque[_Range] = deque()
         self._lock = threading.Lock()
@@ -673,7 +679,8 @@ class RemoteSource:
                 first.future.result()
                 piece = first.data[at - first.start :][: len(out)]
                 out[: len(piece)] = piece
-                out, at = out[len(piece) :], at + len(piece)
+                out = out[len(piece) :]
+                at += len(piece)
 
     def prefetch(self, start: int, stop: int, end: int) -> None:
         """Request what follows `start`, up to `AHEAD_BYTES` and before `end`."""

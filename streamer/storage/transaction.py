@@ -138,10 +138,12 @@ class Journal:
 
 def _records(fd: int) -> Iterator[tuple[int, bytes]]:
     """Read the complete records of a journal, up to the first torn one, as offsets and payloads."""
-    size, at = os.fstat(fd).st_size, 0
+    size = os.fstat(fd).st_size
+    at = 0
     while at + FRAME_BYTES <= size:
         frame = files.read_bytes(fd, FRAME_BYTES, at)
-        length, at = int.from_bytes(frame[:8], "little"), at + FRAME_BYTES
+        length = int.from_bytes(frame[:8], "little")
+        at += FRAME_BYTES
         payload = files.read_bytes(fd, length, at) if length <= size - at else b""
         if len(payload) < length or hashlib.sha256(payload).digest() != frame[8:]:
             return
@@ -194,7 +196,8 @@ def may_resume(
             f"{path}: {said}; finish that one, choose another output, or pass --overwrite",
             journal or path,
         )
-    began, version = begun.get("version", ""), head["version"]
+    began = begun.get("version", "")
+    version = head["version"]
     if (
         not resume
         or begun.get("bits", "") != head.get("bits", "")
@@ -485,7 +488,8 @@ def check_output_path(path: Path, inputs: Sequence[Path], output: Path | None = 
 
 def check_name(path: Path, longest: str) -> None:
     """Refuse an output if a file, even a temporary one, would get a name longer than the file system allows."""
-    most, found = os.pathconf(_existing(path.parent), "PC_NAME_MAX"), len(os.fsencode(longest))
+    most = os.pathconf(_existing(path.parent), "PC_NAME_MAX")
+    found = len(os.fsencode(longest))
     if 0 < most < found:
         sizes = f"with what a partial file adds it has {found} bytes, the file system takes {most}"
         raise OutputError(f"{path}: its name is too long: {sizes}; choose a shorter name")
@@ -519,8 +523,11 @@ def _existing(path: Path) -> Path:
     return next(p for p in (path, *path.parents) if p.exists())
 
 
-OLD, NAMES = "old", "names"
-"""Keys of a journal's head: files that existed before the run, and names of files to come."""
+OLD = "old"
+"""Key of a journal's head: files that existed before the run."""
+
+NAMES = "names"
+"""Key of a journal's head: names of files to come."""
 
 
 @dataclass(frozen=True)
@@ -717,7 +724,8 @@ def inspect_output(
     StorageError
         If the plan does not fit on the disk.
     """
-    path, names = plan.path, [name for name, _ in plan.files]
+    path = plan.path
+    names = [name for name, _ in plan.files]
     check_output_path(path, plan.inputs)
     for name in names:
         check_name(path / name, atomic_file.partial_name((path / name).name))
@@ -773,10 +781,8 @@ def own_partials(plan: OutputPlan) -> set[Path]:
         name for name in (*planned, *old) if _is_within(plan.path, name)
     ]  # a record may come from elsewhere
     paths = [place / name for place in (plan.path, plan.path / STAGE_NAME) for name in names]
-    directories, last_names = (
-        {path.parent for path in paths if path.parent.is_dir()},
-        {path.name for path in paths},
-    )
+    directories = {path.parent for path in paths if path.parent.is_dir()}
+    last_names = {path.name for path in paths}
     return {
         path for directory in directories for path in atomic_file.partials_of(directory, last_names)
     }
@@ -809,7 +815,8 @@ def _refuse_foreign(plan: OutputPlan, own: Sequence[OldFile], overwrite: bool) -
 
     An unchanged file of ours under a conflicting name is removed; so is an empty one with `overwrite`.
     """
-    path, names = plan.path, {file.file for file in own}
+    path = plan.path
+    names = {file.file for file in own}
     for name, _ in plan.files:
         if is_taken(path / name) and not (name in names and (path / name).is_file()):
             raise _foreign(path / name)
@@ -834,9 +841,11 @@ def _check_stands(plan: OutputPlan, record: dict[str, Any]) -> Literal["done", "
 
     Missing files make it new, as when a user removed one on purpose; a different size is refused, because the file may be edited.
     """
-    sizes, missing = {file.file: file.bytes for file in as_files(record.get("files"))}, False
+    sizes = {file.file: file.bytes for file in as_files(record.get("files"))}
+    missing = False
     for name, _ in plan.files:
-        size, wanted = size_of(plan.path / name), sizes.get(name)
+        size = size_of(plan.path / name)
+        wanted = sizes.get(name)
         if size == wanted or (size > 0 and name in plan.editable):
             continue
         if wanted is None:
@@ -854,7 +863,10 @@ class OutputDirectory:
     """Writer of an output directory's files; made by `open_outputs`."""
 
     def __init__(self, plan: OutputPlan, path: Path, journal: Journal, resumed: bool) -> None:
-        self.path, self.resumed, self._plan, self._journal = path, resumed, plan, journal
+        self.path = path
+        self.resumed = resumed
+        self._plan = plan
+        self._journal = journal
         entries = (files.strict_json(journal[i]) for i in range(1, len(journal)))
         self._entries: dict[str, dict[str, Any]] = {entry["file"]: entry for entry in entries}
 
@@ -931,7 +943,8 @@ class OutputDirectory:
         If a loader reads more than one file that differs, the commit point goes first and comes last, so that no loader finds files of both
         outputs. A kill leaves the old output, or what the same command completes by these steps.
         """
-        path, names = self._plan.path, [*(name for name, _ in self._plan.files), RECORD_NAME]
+        path = self._plan.path
+        names = [*(name for name, _ in self._plan.files), RECORD_NAME]
         to_rename = [name for name in names if size_of(self.path / name) >= 0]
         old = as_files(json.loads(self._journal[0])[OLD])
         differing = {file.file for file in {*old} ^ {*as_files([*self._entries.values()])}}
@@ -996,7 +1009,8 @@ def locked_outputs(
 def _begun(plan: OutputPlan, state: str) -> Iterator[OutputDirectory]:
     """Begin or resume one locked output in the state ``new`` or ``resume``."""
     old = own_files(plan.path / RECORD_NAME, plan.path / JOURNAL_NAME)
-    names, stage = [name for name, _ in plan.files], plan.path / STAGE_NAME
+    names = [name for name, _ in plan.files]
+    stage = plan.path / STAGE_NAME
     if state == "new":
         shutil.rmtree(stage, ignore_errors=True)
     stays = is_taken(plan.path / RECORD_NAME) or stage.exists()

@@ -67,7 +67,8 @@ class Sampler:
             raise NumericError(
                 f"{self.name}: its logits are NaN or Inf on the text that it writes; check its weights and the adapter"
             )
-        position, chosen = ids.shape[1], scores.cpu().clone()
+        position = ids.shape[1]
+        chosen = scores.cpu().clone()
         for row, (number, prompt) in enumerate(self.prompts.items()):
             if position < len(prompt):
                 chosen[row] = -torch.inf
@@ -203,11 +204,8 @@ def write_text(
     NumericError
         If a logit is NaN or Inf.
     """
-    transformers = require_transformers()
-    network = model.network
-    device = model.job.device
     ids = torch.tensor([prompt[:1] for prompt in prompts.values()])
-    cache = _fresh_cache(network)
+    cache = _fresh_cache(model.network)
     # A cache of states alone does not know how many tokens it holds, and `generate` would run them again.
     if cache is None or all(getattr(cache, "is_linear", [False])):
         snapshot = None
@@ -220,24 +218,32 @@ def write_text(
             snapshot.save(so_far, cache)
         after(tokens)
 
-    # Without the stops and filters of the base's config.
-    network.generation_config = transformers.GenerationConfig()
-    config = transformers.GenerationConfig(
-        max_length=length, do_sample=False, use_cache=_takes_cache(network), pad_token_id=0
-    )
     model.limit(0, False)  # one group shares nothing with others
     leave: Stop = nothing
     if cache is not None and directory is not None:
         leave = FiledCache(cache, directory).move
+    sampler = Sampler(prompts, seed, str(model.job.plan.base.path), step)
     with model.alone(Group(ids, ADAPTER_ROW), stop, leave):
-        out: Tensor = network.generate(
-            ids.to(device),
-            # Or it would take a token for padding.
-            attention_mask=torch.ones_like(ids, device=device),
-            generation_config=config,
-            logits_processor=[Sampler(prompts, seed, str(model.job.plan.base.path), step)],
-            **({} if cache is None else {_cache_keyword(): cache}),
-        )
+        return _generated(model, ids, cache, length, sampler)
+
+
+def _generated(model: SweepModel, ids: Tensor, cache: Any, length: int, sampler: Sampler) -> Tensor:
+    """Continue sequences by transformers' own loop, without the stops and filters of the base's config."""
+    transformers = require_transformers()
+    network = model.network
+    device = model.job.device
+    network.generation_config = transformers.GenerationConfig()
+    config = transformers.GenerationConfig(
+        max_length=length, do_sample=False, use_cache=_takes_cache(network), pad_token_id=0
+    )
+    out: Tensor = network.generate(
+        ids.to(device),
+        # Or it would take a token for padding.
+        attention_mask=torch.ones_like(ids, device=device),
+        generation_config=config,
+        logits_processor=[sampler],
+        **({} if cache is None else {_cache_keyword(): cache}),
+    )
     return out.cpu()
 
 

@@ -100,7 +100,8 @@ def match_run_time(
             f"{plan.base.path}: a quantized {plan.config.model_type} stores its layers as (out, in), and the loaded model as (in, out), "
             "which is not supported by evaluate and repair; use the 16-bit base"
         )
-    names, optional = _Names(plan, prefix), set(optional)
+    names = _Names(plan, prefix)
+    optional = set(optional)
     tensors = {
         name: tensor
         for name, shape in shapes.items()
@@ -124,7 +125,8 @@ class _Names:
     """Index of weights on disk by the run-time names that loading gives them."""
 
     def __init__(self, plan: Plan, prefix: str) -> None:
-        self.plan, self.prefix = plan, prefix
+        self.plan = plan
+        self.prefix = prefix
         edits = plan.edits
         on_disk = [
             *plan.weights.stored,
@@ -154,7 +156,8 @@ class _Names:
             weight = next((tie.on_disk[s] for s in names if s in tie.on_disk), None) or tie.stored
         if weight is None or (tie is None and weight not in self.plan.weights.stored):
             return None
-        stands, tied_to = weight in self.plan.weights.stored, weight if tie is None else tie.stored
+        stands = weight in self.plan.weights.stored
+        tied_to = weight if tie is None else tie.stored
         has_weight = weight in self.edited or (stands and weight not in self.plan.edits.dropped)
         base = self._direct(weight if stands else tied_to, shape)
         adapted = self._direct(weight if has_weight else tied_to, shape)
@@ -163,7 +166,8 @@ class _Names:
 
     def _direct(self, weight: str, shape: tuple[int, ...]) -> tuple[WeightSource, ...]:
         """Use a weight unchanged; a stack gives one source for each matrix."""
-        weights, sources = self.plan.weights, self.plan.edits.sources
+        weights = self.plan.weights
+        sources = self.plan.edits.sources
         stored = weights.shape(weight) if weight in weights else sources[weight].info.shape
         if stored != shape:
             raise MismatchError(
@@ -200,7 +204,8 @@ class _Names:
             raise MismatchError(
                 f"{self.plan.base.path}: {sources[0][0]!r} and its like do not fit together: {shapes}"
             )
-        rows, width = sum(shape[0] for shape in shapes), shapes[0][1]
+        rows = sum(shape[0] for shape in shapes)
+        width = shapes[0][1]
         transposed = by.by == (TRANSPOSE,) or (
             by.by == (TRANSPOSE_IF,) and (rows, width) != shape[1:]
         )

@@ -87,13 +87,7 @@ def size_of(
     modules, tensors
         All modules with parameters, and all parameters.
     """
-    chosen = getattr(config, "num_experts_per_tok", None) or 1
-    run_all = {
-        tensor.name
-        for module, parameters in modules
-        if type(module).__name__ in RUN_ALL_EXPERTS
-        for tensor in parameters.values()
-    }
+    experts = _Experts.of(config, modules)
     matrices = [
         tensor
         for module, parameters in modules
@@ -101,21 +95,6 @@ def size_of(
         for tensor in parameters.values()
         if len(tensor.shape) > 1
     ]
-
-    def passed(tensor: RunTimeTensor) -> int:
-        """Count the matrices of a tensor that a token passes."""
-        if not tensor.stacked:
-            return 1
-        experts = tensor.shape[0]
-        return experts if tensor.name in run_all else min(chosen, experts)
-
-    def width(tensor: RunTimeTensor) -> int:
-        at_once = passed(tensor) if tensor.name in run_all else 1
-        return max(tensor.shape[-2:]) * at_once
-
-    def area(tensor: RunTimeTensor) -> int:
-        return math.prod(tensor.shape[tensor.stacked :])
-
     heads = getattr(config, "num_attention_heads", None) or 1
     groups = getattr(config, "num_key_value_heads", None) or heads
     hidden = int(getattr(config, "hidden_size", 0))
@@ -124,20 +103,57 @@ def size_of(
     targets = [target for pairs in values.plan.by_weight.values() for target, _ in pairs]
     low_rank = [target.module for target in targets if target.module.low_rank]
     weights = {weight for tensor in tensors for weight in tensor.weights}
+    others = [tensor for tensor in matrices if tensor.shape != head.weight.shape]
     return ModelSize(
-        widest=max((width(t) for t in matrices if t.shape != head.weight.shape), default=0),
+        widest=max(map(experts.width, others), default=0),
         hidden=hidden,
         vocabulary=head.out_features,
         attention=_attention_values(config),
-        dense=16 * max(map(area, held_whole), default=0),
+        dense=16 * max(map(_area, held_whole), default=0),
         factors=FACTOR_BYTES * max((m.factor_rank * sum(m.shape) for m in low_rank), default=0),
-        products={tensor.name: area(tensor) * passed(tensor) for tensor in matrices},
+        products={tensor.name: _area(tensor) * experts.passed(tensor) for tensor in matrices},
         read=sum(values.plan.weights[weight].nbytes for weight in weights),
         short=_short_length(config),
         keys=next((keys for name in CHOSEN_KEYS if (keys := getattr(config, name, None))), None),
         cached=2 * 4 * groups * key_size * (getattr(config, "num_hidden_layers", None) or 1),
         sharing=heads // groups,
     )
+
+
+@dataclass(frozen=True)
+class _Experts:
+    """Experts that a token passes: `chosen` of each tensor, or all of those in `run_all`."""
+
+    chosen: int
+    run_all: Collection[str]
+
+    @classmethod
+    def of(cls, config: Any, modules: Sequence[RunTimeModule]) -> _Experts:
+        """Find them by the config and by the modules' classes."""
+        run_all = {
+            tensor.name
+            for module, parameters in modules
+            if type(module).__name__ in RUN_ALL_EXPERTS
+            for tensor in parameters.values()
+        }
+        return cls(getattr(config, "num_experts_per_tok", None) or 1, run_all)
+
+    def passed(self, tensor: RunTimeTensor) -> int:
+        """Count the matrices of a tensor that a token passes."""
+        if not tensor.stacked:
+            return 1
+        experts = tensor.shape[0]
+        return experts if tensor.name in self.run_all else min(self.chosen, experts)
+
+    def width(self, tensor: RunTimeTensor) -> int:
+        """Return the inputs or outputs of the matrices that a token passes at once, whichever are more."""
+        at_once = self.passed(tensor) if tensor.name in self.run_all else 1
+        return max(tensor.shape[-2:]) * at_once
+
+
+def _area(tensor: RunTimeTensor) -> int:
+    """Count the values of one matrix of a tensor."""
+    return math.prod(tensor.shape[tensor.stacked :])
 
 
 def _attention_values(config: Any) -> int:

@@ -37,10 +37,14 @@ class NotRecomputed(Exception):  # a reason, not an error
 
 Array = NDArray[np.float64]
 
-BLOCK_VALUES, PIECE_BYTES = 4 << 20, 16 << 20
-"""Values of a matrix, and raw bytes of a tensor, to handle at a time."""
+BLOCK_VALUES = 4 << 20
+"""Values of a matrix to handle at a time."""
 
-FP8, LARGEST_FP8 = "F8_E4M3", 448.0
+PIECE_BYTES = 16 << 20
+"""Raw bytes of a tensor to handle at a time."""
+
+FP8 = "F8_E4M3"
+LARGEST_FP8 = 448.0
 ELEMENTS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", FP8: "u1"}
 """Dtypes that are decoded, in the format's spelling, and numpy's dtype of their elements."""
 
@@ -147,7 +151,8 @@ def same_bytes(files: TensorFiles, name: str, others: TensorFiles, other: str) -
         or files.stored[name][:2] != others.stored[other][:2]
     ):
         return False
-    first, second = files.raw(name), others.raw(other)
+    first = files.raw(name)
+    second = others.raw(other)
     pieces = (slice(i, i + PIECE_BYTES) for i in range(0, len(first), PIECE_BYTES))
     return all(np.array_equal(first[piece], second[piece]) for piece in pieces)
 
@@ -264,7 +269,8 @@ def half_spacing(values: Array, dtype: str) -> Array:
     return np.asarray(np.ldexp(1.0, exponents))
 
 
-WEIGHTS_NAME, CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
 
 ANGLES = (2e-5, 1e-3)
 """Angle error of a vector, in radians, that findings may have besides rounding; the second applies if singular values decay slowly."""
@@ -306,7 +312,9 @@ class Delta:
     def __init__(
         self, shape: tuple[int, int], rows: Callable[[int, int], tuple[Array, Array]], terms: int
     ) -> None:
-        self.shape, self.rows, self.terms = shape, rows, terms
+        self.shape = shape
+        self.rows = rows
+        self.terms = terms
 
     def dense(self) -> Array:
         """Compute all of it."""
@@ -317,7 +325,8 @@ class LowRank(Delta):
     """``L Rᵀ`` with L (m, r) and R (n, r)."""
 
     def __init__(self, L: Array, R: Array) -> None:
-        self.L, self.R = L, R
+        self.L = L
+        self.R = R
         left, right = (np.linalg.norm(factor, axis=1) for factor in (L, R))
         super().__init__(
             (len(L), len(R)), lambda i, j: (L[i:j] @ R.T, np.outer(left[i:j], right)), L.shape[1]
@@ -405,7 +414,8 @@ class AdapterFiles(TensorFiles):
         """Return the names of a module's factors by role; of ``module.parameter[N]``, those that fit the shape of the stack's matrices."""
         if module in self.modules:
             return self.modules[module]
-        stacked, parts = STACKED.fullmatch(module), {*module.split(".")}
+        stacked = STACKED.fullmatch(module)
+        parts = {*module.split(".")}
         owner = stacked and stacked[1].rpartition(".")[0]
         names = {
             name: {*name.split(".")} for name in self.modules
@@ -427,11 +437,9 @@ class AdapterFiles(TensorFiles):
 
     def factors(self, module: str, shape: tuple[int, int]) -> Factors:
         """Read a module's LoRA; of a stack of N matrices, lora_A is (N·r, in) and lora_B (out, r·N)."""
-        stacked, names, key = (
-            STACKED.fullmatch(module),
-            self.names(module, shape),
-            STACKED.sub(r"\1", module),
-        )
+        stacked = STACKED.fullmatch(module)
+        names = self.names(module, shape)
+        key = STACKED.sub(r"\1", module)
         a, b = (
             f"lora_{'embedding_' if 'lora_embedding_A' in names else ''}{side}" for side in "AB"
         )
@@ -444,7 +452,8 @@ class AdapterFiles(TensorFiles):
             for role in (a, b)
         )
         if stacked is not None:
-            r, expert = int(self.stated("rank_pattern", "r", key)), int(stacked[2])
+            r = int(self.stated("rank_pattern", "r", key))
+            expert = int(stacked[2])
             A, B = A[expert * r : (expert + 1) * r], B[:, expert :: len(A) // r]
         if B.shape[1] != len(A):
             raise NotRecomputed("its factors are shared by several matrices")
@@ -499,7 +508,9 @@ class AdapterFiles(TensorFiles):
 
         The row's `transposed` is used if neither shape nor class decides how the base stores it.
         """
-        module, shape, transposed = row["module"], W0.stored_shape, bool(row.get("transposed"))
+        module = row["module"]
+        shape = W0.stored_shape
+        transposed = bool(row.get("transposed"))
         method = self.options.get("peft_type") or "LORA"
         if not self.is_model and method == "LORA":
             low, _, names = self.factors(module, shape)
@@ -521,7 +532,8 @@ class AdapterFiles(TensorFiles):
             W1 = replace(W0, files=self, replaced={}, added=None)
             if W1.stored_shape != shape:
                 raise NotRecomputed("the fine-tuned model has no matrix of this name and shape")
-            tuned, base = W1.rows, W0.rows
+            tuned = W1.rows
+            base = W0.rows
             return W0, Delta(
                 W0.shape,
                 lambda i, j: (tuned(i, j) - base(i, j), abs(tuned(i, j)) + abs(base(i, j))),
@@ -552,10 +564,8 @@ def _by_products(
     """Make a method whose Δ is ``alpha/r`` times a sum of products of its tensors' values."""
 
     def delta(W0: Matrix, tensors: Tensors, adapter: AdapterFiles, module: str) -> Delta:
-        rank, sizes = (
-            int(adapter.stated("rank_pattern", "r", module)),
-            {role: np.abs(t) for role, t in tensors.items()},
-        )
+        rank = int(adapter.stated("rank_pattern", "r", module))
+        sizes = {role: np.abs(t) for role, t in tensors.items()}
         values, bound = (
             adapter.scaling(module, rank) * formula(W0, t).reshape(W0.shape)
             for t in (tensors, sizes)
@@ -579,10 +589,8 @@ def _lokr(W0: Matrix, t: Tensors) -> Array:
 
 def _adalora(W0: Matrix, t: Tensors, adapter: AdapterFiles, module: str) -> Delta:
     """Compute ``B diag(E) A · alpha / (r + 1e-5)`` with the initial rank, or the rank that is stored beside the factors."""
-    alpha, rank = (
-        float(adapter.options.get("lora_alpha", 8)),
-        np.array(adapter.options.get("init_r", 12)),
-    )
+    alpha = float(adapter.options.get("lora_alpha", 8))
+    rank = np.array(adapter.options.get("init_r", 12))
     s = (alpha if alpha > 0 else len(t["lora_A"])) / (float(t.get("ranknum", rank).item()) + 1e-5)
     return LowRank(s * t["lora_B"] * t["lora_E"].ravel(), t["lora_A"].T)
 
@@ -627,7 +635,8 @@ def leading_triplets(W: Array, top_k: float) -> Triplets:
     from scipy.linalg import svd
     from scipy.sparse.linalg import ArpackError, svds
 
-    side, triplets = min(W.shape), None
+    side = min(W.shape)
+    triplets = None
     k = min(side, top_k if isinstance(top_k, int) else max(1, round(top_k * side)))
     if k + MORE < side // 2:
         with contextlib.suppress(ArpackError):
@@ -636,7 +645,9 @@ def leading_triplets(W: Array, top_k: float) -> Triplets:
             )
     U, S, Vh = svd(W, full_matrices=False) if triplets is None else triplets
     order = np.argsort(-S, kind="stable")
-    U, S, V = U[:, order], S[order], Vh[order].T
+    U = U[:, order]
+    S = S[order]
+    V = Vh[order].T
     beyond = S[min(k + MORE, len(S) - 1)]
     slow = k + MORE < len(S) and S[k - 1] ** 2 - beyond**2 < SLOW * beyond**2
     return Triplets(U[:, :k], S, V[:, :k], ANGLES[bool(slow)])
@@ -658,11 +669,17 @@ def by_intruders(
         raise NotRecomputed(
             f"its direction {chosen[int(angles.argmax())]} is one of a cluster of directions"
         )
-    U, S, V = triplets.U[:, chosen], triplets.S[chosen], triplets.V[:, chosen]
-    left, right, sizes = (lam - 1) * U * S, V.T, S
+    U = triplets.U[:, chosen]
+    S = triplets.S[chosen]
+    V = triplets.V[:, chosen]
+    left = (lam - 1) * U * S
+    right = V.T
+    sizes = S
     if method == "project":
         dense = delta.dense()
-        left, right, sizes = (lam - 1) * U, U.T @ dense, np.full(len(S), np.linalg.norm(dense))
+        left = (lam - 1) * U
+        right = U.T @ dense
+        sizes = np.full(len(S), np.linalg.norm(dense))
     return combined(delta, 1.0, left, right), 2 * abs(lam - 1) * float(angles @ sizes)
 
 
@@ -670,7 +687,9 @@ def by_method(
     record: Mapping[str, Any], row: Mapping[str, Any], W0: Matrix, delta: Delta
 ) -> tuple[Delta, float]:
     """Compute Δ' of a record's row by the record's method, and the norm by which it may differ; see `by_intruders`."""
-    method, lam, intruders = record["method"], record["lambda"], row["intruders"]
+    method = record["method"]
+    lam = record["lambda"]
+    intruders = row["intruders"]
     if method == "shrink":
         return combined(delta, lam), 0.0
     if method not in ("paper", "project"):
@@ -690,7 +709,9 @@ Formula = Callable[[str, Delta], Delta]
 def read_fit(path: Path, record: Mapping[str, Any]) -> Formula:
     """Read the right factors of the fit that a record names, (n, r) by matrix; raise `MismatchError` if it is another file."""
     end = ".right_factor"  # of the names of arrays (1, n, r)
-    files, digest, sha256 = TensorFiles([path]), hashlib.sha256(), record["coefficients"]["sha256"]
+    files = TensorFiles([path])
+    digest = hashlib.sha256()
+    sha256 = record["coefficients"]["sha256"]
     arrays = {
         n.removesuffix(end)
         for n, stored in files.stored.items()
@@ -722,11 +743,16 @@ def read_map(path: Path, record: Mapping[str, Any]) -> Formula:
     MismatchError
         If it is another file.
     """
-    files, digest, sha256 = TensorFiles([path]), hashlib.sha256(), record["map"]["sha256"]
+    files = TensorFiles([path])
+    digest = hashlib.sha256()
+    sha256 = record["map"]["sha256"]
     known: dict[tuple[str, int], list[tuple[Array, Array | None, float]]] = {}
     inputs = json.loads(files.metadata.get("streamer.map", "{}")).get("inputs", [])
     for entry in sorted(inputs, key=lambda entry: (entry["names"][0], entry["one_hot"])):
-        first, trace, V, rest = entry["names"][0], float(entry["trace"]), None, 0.0
+        first = entry["names"][0]
+        trace = float(entry["trace"])
+        V = None
+        rest = 0.0
         values = files.values(first + (".frequencies" if entry["one_hot"] else ".eigenvalues"))
         n = len(values) if entry["one_hot"] else files.stored[f"{first}.vectors"].shape[1]
         digest.update(
@@ -757,10 +783,14 @@ def by_spectrum(delta: Delta, values: Array, V: Array | None, rest: float, share
     core = np.linalg.qr(delta.L)[1] @ delta.R.T if isinstance(delta, LowRank) else delta.dense()
     along = core if V is None else core @ V
     squares = np.sum(along**2, axis=0)
-    energies, others = squares * values, rest * max(0.0, float(np.sum(core**2) - squares.sum()))
+    energies = squares * values
+    others = rest * max(0.0, float(np.sum(core**2) - squares.sum()))
     if share == 1 or not energies.sum() + others > 0:
         return delta
-    largest, low, high, nu = max(float(values.max()), rest), -DECADES, DECADES, math.inf
+    largest = max(float(values.max()), rest)
+    low = -DECADES
+    high = DECADES
+    nu = math.inf
     for _ in range(200 if share else 0):
         nu = 10 ** ((low + high) / 2) / largest
         left = np.sum(energies / np.sqrt(1 + nu * values)) + others / np.sqrt(1 + nu * rest)

@@ -97,7 +97,8 @@ class Outcome:
     """
 
     def __init__(self, output: Path) -> None:
-        self.output, self.unmet = output, ""
+        self.output = output
+        self.unmet = ""
         totals = cast(TotalsRecord, dict.fromkeys(TotalsRecord.__annotations__, 0))
         self.result: Verification = {
             "schema": SCHEMA,
@@ -162,14 +163,13 @@ class Check:
         files: TensorFiles,
         formula: deltas.Formula | None,
     ) -> None:
-        self.outcome, self.record, self.base, self.adapter, self.files = (
-            outcome,
-            record,
-            base,
-            adapter,
-            files,
-        )
-        self._formula, self._rewritten = formula, record.get("to_lora") is not None
+        self.outcome = outcome
+        self.record = record
+        self.base = base
+        self.adapter = adapter
+        self.files = files
+        self._formula = formula
+        self._rewritten = record.get("to_lora") is not None
         self._rows = {row["tensor"]: row for row in record["matrices"]}
         self._stored = {Matrix(base, tensor).stored_name for tensor in self._rows}
         self._cast = CASTS.get(record.get("dtype", ""))
@@ -218,15 +218,14 @@ class Check:
         )
         if copied and mitigated is delta and not self._rewritten:
             return 0.0
-        factors, wanted_rank = (
-            self.files.factors(row["module"], W0.stored_shape),
-            self.record["to_lora"] or delta.terms,
-        )
+        factors = self.files.factors(row["module"], W0.stored_shape)
+        wanted_rank = self.record["to_lora"] or delta.terms
         return self._compare_factors(tensor, mitigated, spread, wanted_rank, factors)
 
     def _source(self, tensor: str) -> Matrix:
         """Return a tensor before its delta: the base's, with the edits that the record lists."""
-        matrix, adapter = Matrix(self.base, tensor), self.adapter
+        matrix = Matrix(self.base, tensor)
+        adapter = self.adapter
         for by, change in self._edits[tensor].items():
             if by not in adapter.stored:
                 matrix = replace(matrix, name=by)  # a head that was tied to it
@@ -265,7 +264,8 @@ class Check:
         terms = (
             delta.terms + 8 if delta is not None else 8 * (W0.added is not None or W0.dtype == FP8)
         )
-        worst, excess = 0.0, 0.0
+        worst = 0.0
+        excess = 0.0
         for i, j in deltas.blocks(W0.shape):
             base = W0.rows(i, j)
             values, bound = (np.zeros((1, 1)),) * 2 if delta is None else delta.rows(i, j)
@@ -314,12 +314,11 @@ class Check:
         permitted = 2.02 * np.linalg.norm(rounding) + spread + 1e-6 * size + 1e-300
         padded = isinstance(wanted, int) and self.record.get("for_server") and P.terms >= wanted
         # Factors that do not use their rank must leave nothing.
-        used, rank = int(columns.sum()), wanted if isinstance(wanted, int) else 1
+        used = int(columns.sum())
+        rank = wanted if isinstance(wanted, int) else 1
         least = 0.0 if used < min(rank, *P.shape) else float(values[-1])
-        beyond, kept = (
-            math.sqrt(np.linalg.norm(powers, 2)) - least,
-            np.sum(values**2) / (size or 1.0) ** 2,
-        )
+        beyond = math.sqrt(np.linalg.norm(powers, 2)) - least
+        kept = np.sum(values**2) / (size or 1.0) ** 2
         share = float(
             np.max([np.linalg.norm(rest @ V), np.linalg.norm(Q.T @ rest), beyond]) / permitted
         )
@@ -355,7 +354,9 @@ class Check:
 
     def _compare_weight(self, name: str) -> None:
         """Compare a tensor that no row covers with the base's or the adapter's, or with what the record says that changes in it."""
-        files, edits, source = self.files, self._edits[name], self._source(name)
+        files = self.files
+        edits = self._edits[name]
+        source = self._source(name)
         if self.adapter.is_model and name in self.adapter.stored:
             source = replace(source, files=self.adapter, name=name)
         decoded = self.record["dequantize"] and name.rpartition(".")[0] in self._coded
@@ -397,7 +398,8 @@ class Check:
 
     def _others_of_adapter(self, files: AdapterFiles) -> Iterator[Task]:
         """Compare tensors without a row with the adapter's of the same name, or, in an adapter of another rank, of any name."""
-        adapter, rows = self.adapter, self._rows.items()
+        adapter = self.adapter
+        rows = self._rows.items()
         mine, theirs = (
             {name for roles in of.modules.values() for name in roles.values()}
             for of in (files, adapter)
@@ -464,7 +466,8 @@ DIGEST = "sha256"
 """Key of the digest that a record states of itself: over all its bytes, with zeros in place of the digest."""
 
 OUTPUT_SCHEMA = "streamer.output/2"
-JOURNAL_NAME, CARD_NAME = ".streamer.journal", "README.md"
+JOURNAL_NAME = ".streamer.journal"
+CARD_NAME = "README.md"
 
 LOADED = (
     "*.safetensors",
@@ -478,8 +481,11 @@ LOADED = (
 NEEDS = {"regmean": "coefficients", "nullspace": "map"}
 """For each method that needs a file, the option that names it."""
 
-SAMPLE_BYTES, PIECE_BYTES = 4096, 1 << 20
-"""Bytes in the middle of each tensor that a file's identity digests, and bytes to read at a time."""
+SAMPLE_BYTES = 4096
+"""Bytes in the middle of each tensor that a file's identity digests."""
+
+PIECE_BYTES = 1 << 20
+"""Bytes to read at a time."""
 
 Given = Mapping[str, str | Path | None]
 Inputs = tuple[str | Path | None, str | Path | None]
@@ -490,10 +496,8 @@ def verify(
     output: str | Path, inputs: Inputs, sample: Sample, monitor: Monitor, given: Given
 ) -> Verification:
     """Verify an output; `streamer.verify_output` explains the parameters; `given` are files by the options that name them."""
-    path, paths = (
-        Path(output),
-        [Path(given_path) for given_path in inputs if given_path is not None],
-    )
+    path = Path(output)
+    paths = [Path(given_path) for given_path in inputs if given_path is not None]
     if len(paths) == 1:
         raise errors.UsageError(
             "verify: expected BASE and ADAPTER, found one of them; give both, or neither"
@@ -502,12 +506,11 @@ def verify(
         raise errors.UsageError(
             "sample: 'all' recomputes matrices from BASE and ADAPTER; give both, or leave it out"
         )
-    record, outcome = read_record(path), Outcome(path)
-    result, totals, differences = (
-        outcome.result,
-        outcome.result["totals"],
-        outcome.result["differences"],
-    )
+    record = read_record(path)
+    outcome = Outcome(path)
+    result = outcome.result
+    totals = outcome.result["totals"]
+    differences = outcome.result["differences"]
     if isinstance(record, str):
         outcome.differ(path / RECORD_NAME, "a file with the SHA-256 that it states", record)
     else:
@@ -558,7 +561,8 @@ def read_record(path: Path) -> dict[str, Any] | str:
     data = file.read_bytes()
     try:
         record: Any = json.loads(data.decode())
-        stated, schema = str(record.get(DIGEST)), record.get("schema")
+        stated = str(record.get(DIGEST))
+        schema = record.get("schema")
     except (ValueError, AttributeError, RecursionError) as e:
         return f"what cannot be read ({e})"
     digest = hashlib.sha256(data.replace(stated.encode(), b"0" * 64, 1)).hexdigest()
@@ -584,11 +588,13 @@ def _check_files(record: Mapping[str, Any], outcome: Outcome, monitor: Monitor) 
     ):
         outcome.differ(path, f"no such file by {RECORD_NAME}", "one")
     listed.pop(outcome.output / CARD_NAME, None)
-    total, totals = sum(entry["bytes"] for entry in listed.values()), outcome.result["totals"]
+    total = sum(entry["bytes"] for entry in listed.values())
+    totals = outcome.result["totals"]
     progress = Progress(monitor, "verify", total, len(listed))
     totals["files"], totals["bytes"] = len(listed), 0
     for path, entry in listed.items():
-        size, digest = path.stat().st_size if path.is_file() else -1, hashlib.sha256()
+        size = path.stat().st_size if path.is_file() else -1
+        digest = hashlib.sha256()
         if size != entry["bytes"]:
             outcome.differ(
                 path,
@@ -621,7 +627,8 @@ def _check_inputs(paths: Sequence[Path], made: Mapping[str, Any], output: Path) 
     """
     files: list[Path] = []
     for path, role in zip(paths, ("base", "adapter"), strict=False):
-        stated, advice = made[role], f"give the {role} that {output} was made from"
+        stated = made[role]
+        advice = f"give the {role} that {output} was made from"
         if not {"files", "config_sha256"} & stated.keys():
             raise errors.UnsupportedError(
                 f"{output}: outputs of pipelines are not recomputed; leave out BASE ADAPTER"
@@ -649,7 +656,8 @@ def _digests(file: Path, of_adapter: bool) -> dict[str, Any]:
     with file.open("rb") as f:
         length = f.read(8)
         header = f.read(int.from_bytes(length, "little"))
-        start, of_header = 8 + len(header), hashlib.sha256(length + header).hexdigest()
+        start = 8 + len(header)
+        of_header = hashlib.sha256(length + header).hexdigest()
         digest = hashlib.sha256(of_header.encode())
         if of_adapter:
             return {"weights_sha256": hashlib.file_digest(f, lambda: digest).hexdigest()}
@@ -678,11 +686,9 @@ def _find_file(record: Mapping[str, Any], output: Path, given: Given) -> Path | 
     UsageError
         If a file for another method is given.
     """
-    method, name, needed = (
-        record["method"],
-        record.get("file") or "recorded file",
-        NEEDS.get(record["method"], ""),
-    )
+    method = record["method"]
+    name = record.get("file") or "recorded file"
+    needed = NEEDS.get(record["method"], "")
     if wrong := [option for option, path in given.items() if path is not None and option != needed]:
         raise errors.UsageError(
             f"{wrong[0]}: is not needed for an output of method {method!r}; leave it out"
@@ -710,7 +716,8 @@ def _open(
     given: Given,
 ) -> Tasks:
     """Open the inputs and the output."""
-    path, formula = outcome.output, None
+    path = outcome.output
+    formula = None
     adapter = AdapterFiles(paths[1], paths[0], record["base"].get("architecture"))
     # Subdirectories contain other modules' files, which are copied.
     names = [entry["file"] for entry in record["files"]]
@@ -736,7 +743,8 @@ def _spread(rows: Sequence[dict[str, Any]], seed: str) -> list[dict[str, Any]]:
 
     A kind is a name without its numbers: ``layers.N.mlp.up_proj.weight``.
     """
-    kinds, ranked = Counter[str](), list[tuple[int, int, dict[str, Any]]]()
+    kinds = Counter[str]()
+    ranked = list[tuple[int, int, dict[str, Any]]]()
     for row in sorted(
         rows, key=lambda row: hashlib.sha256(f"{seed} {row['tensor']}".encode()).digest()
     ):

@@ -22,7 +22,7 @@ from torch import Tensor
 from streamer.errors import NumericError, UnsupportedError
 from streamer.linalg.operators import all_finite
 from streamer.linalg.torch_state import CPU, empty_matrix
-from streamer.storage.atomic_file import views
+from streamer.storage.atomic_file import Piece, views
 from streamer.storage.checkpoint import TensorFile
 from streamer.storage.header import TensorInfo
 from streamer.units import counted
@@ -143,6 +143,10 @@ class StoredTensor:
         """Read the tensor in the stored dtype and shape."""
         return as_tensor(self._data(), TORCH_DTYPES[self.info.dtype], self.info.shape)
 
+    def chunks(self) -> Iterator[Piece]:
+        """Yield the file's bytes in pieces that the caller releases, while the disk reads ahead."""
+        return self.file.chunks(self.info)
+
     def bytes(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Read bytes `start` to `stop` as flat uint8, for quantized values whose dtype is meaningless."""
         stop = self.info.nbytes if stop is None else stop
@@ -178,7 +182,7 @@ def equal(a: StoredTensor, b: StoredTensor) -> bool:
     """Test whether two tensors have the same bytes, dtype and shape."""
     if (a.info.dtype, a.info.shape) != (b.info.dtype, b.info.shape):
         return False
-    chunks = (views(stored.file.chunks(stored.info)) for stored in (a, b))
+    chunks = (views(stored.chunks()) for stored in (a, b))
     return all(x == y for x, y in zip(*chunks, strict=True))
 
 

@@ -256,7 +256,8 @@ def test_without_transformers_a_line_says_what_to_install(
 
 def test_it_stops_when_the_answer_is_clear(server: Server, tmp_path: Path) -> None:
     """A variant that joins later runs on the same sequences, and what stands stays as it is."""
-    home, output = make_learned(tmp_path, 64, 56), tmp_path / "e.json"
+    home = make_learned(tmp_path, 64, 56)
+    output = tmp_path / "e.json"
     given = ["--sequences", 64, "--keep", 0.6]
     first = check(
         evaluate(server, home, output, *given, "--lambda", 0.75, "--json"), "streamer.evaluation/1"
@@ -296,7 +297,8 @@ def test_another_text_is_measured_as_the_general_one_would_be(
     server: Server, home: Path, tmp_path: Path
 ) -> None:
     """To the bit; table, JSON and page have it, and the suggestion is what it was."""
-    output, more = tmp_path / "e.json", ["--other", home / "near.npy", "--other", home / "some.npy"]
+    output = tmp_path / "e.json"
+    more = ["--other", home / "near.npy", "--other", home / "some.npy"]
     done = evaluate(server, home, output, *SHRINKS, *more)
     assert (done.code, done.err) == (0, "")
     head = done.out.splitlines()[2].split()
@@ -375,10 +377,8 @@ def test_without_intruders_nothing_that_scales_them_runs(
     )
     assert found.intruders == 0
     found.save(tmp_path / "none.safetensors")
-    output, options = (
-        tmp_path / "e.json",
-        ["--findings", tmp_path / "none.safetensors", "--lambda", "0.75,0.5"],
-    )
+    output = tmp_path / "e.json"
+    options = ["--findings", tmp_path / "none.safetensors", "--lambda", "0.75,0.5"]
     done = evaluate(server, home, output, *options)
     assert (done.code, done.err) == (0, "")
     assert (

@@ -93,7 +93,8 @@ def test_an_adapter_that_saves_a_module_is_not_the_base_without_its_deltas(tmp_p
 def test_an_evaluation_warns_of_files_that_were_fitted_to_however_they_are_cut(
     server: Server, home: Path, tmp_path: Path
 ) -> None:
-    output, others = tmp_path / "c.fit.safetensors", held_apart(home, tmp_path)
+    output = tmp_path / "c.fit.safetensors"
+    others = held_apart(home, tmp_path)
     assert run(server, home, tmp_path / "c").code == 0
     shutil.copy(home / "general.npy", tmp_path / "copied.npy")
 
@@ -312,7 +313,8 @@ def test_if_no_candidate_keeps_the_share_the_adapter_is_an_end(large: Path) -> N
     made, sweeps, _ = fit(large, (64.0,), 0.9)
     (one,) = made.facts["sets"]
     assert (sweeps, 0 < one["mu"] < 64) == (3, True)
-    plan, end = make_plan(large / "base", large / "adapter"), factors(fit(large, (64.0,), 0.001)[0])
+    plan = make_plan(large / "base", large / "adapter")
+    end = factors(fit(large, (64.0,), 0.001)[0])
     for target in plan.targets:
         start = factors_of(plan, target).R.float()
         torch.testing.assert_close(

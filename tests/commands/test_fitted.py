@@ -81,7 +81,8 @@ def test_a_fitted_adapter_is_known_as_mitigated(
 @pytest.mark.parametrize("command", ["mitigate", "merge"])
 def test_refusals(inputs: tuple[Path, Path, Path], tmp_path: Path, command: str) -> None:
     base, adapter, file = inputs
-    home, files = tmp_path / "home", tmp_path / "files"
+    home = tmp_path / "home"
+    files = tmp_path / "files"
     home.mkdir()
     files.mkdir()
     streamer.detect_intruder_dimensions(base, adapter, findings := files / "f.safetensors")

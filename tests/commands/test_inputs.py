@@ -70,7 +70,8 @@ def test_inputs_that_are_not_there_or_exchanged(job: tuple[Path, Path], tmp_path
 def test_outputs_that_would_touch_an_input(job: tuple[Path, Path], tmp_path: Path) -> None:
     """Directories that cannot be outputs are those of `storage.transaction`; these are what a command adds to it."""
     base, adapter = job
-    single, linked = base / "model-00001-of-00003.safetensors", tmp_path / "linked"
+    single = base / "model-00001-of-00003.safetensors"
+    linked = tmp_path / "linked"
     linked.mkdir()
     os.link(single, linked / single.name)
     (tmp_path / "link.safetensors").symlink_to(tmp_path / "elsewhere")
@@ -241,7 +242,8 @@ def run_ignoring(*args: object) -> dict[str, Any]:
 def test_ignored_keys_are_a_warning(keyed: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = keyed
     assert WARNING in run_ignoring("inspect", base, adapter)["warnings"]
-    findings, output = tmp_path / "f.safetensors", tmp_path / "output"
+    findings = tmp_path / "f.safetensors"
+    output = tmp_path / "output"
     assert run_ignoring("detect", base, adapter, "-o", findings)["adapter"]["ignored_keys"] == [
         "use_tomorrow",
         "use_hyper",

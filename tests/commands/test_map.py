@@ -27,7 +27,9 @@ def run(
 
 
 def test_a_map_and_what_it_is_for(server: Server, home: Path, tmp_path: Path) -> None:
-    file, base, adapter = tmp_path / "new" / "m.safetensors", home / "base", home / "adapter"
+    file = tmp_path / "new" / "m.safetensors"
+    base = home / "base"
+    adapter = home / "adapter"
     dry = check(run(server, home, file, "--dry-run", "--json"), "streamer.dry-run/1")
     assert (dry["command"], dry["state"], dry["files"]) == ("map", "new", 1)
     assert dry["forecast"]["peak_memory_bytes"] > 200 << 20
@@ -74,7 +76,8 @@ def test_a_map_and_what_it_is_for(server: Server, home: Path, tmp_path: Path) ->
 
 
 def test_an_evaluation_measures_a_map(server: Server, home: Path, tmp_path: Path) -> None:
-    file, other = tmp_path / "m.safetensors", tmp_path / "o.safetensors"
+    file = tmp_path / "m.safetensors"
+    other = tmp_path / "o.safetensors"
     run(server, home, file)
     run(server, home, other, "--vectors", 3)
     line = ["evaluate", home / "base", home / "adapter", "-o", tmp_path / "e.json"]
@@ -148,11 +151,9 @@ def wrong(home: Path, place: Path) -> Iterator[tuple[list[object], int, str]]:
     """Lines of words after `map` that are wrong: exit code, and what is said."""
     np.save(place / "far.npy", np.full((4, 8), 10**6))
     random_map(home / "base", home / "adapter").save(place / "map.safetensors")
-    base, general, out = (
-        home / "base",
-        ["--general", home / "general.npy"],
-        ["-o", place / "m.safetensors"],
-    )
+    base = home / "base"
+    general = ["--general", home / "general.npy"]
+    out = ["-o", place / "m.safetensors"]
     yield [base, *general, *out, "--vectors", 0], 2, "expected a whole number from 1"
     yield (
         [base, *general, *out, "--sequences", 1],

@@ -41,7 +41,8 @@ def test_the_notebook_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     namespace: dict[str, Any] = {}
     shown = [value for source in CELLS if (value := run_cell(source, namespace)) is not None]
-    findings, after = namespace["findings"], namespace["after"]
+    findings = namespace["findings"]
+    after = namespace["after"]
     assert len(findings) == 18
     assert findings.intruders > 4
     assert after.intruders < findings.intruders / 2
@@ -73,7 +74,8 @@ def test_what_stands_below_its_cells_has_no_error() -> None:
 
 def run_notebook(directory: Path, *sources: str) -> tuple[list[Any], list[Any]]:
     """Execute cells in a kernel, and return what each shows, and the widgets at the end."""
-    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
     pytest.importorskip("ipywidgets")
     notebook = nbformat.v4.new_notebook(

@@ -20,7 +20,8 @@ from streamer.measuring.own_text import load_own_text
 from streamer.measuring.texts import read_text
 
 DEMO = Path(streamer.__file__).parent / "demo"
-BASE, ADAPTER = DEMO / "base", DEMO / "adapter"
+BASE = DEMO / "base"
+ADAPTER = DEMO / "adapter"
 SMALL = "--sequences", 8, "--length", 32
 
 
@@ -70,7 +71,8 @@ def samples_of(own: bytes) -> list[str]:
 def test_the_same_seed_writes_the_same_text_and_another_one_another(
     server: Server, repaired: Path, tmp_path: Path
 ) -> None:
-    again, other = tmp_path / "again", tmp_path / "other"
+    again = tmp_path / "again"
+    other = tmp_path / "other"
     assert server.run("repair", BASE, ADAPTER, "-o", again, *SMALL).code == 0
     assert server.run("repair", BASE, ADAPTER, "-o", other, *SMALL, "--seed", 5).code == 0
     texts = [
@@ -114,7 +116,8 @@ def test_a_dry_run_forecasts_the_text_and_the_fit_and_writes_nothing(
         )
         return {"files": tree["files"], **tree["forecast"]}
 
-    whole, fit = forecast(), forecast("--task", repaired.with_name("out.own.jsonl"))
+    whole = forecast()
+    fit = forecast("--task", repaired.with_name("out.own.jsonl"))
     assert list(tmp_path.iterdir()) == []
     assert whole["files"] == fit["files"] + 1
     weights = (BASE / "model.safetensors").stat().st_size

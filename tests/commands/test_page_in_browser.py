@@ -267,7 +267,9 @@ def test_hostile_names_are_text(driver: Any, found: Findings, tmp_path: Path) ->
     assert rows(driver, "matrices", 0)[0] == f"{EVIL}.0.weight"
 
 
-INTRUDERS, NORMS, LOSSES = "map of intruders", "map of norms", "map of losses"
+INTRUDERS = "map of intruders"
+NORMS = "map of norms"
+LOSSES = "map of losses"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,9 @@ from seeds import vary
 import streamer
 from streamer.detection.findings import ALPHA, random_overlap
 
-M, MATRICES, STRONG = 160, 8, 3
+M = 160
+MATRICES = 8
+STRONG = 3
 SAYS = "this looks like another base"
 
 
@@ -48,7 +50,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     own = write_base(home / "own", 1)
     write_base(home / "further", 1, more=0.2)
     write_base(home / "other", 2)
-    factors, planted = {}, {}
+    factors = {}
+    planted = {}
     for i in range(MATRICES):
         W = helpers.power_law(M, M, seed=100 + i)
         g = torch.Generator().manual_seed(vary(i))
@@ -93,7 +96,9 @@ def test_the_base_of_another_seed_is_recognised(
 
 
 def test_every_command_warns_of_a_random_overlap(home: Path, tmp_path: Path) -> None:
-    base, adapter, path = home / "other", home / "adapter", tmp_path / "f.safetensors"
+    base = home / "other"
+    adapter = home / "adapter"
+    path = tmp_path / "f.safetensors"
     done = server().run("detect", base, adapter, "-o", path, "--json", "-q")
     assert json.loads(done.out)["totals"]["looks_like_another_base"] is True
     again = server().run("report", path, "-q")

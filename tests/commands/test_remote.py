@@ -22,7 +22,8 @@ def test_outputs_are_those_of_the_files(
     served: Path, local: dict[str, str], tmp_path: Path, mode: str
 ) -> None:
     with serving(served) as site:
-        base, adapter = f"{site.address}/base", f"{site.address}/adapter"
+        base = f"{site.address}/base"
+        adapter = f"{site.address}/adapter"
         home = run_all(base, adapter, tmp_path / "out", "--remote", mode)
         assert contents(home) == local
         record = json.loads((home / "model" / "streamer.json").read_text())
@@ -44,7 +45,8 @@ def bytes_of(site: RangeServer, command: str, home: Path, *options: object) -> i
 def test_what_crosses_the_network(tmp_path: Path) -> None:
     """By detect the adapted matrices, by mitigate from findings none, by merge each tensor once; forecasts read none, and say so."""
     served = remote_jobs.world(tmp_path, hidden=256)
-    base, adapter = served / "base", served / "adapter"
+    base = served / "base"
+    adapter = served / "adapter"
     factors = {
         f"model.layers.{i}.self_attn.q_proj": helpers.intruding_factors(256, 256, 4, seed=i)
         for i in range(3)
@@ -98,7 +100,8 @@ def test_python_functions_accept_addresses(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     events = []
     with serving(served) as site:
-        base, adapter = f"{site.address}/base", f"{site.address}/adapter"
+        base = f"{site.address}/base"
+        adapter = f"{site.address}/adapter"
         found = streamer.detect_intruder_dimensions(
             base, adapter, remote="cache", on_event=events.append
         )

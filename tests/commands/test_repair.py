@@ -124,7 +124,8 @@ def test_verify_takes_the_file_of_the_fit(
         assert (other.code, "expected a safetensors file" in other.err) == (3, True)
     weights = load_file(tmp_path / "a" / "adapter_model.safetensors")
     name = next(name for name in weights if "lora_A" in name)
-    path, data = tmp_path / "a" / "adapter_model.safetensors", b""
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    data = b""
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     assert server.run("verify", tmp_path / "a", *inputs, "--coefficients", fitted).code == 7, name
@@ -135,7 +136,8 @@ def test_the_repair_is_never_what_is_not_better(server: Server, home: Path, tmp_
     done = server.run("repair", home / "base", home / "adapter", *texts(home), "-o", out, "--json")
     tree = check(done, "streamer.repair/1")
     facts = streamer.load_coefficients(tree["fit"]).facts
-    verdict, worth = facts["sets"][0]["shrink"]["verdict"], facts["sets"][0]["trade"]["worth_it"]
+    verdict = facts["sets"][0]["shrink"]["verdict"]
+    worth = facts["sets"][0]["trade"]["worth_it"]
     assert tree["chosen"] == ("repair" if verdict == "better" else "shrink") or (
         tree["chosen"] == "adapter" and not worth
     )
@@ -297,7 +299,9 @@ def test_an_adapter_without_factors_is_converted_first(
     home = make_learned(
         tmp_path / "home", sequences=48, **({"use_dora": True} if kind == "DoRA" else {})
     )
-    base, adapter, out = home / "base", home / "adapter", tmp_path / "r"
+    base = home / "base"
+    adapter = home / "adapter"
+    out = tmp_path / "r"
     if kind == "a model":
         adapter = home / "model"
         streamer.merge_with_reduced_intruder_dimensions(

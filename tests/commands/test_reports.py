@@ -61,7 +61,8 @@ def test_json_is_one_object_on_a_silent_terminal(
 
 def test_json_of_findings(said: tuple[Path, Path, Path, dict[str, Outcome]]) -> None:
     base, _, _, runs = said
-    detected, reported = json.loads(runs["detect"].out), json.loads(runs["report"].out)
+    detected = json.loads(runs["detect"].out)
+    reported = json.loads(runs["report"].out)
     for tree in (detected, reported):
         assert tree["schema"] == "streamer.findings/1"
         assert tree["options"] == {
@@ -243,7 +244,8 @@ def test_the_last_lines_are_the_commands_to_run_next(
 
 
 def test_an_evaluation_needs_no_findings(files: Path, tmp_path: Path) -> None:
-    e, page = files / "e.json", tmp_path / "page.html"
+    e = files / "e.json"
+    page = tmp_path / "page.html"
     evaluation = streamer.load_evaluation(e)
     shown = server().run("report", e)
     assert (shown.code, shown.out.startswith(evaluation.to_dict()["verdict"])) == (0, True)
@@ -281,7 +283,8 @@ def test_a_report_shows_an_output(files: Path, tmp_path: Path) -> None:
 
 
 def test_refusals(files: Path, inputs: Inputs, tmp_path: Path) -> None:
-    f, e = files / "f.safetensors", files / "e.json"
+    f = files / "f.safetensors"
+    e = files / "e.json"
     for line, code, words in [
         (("report", f, e), 2, f"unexpected argument '{e}'"),
         (("report", files), 3, f"{files}: expected a findings file, found a directory"),

@@ -31,7 +31,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A base of 60 matrices in 15 layers, and an adapter that brings an intruder into each q_proj, and next to nothing into the others."""
     home = tmp_path_factory.mktemp("many")
-    factors, tensors = {}, {}
+    factors = {}
+    tensors = {}
     for layer in range(15):
         for j, name in enumerate(
             ("mlp.down_proj", "mlp.up_proj", "self_attn.k_proj", "self_attn.q_proj")
@@ -169,8 +170,10 @@ def test_a_dumb_terminal_has_no_bar(job: tuple[Path, Path], tmp_path: Path) -> N
 
 def test_a_log_reads_well(tmp_path: Path) -> None:
     """With stderr in a file each command leaves whole lines that begin alike, and the last says what was done."""
-    home, found = tmp_path / "demo", tmp_path / "f.safetensors"
-    base, adapter = home / "base", home / "adapter"
+    home = tmp_path / "demo"
+    found = tmp_path / "f.safetensors"
+    base = home / "base"
+    adapter = home / "adapter"
     runs = [
         ["demo", "-o", home],
         ["inspect", base, adapter],

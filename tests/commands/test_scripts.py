@@ -293,7 +293,8 @@ def test_empty_files_of_an_output_are_taken_like_none(
 
 def test_files_that_only_the_old_output_had_go(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     """An adapter written over a model: its shards go, whole directories of its own too; an edited one stays, and what is not ours."""
-    out, adapter = tmp_path / "out", tmp_path / "fresh"
+    out = tmp_path / "out"
+    adapter = tmp_path / "fresh"
     ok("merge", *inputs, "-o", out)
     (out / "config.json").write_text("edited")
     (out / "notes.txt").write_text("mine")
@@ -311,7 +312,8 @@ def test_a_record_that_names_files_elsewhere_removes_none(
 ) -> None:
     import hashlib
 
-    out, victim = tmp_path / "out", tmp_path / "victim"
+    out = tmp_path / "out"
+    victim = tmp_path / "victim"
     victim.write_text("x")
     out.mkdir()
     (out / "sub").mkdir()
@@ -323,7 +325,7 @@ def test_a_record_that_names_files_elsewhere_removes_none(
     assert victim.read_text() == "x"
 
 
-OTHER = "import streamer.output.job as j, streamer.detection.detect as w; j.__version__ = w.__version__ = '0.10.0-rc1'"
+OTHER = "import streamer.output.layout as j, streamer.detection.detect as w; j.__version__ = w.__version__ = '0.10.0-rc1'"
 """Run as another version, whose name has another length."""
 
 
@@ -334,7 +336,8 @@ def content(path: Path) -> dict[str, str] | bytes:
 def test_a_run_of_another_version_is_not_finished_by_this_one(
     job: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    out, found = tmp_path / "out", tmp_path / "f.safetensors"
+    out = tmp_path / "out"
+    found = tmp_path / "f.safetensors"
     for line, made in ((("merge", *job), out), (("detect", *job), found)):
         whole = tmp_path / f"whole-{made.name}"
         calls = server().run(*line, "-o", whole).calls

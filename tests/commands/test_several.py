@@ -215,7 +215,9 @@ def test_an_output_in_an_input_or_in_anothers_place_is_refused(
 
 
 def test_findings_are_a_directory_with_those_on_each(several: Several, tmp_path: Path) -> None:
-    way, out, some = WAYS[2], tmp_path / "out", tmp_path / "findings"
+    way = WAYS[2]
+    out = tmp_path / "out"
+    some = tmp_path / "findings"
     shutil.copytree(several.findings, some)
     line = [some if a == several.findings else a for a in several.line(way, out)]
     (some / "saved.safetensors").unlink()
@@ -268,7 +270,8 @@ def test_json_holds_the_object_of_each(several: Several, way: str, tmp_path: Pat
     assert faults(planned) == faults(tree) == []
     assert list(planned["adapters"]) == list(tree["adapters"]) == NAMES
     for name in NAMES:
-        plan, done = planned["adapters"][name], tree["adapters"][name]
+        plan = planned["adapters"][name]
+        done = tree["adapters"][name]
         assert (plan["schema"], plan["state"], plan["matrices"]) == (
             "streamer.dry-run/1",
             "new",
@@ -404,7 +407,8 @@ def test_an_error_names_its_adapter(base: Path, adapters: list[Path], tmp_path: 
     tensors = load_file(bad / "adapter_model.safetensors")
     tensors["base_model.model.a.1.lora_A.weight"][0, 0] = float("nan")
     save_file(tensors, bad / "adapter_model.safetensors", metadata={"format": "pt"})
-    events, out = [], tmp_path / "out"
+    events = []
+    out = tmp_path / "out"
     with pytest.raises(NumericError, match=r"module 'a.1': lora_A holds NaN or Inf") as e:
         detect(base, [adapters[0], bad, adapters[2]], out, on_event=events.append)
     assert str(e.value).startswith(

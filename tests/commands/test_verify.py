@@ -237,7 +237,8 @@ def test_verify_refuses_what_it_cannot_check(job: Job, tmp_path: Path) -> None:
 def test_a_base_of_other_values_is_refused(job: Job, tmp_path: Path) -> None:
     """Its names, shapes and dtypes are those of the base: only a sample of the values tells."""
     other = Path(shutil.copytree(job.base, tmp_path / "other"))
-    shard, name = other / "model-00002-of-00003.safetensors", "model.layers.1.mlp.up_proj.weight"
+    shard = other / "model-00002-of-00003.safetensors"
+    name = "model.layers.1.mlp.up_proj.weight"
     tensors = load_file(shard)
     tensors[name][len(tensors[name]) // 2] *= 2
     save_file(tensors, shard, metadata={"format": "pt"})

@@ -45,8 +45,10 @@ class Table:
     """Runs faults, prints a line for each with a command, and adds them up."""
 
     def __init__(self, faults: list[str], commands: list[str]) -> None:
-        self.total, self.passed = Tally(), True
-        self._faults, self._commands = faults, commands
+        self.total = Tally()
+        self.passed = True
+        self._faults = faults
+        self._commands = commands
         print(
             f"{'fault':28} {'command':20} {'injected':>8} {'runs':>6} {'identical':>10} {'lost':>5} {'codes':>6} {'problems':>9}",
             flush=True,
@@ -162,7 +164,8 @@ def main() -> int:
             "survival.py needs a C compiler: install one, or set PATH so that cc is found"
         )
     with tempfile.TemporaryDirectory(prefix="survival-") as place:
-        table, home = Table(args.faults.split(","), args.commands.split(",")), Path(place)
+        table = Table(args.faults.split(","), args.commands.split(","))
+        home = Path(place)
         if faults & {*machine}:
             disturb_calls(table, home, args.every, args.runs, args.seed)
         if faults & {RANDOM, *servers}:

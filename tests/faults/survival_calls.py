@@ -30,7 +30,8 @@ def killed(trial: Trial, mode: int, ops: str) -> Tally:
     """A kill before each call, or inside of each write."""
     tally = Tally()
     for n, op in trial.places(ops):
-        out, what = trial.home / f"out-{n}", f"call {n} ({op})"
+        out = trial.home / f"out-{n}"
+        what = f"call {n} ({op})"
         tally.begin(trial.run(out, mode, n).code, {-signal.SIGKILL}, what)
         tally.end(trial.case, out, what)
     return tally
@@ -40,7 +41,8 @@ def refused(trial: Trial, number: int, ops: str) -> Tally:
     """The system refuses a call: one line, exit 6, no partial left. A file that cannot be removed may be of no consequence."""
     tally = Tally()
     for n, op in trial.places(ops):
-        out, what = trial.home / f"out-{n}", f"call {n} ({op})"
+        out = trial.home / f"out-{n}"
+        what = f"call {n} ({op})"
         done = trial.run(out, shim.FAIL, n, number)
         tally.begin(done.code, {0, 6} if op == "u" else {6}, what)
         wrong = (
@@ -77,7 +79,8 @@ def unreadable(trial: Trial) -> Tally:
     tally = Tally()
     for source in trial.case.inputs:
         for options in ((), ("--io", "pread")):
-            record, out = trial.home / "reads", trial.home / "out"
+            record = trial.home / "reads"
+            out = trial.home / "out"
             trial.case.run(out, *options, before=shim.arm(source, shim.FAIL_READ, record=record))
             shutil.rmtree(out)
             reads = len(shim.read_record(record))
@@ -101,7 +104,8 @@ def told_to_stop(trial: Trial, signum: signal.Signals) -> Tally:
     """A signal during a call: exit 128+N and no partial, or the output, where the last safe point was behind it."""
     tally = Tally()
     for n, op in trial.places():
-        out, what = trial.home / f"out-{n}", f"call {n} ({op})"
+        out = trial.home / f"out-{n}"
+        what = f"call {n} ({op})"
         done = trial.run(out, shim.SIGNAL, n, int(signum))
         tally.begin(done.code, {0, 128 + signum}, what)
         if partials(out) or (done.code == 0 and trial.case.lost(out)):
@@ -115,7 +119,8 @@ def limited(trial: Trial) -> Tally:
     tally = Tally()
     largest = max(call.offset + call.length for call in trial.calls if call.op in "ew")
     for limit in range(500, largest, max(1, largest // 12) * trial.every):
-        out, what = trial.home / f"out-{limit}", f"limit {limit}"
+        out = trial.home / f"out-{limit}"
+        what = f"limit {limit}"
         done = trial.case.run(
             out, before=f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
         )
@@ -143,7 +148,8 @@ def full_disk(trial: Trial) -> Tally:
     fill = f"f = open({str(ballast)!r}, 'wb', 0)\ntry:\n while f.write(bytes(4096)): pass\nexcept OSError: pass"
     try:
         for n in range(1, len(trial.case.calls), 3 * trial.every):
-            out, what = disk / "out", f"full at call {n}"
+            out = disk / "out"
+            what = f"full at call {n}"
             done = trial.case.run(out, at=n, code=fill)
             tally.begin(done.code, {0, 6}, what)
             if done.code and ("free some space" not in done.err or done.err.count("\n") != 1):
@@ -177,8 +183,10 @@ def changed(trial: Trial) -> Tally:
         path, (how, code) = trial.rng.choice(inputs), list(CHANGES.items())[i % len(CHANGES)]
         if path.name == "tokenizer.json" and case.argv[0] != "merge":
             continue
-        out, what = trial.home / f"out-{n}", f"{path.name} {how} at call {n}"
-        kept, stamp = path.read_bytes(), path.stat()
+        out = trial.home / f"out-{n}"
+        what = f"{path.name} {how} at call {n}"
+        kept = path.read_bytes()
+        stamp = path.stat()
         aside = trial.home / "aside"
         os.link(path, aside)  # the very same file again afterwards
         done = case.run(out, at=n, code=code.format(str(path), str(trial.home / "new")))
@@ -200,7 +208,8 @@ def two_at_once(trial: Trial) -> Tally:
     server = trial.case.server
     first_locked = 3 if trial.case.several else 2  # before, directories are made
     for n in range(first_locked, len(trial.case.calls), 4 * trial.every):
-        out, what = trial.home / f"out-{n}", f"asleep at call {n}"
+        out = trial.home / f"out-{n}"
+        what = f"asleep at call {n}"
         first = trial.case.run(out, at=n, code=STOP)
         began = time.monotonic()
         second = trial.case.run(out)
@@ -243,7 +252,9 @@ def killed_at_random(
 
     `end` looks at an output, in place of `Tally.end`; `afresh` puts what a run finds into the state of the first one.
     """
-    tally, out, since = Tally(), home / "out", 0
+    tally = Tally()
+    out = home / "out"
+    since = 0
     afresh()
     began = time.monotonic()
     assert case.run(out).code == 0

@@ -116,8 +116,12 @@ class Disturbance:
         act: Callable[[str], None] | None = None,
     ) -> None:
         self.hits = 0
-        self._kind, self._first, self._lasts, self._act = kind, first, lasts, act
-        self._numbers, self._lock = itertools.count(1), threading.Lock()
+        self._kind = kind
+        self._first = first
+        self._lasts = lasts
+        self._act = act
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
 
     def __call__(self, path: str, _before: int) -> str | None:
         """Answer as `RangeServer.fault` does."""
@@ -168,7 +172,8 @@ def lasting(service: Service, kind: str) -> Tally:
     """All requests fail from one on: exit 6 in one line, or 0, where none was needed; exit 3 where no range was ever given."""
     tally = Tally()
     for n, out in service.places():
-        what, disturbance = f"{kind} from request {n} on", Disturbance(kind, n, lasts=True)
+        what = f"{kind} from request {n} on"
+        disturbance = Disturbance(kind, n, lasts=True)
         with disturbed(service.site, disturbance):
             done = service.case.run(
                 out, before="; ".join([FEW_TRIES, *[IMPATIENT] * (kind == "stall")])
@@ -193,7 +198,8 @@ def refused(service: Service, status: str, lasts: bool = False) -> Tally:
     """It may not be read any more: exit 3 where nothing has begun, 6 in mid-run."""
     tally = Tally()
     for n, out in service.places():
-        what, disturbance = f"{status} at request {n}", Disturbance(status, n, lasts)
+        what = f"{status} at request {n}"
+        disturbance = Disturbance(status, n, lasts)
         with disturbed(service.site, disturbance):
             done = service.case.run(out)
         expected = {3, 6} if n <= service.listed else {6}
@@ -211,11 +217,14 @@ def refused(service: Service, status: str, lasts: bool = False) -> Tally:
 
 def changed(service: Service, how: str) -> Tally:
     """A file changes in mid-run, or only its ETag: exit 8 and no commit point, or the whole output, where all had been read."""
-    tally, files, aside = Tally(), service.files, service.home / "aside"
+    tally = Tally()
+    files = service.files
+    aside = service.home / "aside"
     shutil.copytree(files, aside, dirs_exist_ok=True)
 
     def replace(path: str) -> None:
-        name, new = path.rpartition("/")[2], files.parent / "new"
+        name = path.rpartition("/")[2]
+        new = files.parent / "new"
         data = (aside / name).read_bytes()
         new.write_bytes(data[: len(data) // 3] + data[len(data) // 3 :][::-1])
         new.replace(files / name)
@@ -239,7 +248,9 @@ def changed(service: Service, how: str) -> Tally:
 
 def other_bytes(service: Service) -> Tally:
     """After a kill the server gives other bytes of the same ETag and size: where samples see them, exit 4, and no file is touched."""
-    tally, files, aside = Tally(), service.files, service.home / "aside"
+    tally = Tally()
+    files = service.files
+    aside = service.home / "aside"
     shutil.copytree(files, aside, dirs_exist_ok=True)
     tags = {
         f"base/{path.name}": service.site.tag(path, f"base/{path.name}") for path in files.iterdir()

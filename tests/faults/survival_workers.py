@@ -31,7 +31,10 @@ class Crew:
     """
 
     def __init__(self, bench: WorkerBench, home: Path, kills: int, rng: random.Random) -> None:
-        self.bench, self.home, self.kills, self.rng = bench, home, kills, rng
+        self.bench = bench
+        self.home = home
+        self.kills = kills
+        self.rng = rng
         self.options: tuple[object, ...] = ("--workers", 2)
         began = time.monotonic()
         assert self.run(home / "first").returncode == 0
@@ -197,7 +200,8 @@ def two_at_once(crew: Crew) -> Tally:
 @contextlib.contextmanager
 def on_dask(crew: Crew) -> Iterator[Path]:
     """Let the command run on a cluster, whose scheduler may be another one in each run; give the file that names it."""
-    before, file = crew.options, crew.home / "scheduler.json"
+    before = crew.options
+    file = crew.home / "scheduler.json"
     crew.options = ("--executor", f"dask:{file}")
     try:
         yield file

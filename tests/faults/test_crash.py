@@ -190,7 +190,8 @@ def test_no_room_for_findings_is_known_before_anything_is_written(
     bench: Bench, command: str, tmp_path: Path
 ) -> None:
     """Their size is not known yet: room is asked for as if every direction were an intruder, for the journal beside them too."""
-    case, out = bench.case(command), tmp_path / "out"
+    case = bench.case(command)
+    out = tmp_path / "out"
     full = case.run(out, before=FREE.format(9))
     assert full.code == 6
     words = re.search(
@@ -281,7 +282,8 @@ def wait_for_journal(out: Path, process: subprocess.Popen[str]) -> None:
 def test_a_process_is_told_to_stop(
     long_bench: Bench, verb: str, signum: signal.Signals, tmp_path: Path
 ) -> None:
-    case, out = long_bench.case(verb), tmp_path / "out"
+    case = long_bench.case(verb)
+    out = tmp_path / "out"
     with case.start(out) as process:
         wait_for_journal(out, process)
         process.send_signal(signum)
@@ -313,11 +315,11 @@ def test_a_process_is_told_to_stop(
 @pytest.mark.parametrize("second", [1, 3])
 def test_an_interrupted_detection_goes_on_with_its_threads(tmp_path: Path, second: int) -> None:
     """The last bits of findings depend on them, and what is resumed is to be what an uninterrupted run writes."""
-    bench, events = (
-        worker_bench(tmp_path, 3),
-        list[Event](),
-    )  # matrices that are large enough for more than one thread
-    whole, path = tmp_path / "whole.safetensors", tmp_path / "f.safetensors"
+    # matrices that are large enough for more than one thread
+    bench = worker_bench(tmp_path, 3)
+    events = list[Event]()
+    whole = tmp_path / "whole.safetensors"
+    path = tmp_path / "f.safetensors"
 
     def stop(event: Event) -> None:
         if event.stage == "detect" and event.done:

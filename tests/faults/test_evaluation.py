@@ -153,7 +153,8 @@ def kill_everywhere(
             output.write_bytes(old)
         return output
 
-    calls, whole = server.run(*job.line(begin("a")), *options).calls, (home / "a").read_bytes()
+    calls = server.run(*job.line(begin("a")), *options).calls
+    whole = (home / "a").read_bytes()
     for at, code in (
         (len(calls) // 3, TORN),
         (2 * len(calls) // 3, KILL),
@@ -180,7 +181,8 @@ def test_an_evaluation_killed_while_it_adds_variants_resumes(
 def test_an_evaluation_stopped_by_a_signal_resumes(
     job: Job, server: Server, tmp_path: Path, signum: signal.Signals
 ) -> None:
-    output, ask = tmp_path / "out", f"os.kill(os.getpid(), {int(signum)}); time.sleep(0.1)"
+    output = tmp_path / "out"
+    ask = f"os.kill(os.getpid(), {int(signum)}); time.sleep(0.1)"
     stopped = server.run(*job.line(output), at=6 if job.command == "evaluate" else 3, code=ask)
     assert stopped.code == 128 + signum
     assert (
@@ -194,7 +196,8 @@ def test_an_evaluation_stopped_by_a_signal_resumes(
 def test_sums_of_another_torch_are_not_mixed_with_those_to_come(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output, monitor = tmp_path / "out", Monitor()
+    output = tmp_path / "out"
+    monitor = Monitor()
     with monkeypatch.context() as patch:
         patch.setattr("torch.__version__", "2.0.0")
         job.stop(output)
@@ -322,7 +325,8 @@ def variants_of(raw: bytes) -> dict[str, dict[str, Any]]:
 
 @evaluations
 def test_another_share_places_another_shrink_once(job: Job, tmp_path: Path) -> None:
-    output, events = tmp_path / "e.json", list[Event]()
+    output = tmp_path / "e.json"
+    events = list[Event]()
     for attempt in range(2):
         output.write_bytes(output.read_bytes() if attempt else job.whole)
         events.clear()
@@ -330,7 +334,8 @@ def test_another_share_places_another_shrink_once(job: Job, tmp_path: Path) -> N
         job.run(output, keep=0.3, monitor=monitor)
         assert monitor.outputs[output] == ("present" if attempt else "written")
     assert {e.stage for e in events} == {"note"}
-    old, new = variants_of(job.whole), variants_of(output.read_bytes())
+    old = variants_of(job.whole)
+    new = variants_of(output.read_bytes())
     assert {name: new[name] for name in old} == old
     tree = json.loads(output.read_bytes())
     (placed,) = (variant for variant in tree["variants"] if variant["name"] not in old)
@@ -345,11 +350,13 @@ def test_another_share_places_another_shrink_once(job: Job, tmp_path: Path) -> N
 @evaluations
 def test_variants_join_a_file_that_stands(job: Job, tmp_path: Path) -> None:
     """What is there stays, bit by bit; what joins is as if it had been measured with the rest; it resumes to the same bytes."""
-    added, output = tmp_path / "added.json", tmp_path / "e.json"
+    added = tmp_path / "added.json"
+    output = tmp_path / "e.json"
     added.write_bytes(job.whole)
     events: list[Event] = []
     job.run(added, lambdas=(0.5, 0.25), on_event=events.append)
-    old, new = variants_of(job.whole), variants_of(added.read_bytes())
+    old = variants_of(job.whole)
+    new = variants_of(added.read_bytes())
     assert {name: new[name] for name in old} == old
     joined = new.keys() - old.keys()
     assert joined >= {"paper 0.25", "shrink 0.25"}
@@ -378,7 +385,8 @@ def test_variants_join_a_file_that_stands(job: Job, tmp_path: Path) -> None:
 
 @evaluations
 def test_an_interrupted_one_goes_on_for_another_share(job: Job, tmp_path: Path) -> None:
-    output, monitor = tmp_path / "e.json", Monitor()
+    output = tmp_path / "e.json"
+    monitor = Monitor()
     job.stop(output)
     job.run(output, keep=0.5, monitor=monitor)
     assert monitor.outputs[output] == "resumed"
@@ -389,7 +397,8 @@ def test_an_interrupted_one_goes_on_for_another_share(job: Job, tmp_path: Path) 
 
 @repairs
 def test_an_evaluation_resumes_with_its_number_of_threads(job: Job, tmp_path: Path) -> None:
-    output, count = tmp_path / "c", torch.get_num_threads()
+    output = tmp_path / "c"
+    count = torch.get_num_threads()
     job.stop(output)
     events: list[Event] = []
     with threads(count + 1):

@@ -97,7 +97,8 @@ def test_another_version_of_the_base_is_another_input(served: Path, tmp_path: Pa
     """An interrupted run does not go on with it."""
     root = remote_jobs.world(tmp_path / "w")
     with serving(root) as site:
-        base, adapter = f"{site.address}/base", f"{site.address}/adapter"
+        base = f"{site.address}/base"
+        adapter = f"{site.address}/adapter"
         home = tmp_path / "out"
         assert run("detect", base, adapter, home).code == 0
         shard = root / "base" / "model-00001-of-00003.safetensors"
@@ -160,7 +161,8 @@ def test_other_bytes_of_the_same_version_are_seen_by_samples_alone(
     """The middle 4096 bytes of each tensor are looked at; what is before them is merged as it comes."""
     root = remote_jobs.world(tmp_path / "w")
     with serving(root) as site:
-        base, adapter = f"{site.address}/base", f"{site.address}/adapter"
+        base = f"{site.address}/base"
+        adapter = f"{site.address}/adapter"
         assert run("detect", base, adapter, tmp_path / "out").code == 0
         name = "base/model-00001-of-00003.safetensors"
         site.tags[name] = site.tag(root / name, name)

@@ -40,7 +40,8 @@ def test_a_finished_output_is_left_alone(bench: Bench, command: str, tmp_path: P
         )
         assert (again.code, again.told, again.calls) == (0, "", [])
         assert again.err.startswith(note)
-        was, is_now = json.loads(first.out), json.loads(again.out)
+        was = json.loads(first.out)
+        is_now = json.loads(again.out)
         if case.argv[0] == "detect":  # times are of a run, not of a file
             for tree in (was, is_now):
                 tree["totals"].pop("seconds")
@@ -54,7 +55,8 @@ def test_a_finished_output_is_left_alone(bench: Bench, command: str, tmp_path: P
 
 def test_findings_that_a_power_cut_brought_back_go(job: tuple[Path, Path], tmp_path: Path) -> None:
     """The cut kept the record and the removal of the journal, and lost that of the findings, which came before."""
-    out, left = tmp_path / "out", tmp_path / "out" / ".streamer.findings.safetensors"
+    out = tmp_path / "out"
+    left = tmp_path / "out" / ".streamer.findings.safetensors"
     assert streamer.merge_with_reduced_intruder_dimensions(*job, out)["state"] == "written"
     before = tree_digest(out)
     left.write_bytes(b"findings")
@@ -67,7 +69,8 @@ def test_findings_that_a_power_cut_brought_back_go(job: tuple[Path, Path], tmp_p
 def test_a_run_that_takes_up_another_says_so(bench: Bench, command: str, tmp_path: Path) -> None:
     """How much of it is done is where its progress begins."""
     case = bench.case(command)
-    out, stage = tmp_path / "out", "detect" if command == "detect" else "write"
+    out = tmp_path / "out"
+    stage = "detect" if command == "detect" else "write"
     at = len(case.calls) // 2 if command == "detect" else len(case.calls) - 12
     assert case.run(out, at=at, code=KILL).code == -signal.SIGKILL
     done = case.run(out, "--json-events", "--json")
@@ -247,7 +250,8 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Several:
 
 def test_shards_that_one_output_has_already_are_kept(several: Several, tmp_path: Path) -> None:
     """A killed merge of one adapter is taken up by a merge of all, which are then at different shards."""
-    way, out = WAYS[2], tmp_path / "out"
+    way = WAYS[2]
+    out = tmp_path / "out"
     alone = several.line(way, out / "lora", several.adapters / "lora")
     alone[alone.index(several.findings)] = several.findings / "lora.safetensors"
     shards = sorted(n for n in tree_digest(several.alone(way) / "lora") if n.startswith("model-"))

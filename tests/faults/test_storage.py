@@ -152,7 +152,8 @@ def test_a_job_runs_without_what_macos_lacks(
     bench: Bench, command: str, io: str, tmp_path: Path
 ) -> None:
     """Killed at its second new name and taken up again, it writes the bytes that it writes here."""
-    case, out = bench.case(command), tmp_path / "out"
+    case = bench.case(command)
+    out = tmp_path / "out"
     line = [*case.line(out), "--io", io, "--json"]
     if command != "detect":  # which gives a name to one file only
         assert elsewhere(line, kill=2).returncode == -signal.SIGKILL
@@ -169,7 +170,8 @@ def test_a_full_disk_where_nothing_can_be_reserved(
     bench: Bench, command: str, tmp_path: Path
 ) -> None:
     """The write that no longer fits says so; the run is taken up where there is room."""
-    case, out = bench.case(command), tmp_path / "out"
+    case = bench.case(command)
+    out = tmp_path / "out"
     full = elsewhere(case.line(out), limit=15_000)
     assert full.returncode == 6, full.stderr
     assert full.stderr.count("\n") == 1

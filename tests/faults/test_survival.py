@@ -79,14 +79,18 @@ def test_a_power_cut_while_an_output_is_replaced(
     bench: Bench, tmp_path: Path, command: str, way: str
 ) -> None:
     """What can be loaded is the old output or the new one, and the same command finishes."""
-    case, rng = bench.case(command), random.Random(vary(command))
+    case = bench.case(command)
+    rng = random.Random(vary(command))
     (commit,) = case.commits()
-    recorded, record = tmp_path / "recorded", tmp_path / "record"
+    recorded = tmp_path / "recorded"
+    record = tmp_path / "record"
     assert case.run(recorded, "--lambda", "0.25").code == 0
-    old, disk = tree_digest(recorded), Disk(recorded)
+    old = tree_digest(recorded)
+    disk = Disk(recorded)
     read = old.keys() - {"README.md", "streamer.json"}
     assert case.run(recorded, "--overwrite", before=shim.arm(recorded, record=record)).code == 0
-    calls, found = shim.read_record(record), set()
+    calls = shim.read_record(record)
+    found = set()
     for n, call in enumerate(calls):
         disk.apply(call)
         if n % 20 != 3 and n < len(calls) - 20:
@@ -106,7 +110,9 @@ def test_a_power_cut_while_an_output_is_replaced(
 @pytest.mark.long
 def test_a_config_that_the_disk_refuses_to_transformers(bench: Bench, tmp_path: Path) -> None:
     """streamer has read it before, so its contents are not at fault."""
-    case, out, record = bench.case("evaluate"), tmp_path / "out", tmp_path / "record"
+    case = bench.case("evaluate")
+    out = tmp_path / "out"
+    record = tmp_path / "record"
     base = case.inputs[0]
     case.run(out, before=shim.arm(base, shim.FAIL_READ, record=record))
     reads = [Path(call.path).name for call in shim.read_record(record)]
@@ -149,7 +155,8 @@ def test_nothing_of_a_run_is_missed(bench: Bench, tmp_path: Path) -> None:
 
 def test_a_disk_forgets_what_is_not_synced(tmp_path: Path) -> None:
     root = tmp_path / "root"
-    a, b = str(root / "a"), str(root / "b")
+    a = str(root / "a")
+    b = str(root / "b")
 
     def left(way: str, *calls: Call) -> dict[str, bytes]:
         disk = Disk(root)
@@ -159,8 +166,10 @@ def test_a_disk_forgets_what_is_not_synced(tmp_path: Path) -> None:
         disk.leave(way, random.Random(vary(0)), out)
         return {p.name: p.read_bytes() for p in out.iterdir()}
 
-    create, write = Call("c", a, "", 0, 0, b""), Call("w", a, "", 0, 3, b"abc")
-    sync, names = Call("s", a, "", 0, 0, b""), Call("s", str(root), "", 0, 0, b"")
+    create = Call("c", a, "", 0, 0, b"")
+    write = Call("w", a, "", 0, 3, b"abc")
+    sync = Call("s", a, "", 0, 0, b"")
+    names = Call("s", str(root), "", 0, 0, b"")
     rename = Call("r", a, b, 0, 0, b"")
     assert left("nothing", create, write, sync) == {}
     assert left("nothing", create, write, names) == {"a": b""}

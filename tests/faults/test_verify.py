@@ -67,7 +67,8 @@ def test_the_line_of_a_flipped_byte(job: Job, tmp_path: Path, name: str) -> None
     kind, _, inner = name.partition("/")
     output = job.copy(kind, tmp_path)
     path = output / inner
-    wanted, data = sha256(path), bytearray(path.read_bytes())
+    wanted = sha256(path)
+    data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     done = server().run("verify", output)
@@ -226,7 +227,8 @@ def test_a_changed_tensor_is_reported(trained: Job, tmp_path: Path, name: str) -
     (line,) = lines(output, trained.base, trained.adapter, sample="all")
     where = weights
     if name == "a factor":  # a row is named by the base's tensor
-        where, tensor = output, tensor.removeprefix("base_model.model.").replace("lora_B.", "")
+        where = output
+        tensor = tensor.removeprefix("base_model.model.").replace("lora_B.", "")
     assert line.startswith(f"{where}: tensor {tensor!r}: {said}"), line
 
 
@@ -255,7 +257,8 @@ def test_missing_and_extra_tensors_are_reported(
 
 
 def test_a_matrix_of_another_dtype_is_reported(trained: Job, tmp_path: Path) -> None:
-    output, tensor = trained.copy("model", tmp_path), "model.layers.1.mlp.up_proj.weight"
+    output = trained.copy("model", tmp_path)
+    tensor = "model.layers.1.mlp.up_proj.weight"
     tensors = load_file(output / "model.safetensors")
     save_file(
         {**tensors, tensor: tensors[tensor].float()}, output / "model.safetensors", {"format": "pt"}
@@ -281,10 +284,8 @@ def test_another_scaling_of_unchanged_factors(
 
 
 def test_factors_of_a_lower_rank_are_reported(trained: Job, tmp_path: Path) -> None:
-    output, names = (
-        tmp_path / "out",
-        [f"base_model.model.model.layers.0.self_attn.q_proj.lora_{x}.weight" for x in "BA"],
-    )
+    output = tmp_path / "out"
+    names = [f"base_model.model.model.layers.0.self_attn.q_proj.lora_{x}.weight" for x in "BA"]
     streamer.reduce_intruder_dimension(
         trained.base, trained.adapter, output, method="shrink", mitigation_lambda=0.5, to_lora=2
     )
@@ -300,7 +301,8 @@ def test_factors_of_a_lower_rank_are_reported(trained: Job, tmp_path: Path) -> N
 
 def test_rows_struck_from_a_record_are_reported(trained: Job, tmp_path: Path) -> None:
     """The weights are the base's there, as if the adapter had not been merged."""
-    output, tensor = trained.copy("model", tmp_path), "model.layers.0.self_attn.q_proj.weight"
+    output = trained.copy("model", tmp_path)
+    tensor = "model.layers.0.self_attn.q_proj.weight"
     base = load_file(trained.base / "model.safetensors")[tensor]
     edit_tensor(output / "model.safetensors", tensor, lambda t: t.copy_(base))
     edit_record(

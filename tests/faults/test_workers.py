@@ -147,7 +147,9 @@ def test_a_worker_with_other_inputs_is_refused(
     bench: WorkerBench, what: str, tmp_path: Path
 ) -> None:
     """The same path leads elsewhere by the time that the worker opens it."""
-    link, out, other = tmp_path / "base", tmp_path / "f.safetensors", tmp_path / "other"
+    link = tmp_path / "base"
+    out = tmp_path / "f.safetensors"
+    other = tmp_path / "other"
     link.symlink_to(bench.base)
     if what == "another config":
         shutil.copytree(bench.base, other)
@@ -228,7 +230,8 @@ def test_a_scheduler_without_workers_is_waited_for_and_said(
     bench: WorkerBench, tmp_path: Path
 ) -> None:
     pytest.importorskip("distributed")
-    out, file = tmp_path / "f.safetensors", tmp_path / "scheduler.json"
+    out = tmp_path / "f.safetensors"
+    file = tmp_path / "scheduler.json"
     said = f"streamer: warning: dask:{file}: has no workers; the run waits for them\n"
     with dask_scheduler(file), bench.start(out, "--executor", f"dask:{file}", "-q") as process:
         assert process.stderr is not None

@@ -124,11 +124,9 @@ def test_the_device_tells_what_is_mixed() -> None:
 @pytest.mark.parametrize("tokens", [50, 450], ids=["fewer tokens than inputs", "more"])
 def test_wide_inputs_are_solved_for_there(tokens: int) -> None:
     torch.manual_seed(vary(0))
-    x, L, R = (
-        torch.randn(4, tokens, 600) * torch.arange(1, 601) ** -0.5,
-        torch.randn(8, 2),
-        torch.randn(600, 2),
-    )
+    x = torch.randn(4, tokens, 600) * torch.arange(1, 601) ** -0.5
+    L = torch.randn(8, 2)
+    R = torch.randn(600, 2)
     (Q, T), W, found = (
         basis(L),
         torch.randn(8, 600).double(),
@@ -137,10 +135,8 @@ def test_wide_inputs_are_solved_for_there(tokens: int) -> None:
     for device in (CPU, DEVICE):
         task, general, *now = x.to(device)
         delta = Refit(R, T, (R.double() @ T.T).to(device), (W.T @ Q).to(device))
-        system, texts = (
-            System([now[0]], [now[1]], (tokens, tokens), 0.5),
-            zip((task, general), now, strict=True),
-        )
+        system = System([now[0]], [now[1]], (tokens, tokens), 0.5)
+        texts = zip((task, general), now, strict=True)
         refitted = refit(
             delta, *(TextInputs(*([x] for x in pair), tokens) for pair in texts), 0.5, system
         )
@@ -173,7 +169,8 @@ def test_weights_cross_once_a_sweep_and_memory_there_is_as_forecast(
         match=r"^bf16 products run only on the CPU; with --device pretended:0, use --dtype float32$",
     ):
         VariantSet(plan, VARIANTS, None, rounds_products=True, device=DEVICE)
-    ids, rows = token_ids(1000, 4, 64), 3 * 256
+    ids = token_ids(1000, 4, 64)
+    rows = 3 * 256
     monkeypatch.setattr(batches, "LOGIT_BYTES", 4 * rows * 64)
     model = SweepModel(VariantSet(plan, VARIANTS, None, device=DEVICE))
     model.limit(1 << 20, False)

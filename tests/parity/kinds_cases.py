@@ -100,7 +100,8 @@ def make(name: str, dtype: torch.dtype, directory: Path) -> Made:
         save_file(model.state_dict(), base / "model.safetensors", metadata={"format": "pt"})
     made = Made(kind, base, directory / "adapter", dtype)
     with quiet():
-        model, config = made.load(dtype), kind.config()
+        model = made.load(dtype)
+        config = kind.config()
         kind.before(model, config)
         wrapped = peft.get_peft_model(model, config)
         wrapped.base_model.model.name_or_path = str(base)
@@ -166,8 +167,10 @@ def compare_merge(made: Made, out: Path) -> None:
         made.base, made.adapter, out, mitigation_lambda=1.0, **made.kind.options
     )
     ours = stored(out)
-    exact, theirs = by_disk(made.merged(), ours), by_disk(made.merged(dtype=made.dtype), ours)
-    base, eps = stored(made.base), torch.finfo(made.dtype).eps
+    exact = by_disk(made.merged(), ours)
+    theirs = by_disk(made.merged(dtype=made.dtype), ours)
+    base = stored(made.base)
+    eps = torch.finfo(made.dtype).eps
     assert ours.keys() >= base.keys()
     for name in base.keys() - exact.keys():  # of a part of the model that PEFT did not load
         assert torch.equal(ours[name].view(torch.uint8), base[name].view(torch.uint8)), name
@@ -180,7 +183,8 @@ def compare_merge(made: Made, out: Path) -> None:
         assert relative(ours[name], theirs[name]) <= 4 * eps, name
         if made.dtype == torch.bfloat16:  # float32 sums that fall on the other side of a tie
             assert float((ours[name] != expected.to(ours[name].dtype)).float().mean()) < 2e-3, name
-        unit, tiny = torch.finfo(ours[name].dtype).eps, torch.finfo(torch.float32).eps
+        unit = torch.finfo(ours[name].dtype).eps
+        tiny = torch.finfo(torch.float32).eps
         bound = unit / 2 * 1.01 * expected.abs() + 16 * tiny * expected.abs().max()
         assert bool(((ours[name].double() - expected).abs() <= bound).all()), name
 
@@ -197,7 +201,8 @@ def compare_detection(made: Made) -> streamer.Findings:
     for m in findings:
         W0, W = (t[m.tensor].reshape(t[m.tensor].shape[0], -1) for t in (base, merged))
         if W0.shape != m.shape or transposed(made, m.tensor):
-            W0, W = W0.T, W.T
+            W0 = W0.T
+            W = W.T
         assert tuple(W0.shape) == m.shape, m.tensor
         U0 = torch.linalg.svd(W0, full_matrices=False).U
         U, S, _ = torch.linalg.svd(W, full_matrices=False)
@@ -238,10 +243,14 @@ def compare_methods(made: Made, findings: streamer.Findings) -> None:
                 t.double().reshape(t.shape[0], -1) for t in (base[name], merged[name], ours)
             )
             if transposed(made, name):
-                W0, W, found = W0.T, W.T, found.T
+                W0 = W0.T
+                W = W.T
+                found = found.T
             U, S, Vh = torch.linalg.svd(W, full_matrices=False)
             chosen = list(by_tensor[name].detection.intruders)
-            U, S, Vh = U[:, chosen], S[chosen], Vh[chosen]
+            U = U[:, chosen]
+            S = S[chosen]
+            Vh = Vh[chosen]
             expected = {
                 "paper": W - 0.5 * (U * S) @ Vh,
                 "project": W - 0.5 * U @ (U.T @ (W - W0)),

@@ -88,7 +88,8 @@ def test_a_mitigated_adapter_has_the_names_that_peft_finds(tmp_path: Path, spell
         "llama", tmp_path, ["q_proj", "embed_tokens"], modules_to_save=["lm_head"]
     )
     ids = torch.arange(12)[None]
-    tensors, config = load_file(adapter / WEIGHTS), json.loads((adapter / CONFIG).read_text())
+    tensors = load_file(adapter / WEIGHTS)
+    config = json.loads((adapter / CONFIG).read_text())
     save_file({SPELLINGS[spelling](name): t for name, t in tensors.items()}, adapter / WEIGHTS)
     if spelling == "without its type":
         (adapter / CONFIG).write_text(
@@ -176,7 +177,8 @@ def test_copies_beside_saved_modules_are_not_merged(case: str, tmp_path: Path) -
 def test_embeddings_that_were_resized_but_not_saved(targets: list[str], tmp_path: Path) -> None:
     """As PEFT loads it on the base, directly and by way of a mitigated adapter; where PEFT cannot, both ways are refused."""
     cls, config = untied("llama")()
-    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base = tmp_path / "base"
+    adapter = tmp_path / "adapter"
     model = make(cls, config, tmp_path, 70, target_modules=targets)
     model.save_pretrained(adapter, save_embedding_layers=False)
     if "embed_tokens" in targets:
@@ -253,15 +255,18 @@ def test_the_values_that_kept_the_bases_bytes_are_counted(
     what: str, keep: float, tmp_path: Path
 ) -> None:
     name, targets, options = ROUNDED[what]
-    base, out = tmp_path / "base", tmp_path / "out"
+    base = tmp_path / "base"
+    out = tmp_path / "out"
     cls = make_base(name, base, torch.bfloat16)
     adapter = make_adapter(cls, base, tmp_path / "adapter", targets, lora_alpha=0.05, **options)
     record = merge(base, adapter, out, keep, method="shrink", on_event=str)
-    before, after = stored(base), stored(out)
+    before = stored(base)
+    after = stored(out)
     for matrix in record["matrices"]:
         tensor, _, index = matrix["tensor"].removesuffix("]").partition("[")
         at = (int(index),) if index else ()
-        a, b = before[tensor][at], after[tensor][at]
+        a = before[tensor][at]
+        b = after[tensor][at]
         assert (matrix["values"], matrix["rounded_away"]) == (a.size, int((a == b).sum())), matrix[
             "tensor"
         ]

@@ -118,7 +118,9 @@ def test_what_only_the_adapter_has_is_refused(
 )
 def test_biases_of_lora_are_those_of_layers_that_have_one(tmp_path: Path) -> None:
     """As mergekit extracts them: PEFT takes the others as zero."""
-    base, adapter, ids = tmp_path / "base", tmp_path / "adapter", torch.arange(12)[None]
+    base = tmp_path / "base"
+    adapter = tmp_path / "adapter"
+    ids = torch.arange(12)[None]
     cls = make_base("qwen2", base)
     make_adapter(cls, base, adapter, ["q_proj", "o_proj"], lora_bias=True)
     without(adapter, lambda n: n.endswith("o_proj.lora_B.bias"))

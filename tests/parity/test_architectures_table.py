@@ -377,7 +377,8 @@ OF_SEVERAL_KINDS = ["BambaForCausalLM", "BltForCausalLM", "DeepseekV2ForCausalLM
 
 def tensors_lacking(names: Iterable[str]) -> tuple[dict[str, set[str]], int]:
     """Class → what the table lacks of a tiny model of it, and the number of classes that were built."""
-    found, count = {}, 0
+    found = {}
+    count = 0
     for name in names:
         try:
             config = zoo.config_of(name)

@@ -84,7 +84,8 @@ def check(
     pipe = opened(base)
     before = answers(pipe)
     pipe.load_lora_weights(oracle or adapter)
-    expected, found = answers(pipe), answers(opened(out))
+    expected = answers(pipe)
+    found = answers(opened(out))
     assert (
         sum(float((a - b).abs().max()) > 1e-2 for a, b in zip(before, expected, strict=True))
         >= changed
@@ -132,7 +133,8 @@ def test_a_mitigated_adapter_opens_in_diffusers(
     pipe.save_lora_weights(tmp_path / "lora", **trained(pipe))
     mitigate(bases("sd"), tmp_path / "lora", tmp_path / "mitigated", 0.2)
     name = "pytorch_lora_weights.safetensors"
-    before, after = load_file(tmp_path / "lora" / name), load_file(tmp_path / "mitigated" / name)
+    before = load_file(tmp_path / "lora" / name)
+    after = load_file(tmp_path / "mitigated" / name)
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[key], after[key]) for key in before)
     check(bases("sd"), tmp_path / "mitigated", tmp_path / "merged", changed=2)
@@ -140,7 +142,8 @@ def test_a_mitigated_adapter_opens_in_diffusers(
 
 def factors(shape: tuple[int, ...], rank: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     """Random factors of a weight of this shape."""
-    a, b = torch.randn(rank, *shape[1:]), torch.randn(shape[0], rank, *(1 for _ in shape[2:]))
+    a = torch.randn(rank, *shape[1:])
+    b = torch.randn(shape[0], rank, *(1 for _ in shape[2:]))
     return a * 0.1, b
 
 
@@ -233,7 +236,8 @@ def test_flux_in_one_layer_for_all_that_reads_the_input(
     ]
     assert torch.equal(torch.cat(parts), up)
 
-    base, head = bases("flux"), "single_transformer_blocks.0"
+    base = bases("flux")
+    head = "single_transformer_blocks.0"
     known = shapes(base, "transformer")
     sizes = [known[f"{head}.{layer}"][0] for layer in LINEAR1]
     tensors = kohya(

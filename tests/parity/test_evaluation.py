@@ -137,8 +137,10 @@ def test_a_checkpoint_of_the_model_within(tmp_path: Path) -> None:
 def test_of_projected_deltas_the_losses_are_those_of_the_adapters_that_mitigate_writes(
     tmp_path: Path,
 ) -> None:
-    cls, base = make_base("llama", tmp_path / "base"), tmp_path / "base"
-    adapter, ids = make_adapter(cls, base, tmp_path / "adapter", LINEAR), token_ids(64)
+    cls = make_base("llama", tmp_path / "base")
+    base = tmp_path / "base"
+    adapter = make_adapter(cls, base, tmp_path / "adapter", LINEAR)
+    ids = token_ids(64)
     found = streamer.detect_intruder_dimensions(base, adapter, top_k=TOP_K)
     variants = make_variants(("paper", "project"), (0.25,), "all")
     ours, complete = (
@@ -178,16 +180,15 @@ ROUNDED: dict[str, tuple[list[str], dict[str, Any]]] = {
 )
 @pytest.mark.parametrize("name", ROUNDED)
 def test_products_of_bfloat16_move_the_means_little(name: str, tmp_path: Path) -> None:
-    base, variants = tmp_path / "base", make_variants(("shrink",), (0.75, 0.25), "all")
+    base = tmp_path / "base"
+    variants = make_variants(("shrink",), (0.75, 0.25), "all")
     cls, (targets, options) = make_base(name, base), ROUNDED[name]
     with torch.no_grad():  # next tokens about as likely as under a trained model
         model = cls.from_pretrained(base)
         model.get_output_embeddings().weight.mul_(0.2)
         model.save_pretrained(base)
-    adapter, ids = (
-        make_adapter(cls, base, tmp_path / "adapter", targets, **options, lora_alpha=2),
-        token_ids(64),
-    )
+    adapter = make_adapter(cls, base, tmp_path / "adapter", targets, **options, lora_alpha=2)
+    ids = token_ids(64)
     full, rounded = (
         streamed(base, adapter, variants, None, ids, rounds_products=rounds)
         for rounds in (False, True)
@@ -218,11 +219,10 @@ def test_products_of_bfloat16_move_the_means_little(name: str, tmp_path: Path) -
 
 def test_as_many_rows_as_tokens(tmp_path: Path) -> None:
     """Three variants of two sequences of six tokens: no shape tells rows from tokens."""
-    cls, base = make_base("llama", tmp_path / "base"), tmp_path / "base"
-    adapter, ids = (
-        make_adapter(cls, base, tmp_path / "adapter", [*LINEAR, "lm_head", "embed_tokens"]),
-        token_ids(64, 2, 6),
-    )
+    cls = make_base("llama", tmp_path / "base")
+    base = tmp_path / "base"
+    adapter = make_adapter(cls, base, tmp_path / "adapter", [*LINEAR, "lm_head", "embed_tokens"])
+    ids = token_ids(64, 2, 6)
     variants = make_variants(("shrink",), (0.5,), "all")
     together = streamed(base, adapter, variants, None, ids)
     for i in range(2):
@@ -327,7 +327,8 @@ def test_a_model_that_computes_otherwise_is_refused(what: str, tmp_path: Path) -
 
 def test_a_quantized_base_of_conv1d_layers_is_refused(tmp_path: Path) -> None:
     _, base, adapter = make_pair("gpt2", tmp_path, ["c_fc"])
-    file, name = base / "model.safetensors", "transformer.h.0.attn.c_proj"
+    file = base / "model.safetensors"
+    name = "transformer.h.0.attn.c_proj"
     tensors = load_file(file)
     tensors[f"{name}.weight"] = tensors[f"{name}.weight"].to(torch.float8_e4m3fn)
     tensors[f"{name}.weight_scale"] = torch.ones(1)
@@ -363,7 +364,8 @@ def test_the_length_from_which_longrope_is_another_is_known(tmp_path: Path) -> N
     )
     ids = token_ids(64, 1, 17)
     with torch.no_grad():
-        short, padded = model(input_ids=ids[:, :16]).logits, model(input_ids=ids).logits[:, :16]
+        short = model(input_ids=ids[:, :16]).logits
+        padded = model(input_ids=ids).logits[:, :16]
     assert (short - padded).abs().max() > 1e-4
 
 
@@ -379,8 +381,10 @@ SOME_KINDS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
 @pytest.mark.parametrize("kind", SOME_KINDS)
 def test_it_makes_no_difference_which_variants_run_together(kind: str, tmp_path: Path) -> None:
     name, targets, options = SOME_KINDS[kind]
-    cls, base = make_base(name, tmp_path / "base"), tmp_path / "base"
-    adapter, ids = make_adapter(cls, base, tmp_path / "adapter", targets, **options), token_ids(64)
+    cls = make_base(name, tmp_path / "base")
+    base = tmp_path / "base"
+    adapter = make_adapter(cls, base, tmp_path / "adapter", targets, **options)
+    ids = token_ids(64)
     variants = make_variants(("shrink",), (0.5,), "all")
     together = streamed(base, adapter, variants, None, ids)
     for order in ((1,), (2,), (2, 1), (1, 0, 2, 0)):
@@ -391,15 +395,19 @@ def test_it_makes_no_difference_which_variants_run_together(kind: str, tmp_path:
 @pytest.mark.parametrize("kind", [kind for kind in SOME_KINDS if kind != "DoRA"])
 def test_losses_are_those_of_the_merged_model(kind: str, tmp_path: Path) -> None:
     name, targets, options = SOME_KINDS[kind]
-    cls, base = make_base(name, tmp_path / "base"), tmp_path / "base"
-    adapter, ids = make_adapter(cls, base, tmp_path / "adapter", targets, **options), token_ids(64)
+    cls = make_base(name, tmp_path / "base")
+    base = tmp_path / "base"
+    adapter = make_adapter(cls, base, tmp_path / "adapter", targets, **options)
+    ids = token_ids(64)
     coefficients = [fitted.random_coefficients(base, adapter, keep) for keep in (0.95, 0.9)]
     variants = make_variants(("regmean",), (0.5,), "all", coefficients[0])
     variants += make_variants(("regmean",), (0.5,), "all", coefficients[1])[2:]
     ours = streamed(base, adapter, variants, None, ids)
-    reference, tokens = answer(precisions(cls, base), ids), ours.tokens.sum()
+    reference = answer(precisions(cls, base), ids)
+    tokens = ours.tokens.sum()
     for v, factors in enumerate(coefficients, 2):
-        keep, merged = factors.keep, tmp_path / f"merged-{factors.keep}"
+        keep = factors.keep
+        merged = tmp_path / f"merged-{factors.keep}"
         streamer.merge_with_reduced_intruder_dimensions(base, adapter, merged, coefficients=factors)
         own = answer(precisions(cls, merged), ids)
         assert_sums(ours.loss[v].sum(), ours.kl[v].sum(), own, reference, ids, keep)

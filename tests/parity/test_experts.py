@@ -65,7 +65,9 @@ def assert_merged(home: Path, model: Any, rtol: float = 1e-5) -> None:
         home / "base", home / "adapter", home / "ours", mitigation_lambda=1.0
     )
     model.merge_and_unload().save_pretrained(home / "theirs")
-    ours, theirs, base = weights(home / "ours"), weights(home / "theirs"), weights(home / "base")
+    ours = weights(home / "ours")
+    theirs = weights(home / "theirs")
+    base = weights(home / "base")
     assert ours.keys() == theirs.keys()
     for key, tensor in ours.items():
         if (
@@ -135,7 +137,8 @@ REFUSED = {
 def test_of_other_versions(case: str, tmp_path: Path) -> None:
     """Which way round the factors are: by their shapes; of square experts by the others of the adapter; else by the version."""
     name, _, _, loader = case.split("-")
-    base, adapter = ADAPTERS / f"base-{name}-{loader}", ADAPTERS / case / "adapter"
+    base = ADAPTERS / f"base-{name}-{loader}"
+    adapter = ADAPTERS / case / "adapter"
     if case in REFUSED:
         with pytest.raises(
             UnsupportedError,
@@ -144,11 +147,9 @@ def test_of_other_versions(case: str, tmp_path: Path) -> None:
             streamer.detect_intruder_dimensions(base, adapter)
         return
     merge(base, adapter, tmp_path / "merged", 1.0)
-    ours, theirs, before = (
-        weights(tmp_path / "merged"),
-        load_file(ADAPTERS / case / "merged.safetensors"),
-        weights(base),
-    )
+    ours = weights(tmp_path / "merged")
+    theirs = load_file(ADAPTERS / case / "merged.safetensors")
+    before = weights(base)
     assert ours.keys() == theirs.keys()
     assert any(not torch.equal(theirs[key], before[key]) for key in theirs)
     for key, tensor in ours.items():
@@ -195,7 +196,8 @@ def test_a_mitigated_adapter_gives_the_mitigated_model(name: str, tmp_path: Path
 )
 def test_turned_factors_are_written_back_turned(case: str, tmp_path: Path) -> None:
     name, _, _, loader = case.split("-")
-    base, adapter = ADAPTERS / f"base-{name}-{loader}", ADAPTERS / case / "adapter"
+    base = ADAPTERS / f"base-{name}-{loader}"
+    adapter = ADAPTERS / case / "adapter"
     options: dict[str, Any] = {
         "top_k": 3,
         "mitigation_lambda": 0.25,
@@ -356,10 +358,8 @@ def test_mxfp4_experts(tmp_path: Path) -> None:
     for layer in range(2):
         for name, (m, n) in {"gate_up_proj": (128, 32), "down_proj": (32, 64)}.items():
             stem = f"model.layers.{layer}.mlp.experts.{name}"
-            blocks, scales = (
-                torch.randint(256, (4, m, n // 32, 16)).byte(),
-                torch.randint(117, 123, (4, m, n // 32)).byte(),
-            )
+            blocks = torch.randint(256, (4, m, n // 32, 16)).byte()
+            scales = torch.randint(117, 123, (4, m, n // 32)).byte()
             coded |= {f"{stem}_blocks": blocks, f"{stem}_scales": scales}
             model.get_parameter(stem).data = convert_moe_packed_tensors(
                 blocks, scales, dtype=torch.bfloat16
@@ -392,7 +392,8 @@ def test_mxfp4_experts(tmp_path: Path) -> None:
     adapt(type(model), tmp_path, [])
     for name, options in (("kept", {}), ("written", {"dequantize": True})):
         merge(base, adapter, tmp_path / name, 1.0, **options)
-    kept, q = weights(tmp_path / "kept"), "model.layers.0.self_attn.q_proj.weight"
+    kept = weights(tmp_path / "kept")
+    q = "model.layers.0.self_attn.q_proj.weight"
     assert all(
         torch.equal(kept[k], t) for k, t in coded.items() if k.endswith(("_blocks", "_scales"))
     )
@@ -411,7 +412,8 @@ def test_mxfp4_experts(tmp_path: Path) -> None:
 def test_fp8_experts(tmp_path: Path) -> None:
     """One tensor for each expert, in FP8: gate and up are coded anew, each with its rows of the delta."""
     base, adapter, _ = make("qwen3-moe", tmp_path, EXPERTS, torch.bfloat16)
-    tensors, coded = weights(base), {}
+    tensors = weights(base)
+    coded = {}
     for key, w in tensors.items():
         if ".experts." in key:
             scale = w.float().abs().max().reshape(1, 1) / 448
@@ -524,7 +526,8 @@ def test_a_base_whose_experts_do_not_fit(what: str, tmp_path: Path) -> None:
         streamer.iter_merged(base, adapter, mitigation_lambda=1.0)
 
 
-RANK, COUNT = 3, 4
+RANK = 3
+COUNT = 4
 NAMES = ["mixtral", "qwen3-moe"]
 GROUPED = {"lora_B_layout": "grouped_by_expert"}
 DETAILS = {
@@ -583,7 +586,8 @@ def logits(model: Any) -> torch.Tensor:
 def test_both_layouts_are_one_delta(name: str, tmp_path: Path) -> None:
     """Merged by streamer, and added in float64 to what transformers loads; the logits are those of PEFT's layers."""
     base, adapter, model = make(name, tmp_path, EXPERTS)
-    theirs, cls = logits(model), type(model.get_base_model())
+    theirs = logits(model)
+    cls = type(model.get_base_model())
     unsloth = grouped(adapter, tmp_path / "grouped", **GROUPED, unsloth_fused_expert_lora=DETAILS)
     before = cls.from_pretrained(base).state_dict()
     for path, is_grouped in ((adapter, False), (unsloth, True)):

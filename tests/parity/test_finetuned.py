@@ -89,7 +89,8 @@ def test_lambda_one_is_the_tuned_model_bit_for_bit(
 ) -> None:
     base, tuned = pair(tmp_path, make, dtype)
     merge(base, tuned, tmp_path / "out", 1.0)
-    ours, theirs = tensors(tmp_path / "out"), tensors(tuned)
+    ours = tensors(tmp_path / "out")
+    theirs = tensors(tuned)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[n], t) for n, t in theirs.items())
     assert (tmp_path / "out" / "config.json").read_bytes() == (tuned / "config.json").read_bytes()
@@ -99,16 +100,19 @@ def test_lambda_one_is_the_tuned_model_bit_for_bit(
 def test_detection_and_methods_equal_the_dense_formulas(tmp_path: Path, make) -> None:
     base, tuned = pair(tmp_path, make)
     findings = streamer.detect_intruder_dimensions(base, tuned)
-    W0s, W1s = tensors(base), tensors(tuned)
+    W0s = tensors(base)
+    W1s = tensors(tuned)
     assert {m.tensor for m in findings} == {n for n, t in W0s.items() if t.dim() == 2}
     assert findings.intruders > 0
     expected: dict[str, dict[str, torch.Tensor]] = {"paper": {}, "project": {}, "shrink": {}}
     turn: dict[str, float] = {}
     for m in findings:
-        W0, W1 = W0s[m.tensor].double(), W1s[m.tensor].double()
+        W0 = W0s[m.tensor].double()
+        W1 = W1s[m.tensor].double()
         turned = "embed" in m.tensor or "wte" in m.tensor or "wpe" in m.tensor or ".c_" in m.tensor
         if turned:
-            W0, W1 = W0.T, W1.T
+            W0 = W0.T
+            W1 = W1.T
         assert m.transposed == turned
         assert m.shape == tuple(W0.shape)
         U0 = torch.linalg.svd(W0, full_matrices=False).U
@@ -134,7 +138,9 @@ def test_detection_and_methods_equal_the_dense_formulas(tmp_path: Path, make) ->
         turn[m.tensor] = (
             backward / gap * max(float(S[0]), float(torch.linalg.matrix_norm(W1 - W0, 2)))
         )
-        U, S, Vh = U[:, chosen], S[chosen], Vh[chosen]
+        U = U[:, chosen]
+        S = S[chosen]
+        Vh = Vh[chosen]
         for method, W in (
             ("paper", W1 - 0.5 * (U * S) @ Vh),
             ("project", W1 - 0.5 * U @ (U.T @ (W1 - W0))),
@@ -214,7 +220,8 @@ def test_what_was_not_trained_is_not_in_the_adapter(tmp_path: Path) -> None:
 def test_parameters_of_the_model_itself(cls: str, own: str, tmp_path: Path) -> None:
     base, tuned = shaken(tmp_path, lambda: zoo.build(cls))
     merge(base, tuned, tmp_path / "out", 1.0)
-    ours, theirs = tensors(tmp_path / "out"), tensors(tuned)
+    ours = tensors(tmp_path / "out")
+    theirs = tensors(tuned)
     assert own in ours
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[n], t) for n, t in theirs.items())
@@ -353,7 +360,8 @@ def with_intruders(name: str, home: Path, only: str = "") -> tuple[Path, Path]:
 def test_each_expert_is_a_matrix(name: str, tmp_path: Path) -> None:
     _, _, stacks, transposed = STACKED[name]
     base, tuned = with_intruders(name, tmp_path)
-    W0s, W1s = weights(base), weights(tuned)
+    W0s = weights(base)
+    W1s = weights(tuned)
     findings = streamer.detect_intruder_dimensions(base, tuned)
     found = {m.tensor: m for m in findings}
     stacked = [key for key in W0s if key.endswith(stacks)]

@@ -66,7 +66,8 @@ LAMBDA = 0.4
 def test_peft_loads_the_adapter_and_its_logits_are_the_merged_models(
     base: Path, how: str, case: str, tmp_path: Path
 ) -> None:
-    adapter, file = trained(base, tmp_path / "adapter", CASES[case]), tmp_path / "c.safetensors"
+    adapter = trained(base, tmp_path / "adapter", CASES[case])
+    file = tmp_path / "c.safetensors"
     (fitted.random_coefficients if how == "fit" else random_map)(base, adapter).save(file)
     options: dict[str, Any] = {"coefficients": file} if how == "fit" else {"map": file}
     strength = {} if how == "fit" else {"mitigation_lambda": LAMBDA}

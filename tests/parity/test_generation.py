@@ -94,7 +94,8 @@ def test_an_interrupted_run_goes_on_with_the_same_tokens(
 ) -> None:
     monkeypatch.setattr(generation, "SECONDS", 0.0)
     _, base, adapter = make_pair(name, tmp_path, CAUSAL[name][2], lora_alpha=4)
-    model, steps = swept(base, adapter), list[int]()
+    model = swept(base, adapter)
+    steps = list[int]()
     whole = written(model)
 
     def stop(tokens: int) -> None:

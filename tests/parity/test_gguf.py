@@ -23,7 +23,9 @@ from safetensors.torch import load_file
 from seeds import vary
 
 SCRIPT = ROOT / "examples" / "to_gguf.py"
-VOCAB, HEAD, SPECIAL = 512, 16, 4
+VOCAB = 512
+HEAD = 16
+SPECIAL = 4
 
 NAMES = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
@@ -165,10 +167,12 @@ def test_llama_cpp_computes_the_merged_model(kind: str, tmp_path: Path) -> None:
     end = int(
         (logits.argmax(1) > SPECIAL).nonzero().max()
     )  # at a token that ends a text it gives no probabilities
-    ids, want = [0, *range(300, 300 + end)], logits[end]
+    ids = [0, *range(300, 300 + end)]
+    want = logits[end]
     params = xllamacpp.CommonParams()
     params.model.path = str(tmp_path / "merged.gguf")
-    params.n_ctx, params.warmup = 64, False
+    params.n_ctx = 64
+    params.warmup = False
     params.cpuparams.n_threads = 2
     server = xllamacpp.Server(params)
     answer = server.handle_completions(

@@ -16,10 +16,8 @@ from streamer.errors import StreamerError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
-SPLIT, FUSED = (
-    ["in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b"],
-    ["in_proj_qkvz", "in_proj_ba"],
-)
+SPLIT = ["in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b"]
+FUSED = ["in_proj_qkvz", "in_proj_ba"]
 
 
 def split_base(path: Path) -> Path:
@@ -71,7 +69,8 @@ def test_experts_that_share_a_factor_are_refused(tmp_path: Path, layout: str) ->
     shared = [name for name in tensors if ".experts." in name and ".lora_A." in name]
     assert shared
     for name in shared:
-        A, B = tensors[name], tensors[name.replace("lora_A", "lora_B")]
+        A = tensors[name]
+        B = tensors[name.replace("lora_A", "lora_B")]
         if layout == "stacks of factors":
             tensors[name] = A[:2].unsqueeze(0).contiguous()
             tensors[name.replace("lora_A", "lora_B")] = (

@@ -65,7 +65,9 @@ class Layers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(vary(0))
-        self.wide, self.tall, self.square = nn.Linear(96, 48), nn.Linear(48, 80), nn.Linear(80, 80)
+        self.wide = nn.Linear(96, 48)
+        self.tall = nn.Linear(48, 80)
+        self.square = nn.Linear(80, 80)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.square(self.tall(self.wide(x)))
@@ -87,7 +89,8 @@ def layers(**options: Any) -> peft.PeftModel:
 
 @pytest.mark.parametrize("lam", [0.75, 0.0])
 def test_the_same_adapter_as_peft_s_own_function(lam: float) -> None:
-    ours, other = layers(), layers()
+    ours = layers()
+    other = layers()
     lines: list[str] = []
     found = live.reduce_intruder_dimension(ours, mitigation_lambda=lam, logging_sink=lines.append)
     said: list[str] = []
@@ -299,10 +302,8 @@ def test_a_sum_that_overflows_is_refused_before_a_weight_is_changed() -> None:
 
 
 def test_an_injected_adapter_that_peft_has_no_second_one_of() -> None:
-    model, config = (
-        Layers(),
-        peft.LoraConfig(target_modules=["wide"], init_lora_weights=False, bias="all"),
-    )
+    model = Layers()
+    config = peft.LoraConfig(target_modules=["wide"], init_lora_weights=False, bias="all")
     peft.inject_adapter_in_model(config, model, "default")
     model.peft_config = {"default": config}
     for _ in range(2):
@@ -322,7 +323,8 @@ def test_a_merge_that_torch_refuses_changes_no_weight(made: Made) -> None:
 
 def test_saved_modules_of_the_new_adapter_are_the_old_one_s(tmp_path: Path) -> None:
     model = loaded(kinds_cases.make("modules_to_save", torch.float32, tmp_path))
-    tuned, saved = logits(model), adapter_state(model, "default")
+    tuned = logits(model)
+    saved = adapter_state(model, "default")
     live.reduce_intruder_dimension(model, mitigation_lambda=0.5)
     new = adapter_state(model, "intruder_reduced")
     assert all(
@@ -392,7 +394,8 @@ def test_those_of_another_adapter_leave_the_model_as_it_was(
 ) -> None:
     """Of another rank, or of fewer matrices: refused before any is read."""
     matrices = coefficients.matrices
-    name, model = list(matrices)[-1], loaded(made)
+    name = list(matrices)[-1]
+    model = loaded(made)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     monkeypatch.delattr("streamer.methods.files.Coefficients.mitigated")
     narrow = {**matrices, name: matrices[name][:, :1]}

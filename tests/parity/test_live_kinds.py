@@ -96,7 +96,8 @@ def check_reduced(
         assert found is not None
         assert_same_findings(found, on_files)
         mitigate(made.base, made.adapter, path / "out", 0.5, findings=on_model, **made.kind.options)
-        new, theirs = adapter_state(model, "intruder_reduced"), load_state(path / "out")
+        new = adapter_state(model, "intruder_reduced")
+        theirs = load_state(path / "out")
         assert new.keys() <= theirs.keys()
         for name, tensor in new.items():
             assert torch.equal(tensor, theirs[name]), name

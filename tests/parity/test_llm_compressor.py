@@ -93,7 +93,8 @@ def test_files_equal_those_made_of_a_merged_directory(
     assert made == {
         name: data for name, data in wanted.items() if name not in ("streamer.json", "README.md")
     }
-    merged, unmerged = tensors(tmp_path / "one"), tensors(tmp_path / "unmerged")
+    merged = tensors(tmp_path / "one")
+    unmerged = tensors(tmp_path / "unmerged")
     changed = {
         name.rpartition(".")[0] for name in merged if not torch.equal(merged[name], unmerged[name])
     }

@@ -163,11 +163,9 @@ def test_a_killed_run_keeps_the_answers_of_the_sweeps_before(
 
     _, base, adapter = make_pair("llama", tmp_path, CAUSAL["llama"][2])
     save(base, "words")
-    requests, sweeps, measure = (
-        [(None, [3, 4], [5, *range(6, 6 + n)]) for n in range(4)],
-        [0],
-        lm_eval.measure,
-    )
+    requests = [(None, [3, 4], [5, *range(6, 6 + n)]) for n in range(4)]
+    sweeps = [0]
+    measure = lm_eval.measure
 
     def answers(**cache: str) -> list[tuple[float, bool]]:
         return lm_eval.StreamerLM(str(base), str(adapter), **cache)._loglikelihood_tokens(
@@ -180,7 +178,8 @@ def test_a_killed_run_keeps_the_answers_of_the_sweeps_before(
             raise KeyboardInterrupt
         return measure(*args)
 
-    whole, kept = answers(), {"cache": str(tmp_path / "cache.sqlite")}
+    whole = answers()
+    kept = {"cache": str(tmp_path / "cache.sqlite")}
     monkeypatch.setattr(lm_eval, "BLOCK", 1)
     monkeypatch.setattr(batches, "MOST_ROWS", 1)
     monkeypatch.setattr(lm_eval, "measure", killed)

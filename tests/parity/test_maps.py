@@ -43,7 +43,8 @@ class Operands(TorchFunctionMode):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.names, self.sums = dict[int, str](), dict[str, np.ndarray]()
+        self.names = dict[int, str]()
+        self.sums = dict[str, np.ndarray]()
         for name, parameter in model.named_parameters():
             for e, matrix in enumerate(parameter if parameter.ndim == 3 else [parameter]):
                 self.names[matrix.data_ptr()] = f"{name}[{e}]" if parameter.ndim == 3 else name
@@ -52,13 +53,15 @@ class Operands(TorchFunctionMode):
         parameter, operand = OPERANDS.get(func, (0, 0))
         name = self.names.get(args[parameter].data_ptr()) if parameter else None
         if name is not None:
-            x, looked_up = args[operand], func is functional.embedding
+            x = args[operand]
+            looked_up = func is functional.embedding
             rows = (
                 torch.eye(len(args[parameter])).double()[x.flatten()]
                 if looked_up
                 else x.reshape(-1, x.shape[-1])
             )
-            key, rows = name + " (looked up)" * looked_up, rows.double().numpy()
+            key = name + " (looked up)" * looked_up
+            rows = rows.double().numpy()
             self.sums[key] = self.sums.get(key, 0) + rows.T @ rows
         return func(*args, **(kwargs or {}))
 
@@ -146,7 +149,8 @@ KINDS = [
 def test_maps_of_kinds(kind: str, tmp_path: Path) -> None:
     name, targets, options = ADAPTERS[kind]
     _, base, adapter = make_pair(name, tmp_path, targets, **{"lora_alpha": 4, **options})
-    made, plan = mapped(base, tmp_path), make_plan(base, adapter)
+    made = mapped(base, tmp_path)
+    plan = make_plan(base, adapter)
     lacking = [t.tensor for t in plan.targets if made.find(t.tensor, t.module.shape[1]) is None]
     assert {*lacking} <= {*made.facts["lacking"]} | {t.tensor for t in plan.targets if t.pieces}
     assert len(lacking) < len(plan.targets)
@@ -168,7 +172,8 @@ def test_matrices_are_read_a_few_rows_at_a_time(
 ) -> None:
     """Also one that several matrices form, and a stack of experts, of which none is read whole."""
     monkeypatch.setattr(values, "READ_BYTES", 1000)
-    most, blocks = 0, values.Values.blocks
+    most = 0
+    blocks = values.Values.blocks
 
     def measured(self: values.Values, *args: Any) -> Any:
         nonlocal most
@@ -177,7 +182,8 @@ def test_matrices_are_read_a_few_rows_at_a_time(
             yield block
 
     monkeypatch.setattr(values.Values, "blocks", measured)
-    whole, read = list[str](), ParameterReader.read
+    whole = list[str]()
+    read = ParameterReader.read
 
     def recorded(self: ParameterReader) -> torch.Tensor:
         whole.extend([self.name] if len(self.shape) > 1 else [])
@@ -216,7 +222,8 @@ POSITIONS = {
 
 @pytest.mark.parametrize("name", POSITIONS)
 def test_positions_are_counted_in_each_sequence(name: str, tmp_path: Path) -> None:
-    model, table = zoo.build(name), f"{POSITIONS[name]}.weight"
+    model = zoo.build(name)
+    table = f"{POSITIONS[name]}.weight"
     model.save_pretrained(tmp_path)
     expected = moments(model)[f"{table} (looked up)"]
     found = mapped(tmp_path, tmp_path).find(table, len(expected))

@@ -127,7 +127,8 @@ def test_cases_of_a_class_have_each_part_and_kind() -> None:
 
 def merged(name: str, directory: Path, **options: Any) -> tuple[Case, Made, Any, Path]:
     """A case, what is made for it, its findings and its merged directory."""
-    case, out = case_of(name), directory / "out"
+    case = case_of(name)
+    out = directory / "out"
     made = make(case, directory, 0)
     findings = streamer.detect_intruder_dimensions(made.base, made.adapter)
     options = {"findings": findings, "mitigation_lambda": 1.0, "model_card": False} | options

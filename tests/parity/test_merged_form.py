@@ -55,7 +55,8 @@ def test_equals_the_model_that_transformers_saves(
     ).merge_and_unload()
     theirs.to(DTYPES[dtype]).save_pretrained(tmp_path / "theirs", max_shard_size=SIZE)
     ours = merge(base, adapter, tmp_path / "ours", dtype=dtype, max_shard_size=SIZE)
-    wanted, found = tensors(tmp_path / "theirs"), tensors(ours)
+    wanted = tensors(tmp_path / "theirs")
+    found = tensors(ours)
     assert {name: (value.dtype, value.shape) for name, value in found.items()} == {
         name: (value.dtype, value.shape) for name, value in wanted.items()
     }

@@ -229,7 +229,8 @@ def test_a_fine_tuned_model_of_an_unknown_class(tmp_path: Path) -> None:
 
 def test_the_class_that_is_named_stands_in_the_records(tmp_path: Path) -> None:
     make("conv1d", tmp_path)
-    base, adapter = one_file(tmp_path), tmp_path / "adapter"
+    base = one_file(tmp_path)
+    adapter = tmp_path / "adapter"
     findings = streamer.detect_intruder_dimensions(
         base, adapter, tmp_path / "f.safetensors", architecture="GPT2LMHeadModel"
     )

@@ -51,7 +51,8 @@ def reference(adapter: Path, lam: float) -> Reference:
 @cache
 def dense_formula(adapter: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Singular values of base + delta and similarities of the ten leading directions in float64, by module."""
-    base, before = minilm.load_base().state_dict(), deltas(minilm.load_peft(adapter))
+    base = minilm.load_base().state_dict()
+    before = deltas(minilm.load_peft(adapter))
     out = {}
     for name, delta in before.items():
         W0 = base[f"{name}.weight"].double()
@@ -134,7 +135,8 @@ def test_merge_at_lambda_one_equals_merge_and_unload(trained: Trained, tmp_path:
     out = tmp_path / "merged"
     merge(minilm.BASE, trained.adapter, out, 1.0)
     by_peft = minilm.load_peft(trained.adapter).merge_and_unload().state_dict()
-    base, ours = load_file(minilm.BASE / "model.safetensors"), load_file(out / "model.safetensors")
+    base = load_file(minilm.BASE / "model.safetensors")
+    ours = load_file(out / "model.safetensors")
     adapted = {m.tensor for m in trained.findings}
     assert list(base) == list(ours)
     for name, tensor in ours.items():
@@ -162,7 +164,8 @@ def test_half_precision_merge_is_the_exact_sum_rounded_once(
     minilm.load_base().to(dtype).save_pretrained(half)
     out = tmp_path / "merged"
     merge(half, trained.adapter, out, 1.0)
-    base, ours = load_file(half / "model.safetensors"), load_file(out / "model.safetensors")
+    base = load_file(half / "model.safetensors")
+    ours = load_file(out / "model.safetensors")
     before = deltas(minilm.load_peft(trained.adapter))
     for m in trained.findings:
         exact = base[m.tensor].double() + before[m.module].double()

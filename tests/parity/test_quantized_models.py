@@ -35,7 +35,8 @@ def fp8(
 
 def test_fp8_is_coded_anew_with_the_least_scales(fp8: Case, tmp_path: Path) -> None:
     merge(fp8.made.base, fp8.adapter, tmp_path / "out", 1)
-    before, after = all_tensors(fp8.made.base), all_tensors(tmp_path / "out")
+    before = all_tensors(fp8.made.base)
+    after = all_tensors(tmp_path / "out")
     assert {k: (t.dtype, t.shape) for k, t in before.items()} == {
         k: (t.dtype, t.shape) for k, t in after.items()
     }
@@ -211,7 +212,8 @@ def test_trained_rows_of_codes(name: str, plain: tuple[Path, Path], tmp_path: Pa
             if "trainable_tokens" in key:
                 p.add_(torch.randn(p.shape))
     lora.save_pretrained(tmp_path / "adapter")
-    exact, out = merged_by_peft(decoded, tmp_path / "adapter"), tmp_path / "out"
+    exact = merged_by_peft(decoded, tmp_path / "adapter")
+    out = tmp_path / "out"
     inputs = made.base, tmp_path / "adapter"
     merge(*inputs, out, 1, dequantize=True)
     for key, t in all_tensors(out).items():

@@ -60,7 +60,8 @@ def test_four_bits_where_blocks_do_not_fit_rows(
 ) -> None:
     """The library's AVX-512 decoder takes the wrong block there (0.50.2: errors of 1.9 where absmax allows 0.5); this is the formula."""
     codes, state, tensors = four_bits(shape, "nf4", False, blocksize, torch.float32, torch.uint8)
-    packed, count = codes.flatten().numpy(), shape[0] * shape[1]
+    packed = codes.flatten().numpy()
+    count = shape[0] * shape[1]
     index = np.stack([packed >> 4, packed & 15], 1).ravel()[:count]
     expected = state.code.numpy()[index] * state.absmax.numpy()[np.arange(count) // blocksize]
     weights = base_of(tmp_path, tensors, {"quant_method": "bitsandbytes"})
@@ -115,7 +116,9 @@ def test_gptq_codes_are_decoded_to_the_bit(
     GPTQModel 7.7 subtracts a one of each zero point from whole words, or with 3 bits modulo 8, and undoes that on loading.
     """
     rng = np.random.default_rng(vary(bits))
-    inputs, outputs, groups = 128, 96, 4
+    inputs = 128
+    outputs = 96
+    groups = 4
     codes = rng.integers(0, 1 << bits, (inputs, outputs))
     zeros = rng.integers(0, 1 << bits, (groups, outputs))
     stored = stream(zeros.T, bits).T.copy()
@@ -195,9 +198,11 @@ def test_rules_for_single_modules_of_gptq(tmp_path: Path) -> None:
         "dynamic": rules,
     }
     rng = np.random.default_rng(vary(0))
-    tensors, expected = {}, {}
+    tensors = {}
+    expected = {}
     for module, bits, size in (("0.up", 4, 32), ("0.down", 4, 32), ("0.o", 8, 64), ("1.o", 2, 32)):
-        codes, half = rng.integers(0, 1 << bits, (128, 96)), 1 << (bits - 1)
+        codes = rng.integers(0, 1 << bits, (128, 96))
+        half = 1 << (bits - 1)
         zeros = np.full((128 // size, 96), half)
         if module == "0.down":
             zeros = rng.integers(1, 1 << bits, zeros.shape)
@@ -352,7 +357,8 @@ def test_all_codes_and_scales_of_fp4(tmp_path: Path) -> None:
         ("mxfp4-pack-quantized", torch.arange(255, dtype=torch.uint8)),
     ):
         size = 16 if encoding.startswith("nv") else 32
-        rows, groups = len(scale), 512 // size
+        rows = len(scale)
+        groups = 512 // size
         parts = {"weight_packed": packed[:rows], "weight_scale": scale[:, None].repeat(1, groups)}
         if size == 16:
             parts["weight_scale"] = parts["weight_scale"].view(torch.float8_e4m3fn)
@@ -393,11 +399,11 @@ def test_nvfp4_of_modelopt_is_decoded_to_the_bit(tmp_path: Path, outer: tuple[in
 def test_awq_codes_are_decoded_to_the_bit(tmp_path: Path) -> None:
     """Packed as AutoAWQ's gemm layers are."""
     rng = np.random.default_rng(vary(0))
-    inputs, outputs, size = 128, 48, 32
-    codes, zeros = (
-        rng.integers(0, 16, (inputs, outputs)),
-        rng.integers(0, 16, (inputs // size, outputs)),
-    )
+    inputs = 128
+    outputs = 48
+    size = 32
+    codes = rng.integers(0, 16, (inputs, outputs))
+    zeros = rng.integers(0, 16, (inputs // size, outputs))
     scale = torch.from_numpy(rng.random((inputs // size, outputs)) / 50).half()
     tensors = {"w.qweight": awq_words(codes), "w.qzeros": awq_words(zeros), "w.scales": scale}
     config = {
@@ -481,7 +487,8 @@ COMPRESSED_BLOCKS = {
 def test_fp8_is_what_transformers_decodes(
     tmp_path: Path, shape, grid, config: dict, io: str
 ) -> None:
-    code, exponents = fp8(shape), torch.randint(100, 130, grid, dtype=torch.uint8)
+    code = fp8(shape)
+    exponents = torch.randint(100, 130, grid, dtype=torch.uint8)
     for scale in (
         (exponents, exponents.view(torch.float8_e8m0fnu))
         if "scale_fmt" in config
@@ -508,7 +515,8 @@ def test_fp8_blocks_that_do_not_divide_the_rows(
     tmp_path: Path, grid: tuple[int, ...], config: dict
 ) -> None:
     """192 rows are one and a half blocks, not two of 96."""
-    code, scale = fp8((192, 384)), scales(grid)
+    code = fp8((192, 384))
+    scale = scales(grid)
     weights = base_of(tmp_path, {"w.weight": code, "w.weight_scale": scale}, config)
     by_value = scale.reshape(2, 3).repeat_interleave(128, 0)[:192].repeat_interleave(128, 1)
     assert_decodes(weights, "w.weight", code.float() * by_value)
@@ -528,7 +536,8 @@ def test_fp8_blocks_of_unknown_size(tmp_path: Path) -> None:
 
 
 def test_a_stack_of_fp8_matrices(tmp_path: Path) -> None:
-    code, scale = fp8((3, 64, 96)), scales((3, 2, 3))
+    code = fp8((3, 64, 96))
+    scale = scales((3, 2, 3))
     config = {"quant_method": "fp8", "weight_block_size": [32, 32]}
     weights = base_of(tmp_path, {"experts.up": code, "experts.up_scale_inv": scale}, config)
     expected = Fp8Dequantize(None)._dequantize_one(code, scale, torch.float32)

@@ -77,14 +77,10 @@ def logits(base: Path, adapter: Path | None = None) -> torch.Tensor:
 
 def deltas(adapter: Path) -> dict[str, np.ndarray]:
     """Each module's s·B·A in float64."""
-    config, tensors = (
-        json.loads((adapter / "adapter_config.json").read_text()),
-        load_file(adapter / "adapter_model.safetensors"),
-    )
-    scale, stems = (
-        config["lora_alpha"] / config["r"],
-        [n.removesuffix(".lora_A.weight") for n in tensors if "lora_A" in n],
-    )
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    scale = config["lora_alpha"] / config["r"]
+    stems = [n.removesuffix(".lora_A.weight") for n in tensors if "lora_A" in n]
     factors = {
         stem: [tensors[f"{stem}.lora_{x}.weight"].astype(float) for x in "BA"] for stem in stems
     }
@@ -103,10 +99,8 @@ def test_every_command_ends_well(ran: tuple[Path, dict[str, Outcome]]) -> None:
 
 
 def test_inspect_says_which_base_it_is(ran: tuple[Path, dict[str, Outcome]]) -> None:
-    plain, quantized = (
-        ran[1]["streamer inspect base adapter"],
-        ran[1]["streamer inspect base-nf4 adapter"],
-    )
+    plain = ran[1]["streamer inspect base adapter"]
+    quantized = ran[1]["streamer inspect base-nf4 adapter"]
     assert "NF4" not in plain.out
     assert "NF4" in quantized.out
 
@@ -116,7 +110,8 @@ def test_a_merge_in_float32_says_nothing_of_rounding(ran: tuple[Path, dict[str, 
 
 
 def test_a_resized_adapter_is_the_nearest_of_its_rank(ran: tuple[Path, dict[str, Outcome]]) -> None:
-    before, after = deltas(ran[0] / "adapter"), deltas(ran[0] / "resized")
+    before = deltas(ran[0] / "adapter")
+    after = deltas(ran[0] / "resized")
     assert before.keys() == after.keys()
     assert json.loads((ran[0] / "resized" / "adapter_config.json").read_text())["r"] == 4
     for name, delta in before.items():
@@ -159,10 +154,8 @@ def test_a_server_s_adapters_are_plain_and_answer_as_the_given_ones(
     for name in ("plain", "served-adapter"):
         config = json.loads((home / name / "adapter_config.json").read_text())
         assert not any(config.get(key) for key in ("use_dora", "modules_to_save")), name
-    served, given = (
-        logits(home / "served-base", home / "served-adapter"),
-        logits(home / "base", home / "saved"),
-    )
+    served = logits(home / "served-base", home / "served-adapter")
+    given = logits(home / "base", home / "saved")
     torch.testing.assert_close(served, given, rtol=1e-3, atol=1e-3)
     record = json.loads((home / "plain" / "streamer.json").read_text())
     assert (record["totals"]["dropped_max"] > 0.01) == bool(record["warnings"])

@@ -111,7 +111,8 @@ def test_printed_figures_are_those_of_peft(
             lam = float(row["name"].removeprefix("shrink "))
             variant = scaled(adapter, tmp_path / row["name"], lam)
         loss, kl = measured(variant, held_out)
-        kept, left = (base_loss - loss) / (base_loss - adapter_loss), kl / adapter_kl
+        kept = (base_loss - loss) / (base_loss - adapter_loss)
+        left = kl / adapter_kl
         off[row["name"]] = max(abs(row["kept"] - kept), abs(row["divergence"] - left))
         assert not (row["what"] == "shrink" and row["written"]) or row["kept"] >= keep
     print(f"times {times}, seed {seed}, keep {keep}: {record['chosen']}, off by {off}")

@@ -29,8 +29,10 @@ from streamer.methods.files import Coefficients
 
 def check(name: str, targets: list[str] | str, options: dict[str, Any], tmp_path: Path) -> None:
     cls, base, adapter = make_pair(name, tmp_path, targets, **{"lora_alpha": 4, **options})
-    sweep, out = fitted(base, adapter, *token_ids(64, 12).split(6), (0.6,)), tmp_path / "repaired"
-    plan, rights = sweep.plan, {tensor: own for tensor, (own,) in sweep.rights.items()}
+    sweep = fitted(base, adapter, *token_ids(64, 12).split(6), (0.6,))
+    out = tmp_path / "repaired"
+    plan = sweep.plan
+    rights = {tensor: own for tensor, (own,) in sweep.rights.items()}
     facts = {"base": {**plan.base_identity}, "adapter": {**plan.adapter_identity}}
     coefficients = Coefficients(0.9, {**unchanged(plan), **rights}, facts)
     streamer.reduce_intruder_dimension(base, adapter, out, coefficients=coefficients)

@@ -95,8 +95,10 @@ def gptq(W: np.ndarray, candidates: np.ndarray, C: np.ndarray) -> np.ndarray:
 
 def moments(entry: Any) -> np.ndarray:
     """C of a map's entry, with at least a hundredth of the mean in each direction."""
-    V, n = np.linalg.qr(entry.vectors.double().numpy().T)[0], entry.size
-    values, mean = entry.values.numpy(), entry.trace / entry.size
+    V = np.linalg.qr(entry.vectors.double().numpy().T)[0]
+    n = entry.size
+    values = entry.values.numpy()
+    mean = entry.trace / entry.size
     rest = (entry.trace - values.sum()) / max(1, n - len(values))
     floor = max(rest, mean / 100)
     return (V * np.maximum(values, floor)) @ V.T + floor * (np.eye(n) - V @ V.T)
@@ -140,13 +142,16 @@ def assert_rounded(
 def test_codes_are_those_of_gptq_with_the_base_s_scales(
     encoding: str, plain: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    made, adapter = MAKERS[encoding](tmp_path / "base", plain[0]), plain[1]
+    made = MAKERS[encoding](tmp_path / "base", plain[0])
+    adapter = plain[1]
     inputs = mapped(made.base, tmp_path)
     record = merge(made.base, adapter, tmp_path / "out", 1, requantize=inputs)
     rows = {row["tensor"]: row for row in record["matrices"]}
-    before, after = all_tensors(made.base), all_tensors(tmp_path / "out")
+    before = all_tensors(made.base)
+    after = all_tensors(tmp_path / "out")
     factors = load_file(adapter / "adapter_model.safetensors")
-    changed, closer = set(), 0
+    changed = set()
+    closer = 0
     for name, W in made.decoded.items():
         stem = name.removesuffix(".weight")
         key = stem + CODES.get(encoding, ".weight_packed")
@@ -154,7 +159,8 @@ def test_codes_are_those_of_gptq_with_the_base_s_scales(
             assert torch.equal(decode(encoding, stem, before, before[key]), W)
         decoded = decode(encoding, stem, before, before[key]).double().numpy()
         A, B = (factors[f"base_model.model.{stem}.lora_{x}.weight"].double().numpy() for x in "AB")
-        delta, changed = 2 * B @ A, changed | {key}
+        delta = 2 * B @ A
+        changed = changed | {key}
         each = (
             torch.full_like(before[key].view(torch.uint8), code * 17).view(before[key].dtype)
             for code in range(16)
@@ -181,10 +187,8 @@ def test_codes_are_those_of_gptq_with_the_base_s_scales(
         for name, module in model.named_modules():
             if isinstance(module, bnb.nn.Linear4bit):
                 stem = name.removesuffix(".weight")
-                expected, module.weight.quant_state.dtype = (
-                    decode(encoding, stem, after, after[f"{stem}.weight"]),
-                    torch.float32,
-                )
+                expected = decode(encoding, stem, after, after[f"{stem}.weight"])
+                module.weight.quant_state.dtype = torch.float32
                 assert torch.equal(
                     bnb.functional.dequantize_4bit(module.weight, module.weight.quant_state),
                     expected,
@@ -237,10 +241,8 @@ def test_mxfp4_experts_are_coded_expert_by_expert(tmp_path: Path) -> None:
     adapted.save_pretrained(tmp_path / "adapter")
     inputs = mapped(base, tmp_path)
     record = merge(base, tmp_path / "adapter", tmp_path / "out", 1, requantize=inputs)
-    rows, after = (
-        {row["tensor"]: row for row in record["matrices"]},
-        load_file(tmp_path / "out" / "model.safetensors"),
-    )
+    rows = {row["tensor"]: row for row in record["matrices"]}
+    after = load_file(tmp_path / "out" / "model.safetensors")
     plain = dict(
         streamer.iter_merged(base, tmp_path / "adapter", mitigation_lambda=1.0, dequantize=True)
     )
@@ -257,10 +259,8 @@ def test_mxfp4_experts_are_coded_expert_by_expert(tmp_path: Path) -> None:
         )
         assert torch.equal(after[f"{stem}{name}_scales"], scales)
         for e in range(4):
-            entry, sum_ = (
-                inputs.find(f"{stem}{name}[{e}]", old.shape[1]),
-                plain[f"{stem}{name}"][e].double().numpy(),
-            )
+            entry = inputs.find(f"{stem}{name}[{e}]", old.shape[1])
+            sum_ = plain[f"{stem}{name}"][e].double().numpy()
             row = rows[f"{stem}{name}[{e}]"]
             C = moments(entry)
             delta = sum_ - old[e]

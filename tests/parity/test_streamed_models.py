@@ -222,7 +222,8 @@ def make_choosing(name: str, path: Path) -> Any:
 
 def make_text(path: Path, lengths: list[int], seed: int) -> Path:
     """Sequences in which no word repeats if there are enough: Doge's scores of equal words tie but for rounding, which then chooses."""
-    rng, words = random.Random(vary(seed)), tokenized_texts.WORDS
+    rng = random.Random(vary(seed))
+    words = tokenized_texts.WORDS
     drawn = (rng.sample(words, n) if n <= len(words) else rng.choices(words, k=n) for n in lengths)
     path.write_text("".join(json.dumps({"text": " ".join(some)}) + "\n" for some in drawn))
     return path
@@ -232,7 +233,8 @@ def make_choosing_inputs(
     name: str, path: Path, factor: int = 1
 ) -> tuple[Any, Path, Path, dict[str, Path]]:
     """The model's class, base, adapter and texts, whose sequences have several lengths, `factor` times as long."""
-    cls, base = make_choosing(name, path / "base"), path / "base"
+    cls = make_choosing(name, path / "base")
+    base = path / "base"
     adapter = make_adapter(cls, base, path / "adapter", CHOOSING[name], lora_alpha=4)
     lengths = {"general": [21, 17, 17, 12, 7, 3], "task": [19, 11, 15, 11]}
     texts = {
@@ -290,17 +292,13 @@ def make_learned_text(cls: Any, base: Path, adapter: Path, path: Path) -> Path:
     """Sequences of several lengths that the adapted model gives with its own probabilities."""
     merged = path.parent / "merged"
     merge(base, adapter, merged, 1, method="shrink")
-    model, tokenizer = (
-        cls.from_pretrained(merged).eval(),
-        transformers.AutoTokenizer.from_pretrained(base),
-    )
+    model = cls.from_pretrained(merged).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     words = torch.tensor(
         sorted(i for word, i in tokenizer.get_vocab().items() if word in tokenized_texts.WORDS)
     )
-    ids, generator = (
-        words[torch.randint(len(words), (30, 1))],
-        torch.Generator().manual_seed(vary(4)),
-    )
+    ids = words[torch.randint(len(words), (30, 1))]
+    generator = torch.Generator().manual_seed(vary(4))
     for _ in range(23):
         with torch.no_grad():
             p = model(input_ids=ids, use_cache=False).logits[:, -1, words].softmax(-1)
@@ -348,9 +346,12 @@ def log_softmax(logits: Floats) -> Floats:
 
 def printed(own: Floats, base: Floats, labels: NDArray[np.int64]) -> dict[str, float]:
     """Of logits (tokens, vocabulary). llama.cpp rounds the base's to 16 bits, which is left out."""
-    q, p, rows = log_softmax(own), log_softmax(base), np.arange(len(labels))
+    q = log_softmax(own)
+    p = log_softmax(base)
+    rows = np.arange(len(labels))
     kl = (np.exp(p) * (p - q)).sum(-1)
-    nll, nll_base = -q[rows, labels], -p[rows, labels]
+    nll = -q[rows, labels]
+    nll_base = -p[rows, labels]
     return {
         "loss": nll.mean(),
         "perplexity": np.exp(nll.mean()),
@@ -362,11 +363,10 @@ def printed(own: Floats, base: Floats, labels: NDArray[np.int64]) -> dict[str, f
 
 def test_they_are_those_of_its_formulas(tmp_path: Path) -> None:
     """Equal to 1e-6."""
-    cls, base = make_base("llama", tmp_path / "base"), tmp_path / "base"
-    adapter, ids = (
-        make_adapter(cls, base, tmp_path / "adapter", ["q_proj", "down_proj"]),
-        token_ids(64, 6, 60),
-    )
+    cls = make_base("llama", tmp_path / "base")
+    base = tmp_path / "base"
+    adapter = make_adapter(cls, base, tmp_path / "adapter", ["q_proj", "down_proj"])
+    ids = token_ids(64, 6, 60)
     variants = make_variants(("shrink",), (0.5, 0.1), "all")
     sums = streamed(base, adapter, variants, None, ids)
     evaluation = Evaluation.of(
@@ -376,7 +376,8 @@ def test_they_are_those_of_its_formulas(tmp_path: Path) -> None:
         0.9,
     )
     tree = Evaluation.from_json(evaluation.to_json()).to_dict()
-    labels, logits = ids[:, 1:].numpy().ravel(), []
+    labels = ids[:, 1:].numpy().ravel()
+    logits = []
     for merged in merged_variants(base, adapter, variants, None, tmp_path):
         with torch.no_grad():
             z = loaded(cls, merged, torch.float32)(input_ids=ids).logits[:, :-1]

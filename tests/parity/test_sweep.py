@@ -138,17 +138,16 @@ SITES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), 
 @pytest.mark.parametrize("sequences", [3, 9], ids=["fewer tokens than inputs", "more"])
 def test_factors_are_those_of_whole_matrices_layer_by_layer(sequences: int, tmp_path: Path) -> None:
     """From the embeddings up: no factor of the sweep's own enters what is expected."""
-    cls, base = make_base("llama", tmp_path / "base"), tmp_path / "base"
+    cls = make_base("llama", tmp_path / "base")
+    base = tmp_path / "base"
     adapter = make_adapter(cls, base, tmp_path / "adapter", LINEAR, r=4, lora_alpha=2)
     general, task = token_ids(64, 2 * sequences, sequences + 2).split(sequences)
     weights = (0.3, 3.0, 30.0)
     sweep = fitted(base, adapter, general, task, weights)
     model, layers = adapted(cls, base, adapter)
     plain = loaded(cls, base, torch.float64)
-    u, x = (
-        given(plain, {name: plain.get_submodule(name) for name in layers}, general),
-        given(model, layers, task),
-    )
+    u = given(plain, {name: plain.get_submodule(name) for name in layers}, general)
+    x = given(model, layers, task)
     assert {2 * len(own) < own.shape[1] for own in x.values()} == {sequences == 3}
     before = {
         n: (m.lora_A["default"].weight.data.clone(), m.lora_B["default"].weight.data)
@@ -159,7 +158,8 @@ def test_factors_are_those_of_whole_matrices_layer_by_layer(sequences: int, tmp_
             layer.lora_A["default"].weight.data = before[name][0]
         for number in range(2):
             for site in SITES:
-                v, y = given(model, layers, general), given(model, layers, task)
+                v = given(model, layers, general)
+                y = given(model, layers, task)
                 for name in (n for n in layers if f".{number}." in n and n.endswith(site)):
                     A = solution(layers[name], before[name], mu, x[name], y[name], u[name], v[name])
                     layers[name].lora_A["default"].weight.data = torch.from_numpy(A)
@@ -204,10 +204,8 @@ def test_each_layer_is_fitted_to_what_those_before_it_make(name: str, tmp_path: 
     sweep = fitted(base, adapter, general, task)
     model, layers = adapted(cls, base, adapter)
     plain = loaded(cls, base, torch.float64)
-    u, x = (
-        given(plain, {name: plain.get_submodule(name) for name in layers}, general),
-        given(model, layers, task),
-    )
+    u = given(plain, {name: plain.get_submodule(name) for name in layers}, general)
+    x = given(model, layers, task)
     names = {t.module.name: t.tensor for t in sweep.plan.targets}
     assert {names[name] for name in layers} == {
         one for one in sweep.rights if "experts" not in one
@@ -225,7 +223,8 @@ def test_each_layer_is_fitted_to_what_those_before_it_make(name: str, tmp_path: 
     for k, mu in enumerate(WEIGHTS):
         for name, (_, _, A) in before.items():
             A.data = sweep.rights[names[name]][k].T.double()
-        v, y = given(model, layers, general), given(model, layers, task)
+        v = given(model, layers, general)
+        y = given(model, layers, task)
         for name, (A, B, own) in before.items():
             if np.issubdtype(x[name].dtype, np.integer):
                 of_task, of_general = (
@@ -297,22 +296,18 @@ def test_experts_are_fitted_to_the_tokens_that_each_candidate_sends_them(
         experts_inputs(plain, general),
         experts_inputs(merged(cls, base, sweep.plan, {}, tmp_path / "a"), task),
     )
-    every, tokens = (
-        [imitated],
-        [sum(ids.numel() for ids in halves(text)) for text in (general, task)],
-    )
+    every = [imitated]
+    tokens = [sum(ids.numel() for ids in halves(text)) for text in (general, task)]
     for k, mu in enumerate(WEIGHTS):
         rights = {tensor: own[k] for tensor, own in sweep.rights.items()}
         model = merged(cls, base, sweep.plan, rights, tmp_path / str(k))
         every.append((experts_inputs(model, general), experts_inputs(model, task)))
         for tensor in targets_of.keys() & rights.keys():
             v, y = (text[tensor].numpy() for text in every[-1])
-            C, G, R, n = (
-                y.T @ y / tokens[1],
-                v.T @ v / tokens[0],
-                as_is[tensor].double().numpy(),
-                y.shape[1],
-            )
+            C = y.T @ y / tokens[1]
+            G = v.T @ v / tokens[0]
+            R = as_is[tensor].double().numpy()
+            n = y.shape[1]
             kept, lost = (
                 own + share * np.trace(own) / n * np.eye(n)
                 for own, share in ((C, RIDGE), (G, GENERAL_RIDGE))
@@ -337,18 +332,21 @@ def test_a_router_that_casts_its_weight_is_fitted(tmp_path: Path) -> None:
     general, task = token_ids(64, 12).split(6)
     sweep = fitted(base, adapter, general, task)
     (target,) = (target for target in sweep.plan.targets if target.tensor.endswith("gate.weight"))
-    name, delta = target.tensor.removesuffix(".weight"), factors_of(sweep.plan, target)
+    name = target.tensor.removesuffix(".weight")
+    delta = factors_of(sweep.plan, target)
 
     def inputs(model: Any, ids: Tensor) -> np.ndarray:
         return given(model, {name: model.get_submodule(name)}, ids)[name]
 
     plain = loaded(cls, base, torch.float64)
     router = SimpleNamespace(base_layer=plain.get_submodule(name), scaling={"default": 1.0})
-    x, u = inputs(merged(cls, base, sweep.plan, {}, tmp_path / "a"), task), inputs(plain, general)
+    x = inputs(merged(cls, base, sweep.plan, {}, tmp_path / "a"), task)
+    u = inputs(plain, general)
     for k, mu in enumerate(WEIGHTS):
         rights = {tensor: own[k] for tensor, own in sweep.rights.items()}
         model = merged(cls, base, sweep.plan, rights, tmp_path / str(k))
-        y, v = inputs(model, task), inputs(model, general)
+        y = inputs(model, task)
+        v = inputs(model, general)
         wanted = solution(router, (delta.R.T, delta.L), mu, x, y, u, v)
         assert relative(rights[target.tensor].T, wanted) <= 1e-4, mu
 
@@ -425,8 +423,10 @@ def test_a_stopped_sweep_leaves_nothing_behind(
     """The model runs again, with the same results. Numbers are shares of the sweep."""
     _, base, adapter = make_pair("llama", tmp_path, LINEAR, lora_alpha=4)
     general, task, other = token_ids(64, 18).split(6)
-    sweep, calls = make_sweep(base, adapter, general, task), 0
-    forward, refit = LlamaMLP.forward, FactorSolver._refit
+    sweep = make_sweep(base, adapter, general, task)
+    calls = 0
+    forward = LlamaMLP.forward
+    refit = FactorSolver._refit
 
     def count(error: Exception, last: float) -> None:
         nonlocal calls
@@ -447,7 +447,8 @@ def test_a_stopped_sweep_leaves_nothing_behind(
 
     expected = sums(sweep, other, (0, 1), False)
     run(Interrupted(2), torch.inf)
-    rights, total = sweep.rights, calls
+    rights = sweep.rights
+    total = calls
     if isinstance(where, float):
         with pytest.raises(Interrupted):
             run(Interrupted(2), 1 + int(where * total))
@@ -458,17 +459,16 @@ def test_a_stopped_sweep_leaves_nothing_behind(
                     LlamaMLP, "forward", torch.no_grad()(forward)
                 )  # groups wait within it
                 patched.setattr(FactorSolver, "_refit", stop_at_gates)
-                error, message = Interrupted, "stopped"
+                error = Interrupted
+                message = "stopped"
             else:
                 patched.setattr(
                     LlamaMLP,
                     "forward",
                     lambda self, x: (count(KeyError("none"), total // 2), forward(self, x))[1],
                 )
-                error, message = (
-                    UnsupportedError,
-                    r"module 'model.layers.\d.mlp' of LlamaForCausalLM raises KeyError",
-                )
+                error = UnsupportedError
+                message = r"module 'model.layers.\d.mlp' of LlamaForCausalLM raises KeyError"
             with pytest.raises(error, match=message):
                 run(KeyError(), torch.inf)
     assert torch.is_grad_enabled()
@@ -491,17 +491,18 @@ def test_a_killed_sweep_resumes_between_two_layers(
     monkeypatch.setattr("streamer.streaming.resume.SECONDS", 0)
     _, base, adapter = make_pair(name, tmp_path, BESIDE.get(name, CAUSAL[name][2]), lora_alpha=4)
     general, task, other = token_ids(64, 18).split(6)
-    rights, results, runs = [], [], list[list[str]]()
+    rights = []
+    results = []
+    runs = list[list[str]]()
     for sweeps in (["whole"], ["killed", "killed"]):
         for sweep in sweeps:
-            own, riders, done = (
-                make_sweep(base, adapter, general, task),
-                [Group(other, 1)],
-                list[str](),
-            )
+            own = make_sweep(base, adapter, general, task)
+            riders = [Group(other, 1)]
+            done = list[str]()
             own.model.limit(ROOM, spools)
 
-            layers, solver = own.model.layers, own.solver
+            layers = own.model.layers
+            solver = own.solver
             last = layers[-1] if sweep == "killed" and len(runs) == 1 else ""
 
             def after(layer: str, done: list[str] = done, last: str = last) -> None:

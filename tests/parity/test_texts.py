@@ -40,7 +40,8 @@ def test_sequences_of_a_long_text_lie_at_even_distances(
     (tmp_path / "t.txt").write_text(text)
     found = read(tmp_path / "t.txt", sequences=8, length=32)
     assert len(found.ids) == 8
-    raw, at = text.encode(), 0
+    raw = text.encode()
+    at = 0
 
     def tokens(place: int) -> list[int]:
         return tokenizer(
@@ -257,7 +258,8 @@ def test_of_prompt_and_completion_the_completion_counts(
     tokenizer = save(tmp_path, kind)
     line = {"prompt": prompt, "completion": completion}
     found = read(lines(tmp_path / "t.jsonl", line, line))
-    whole, before = tokenizer(prompt + completion).input_ids, tokenizer(prompt).input_ids
+    whole = tokenizer(prompt + completion).input_ids
+    before = tokenizer(prompt).input_ids
     assert whole[: len(before)] == before
     assert found.ids[0].tolist() == whole
     assert found.counted[0].tolist() == [i >= len(before) for i in range(len(whole))]

@@ -190,7 +190,8 @@ def test_a_vocabulary_grows_where_the_config_states_it(name: str, tmp_path: Path
 
 def test_all_names_of_a_tied_embedding_are_saved_and_merged_back(tmp_path: Path) -> None:
     """T5 ties four; of a vocabulary that has grown an adapter of the tuned model has them all."""
-    cls, config = transformers.T5ForConditionalGeneration, plain("T5")
+    cls = transformers.T5ForConditionalGeneration
+    config = plain("T5")
     torch.manual_seed(vary(0))
     model = cls(config())
     model.save_pretrained(tmp_path / "base")

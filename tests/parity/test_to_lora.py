@@ -179,7 +179,8 @@ class Depthwise(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.depthwise, self.head = torch.nn.Conv1d(16, 16, 3, groups=16), torch.nn.Linear(6, 4)
+        self.depthwise = torch.nn.Conv1d(16, 16, 3, groups=16)
+        self.head = torch.nn.Linear(6, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.depthwise(x))
@@ -285,7 +286,8 @@ def pair(name: str, home: Path) -> None:
 def test_peft_s_model_answers_as_the_fine_tuned_one(name: str, tmp_path: Path) -> None:
     """Biases, norms, embeddings, a head tied to one, names on disk: nothing that was trained is lost on the way into an adapter."""
     pair(name, tmp_path)
-    cls, base = getattr(transformers, CLASSES[name][0]), tmp_path / "base"
+    cls = getattr(transformers, CLASSES[name][0])
+    base = tmp_path / "base"
     mitigate(base, tmp_path / "tuned", tmp_path / "lora", 1.0, to_lora=300)
     tuned = cls.from_pretrained(tmp_path / "tuned").eval()
     with warnings.catch_warnings(record=True) as said:
@@ -303,7 +305,8 @@ def test_peft_s_model_answers_as_the_fine_tuned_one(name: str, tmp_path: Path) -
     assert architecture is not None
     tied = any(t.tied and t.name.endswith(".weight") for t in architecture.ties)
     assert tied == any("merge_and_unload adds the delta" in line for line in record["notes"])
-    merged, wanted = model.merge_and_unload().state_dict(), tuned.state_dict()
+    merged = model.merge_and_unload().state_dict()
+    wanted = tuned.state_dict()
     shared = {
         n
         for n, p in wanted.items()
@@ -316,10 +319,8 @@ def test_peft_s_model_answers_as_the_fine_tuned_one(name: str, tmp_path: Path) -
         name not in QUICK
     ):  # a T5's adapter on all names of its embedding is refused, a Bart's head is apart in a merge
         return
-    read_back, stored = (
-        dict(streamer.iter_merged(base, tmp_path / "lora", mitigation_lambda=1.0)),
-        weights(tmp_path / "tuned"),
-    )
+    read_back = dict(streamer.iter_merged(base, tmp_path / "lora", mitigation_lambda=1.0))
+    stored = weights(tmp_path / "tuned")
     assert read_back.keys() == stored.keys()
     for key, tensor in stored.items():
         torch.testing.assert_close(read_back[key], tensor, rtol=1e-4, atol=1e-5, msg=key)

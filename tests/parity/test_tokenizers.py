@@ -149,8 +149,10 @@ def test_a_mitigated_adapter_keeps_its_own(job: tuple[Path, Path], tmp_path: Pat
 
 def test_a_grown_vocabulary_and_its_tokenizer(job: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = job
-    name, rows = "model.embed_tokens.weight", 64
-    shard, index = base / "model-00001-of-00003.safetensors", base / "model.safetensors.index.json"
+    name = "model.embed_tokens.weight"
+    rows = 64
+    shard = base / "model-00001-of-00003.safetensors"
+    index = base / "model.safetensors.index.json"
     save_file({**load_file(shard), name: torch.zeros(rows, 48)}, shard)
     tree = json.loads(index.read_text())
     index.write_text(json.dumps({"weight_map": {**tree["weight_map"], name: shard.name}}))

@@ -133,7 +133,8 @@ def test_peers_are_what_their_papers_say(tmp_path: Path) -> None:
     from causal_models import CAUSAL, make_adapter, make_base
     from transformers import AutoModelForCausalLM
 
-    cls, base = make_base("llama", tmp_path / "base"), tmp_path / "base"
+    cls = make_base("llama", tmp_path / "base")
+    base = tmp_path / "base"
     adapter = make_adapter(cls, base, tmp_path / "adapter", CAUSAL["llama"][2], r=4, lora_alpha=6)
     found = [
         one for one in peer_repairs.directions(base, adapter) if ".layers." in one.target.tensor
@@ -164,7 +165,8 @@ def test_peers_are_what_their_papers_say(tmp_path: Path) -> None:
             if hasattr(m, "get_delta_weight")
         }
 
-    before, after = deltas(adapter), deltas(tmp_path / "ties")
+    before = deltas(adapter)
+    after = deltas(tmp_path / "ties")
     for name, delta in before.items():
         k = int(0.3 * delta.numel())
         least = delta.abs().flatten().sort(descending=True).values[k - 1]
@@ -279,12 +281,11 @@ def test_what_methods_make_of_an_adapter_of_a_given_base_is_measured(
 )
 def test_guesses_of_the_tasks_inputs_give_the_dense_formula(kind: str, ridge: float) -> None:
     draw, (m, n, r, k) = np.random.default_rng(vary(0)), (15, 20, 4, 5)
-    L, A, V = (
-        draw.normal(size=(m, r)),
-        draw.normal(size=(r, n)),
-        np.linalg.qr(draw.normal(size=(n, k)))[0],
-    )
-    values, rest = np.array([9.0, 4, 2, 1, 0.5]), (n - 16.5) / (n - k)
+    L = draw.normal(size=(m, r))
+    A = draw.normal(size=(r, n))
+    V = np.linalg.qr(draw.normal(size=(n, k)))[0]
+    values = np.array([9.0, 4, 2, 1, 0.5])
+    rest = (n - 16.5) / (n - k)
     C = (V * (values - rest)) @ V.T + rest * np.eye(n)
     _, S, Vh = np.linalg.svd(L @ A)
     own = (Vh[:r].T * {"none": 0 * S, "delta": S**2, "root": S, "rows": 0 * S + 1}[kind][:r]) @ Vh[

@@ -128,7 +128,8 @@ def test_bad_arguments_are_refused_before_anything_is_written(
 def test_the_peers_of_merge_do_what_they_are_named_for(tmp_path: Path) -> None:
     """Or their times would mean nothing: a copy of every tensor, and PEFT's own sum."""
     make(tmp_path, *SMALL, "--shards", 2, "--dtype", "fp32")
-    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base = tmp_path / "base"
+    adapter = tmp_path / "adapter"
     for name, *more in (("loop", base), ("shards", base, adapter)):
         done = run_tool("merge_peers.py", name, *more, tmp_path / name)
         assert done.returncode == 0, done.stderr

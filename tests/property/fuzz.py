@@ -131,7 +131,8 @@ def fuzz(
 ) -> Result:
     """Run changed inputs for so many seconds of computing, or so often; `current` holds the one in hand, for who finds us dead."""
     rng = random.Random(seed)
-    result, seen = Result(), set()
+    result = Result()
+    seen = set()
     until = time.process_time() + seconds
     corpus = list(target.seeds)
     for data in corpus:

@@ -18,7 +18,8 @@ from streamer.api.intruders import iter_merged
 from streamer.api.records import inspection_record
 from streamer.cli.tables import inspect_table
 from streamer.errors import FormatError, StreamerError
-from streamer.output.model_writer import plan_merged
+from streamer.output.form import Form
+from streamer.output.merged import plan_merged
 from streamer.plan.plan import make_plan
 from streamer.storage.atomic_file import gather
 from streamer.storage.checkpoint import TensorFile, open_checkpoint
@@ -97,7 +98,8 @@ def header(home: Path) -> Target:
             OSError,
             ValueError,
         ) as e:  # OSError: a file of no bytes cannot be mapped
-            theirs, refused = None, e
+            theirs = None
+            refused = e
         try:
             file = TensorFile(path)
         except FormatError as e:
@@ -182,14 +184,14 @@ def use(base: Path, adapter: Path) -> None:
     refused = 0
     for dequantize in (False, True):
         try:
-            plan_merged(plan, dequantize)
+            plan_merged(plan, Form(dequantize=dequantize))
         except StreamerError:
             refused += 1
         else:
             for _ in iter_merged(base, adapter, mitigation_lambda=1.0, dequantize=dequantize):
                 pass
     if refused == 2:
-        plan_merged(plan, True)
+        plan_merged(plan, Form(dequantize=True))
     for target in plan.targets:
         plan.weights[target.tensor].load().whole(CPU)
         plan.delta(target)
@@ -198,13 +200,15 @@ def use(base: Path, adapter: Path) -> None:
 def _described(path: Path, tensors: Any, metadata: Any = None) -> None:
     """A safetensors file of these ``{name: [dtype, shape]}``, with a 64-bit number that fills it as a third; or of bytes given as text."""
     tree: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
-    at, rest = 0, bytearray()
+    at = 0
+    rest = bytearray()
     if not isinstance(tensors, dict):
         raise FormatError("no tensors")
     for name, what in tensors.items():
         if isinstance(what, str):
             what = what.encode(errors="replace")  # noqa: PLW2901
-            entry, data = {"dtype": "U8", "shape": [len(what)]}, what
+            entry = {"dtype": "U8", "shape": [len(what)]}
+            data = what
         else:
             try:
                 dtype, shape, *fill = what
@@ -216,7 +220,8 @@ def _described(path: Path, tensors: Any, metadata: Any = None) -> None:
                 raise FormatError("no such tensor") from None
             if size > 1 << 20:
                 raise FormatError("too large")
-            entry, data = {"dtype": dtype, "shape": shape}, _values(dtype, size, filled)
+            entry = {"dtype": dtype, "shape": shape}
+            data = _values(dtype, size, filled)
         tree[name] = entry | {"data_offsets": [at, at + len(data)]}
         at += len(data)
         rest += data
@@ -305,7 +310,8 @@ def adapter(home: Path) -> Target:
         dump({"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]})
     )
     _described(base / "model.safetensors", plain | extra)
-    n, r = SIZE, 2
+    n = SIZE
+    r = 2
     experts = {
         "model.layers.0.mlp.experts.lora_A.weight": ["F32", [3 * r, 8]],
         "model.layers.0.mlp.experts.lora_B.weight": ["F32", [n, 3 * r]],
@@ -426,7 +432,8 @@ def quantized(home: Path) -> Target:
     (base / "model.safetensors.index.json").unlink()
     for shard in base.glob("*.safetensors"):
         shard.unlink()
-    n, groups = 32, 2
+    n = 32
+    groups = 2
     directory = write_adapter(home / "one", {NAMES[0]: intruding_factors(n, n, 2)}, r=2)
     state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [n, n]}
     nested = state | {"nested_blocksize": 256, "nested_offset": 0.1, "nested_dtype": "float32"}

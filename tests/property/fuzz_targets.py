@@ -36,9 +36,10 @@ from streamer.detection.options import DetectionOptions, Run
 from streamer.evaluation.words import Names
 from streamer.events import Event, Monitor
 from streamer.methods import UNCHANGED, Method, Paper
-from streamer.output.job import Job, open_jobs
-from streamer.output.model_writer import ModelWriter
-from streamer.output.write import run_jobs
+from streamer.output.form import Form
+from streamer.output.mitigation import Mitigation
+from streamer.output.opening import open_mitigations
+from streamer.output.write import plan_output, write_outputs
 from streamer.plan.plan import AdapterBatch, Plan, make_plan, resident_bytes
 
 OPTIONS = DetectionOptions(3, 0.5)
@@ -53,13 +54,15 @@ def detect_file(plan: Plan, path: Path, options: DetectionOptions, monitor: Moni
     detect_to_files(batch, [path], options, Run(CPU, monitor=monitor), resident_bytes(batch))
 
 
-def open_job(
-    base: Path, adapter: Path, mitigation: Method, options: DetectionOptions, findings: Path | None
-) -> Job:
+def open_merge(
+    base: Path, adapter: Path, method: Method, options: DetectionOptions, findings: Path | None
+) -> Mitigation:
     """Open a merge."""
     found = None if findings is None else load_findings(findings)
-    (job,) = open_jobs(base, AdapterPaths.of_one(adapter), [found], mitigation, options, Run(CPU))
-    return job
+    (mitigation,) = open_mitigations(
+        base, AdapterPaths.of_one(adapter), [found], method, options, Run(CPU)
+    )
+    return mitigation
 
 
 def findings(home: Path) -> Target:
@@ -77,9 +80,9 @@ def findings(home: Path) -> Target:
         found = load_findings(path)
         findings_table(found)
         json.dumps(found.record())
-        job = open_job(base, directory, HALF, found.options, path)
-        for target in job.plan.targets:
-            job.mitigated(target)
+        mitigation = open_merge(base, directory, HALF, found.options, path)
+        for target in mitigation.plan.targets:
+            mitigation.of(target)
 
     return Target([*seeds, path.read_bytes()], mutate_safetensors, run)
 
@@ -110,7 +113,8 @@ def detection_journal(home: Path) -> Target:
     plan = make_plan(base, directory)
     out = home / "out"
     out.mkdir()
-    path, journal = out / "f.safetensors", out / ".f.safetensors.journal"
+    path = out / "f.safetensors"
+    journal = out / ".f.safetensors.journal"
     try:
         detect_file(plan, path, OPTIONS, _stop_after(len(NAMES)))
     except _Killed:
@@ -133,14 +137,14 @@ def detection_journal(home: Path) -> Target:
 def record(home: Path) -> Target:
     """The record of a finished output: known, or refused."""
     base, directory = small_job(home)
-    job = open_job(base, directory, UNCHANGED, OPTIONS, None)
+    mitigation = open_merge(base, directory, UNCHANGED, OPTIONS, None)
     out = home / "out"
-    run_jobs([ModelWriter(job, out)], Run(CPU, monitor=Monitor()))
+    write_outputs([plan_output("merge", mitigation, Form(), out)], Run(CPU, monitor=Monitor()))
     path = out / "streamer.json"
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
-        run_jobs([ModelWriter(job, out)], Run(CPU, monitor=Monitor()))
+        write_outputs([plan_output("merge", mitigation, Form(), out)], Run(CPU, monitor=Monitor()))
         if path.read_bytes() != data:
             raise Trouble("a finished output was written to")
 
@@ -179,7 +183,8 @@ def input_map(home: Path) -> Target:
 
 def coefficients(home: Path) -> Target:
     """A file of right factors: read, and applied."""
-    texts, path = _learned(home), home / "c.fit.safetensors"
+    texts = _learned(home)
+    path = home / "c.fit.safetensors"
     streamer.repair_adapter(home / "base", home / "adapter", home / "c", **texts)
 
     def run(data: bytes) -> None:

@@ -131,7 +131,8 @@ def make_delta(kind: str, base: torch.Tensor, epsilon: float, seed: int) -> LowR
         L[:, 0], R[:, 0] = (U0[:, deep] + U0[:, max(0, deep - 1)]) * size, v
     elif kind == "top mixture" and p > 1:
         # Of the two leading base directions the sum is blown up and the difference removed.
-        s, c = 0.5**0.5, S0[:2].diag()
+        s = 0.5**0.5
+        c = S0[:2].diag()
         Q = torch.tensor([[s, s], [s, -s]], dtype=torch.float64)
         change = Q @ torch.tensor([[1.5 * size, 0], [0, 0]], dtype=torch.float64) @ Q.T - c
         L[:, :2], R[:, :2] = U0[:, :2] @ change, V0h[:2].T
@@ -209,7 +210,8 @@ def judge(
     case: Case, found: Detection, similarity: np.ndarray, epsilon: float, tally: Tally
 ) -> None:
     """Count one detection; a direction is claimed if its interval lies on one side of ε and it is not degenerate."""
-    low, high = np.array(found.similarity_low), np.array(found.similarity_high)
+    low = np.array(found.similarity_low)
+    high = np.array(found.similarity_high)
     one_side = (low >= epsilon) | (high < epsilon)
     claimed = one_side & ~np.isin(np.arange(len(low)), found.degenerate)
     excess = np.maximum(low - similarity, similarity - high)

@@ -161,7 +161,8 @@ def renamed(to: str) -> Callable[[dict[str, torch.Tensor]], object]:
     return edit
 
 
-A, B = f"{PREFIX}.lora_A.weight", f"{PREFIX}.lora_B.weight"
+A = f"{PREFIX}.lora_A.weight"
+B = f"{PREFIX}.lora_B.weight"
 Q = "model.layers.1.self_attn.q_proj.weight"
 
 CASES: tuple[Case, ...] = (

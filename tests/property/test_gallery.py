@@ -54,7 +54,8 @@ def test_the_walk_meets_every_ingredient_and_no_combination_twice() -> None:
     assert len(set(walk)) == 1200
     for position, kinds in enumerate((BASES, DELTAS, gallery.SHAPES, gallery.DTYPES)):
         assert {step[position] for step in walk} == set(kinds)
-    first, again = next(cases(1, 3)), next(cases(1, 3))
+    first = next(cases(1, 3))
+    again = next(cases(1, 3))
     assert first.name == again.name
     assert torch.equal(first.base, again.base)
     assert torch.equal(first.delta.L, again.delta.L)
@@ -146,7 +147,8 @@ def test_the_last_direction_of_a_tall_matrix_under_a_large_delta(tally: Tally) -
 def test_the_gallery_can_fail(fault: str, tally: Tally) -> None:
     def faulty(base: Dense, *args: object, **kwargs: object) -> Detection:
         found = detect(base, *args, **kwargs)  # type: ignore[arg-type]
-        low, high = np.array(found.similarity_low), np.array(found.similarity_high)
+        low = np.array(found.similarity_low)
+        high = np.array(found.similarity_high)
         if fault == "high too low":
             return replace(found, similarity_high=tuple(np.where(high < 0.5, 0.01, high)))
         if fault == "low too high":

@@ -25,7 +25,9 @@ from streamer.detection.detect import float64_way
 from streamer.detection.options import DetectionOptions
 from streamer.plan.plan import AdapterBatch, make_batch, resident_bytes
 
-M, N, RANK = 4096, 3072, 8
+M = 4096
+N = 3072
+RANK = 8
 MODULE = "model.layers.0.mlp.up_proj"
 Inputs = tuple[Path, Path]
 
@@ -72,7 +74,8 @@ def wide_lora(directory: Path) -> Inputs:
 
 
 def dora(directory: Path) -> Inputs:
-    base, adapter = plain(directory), directory / "adapter"
+    base = plain(directory)
+    adapter = directory / "adapter"
     adapter.mkdir()
     A, B = factors()
     stem = f"base_model.model.{MODULE}"
@@ -115,7 +118,9 @@ def fp8(directory: Path) -> Inputs:
 
 def experts(directory: Path) -> Inputs:
     """A stack of eight, and factors of all of them in one tensor."""
-    count, m, n = 8, 2048, 1024
+    count = 8
+    m = 2048
+    n = 1024
     name = "model.layers.0.mlp.experts.gate_up_proj"
     base = write_base(
         directory / "base",
@@ -213,7 +218,8 @@ def keeps_smallest_budget(
 @pytest.mark.parametrize("dora", [False, True])
 def test_float64_keeps_within_its_budget(dora: bool, tmp_path: Path) -> None:
     """A matrix near ε, done once more in the least memory that is forecast for it."""
-    m, n = 900, 700
+    m = 900
+    n = 700
     base = write_base(tmp_path / "base", {f"{MODULE}.weight": power_law(m, n).bfloat16()})
     magnitude = {f"base_model.model.{MODULE}.lora_magnitude_vector": torch.ones(m)} if dora else {}
     adapter = write_adapter(
@@ -232,7 +238,8 @@ def test_float64_keeps_within_its_budget(dora: bool, tmp_path: Path) -> None:
     resident = resident_bytes(AdapterBatch(plan.base, (plan,)))
     needed = float64_way(plan, target, DetectionOptions(), resident, "dense")
     assert needed is not None
-    budget, out = needed[1], tmp_path / "findings.safetensors"
+    budget = needed[1]
+    out = tmp_path / "findings.safetensors"
     line = [
         sys.executable,
         "-m",
@@ -255,7 +262,9 @@ def test_float64_keeps_within_its_budget(dora: bool, tmp_path: Path) -> None:
     assert (found.precision, found.certified) == ("float64", True)
 
 
-TENSORS, ADAPTERS, SIZE = 3000, 20, 16
+TENSORS = 3000
+ADAPTERS = 20
+SIZE = 16
 
 
 @pytest.fixture(scope="module")

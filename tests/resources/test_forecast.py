@@ -57,7 +57,8 @@ def findings(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(directory: Path, layers: int, m: int = 2048, n: int = 1024) -> Job:
     """Matrices for the certified solver, of noise and a decaying part."""
     g = torch.Generator().manual_seed(vary(0))
-    shards, factors = [], {}
+    shards = []
+    factors = {}
     for layer in range(layers):
         top = torch.randn(m, 32, generator=g) @ (
             torch.arange(1, 33).pow(-0.7)[:, None] * torch.randn(32, n, generator=g)

@@ -51,7 +51,8 @@ def models(
 ) -> Iterator[tuple[GeneratedModel, GeneratedModel]]:
     """A checkpoint of 240 MB and one of twice that."""
     directory = tmp_path_factory.mktemp("models")
-    one, two = model(4), model(13)
+    one = model(4)
+    two = model(13)
     assert 1.9 < two.nbytes("BF16") / one.nbytes("BF16") < 2.1
     yield make(directory / "one", one), make(directory / "two", two)
     shutil.rmtree(directory)
@@ -128,7 +129,8 @@ def test_detection_keeps_within_its_budget_and_decides_the_same(tmp_path: Path) 
 @pytest.mark.parametrize("encoding", ["nf4", "gptq", "fp8"])
 def test_codes_are_merged_a_few_rows_at_a_time(tmp_path: Path, encoding: str) -> None:
     """Twice the matrices take no more, and beyond the plan less than a quarter of one matrix of 8192x2048 in float32."""
-    m, n = 8192, 2048
+    m = 8192
+    n = 2048
     g = torch.Generator().manual_seed(vary(0))
     if encoding == "nf4":
         codes, state = bnb.quantize_4bit(

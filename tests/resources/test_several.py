@@ -44,7 +44,9 @@ def bytes_of_matrices(base: Path) -> int:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_forecast_of_all_has_the_base_once(several: Several, way: str, tmp_path: Path) -> None:
-    names, out, findings = ["first", "second", "third"], tmp_path / "out", tmp_path / "findings"
+    names = ["first", "second", "third"]
+    out = tmp_path / "out"
+    findings = tmp_path / "findings"
     findings.mkdir()
     for name in names:
         shutil.copytree(several.adapters / "lora", tmp_path / name)
@@ -218,7 +220,8 @@ def test_merging_reads_the_base_once_and_lets_it_go(
     files = sorted(base.glob("*.safetensors"))
     size = sum(p.stat().st_size for p in files)
     cache = Cache(files)
-    preadv, fadvise = os.preadv, os.posix_fadvise
+    preadv = os.preadv
+    fadvise = os.posix_fadvise
 
     def watched_preadv(fd: int, buffers: Sequence[memoryview], at: int) -> int:
         cache.read(fd, at, sum(map(len, buffers)))

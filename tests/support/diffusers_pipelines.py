@@ -190,7 +190,8 @@ def opened(base: Path) -> Any:
 def answers(pipe: Any) -> list[torch.Tensor]:
     """What the components that adapters change compute from one input."""
     torch.manual_seed(vary(1))
-    ids, noise = torch.randint(0, 64, (1, 7)), torch.randn(1, 4, 8, 8)
+    ids = torch.randint(0, 64, (1, 7))
+    noise = torch.randn(1, 4, 8, 8)
     if pipe.text_encoder is None:
         return [
             pipe.transformer(

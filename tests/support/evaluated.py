@@ -164,7 +164,8 @@ def merged_variants(
         if variant.mitigation is None:
             yield base
             continue
-        options, merged = variant.mitigation, directory / f"merged-{v}"
+        options = variant.mitigation
+        merged = directory / f"merged-{v}"
         streamer.merge_with_reduced_intruder_dimensions(
             base,
             adapter,
@@ -191,10 +192,12 @@ def assert_as_transformers(
 ) -> None:
     """The streamed losses of every variant are those of transformers with the merged model; of a quantized base, with the decoded one."""
     found = streamer.detect_intruder_dimensions(base, adapter, top_k=TOP_K)
-    variants, ids = make_variants(methods, lambdas, "all", amplify=True), token_ids(vocabulary)
+    variants = make_variants(methods, lambdas, "all", amplify=True)
+    ids = token_ids(vocabulary)
     ours = streamed(base, adapter, variants, found, ids)
     if decoded is not None:
-        base, found = decoded, streamer.detect_intruder_dimensions(decoded, adapter, top_k=TOP_K)
+        base = decoded
+        found = streamer.detect_intruder_dimensions(decoded, adapter, top_k=TOP_K)
     reference = answer(precisions(cls, base), ids)
     tokens = ours.tokens.sum()
     assert tokens == ids[:, 1:].numel()
@@ -268,8 +271,10 @@ def make_sweep(
     device: torch.device = CPU,
 ) -> Sweep:
     """Prepare a fit; the variants are the base, the adapter, the candidates, and a shrink."""
-    plan, spool = make_plan(base, adapter), Spool()
-    as_is, texts = unchanged(plan), {GENERAL: halves(general), TASK: halves(task)}
+    plan = make_plan(base, adapter)
+    spool = Spool()
+    as_is = unchanged(plan)
+    texts = {GENERAL: halves(general), TASK: halves(task)}
     tokens = {name: sum(ids.numel() for ids in text) for name, text in texts.items()}
     model = SweepModel(
         VariantSet(plan, (Variant(BASE, None), Variant(ADAPTER, UNCHANGED)), None, device=device)

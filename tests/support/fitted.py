@@ -13,12 +13,11 @@ from streamer.plan.plan import make_plan
 
 def random_coefficients(base: Path, adapter: Path, keep: float = 0.9) -> Coefficients:
     """Make factors for a share."""
-    plan, matrices = make_plan(base, adapter), {}
+    plan = make_plan(base, adapter)
+    matrices = {}
     for target in plan.targets:
-        delta, generator = (
-            plan.delta(target),
-            torch.Generator().manual_seed(vary(f"{target.tensor} {keep}")),
-        )
+        delta = plan.delta(target)
+        generator = torch.Generator().manual_seed(vary(f"{target.tensor} {keep}"))
         assert isinstance(delta, LowRank)
         matrices[target.tensor] = (
             0.2 * delta.R.float() * (1 + 0.1 * torch.randn(delta.R.shape, generator=generator))
@@ -37,7 +36,8 @@ def random_map(
     base: Path, adapter: Path, vectors: int = 5, *, lacks: str = "nothing", seed: str = ""
 ) -> InputMap:
     """Make a map of the inputs of the adapter's matrices, each its own, but for those whose names contain `lacks`."""
-    plan, inputs = make_plan(base, adapter), []
+    plan = make_plan(base, adapter)
+    inputs = []
     for target in plan.targets:
         if lacks in target.tensor:
             continue
@@ -79,7 +79,9 @@ def energy_form(one: MappedInput) -> np.ndarray:
 def answer(delta: np.ndarray, C: np.ndarray, share: float) -> np.ndarray:
     """``Δ (I + ν C)^(−1/4)`` in float64 by the spectrum of the whole matrix, ν by bisection such that this share of the energy stays."""
     values, V = np.linalg.eigh(C)
-    before, low, high = np.sum((delta @ C) * delta), -300.0, 300.0
+    before = np.sum((delta @ C) * delta)
+    low = -300.0
+    high = 300.0
     for _ in range(200):
         nu = 2 ** ((low + high) / 2)
         after = (delta @ V * (1 + nu * np.maximum(values, 0)) ** -0.25) @ V.T

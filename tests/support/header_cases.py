@@ -194,6 +194,7 @@ def entries(draw: st.DrawFn) -> list[tuple[str, str, list[int]]]:
     """Tensors of any name, dtype and shape that ends on a byte."""
     out = []
     for name in draw(st.lists(NAMES, max_size=6, unique=True)):
-        dtype, shape = draw(st.sampled_from(sorted(DTYPE_BITS))), draw(SHAPES)
+        dtype = draw(st.sampled_from(sorted(DTYPE_BITS)))
+        shape = draw(SHAPES)
         out.append((name, dtype, [*shape, 8] if DTYPE_BITS[dtype] < 8 else shape))
     return out

@@ -60,7 +60,8 @@ def tampered(
     source: Path, to: Path, key: str, change: Callable[[dict, dict[str, torch.Tensor]], object]
 ) -> Path:
     """A copy of a sealed file, the JSON of a key of its metadata or its tensors changed, under a digest that fits."""
-    said, tensors = metadata(source), load_file(source)
+    said = metadata(source)
+    tensors = load_file(source)
     change(tree := json.loads(said[key]), tensors)
     save_file(tensors, to, {**said, key: json.dumps(tree)})
     to.write_bytes(sealed(to.read_bytes()))
@@ -157,7 +158,8 @@ def write_sharded(
 ) -> Path:
     """A sharded checkpoint with its index."""
     directory.mkdir(parents=True, exist_ok=True)
-    weight_map, total = {}, 0
+    weight_map = {}
+    total = 0
     for i, tensors in enumerate(shards, 1):
         name = f"model-{i:05}-of-{len(shards):05}.safetensors"
         save_file(
@@ -185,7 +187,8 @@ def three_shards(
     directory: Path, dtype: torch.dtype = torch.bfloat16, hidden: int = 48
 ) -> tuple[Path, Path]:
     """A base of three layers in three shards, and an adapter with one intruder in each of its nine modules."""
-    shards, factors = [], {}
+    shards = []
+    factors = {}
     for layer in range(3):
         tensors = {}
         for i, name in enumerate(MODULES):
@@ -206,7 +209,8 @@ def three_shards(
 
 def one_file(directory: Path) -> tuple[Path, Path]:
     """A base of one file, which is the commit point of what is merged from it, and its adapter."""
-    tensors, factors = {}, {}
+    tensors = {}
+    factors = {}
     for i in range(3):
         tensors[f"layers.{i}.weight"] = power_law(24, 20, seed=i).float()
         factors[f"layers.{i}"] = intruding_factors(24, 20, 3, seed=i)

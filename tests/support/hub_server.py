@@ -73,7 +73,8 @@ class HubHandler(Handler):
         self.wfile.write(data)
 
     def resolve(self, state: RangeServer, repo: str, name: str, body: bool) -> None:
-        resolved, asked = f"resolve {repo}/{name}", self.headers.get("Range", "")
+        resolved = f"resolve {repo}/{name}"
+        asked = self.headers.get("Range", "")
         before = sum(
             r.path == resolved and (r.range == PEEK) == (asked == PEEK) for r in state.requests
         )

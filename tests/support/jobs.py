@@ -72,7 +72,8 @@ class Case:
 
     def commits(self) -> dict[str, set[str]]:
         """The files that make outputs loadable, each with those that it stands on."""
-        trees, found = {""}, dict[str, set[str]]()
+        trees = {""}
+        found = dict[str, set[str]]()
         if self.argv[0] in NAMES:
             trees = {"repaired/"} if self.argv[0] == "repair" else set()
             found = {name: set() for name in self.whole if not name.startswith(tuple(trees))}
@@ -172,8 +173,12 @@ def fp8(home: Path, hidden: int = 48, block: tuple[int, int] | None = None) -> t
 
 def experts(home: Path) -> tuple[Path, Path]:
     """Stacks of three experts in two shards, and LoRA on them."""
-    count, m, n, r = 3, 32, 24, 2
-    shards, factors = [], {}
+    count = 3
+    m = 32
+    n = 24
+    r = 2
+    shards = []
+    factors = {}
     for layer in range(2):
         module = f"model.layers.{layer}.mlp.experts"
         stack = torch.stack([helpers.power_law(m, n, seed=10 * layer + e) for e in range(count)])
@@ -187,7 +192,8 @@ def experts(home: Path) -> tuple[Path, Path]:
 def dora(home: Path) -> tuple[Path, Path]:
     """`helpers.three_shards` with magnitudes beside its adapter's factors."""
     base, _ = helpers.three_shards(home)
-    factors, magnitudes = {}, {}
+    factors = {}
+    magnitudes = {}
     for layer in range(3):
         for i, name in enumerate(MODULES[1:]):
             module, (m, n) = f"model.layers.{layer}.{name}", ((96, 48), (48, 96))[i]
@@ -227,7 +233,8 @@ def several(home: Path) -> tuple[Path, Path]:
 
 def pipeline(home: Path) -> tuple[Path, Path]:
     """A diffusers pipeline and its adapter."""
-    base, adapter = pipelines.write_pipeline(home / "pipeline"), home / "lora"
+    base = pipelines.write_pipeline(home / "pipeline")
+    adapter = home / "lora"
     adapter.mkdir()
     save_file(pipelines.lora("plain")[0], adapter / pipelines.LORA)
     return base, adapter
@@ -263,7 +270,8 @@ class Bench:
     def __init__(self, home: Path, server: Server, hidden: int = 48) -> None:
         self.base, self.adapter = helpers.three_shards(home, hidden=hidden)
         self.findings = home / "findings.safetensors"
-        self._home, self._server = home, server
+        self._home = home
+        self._server = server
         self._cases: dict[str, Case] = {}
         assert server.run("detect", self.base, self.adapter, "-o", self.findings).code == 0
 

@@ -76,9 +76,7 @@ def held_apart(home: Path, place: Path) -> dict[str, Path]:
     """Write the sequences that a fit of all of them holds apart."""
     for name in ("general", "task"):
         ids = np.load(home / f"{name}.npy")
-        shift, count = (
-            np.random.default_rng(RepairOptions.seed).integers(len(ids)),
-            round(RepairOptions.holdout * len(ids)),
-        )
+        shift = np.random.default_rng(RepairOptions.seed).integers(len(ids))
+        count = round(RepairOptions.holdout * len(ids))
         np.save(place / f"{name}.npy", ids[sorted(np.roll(np.arange(len(ids)), shift)[:count])])
     return {name: place / f"{name}.npy" for name in ("general", "task")}

@@ -148,7 +148,8 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
     """Find the parts of a model in its modules: a layer of a numbered block is attention's by the class of a module around it."""
     modules = dict(model.named_modules())
     head = _head(model, modules)
-    attention, mlp = [], []
+    attention = []
+    mlp = []
     for path, module in modules.items():
         if (
             isinstance(module, nn.Linear | Conv1D)
@@ -227,7 +228,8 @@ def cases_of(name: str, number: int, task: str, model: PreTrainedModel) -> list[
     for i in range(count):
         turn = number // len(kinds) + i
         tied = (None if turn % 5 == 4 else turn % 2 == 0) if found.tied else None
-        part, kind = parts[i % len(parts)], kinds[(i + number) % len(kinds)]
+        part = parts[i % len(parts)]
+        kind = kinds[(i + number) % len(kinds)]
         layout = layouts[(i + number * 3) % len(layouts)] if i % 2 else "current"
         if (layout == "bare" and tied is not True) or (
             layout == "headless" and "head" in (part, kind)
@@ -467,7 +469,9 @@ def make(case: Case, home: Path, seed: int) -> Made:
     with made_by("transformers, base"):
         cls = save_base(case, base_model(case, seed), home / "base")
         model, loading = load(cls, home / "base")
-    inputs, plain, unanswered = {}, None, ""
+    inputs = {}
+    plain = None
+    unanswered = ""
     shared = names_of_one(model)
     tied = {n: m for n, m in embeddings(model).items() if any(n in names for names in shared)}
     idle = set(tied)
@@ -605,13 +609,15 @@ def decisions(
             wrong.append(f"decisions {m.module}: of which the output side is not known")
             continue
         if transposed:
-            W0, W = W0.T, W.T
+            W0 = W0.T
+            W = W.T
         if tuple(W0.shape) != m.shape:
             wrong.append(f"decisions {m.module}: shape {m.shape} for {tuple(W0.shape)}")
             continue
         k = len(m.detection.singular_values)
         clear, intruders = judged(W0.numpy(), W.numpy(), k)
-        matrices, directions = matrices + 1, directions + len(clear)
+        matrices = matrices + 1
+        directions = directions + len(clear)
         if [j for j in m.detection.intruders if j in clear] != intruders:
             wrong.append(f"decisions {m.module}: {m.detection.intruders} for {intruders}")
     if lacking := expected - {m.module for m in findings}:
@@ -711,7 +717,10 @@ def _inputs_first(module: nn.Module) -> bool | None:
     return getattr(module, "is_transposed", INPUTS_FIRST.get(type(module).__name__))
 
 
-RIGHT, REFUSED, WRONG, NOT_MADE = "right", "refused", "wrong", "not made"
+RIGHT = "right"
+REFUSED = "refused"
+WRONG = "wrong"
+NOT_MADE = "not made"
 
 
 @dataclass
@@ -784,7 +793,8 @@ def compare(case: Case, made: Made, findings: Any, out: Path) -> Result:
     wrong += outer_tensors(case, made, out)
     notes: list[str] = []
     expected, why = answer(made)
-    matrices_of, tied = adapted(made), tied_truth(made)
+    matrices_of = adapted(made)
+    tied = tied_truth(made)
     theirs, unmerged = merged_state(case, made)
     if expected is None:
         notes.append(f"no logits: {why}")
@@ -1016,7 +1026,8 @@ def names_on_disk(made: Made, out: Path, may_be: set[str], notes: list[str]) -> 
         notes.append(f"names on disk: {error}")
         return []
     theirs, ours, base = (names_of(d) for d in (out.parent / "theirs", out, made.base))
-    extra, lost = ours - theirs - base - may_be, (theirs & base) - ours - zeros(made.base)
+    extra = ours - theirs - base - may_be
+    lost = (theirs & base) - ours - zeros(made.base)
     return [
         f"on disk: {what} {sorted(names)[:3]}"
         for what, names in (("extra", extra), ("lost", lost))

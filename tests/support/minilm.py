@@ -68,7 +68,8 @@ def train(
     optimizer = torch.optim.AdamW(
         [*(p for p in model.parameters() if p.requires_grad), *head.parameters()], lr=lr
     )
-    batch, labels = tokens(SENTENCES), torch.tensor(LABELS)
+    batch = tokens(SENTENCES)
+    labels = torch.tensor(LABELS)
     for _ in range(steps):
         rows = torch.randint(len(labels), (8,))
         hidden = model(**{k: v[rows] for k, v in batch.items()}).last_hidden_state.mean(1)

@@ -61,7 +61,8 @@ def mutate_bytes(rng: random.Random, data: bytes, others: list[bytes]) -> bytes:
 
 def _places(tree: Any) -> list[tuple[Any, Any]]:
     """Every (container, key) of a tree."""
-    found, level = [], [tree]
+    found = []
+    level = [tree]
     while level:
         at = level.pop()
         pairs = list(
@@ -192,7 +193,8 @@ def mutate_safetensors(rng: random.Random, data: bytes, others: list[bytes]) -> 
 
 def records_of(data: bytes) -> list[bytes]:
     """The payloads of a journal's whole records."""
-    out, at = [], 0
+    out = []
+    at = 0
     while at + 40 <= len(data):
         n = int.from_bytes(data[at : at + 8], "little")
         payload = data[at + 40 : at + 40 + n]

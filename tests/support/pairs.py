@@ -48,7 +48,9 @@ def assert_decided(
     found: Any, W0: Tensor, W: Tensor, rtol: float = 1e-4, atol: float = 1e-5
 ) -> int:
     """Shape, singular values, and the decisions that rounding does not turn; returns the number of intruders."""
-    detection, W0, W = found.detection, W0.double(), W.double()
+    detection = found.detection
+    W0 = W0.double()
+    W = W.double()
     assert found.shape == tuple(W0.shape), found.tensor
     values = torch.tensor(detection.singular_values, dtype=torch.float64)
     torch.testing.assert_close(values, torch.linalg.svdvals(W)[: len(values)], rtol=rtol, atol=atol)

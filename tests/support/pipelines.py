@@ -6,7 +6,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-TO_Q, CONV, FC1 = "mid_block.attentions.0.to_q", "conv_in", "encoder.layers.0.mlp.fc1"
+TO_Q = "mid_block.attentions.0.to_q"
+CONV = "conv_in"
+FC1 = "encoder.layers.0.mlp.fc1"
 KOHYA = {
     f"unet.{TO_Q}": "lora_unet_mid_block_attentions_0_to_q",
     f"unet.{CONV}": "lora_unet_conv_in",
@@ -51,7 +53,8 @@ def lora(form: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """An adapter of that pipeline of rank 2, and its metadata: in one of several forms; ``plain`` has no alphas."""
     tensors = {}
     for module, shape in SHAPES.items():
-        A, B = torch.randn(2, *shape[1:]), torch.randn(shape[0], 2, *(1 for _ in shape[2:]))
+        A = torch.randn(2, *shape[1:])
+        B = torch.randn(shape[0], 2, *(1 for _ in shape[2:]))
         if form == "kohya":
             name = KOHYA[module]
             tensors |= {

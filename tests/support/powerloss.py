@@ -25,7 +25,8 @@ class _File:
     since: list[tuple[int, bytes]] = field(default_factory=list)
 
     def synced(self) -> None:
-        self.safe, self.since = self.after(self.since), []
+        self.safe = self.after(self.since)
+        self.since = []
 
     def after(self, changes: Sequence[tuple[int, bytes]]) -> bytes:
         out = bytearray(self.safe)

@@ -19,10 +19,8 @@ NAME = "pretended"
 _setup_privateuseone_for_python_backend(NAME)
 DEVICE = torch.device(f"{NAME}:0")
 
-CPU, COPIES = (
-    torch.device("cpu"),
-    (torch.ops.aten._to_copy, torch.ops.aten.to, torch.ops.aten.copy_),
-)
+CPU = torch.device("cpu")
+COPIES = (torch.ops.aten._to_copy, torch.ops.aten.to, torch.ops.aten.copy_)
 
 
 class MixedDevices(Exception):
@@ -40,7 +38,9 @@ class Traffic:
     def counted(self) -> Iterator[Traffic]:
         """Count anew inside the context."""
         gc.collect()
-        self.to_device, self.to_host, self.peak = 0, 0, self.live
+        self.to_device = 0
+        self.to_host = 0
+        self.peak = self.live
         before = self.live
         yield self
         self.peak -= before

@@ -126,7 +126,8 @@ def by_linear(
     plain: Path, code: Callable[[torch.Tensor], tuple[Tensors, torch.Tensor]]
 ) -> tuple[Tensors, Tensors]:
     """The tensors on disk, and the decoded values; `code` gives both for one linear layer, names as they follow the module's."""
-    tensors, decoded = {}, {}
+    tensors = {}
+    decoded = {}
     for name, t in load_file(plain / "model.safetensors").items():
         if is_linear(name):
             parts, decoded[name] = code(t)
@@ -147,7 +148,8 @@ def fp8_blocks(directory: Path, plain: Path, **options) -> Quantized:
 
     def code(t: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
         made = Fp8Quantize(quantizer)._quantize_one("w.weight", t)
-        codes, scale = made["w.weight"], made["w.weight_scale_inv"]
+        codes = made["w.weight"]
+        scale = made["w.weight_scale_inv"]
         return {".weight": codes, ".weight_scale_inv": scale}, Fp8Dequantize(None)._dequantize_one(
             codes, scale, torch.float32
         )
@@ -238,7 +240,8 @@ def grouped(
 ) -> tuple[np.ndarray, np.ndarray, torch.Tensor, torch.Tensor]:
     """Codes (in, out), zero points and scales (groups, out) of four bits, and the values, (out, in) float32."""
     W = t.float().T.reshape(-1, size, t.shape[0])
-    low, high = W.amin(1).clamp_max(0), W.amax(1).clamp_min(0)
+    low = W.amin(1).clamp_max(0)
+    high = W.amax(1).clamp_min(0)
     scale = ((high - low) / 15).half()
     zero = (-low / scale.float()).round().clamp(1, 15)
     codes = (W / scale.float()[:, None] + zero[:, None]).round().clamp(0, 15)

@@ -113,7 +113,8 @@ def flattened(state: Tensors) -> tuple[Tensors, dict[str, str]]:
 
 
 def by_torchao(directory: Path, plain: Path, way: str) -> Quantized:
-    state, decoded = load_file(plain / "model.safetensors"), {}
+    state = load_file(plain / "model.safetensors")
+    decoded = {}
     for name in filter(is_linear, state):
         state[name], decoded[name] = torchao_weight(state[name], way)
     tensors, metadata = flattened(state)

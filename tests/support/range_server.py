@@ -151,14 +151,16 @@ class Handler(BaseHTTPRequestHandler):
             return self.plain(int(fault))
         if fault == "429":
             return self.plain(429, {"Retry-After": f"{state.retry_after:g}"})
-        size, tag = path.stat().st_size, state.tag(path, name)
+        size = path.stat().st_size
+        tag = state.tag(path, name)
         if fault == "changed":
             state.tags[name] = tag = '"another"'
         found = re.fullmatch(r"bytes=(\d+)-(\d+)", asked)
         start, stop = (int(found[1]), min(size, int(found[2]) + 1)) if found else (0, size)
         partial = found is not None and fault != "whole"
         if not partial:
-            start, stop = 0, size
+            start = 0
+            stop = size
         if partial and start >= size:
             return self.plain(416, {"Content-Range": f"bytes */{size}"})
         if state.encoded(name, asked):

@@ -28,7 +28,8 @@ class Several:
 
     def __init__(self, home: Path) -> None:
         self.base, self.adapters = jobs.several(home)
-        self.home, self.findings = home, home / "findings"
+        self.home = home
+        self.findings = home / "findings"
         self.findings.mkdir()
         for name in NAMES:
             run(

@@ -21,7 +21,8 @@ AVAILABLE = COMPILER is not None
 NOTHING, KILL, TORN, FAIL, SHORT, SIGNAL, FAIL_READ, SHORT_READ = range(8)
 """What goes wrong, as in `shim.c`: at one call, but for SHORT (every write) and SHORT_READ (every read) brings half."""
 
-WRITES, CHANGES = "w", "cwetsrum"
+WRITES = "w"
+CHANGES = "cwetsrum"
 """Codes of the calls that write bytes, and of all that are counted."""
 
 
@@ -97,7 +98,9 @@ def arm(
 
 def read_record(path: Path) -> list[Call]:
     """The calls of a record, in order."""
-    raw, at, out = path.read_bytes(), 0, []
+    raw = path.read_bytes()
+    at = 0
+    out = []
     while at < len(raw):
         op = chr(raw[at])
         n, to, offset, length = struct.unpack_from("<IIQQ", raw, at + 1)

@@ -46,19 +46,15 @@ def save(
         models.WordLevel(unk_token="[UNK]") if kind == "words" else models.BPE()
     )
     if kind == "bytes":
-        made.pre_tokenizer, made.decoder = (
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-            decoders.ByteLevel(),
-        )
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer: Any = trainers.BpeTrainer(
             vocab_size=500, special_tokens=special, initial_alphabet=alphabet, show_progress=False
         )
     elif kind == "pieces":
-        made.pre_tokenizer, made.decoder = (
-            pre_tokenizers.Metaspace(prepend_scheme="first"),
-            decoders.Metaspace(),
-        )
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+        made.decoder = decoders.Metaspace()
         trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
     else:
         made.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -11,7 +11,8 @@ from unittest import mock
 def call_tool(name: str, *args: object) -> subprocess.CompletedProcess[str]:
     """Call the tool with these arguments; exit code and texts are those of a process."""
     line = [f"{name}.py", *map(str, args)]
-    out, err = io.StringIO(), io.StringIO()
+    out = io.StringIO()
+    err = io.StringIO()
     with (
         mock.patch.object(sys, "argv", line),
         contextlib.redirect_stdout(out),

@@ -86,7 +86,8 @@ class Trial:
 
 def recorded(case: Case, home: Path) -> tuple[shim.Call, ...]:
     """The calls of an uninterrupted run."""
-    out, record = home / "recorded", home / "record"
+    out = home / "recorded"
+    record = home / "record"
     done = case.run(out, before=shim.arm(out, record=record))
     assert done.code == 0, done.err
     shutil.rmtree(out)

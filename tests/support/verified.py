@@ -57,9 +57,11 @@ def make_all_outputs(base: Path, adapter: Path, home: Path) -> Job:
 def lines(output: Path, *inputs: Path, **options: Any) -> list[str]:
     """The lines of what differs, or why it is not verified; none if it is."""
     try:
-        found, why = streamer.verify_output(output, *inputs, **options), []
+        found = streamer.verify_output(output, *inputs, **options)
+        why = []
     except streamer.VerificationError as e:
-        found, why = e.verification, [str(e)]
+        found = e.verification
+        why = [str(e)]
     assert found["verified"] == (not why)
     return [d["message"] for d in found["differences"]] or why
 

@@ -110,14 +110,13 @@ def worker_bench(
     directory: Path, matrices: int = 10, shape: tuple[int, int] = (600, 700)
 ) -> WorkerBench:
     """Make the inputs of a detection."""
-    tensors, factors = {}, {}
+    tensors = {}
+    factors = {}
     for i in range(matrices):
         tensors[f"a.{i}.weight"] = power_law(*shape, seed=i).float()
         factors[f"a.{i}"] = intruding_factors(*shape, 4, seed=i)
-    base, adapter = (
-        write_sharded(directory / "base", [tensors]),
-        write_adapter(directory / "adapter", factors, 4),
-    )
+    base = write_sharded(directory / "base", [tensors])
+    adapter = write_adapter(directory / "adapter", factors, 4)
 
     def here(path: Path, **more: object) -> None:
         streamer.detect_intruder_dimensions(base, adapter, path, solver="certified", **more)
@@ -131,10 +130,8 @@ def merge_bench(
     """Make the inputs of a merge of many shards, that detects first."""
     factors = {f"a.{i}": intruding_factors(*shape, 4, seed=i) for i in range(shards)}
     tensors = [{f"a.{i}.weight": power_law(*shape, seed=i).float()} for i in range(shards)]
-    base, adapter = (
-        write_sharded(directory / "base", tensors),
-        write_adapter(directory / "adapter", factors, 4),
-    )
+    base = write_sharded(directory / "base", tensors)
+    adapter = write_adapter(directory / "adapter", factors, 4)
 
     def here(path: Path, **more: object) -> None:
         streamer.merge_with_reduced_intruder_dimensions(base, adapter, path, **more)

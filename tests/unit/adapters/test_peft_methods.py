@@ -125,17 +125,16 @@ def test_the_neumann_series_comes_near_the_exact_rotation(terms: int) -> None:
     R = I + 2Q + 2Q² + …, and R + I = 2(I − Q)⁻¹. One or two terms of R leave out 2Qᵗ + 2Qᵗ⁺¹ + … = Qᵗ(R + I). From four terms on, PEFT
     halves the last one, Qᵗ⁻¹: what it leaves out is Qᵗ⁻¹ + 2Qᵗ + … = Qᵗ⁻¹R, whose norm is ‖Q‖ᵗ⁻¹. It computes four terms for three.
     """
-    W0, vectors = (
-        torch.randn(12, 8, dtype=torch.float64),
-        0.02 * torch.randn(2, 6, dtype=torch.float64),
-    )
+    W0 = torch.randn(12, 8, dtype=torch.float64)
+    vectors = 0.02 * torch.randn(2, 6, dtype=torch.float64)
     exact = PEFT_METHODS["OFT"].delta(parts({"oft_R": -vectors}, (12, 8)), W0).dense()
     options = {"use_cayley_neumann": True, "num_cayley_neumann_terms": terms}
     series = PEFT_METHODS["OFT"].delta(parts({"oft_R": vectors}, (12, 8), **options), W0).dense()
 
     blocks = np.zeros((2, 4, 4))
     blocks[:, *np.triu_indices(4, 1)] = vectors.numpy()
-    skew, eye = block_diag(*(blocks - blocks.transpose(0, 2, 1))), np.eye(8)
+    skew = block_diag(*(blocks - blocks.transpose(0, 2, 1)))
+    eye = np.eye(8)
     R = (eye + skew) @ np.linalg.inv(eye - skew)
     power = {1: 1, 2: 2, 3: 3}.get(terms, terms - 1)
     left_out = np.linalg.matrix_power(skew, power) @ (R + eye if terms < 3 else R)

@@ -40,7 +40,8 @@ def test_a_merged_pipeline_is_the_base_plus_scaled_products(tmp_path: Path, form
         base, tmp_path / LORA, tmp_path / "out", mitigation_lambda=1
     )
     for file in ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
-        before, after = load_file(base / file), load_file(tmp_path / "out" / file)
+        before = load_file(base / file)
+        after = load_file(tmp_path / "out" / file)
         assert list(before) == list(after)
         for name, W0 in before.items():
             module = f"{file.partition('/')[0]}.{name.removesuffix('.weight')}".replace(
@@ -195,7 +196,8 @@ def test_modules_without_a_unique_tensor_are_refused_by_name(tmp_path: Path, cas
     form, names, words = MISFITS[case]
     base, (tensors, metadata) = write_pipeline(tmp_path / "base"), lora(form)
     for name, shape in names.items():
-        A, B = torch.ones(2, *shape[1:]), torch.ones(shape[0], 2, *(1 for _ in shape[2:]))
+        A = torch.ones(2, *shape[1:])
+        B = torch.ones(shape[0], 2, *(1 for _ in shape[2:]))
         kohya = {
             f"{name}.lora_down.weight": A,
             f"{name}.lora_up.weight": B,

@@ -157,7 +157,8 @@ def test_forms(
     layer_kind: str,
     weight: tuple,
 ) -> None:
-    A, B = torch.randn(a), torch.randn(b)
+    A = torch.randn(a)
+    B = torch.randn(b)
     adapter = open_adapter(write_raw(tmp_path, {f"x.{names[0]}": A, f"x.{names[1]}": B}))
     module = adapter.modules["x"]
     assert (module.shape, module.layer_kind, module.weight, module.rank) == (

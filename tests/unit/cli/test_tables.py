@@ -154,10 +154,8 @@ def test_columns_give_way_from_the_least_important() -> None:
     for width in (*range(20, 60), None):
         text = table(columns, Screen(width))
         assert width is None or max(map(len, text.splitlines())) <= width, (width, text)
-        head, left_out = (
-            text.splitlines()[0],
-            text.rpartition("hidden columns")[2] if "hidden" in text else "",
-        )
+        head = text.splitlines()[0]
+        left_out = text.rpartition("hidden columns")[2] if "hidden" in text else ""
         assert (
             ("of no use" in text) == ("aa" in head) == ("aa" not in left_out.replace("matrix", ""))
         )

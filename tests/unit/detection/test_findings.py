@@ -338,7 +338,8 @@ def test_a_wider_dtype_and_other_shards_keep_it(inputs: tuple[Path, Path], tmp_p
     save_file(tensors, tmp_path / "one" / "model.safetensors")
     if (base / "config.json").exists():
         shutil.copy(base / "config.json", tmp_path / "one")
-    before, after = make_plan(base, adapter), make_plan(tmp_path / "one", adapter)
+    before = make_plan(base, adapter)
+    after = make_plan(tmp_path / "one", adapter)
     assert {t.tensor: p for t, p in zip(before.targets, prints(before), strict=True)} == {
         t.tensor: p for t, p in zip(after.targets, prints(after), strict=True)
     }
@@ -351,13 +352,15 @@ def test_another_value_of_the_adapter_changes_it(inputs: tuple[Path, Path], tmp_
     name = next(name for name in tensors if name.endswith("lora_A.weight"))
     tensors[name][0, 0] += 1
     save_file(tensors, other / "adapter_model.safetensors", metadata={"format": "pt"})
-    mine, others = prints(make_plan(base, adapter)), prints(make_plan(base, other))
+    mine = prints(make_plan(base, adapter))
+    others = prints(make_plan(base, other))
     assert sum(a != b for a, b in zip(mine, others, strict=True)) == 1
 
 
 def test_findings_are_matched_by_module_and_values(inputs: tuple[Path, Path]) -> None:
     base, adapter = inputs
-    found, plan = detected(base, adapter), make_plan(base, adapter)
+    found = detected(base, adapter)
+    plan = make_plan(base, adapter)
     assert [m.fingerprint for m in found] == prints(plan)
     elsewhere = replace(
         found, matrices=tuple(replace(m, tensor=f"elsewhere.{m.tensor}") for m in found)

@@ -127,7 +127,8 @@ def test_only_a_true_degeneracy_stays_open(tmp_path: Path, apart: float) -> None
     block = power_law(20, 20).float()
     W0 = torch.block_diag(block, block * (1 + apart))
     zero = torch.zeros(1, 40)
-    A, B = zero.clone(), zero.T.clone()
+    A = zero.clone()
+    B = zero.T.clone()
     A[0, 0] = 1.0
     found = detected(make_plan(tmp_path, W0, A, B), 0.9, k=6)
     assert found.precision == "float64"
@@ -216,7 +217,8 @@ def leaning(home: Path, shape: tuple[int, int], outlier: float, lean: float) -> 
     v = torch.nn.functional.normalize(
         torch.randn(1, shape[1], generator=torch.Generator().manual_seed(vary(2)))
     )
-    A, B = v, 40 * outlier * u[:, None]
+    A = v
+    B = 40 * outlier * u[:, None]
     W = W0.double().numpy() + product(A, B, 1.0)
     exact = np.abs(svds(W, k=1, v0=np.ones(min(shape)))[0][: min(shape)]).max()
     return make_plan(home, W0, A, B), float(exact)

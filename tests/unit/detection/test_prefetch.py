@@ -47,7 +47,9 @@ def test_so_many_are_read_ahead_and_no_more(depth: int) -> None:
 
 
 def test_whoever_stops_early_waits_for_one_at_most() -> None:
-    begun, second, go_on = [], threading.Event(), threading.Event()
+    begun = []
+    second = threading.Event()
+    go_on = threading.Event()
 
     def load(item: int) -> int:
         begun.append(item)
@@ -101,7 +103,9 @@ def test_a_matrix_without_room_on_the_device_is_computed_on_the_cpu_and_that_is_
         return whole(self, device)
 
     monkeypatch.setattr(Plain, "whole", without_room)
-    target, options, events = plan.targets[0], DetectionOptions(), list[Event]()
+    target = plan.targets[0]
+    options = DetectionOptions()
+    events = list[Event]()
     if "misaligned" in str(error):  # another error is not hidden
         with pytest.raises(RuntimeError, match="misaligned"):
             detect_matrix(plan, target, options, torch.device("cuda"), 0)

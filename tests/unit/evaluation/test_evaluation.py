@@ -100,7 +100,8 @@ def test_shares_of_next_to_nothing_are_dashes_with_a_reason() -> None:
 
 def test_top_1_stands_beside_the_loss() -> None:
     e = evaluation()
-    right, tokens = e.task.right, e.task.tokens.sum()
+    right = e.task.right
+    tokens = e.task.tokens.sum()
     columns = {c.head: c.cells for c in figures(e)}
     for v, name in enumerate(one.name for one in e.variants):
         tree = e[name]

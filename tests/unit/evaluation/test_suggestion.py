@@ -105,7 +105,8 @@ def test_the_front_has_what_no_other_excels() -> None:
     e = evaluation()
     names = [v.name for v in e.variants]
     found = [names.index(name) for name in e.front()]
-    task, kl = e.task.loss.sum(axis=1), e.general.kl.sum(axis=1)
+    task = e.task.loss.sum(axis=1)
+    kl = e.general.kl.sum(axis=1)
     numbers = range(len(e.variants))
     excelled = {
         v for v in numbers if any(task[w] <= task[v] and kl[w] <= kl[v] and w != v for w in numbers)
@@ -158,7 +159,10 @@ FALSE_ALARMS = 2 * norm.sf(2)
 @pytest.mark.long
 def test_what_is_uncertain_about_the_share_kept_is_in_the_error() -> None:
     """A method on the shrink's own curve is told apart from it about as seldom as two errors permit."""
-    told, values, errors, trials = 0, [], [], 600
+    told = 0
+    values = []
+    errors = []
+    trials = 600
     for seed in range(trials):
         e = evaluation(
             {"project": lambda x: CURVES["shrink"](x * 0.85), "shrink": CURVES["shrink"]},
@@ -266,7 +270,8 @@ def test_a_shrink_that_is_left_out_is_found_again_within_the_error(left_out: flo
     assert abs(interpolated - left_out) < 0.06
     # A share's standard deviation is noise / √64 / 0.5, 6 % more because lengths differ. It is in the share sought, in that of the whole
     # adapter, and in the interpolated curve, which has up to 1.4 times as much: twice as much in all. Five of these are allowed.
-    noise, trials = 0.01, 20
+    noise = 0.01
+    trials = 20
     allowed = abs(kept(interpolated) - kept(left_out)) + 5 * 2 * 1.06 * noise / 8 / 0.5
     found = [one for seed in range(trials) if (one := found_again(noise, seed)) is not None]
     assert len(found) > trials / 2

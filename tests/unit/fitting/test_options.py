@@ -19,7 +19,8 @@ from streamer.measuring.sequences import TextSequences
 from streamer.measuring.statistics import EvaluatedVariant, SequenceSums
 from streamer.options import RepairOptions
 
-PATHS, HOLDOUT = {"general": Path("g.npy"), "task": Path("t.npy")}, RepairOptions.holdout
+PATHS = {"general": Path("g.npy"), "task": Path("t.npy")}
+HOLDOUT = RepairOptions.holdout
 
 
 def texts(general: int, task: int) -> dict[str, TextSequences]:

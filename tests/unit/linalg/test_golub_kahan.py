@@ -24,7 +24,9 @@ def started(M: torch.Tensor, width: int = 8, seed: int = 0) -> GolubKahan:
 
 def defects(gk: GolubKahan) -> tuple[torch.Tensor, torch.Tensor]:
     """``M P − Q B`` and ``Mᵀ Q − P Bᵀ − P₊ L Eᵀ``, in float64."""
-    M, P, Q = gk.op.dense().double(), gk.P.double(), gk.Q.double()
+    M = gk.op.dense().double()
+    P = gk.P.double()
+    Q = gk.Q.double()
     forward = M @ P - Q @ gk.B
     backward = M.T @ Q - P @ gk.B.T
     if gk.L.numel():
@@ -89,7 +91,8 @@ def test_ritz_triplets_have_the_residuals_that_their_tails_say(dtype: torch.dtyp
         gk.step()
     X, S, Y, tail = gk.ritz()
     torch.testing.assert_close((X[:, : len(S)] * S) @ Y.T, gk.B, rtol=0, atol=1e-13)
-    left, right = gk.Q.double() @ X, gk.P.double() @ Y
+    left = gk.Q.double() @ X
+    right = gk.P.double() @ Y
     eps = torch.finfo(dtype).eps
     assert float((M.double() @ right - left * S).abs().max()) <= 20 * eps
     residual = torch.linalg.vector_norm(M.double().T @ left - right * S, dim=0)

@@ -28,7 +28,10 @@ def test_no_more_vectors_than_inputs() -> None:
     assert (values.shape, vectors.shape) == ((3,), (3, 3))
 
 
-ROWS, COLUMNS, RANK, KEPT = 14, 20, 4, 5
+ROWS = 14
+COLUMNS = 20
+RANK = 4
+KEPT = 5
 
 
 def made(kind: str) -> tuple[Delta, Spectrum, np.ndarray]:
@@ -38,7 +41,8 @@ def made(kind: str) -> tuple[Delta, Spectrum, np.ndarray]:
         counts = draw.integers(0, 5, COLUMNS) / 100
         return delta, Spectrum(torch.from_numpy(counts)), np.diag(counts)
     V = np.linalg.qr(draw.normal(size=(COLUMNS, KEPT)))[0]
-    values, rest = 10.0 ** np.arange(4, 4 - KEPT, -1), 0.2
+    values = 10.0 ** np.arange(4, 4 - KEPT, -1)
+    rest = 0.2
     C = (V * (values - rest)) @ V.T + rest * np.eye(COLUMNS)
     spectrum = Spectrum(torch.from_numpy(values), rest, torch.from_numpy(V))
     return (Dense(delta.dense()) if kind == "dense" else delta), spectrum, C
@@ -49,7 +53,8 @@ def made(kind: str) -> tuple[Delta, Spectrum, np.ndarray]:
 def test_the_formula(kind: str, share: float) -> None:
     delta, spectrum, C = made(kind)
     found = reduced(delta, spectrum, share)
-    before, after = delta.dense().numpy(), found.dense().numpy()
+    before = delta.dense().numpy()
+    after = found.dense().numpy()
     np.testing.assert_allclose(after, answer(before, C, share), atol=1e-9 * np.abs(before).max())
     assert np.sum((after @ C) * after) == pytest.approx(
         share * np.sum((before @ C) * before), rel=1e-7

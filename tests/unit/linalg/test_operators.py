@@ -36,7 +36,8 @@ def test_every_operator_multiplies_as_its_dense_form(shape: tuple[int, int]) -> 
     m, n = shape
     low = LowRank(random(m, 3), random(n, 3, seed=1))
     matrix = random(m, n, seed=2)
-    dense, blocks = Dense(matrix), RowBlocks((m, n), lambda i, j: matrix[i:j], matrix.new_empty(0))
+    dense = Dense(matrix)
+    blocks = RowBlocks((m, n), lambda i, j: matrix[i:j], matrix.new_empty(0))
     flipped = RowBlocks((n, m), lambda i, j: matrix.T[i:j], matrix.new_empty(0)).T
     for op in (
         low,
@@ -52,7 +53,8 @@ def test_every_operator_multiplies_as_its_dense_form(shape: tuple[int, int]) -> 
         flipped.T.T.scaled(8.0),
     ):
         assert op.shape == shape
-        X, Y = random(n, 4, seed=3), random(m, 4, seed=4)
+        X = random(n, 4, seed=3)
+        Y = random(m, 4, seed=4)
         torch.testing.assert_close(op.matmat(X), op.dense() @ X)
         torch.testing.assert_close(op.rmatmat(Y), op.dense().T @ Y)
 
@@ -78,7 +80,8 @@ def test_a_skinny_product_is_the_product(
     ) or m == 1
     for c in (1, 10, 16, 17):
         for A, X in ((M, random(40, c, seed=1).float()), (M.T, random(m, c, seed=2).float())):
-            exact, size = A.double() @ X.double(), A.double().abs() @ X.double().abs()
+            exact = A.double() @ X.double()
+            size = A.double().abs() @ X.double().abs()
             rounding = (
                 A.shape[1] * torch.finfo(torch.float32).eps * size
             )  # of a sum in any order (Higham 2002, 3.5)
@@ -93,7 +96,8 @@ def test_onednn_multiplies_transposes_of_short_rows(
     n: int, longest: float, calls: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Longer rows are BLAS's on the processors whose BLAS is faster; the matrix itself is oneDNN's in any case."""
-    asked, real = [], operators._onednn_linear
+    asked = []
+    real = operators._onednn_linear
     monkeypatch.setattr(operators, "_long_rows", lambda: longest)
     monkeypatch.setattr(
         operators, "_onednn_linear", lambda *both: asked.append(both) or real(*both)
@@ -145,12 +149,11 @@ def test_both_forms_of_a_delta_do_the_same(shape: tuple[int, int], form: str) ->
         "dense, scaled": Dense(matrix * 4, 0.25),
         "transposes": Dense(matrix.T).T,
     }[form]
-    U, S, V = (
-        torch.linalg.qr(random(m, 2, seed=2)).Q,
-        torch.tensor([3.0, 2.0]).double(),
-        random(n, 2, seed=3),
-    )
-    i, j = m // 3, max(m // 3 + 1, m // 2)
+    U = torch.linalg.qr(random(m, 2, seed=2)).Q
+    S = torch.tensor([3.0, 2.0]).double()
+    V = random(n, 2, seed=3)
+    i = m // 3
+    j = max(m // 3 + 1, m // 2)
     torch.testing.assert_close(delta.dense(), matrix)
     assert delta.norm() == pytest.approx(float(matrix.norm()))
     assert float(matrix.abs().max()) <= 3 * delta.largest_estimate() * (1 + 1e-12)

@@ -163,7 +163,8 @@ def test_intervals_become_narrow_where_decisions_are_wanted(shape: tuple[int, in
 @pytest.fixture(scope="module")
 def bulk() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Factors of a 1024² matrix: left and right vectors, and a bulk of singular values between 2 and 1."""
-    U, V = directions(1024, 1024), directions(1024, 1024, 1)
+    U = directions(1024, 1024)
+    V = directions(1024, 1024, 1)
     return U, V, torch.linspace(2, 1, 1024, dtype=torch.float64)
 
 
@@ -180,7 +181,8 @@ def test_an_outlier_does_not_hide_the_bulk(
     S[0] = 2.0 * times
     W0 = ((U0 * S) @ V0.T).float()
     if form == "transposed":
-        W0, U0 = W0.T.contiguous(), V0
+        W0 = W0.T.contiguous()
+        U0 = V0
     u = leaning(U0, 500, 0.61)
     tightest = []
     for seed in range(3):
@@ -294,7 +296,8 @@ def test_an_interval_holds_for_what_is_near_the_vectors_given() -> None:
     for process in (exact, wide):
         for _ in range(10):
             process.step()
-    a, b = exact.bounds(0.5, final=True), wide.bounds(0.5, final=True)
+    a = exact.bounds(0.5, final=True)
+    b = wide.bounds(0.5, final=True)
     torch.testing.assert_close(b.low[0], a.low[0] - 0.05)
     assert float(b.high[1]) == pytest.approx(float(a.high[1]) + 0.02 * 1.02, rel=1e-3)
     assert (float(b.low[2]), float(b.high[2])) == (0, 1)  # not even looked at

@@ -19,11 +19,13 @@ from streamer.linalg.moments import (
     refit_one_hot,
 )
 
-N, M = 48, 32
+N = 48
+M = 32
 """Inputs and outputs of a module."""
 
 WEIGHTS = (0.05, 1.0, 20.0)
-FEW, MANY = 20, 400
+FEW = 20
+MANY = 400
 """Tokens of each text: fewer than inputs, and more."""
 
 
@@ -70,11 +72,9 @@ def expected(
     x, y, u, v = (
         given[name].astype(float) for name in ("task", "task now", "general", "general now")
     )
-    delta, s, g = (
-        L @ R.T,
-        RIDGE * np.sum(y**2) / len(y) / N,
-        GENERAL_RIDGE * np.sum(v**2) / len(v) / N,
-    )
+    delta = L @ R.T
+    s = RIDGE * np.sum(y**2) / len(y) / N
+    g = GENERAL_RIDGE * np.sum(v**2) / len(v) / N
     Q = np.linalg.svd(L, full_matrices=False)[0][:, : np.linalg.matrix_rank(L, rtol=1e-3)]
     rows = [
         y / len(y) ** 0.5,
@@ -124,10 +124,8 @@ def test_factors_equal_the_dense_formula(tokens: int, mu: float) -> None:
 def test_one_direction_is_much_larger(tokens: int, kind: str, massive: float) -> None:
     """In both texts, where the ridge grows with it, or in the general one alone, where products in float32 do not solve the system."""
     rng = np.random.default_rng(vary(1))
-    task, general = (
-        inputs(rng, tokens, massive if kind == "both" else 1.0),
-        inputs(rng, tokens, massive),
-    )
+    task = inputs(rng, tokens, massive if kind == "both" else 1.0)
+    general = inputs(rng, tokens, massive)
     for mu in WEIGHTS:
         system = System(
             [torch.from_numpy(task)],
@@ -152,7 +150,8 @@ def test_one_direction_is_much_larger(tokens: int, kind: str, massive: float) ->
 
 
 def test_what_cannot_be_solved_is_none() -> None:
-    nan, one = torch.full((4, 6), torch.nan), torch.eye(6)
+    nan = torch.full((4, 6), torch.nan)
+    one = torch.eye(6)
     assert System([nan], [one], (4, 6), 1.0).solve(torch.ones(6, 1, dtype=torch.float64)) is None
     assert System([one], [nan], (6, 4), 1.0).solve(torch.ones(6, 1, dtype=torch.float64)) is None
 
@@ -179,7 +178,9 @@ def test_without_counterparts_it_is_the_regression_mean_of_the_delta_and_zero() 
     """As for experts: Δ' = Δ (C_t + s I)(C_t + s I + μ (C_g + g I))⁻¹, of whose tokens an expert received some."""
     rng = np.random.default_rng(vary(4))
     _, L, R = drawn(rng)
-    y, v, tokens = inputs(rng, 60), inputs(rng, 30), (100, 80)
+    y = inputs(rng, 60)
+    v = inputs(rng, 30)
+    tokens = (100, 80)
     _, T = basis(torch.from_numpy(L))
     task, general = (
         TextInputs([x], [x], n) for x, n in zip(map(torch.from_numpy, (y, v)), tokens, strict=True)

@@ -27,7 +27,8 @@ def reduced() -> Iterator[None]:
 
 @pytest.mark.usefixtures("reduced")
 def test_full_float32_is_restored_afterwards() -> None:
-    M, X = power_law(600, 600).float(), power_law(600, 16).float()
+    M = power_law(600, 600).float()
+    X = power_law(600, 16).float()
     with full_float32():
         error = float((M @ X - M.double() @ X.double()).abs().max())
     assert error < 1e-5
@@ -45,7 +46,8 @@ def test_full_float32_is_restored_after_an_error() -> None:
 @pytest.mark.parametrize("solver", ["certified", "dense"])
 def test_detection_does_not_depend_on_the_float32_precision(solver: str) -> None:
     A, B = intruding_factors(300, 400, 4)
-    base, delta = Dense(power_law(300, 400).float()), LowRank(B.float(), A.T.float())
+    base = Dense(power_law(300, 400).float())
+    delta = LowRank(B.float(), A.T.float())
     found = detect(base, delta, DetectionOptions(solver=solver))
     torch.set_float32_matmul_precision("highest")
     again = detect(base, delta, DetectionOptions(solver=solver))
@@ -66,7 +68,9 @@ def setting() -> str:
 @pytest.mark.usefixtures("reduced")
 def test_full_float32_is_restored_by_the_last_thread_that_leaves() -> None:
     """Whichever came first: else the one that stays would multiply in bf16, or its setting would stay after all are gone."""
-    inside, leave, before = Event(), Event(), setting()
+    inside = Event()
+    leave = Event()
+    before = setting()
 
     def hold() -> str:
         with full_float32():
@@ -84,7 +88,8 @@ def test_full_float32_is_restored_by_the_last_thread_that_leaves() -> None:
 
 
 def test_tasks_of_another_number_of_threads_wait() -> None:
-    before, order = torch.get_num_threads(), []
+    before = torch.get_num_threads()
+    order = []
     began = Event()
 
     def compute(count: int) -> None:

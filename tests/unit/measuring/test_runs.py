@@ -88,10 +88,8 @@ def test_the_longest_padded_sequence_shows_what_padding_does() -> None:
 def test_a_budget_limits_a_sweep() -> None:
     """First what groups share goes, then states to a spool, then the number of tokens that run together."""
     work = Work(fitted=2048, riding=40960, length=512)
-    unlimited, least = (
-        work.limits(LARGE, RESIDENT, None),
-        work.nbytes(LARGE, RESIDENT, Limits(512, 0, True)),
-    )
+    unlimited = work.limits(LARGE, RESIDENT, None)
+    least = work.nbytes(LARGE, RESIDENT, Limits(512, 0, True))
     assert unlimited == (MOST_ROWS, ROOM, False)
     found = [work.limits(LARGE, RESIDENT, least + more) for more in range(0, 8 << 30, 64 << 20)]
     assert [

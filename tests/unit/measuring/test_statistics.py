@@ -18,7 +18,8 @@ def test_the_error_of_equal_sequences_is_the_error_of_a_mean() -> None:
 def test_the_error_is_the_scatter_of_the_estimate() -> None:
     """Over 4,000 drawn texts, of sequences with other lengths and losses that depend on these."""
     rng = np.random.default_rng(vary(1))
-    values, errors = [], []
+    values = []
+    errors = []
     for _ in range(4000):
         x = rng.integers(20, 500, 60).astype(float)
         found = ratio(x * (3 - x / 1000 + rng.normal(0, 0.4, 60)), x)
@@ -30,15 +31,14 @@ def test_the_error_is_the_scatter_of_the_estimate() -> None:
 def test_the_errors_are_those_of_bootstrapping_sequences() -> None:
     e = evaluation()
     rng = np.random.default_rng(vary(2))
-    general, task = e.general, e.task
+    general = e.general
+    task = e.task
     draws: dict[str, list[float]] = {"mean": [], "difference": [], "share": [], "kl": []}
     for _ in range(3000):
         rows = rng.integers(0, 64, 64)
-        n, loss, kl = (
-            general.tokens[rows].sum(),
-            general.loss[:, rows].sum(axis=1),
-            general.kl[:, rows].sum(axis=1),
-        )
+        n = general.tokens[rows].sum()
+        loss = general.loss[:, rows].sum(axis=1)
+        kl = general.kl[:, rows].sum(axis=1)
         draws["mean"].append(loss[5] / n)
         draws["difference"].append((loss[5] - loss[1]) / n)
         fall = task.loss[:, rows].sum(axis=1)

@@ -36,7 +36,8 @@ def file(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Callable
 
 def test_every_flipped_bit_is_refused(file: tuple[Path, Callable[[Path], Any]]) -> None:
     path, load = file
-    raw, rng = path.read_bytes(), random.Random(vary(0))
+    raw = path.read_bytes()
+    rng = random.Random(vary(0))
     header = 8 + int.from_bytes(raw[:8], "little")
     for at in [
         *range(8),

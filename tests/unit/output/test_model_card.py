@@ -104,7 +104,8 @@ def test_a_mitigated_adapter_keeps_its_head(job: tuple[Path, Path], tmp_path: Pa
 
 def test_matrices_with_intruders_are_counted(tmp_path: Path) -> None:
     """Not all that were judged have some; where a card has room for all, it says how many do."""
-    tensors, factors = {}, {}
+    tensors = {}
+    factors = {}
     for i in range(12):
         tensors[f"layers.{i}.weight"], (a, b) = planted(24, 20, 3, seed=i)
         factors[f"layers.{i}"] = (a, b if i < 2 else 0 * b)
@@ -211,7 +212,8 @@ def test_an_edited_card_stands_and_is_never_replaced(
     job: tuple[Path, Path], tmp_path: Path
 ) -> None:
     base, adapter = job
-    merge, out = streamer.merge_with_reduced_intruder_dimensions, tmp_path / "out"
+    merge = streamer.merge_with_reduced_intruder_dimensions
+    out = tmp_path / "out"
     merge(base, adapter, out)
     with (out / "README.md").open("a") as f:
         f.write("mine\n")
@@ -229,7 +231,8 @@ def test_another_card_of_the_base_is_another_output(
 ) -> None:
     """At its size, too."""
     base, adapter = job
-    merge, out = streamer.merge_with_reduced_intruder_dimensions, tmp_path / "out"
+    merge = streamer.merge_with_reduced_intruder_dimensions
+    out = tmp_path / "out"
     (base / "README.md").write_text("# One\n")
     merge(base, adapter, out, **options)
     (base / "README.md").write_text("# Two\n")

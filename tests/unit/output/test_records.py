@@ -241,7 +241,8 @@ def test_iter_merged_tells_of_each_tensor(job: Job) -> None:
 
 def test_iter_merged_makes_only_the_tensors_that_are_wanted(job: Job) -> None:
     base, adapter = job
-    every, events = dict(streamer.iter_merged(base, adapter, mitigation_lambda=0.5)), list[Event]()
+    every = dict(streamer.iter_merged(base, adapter, mitigation_lambda=0.5))
+    events = list[Event]()
     *_, last = (name for name in every if name.endswith("proj.weight"))
     found = streamer.iter_merged(
         base, adapter, mitigation_lambda=0.5, tensors=last.__eq__, on_event=events.append

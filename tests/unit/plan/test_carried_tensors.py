@@ -16,7 +16,8 @@ from streamer.errors import FormatError, InputError, MismatchError, UnsupportedE
 from streamer.plan.plan import make_plan
 
 Q = "model.layers.0.q_proj"
-EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBED = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 
 
 def base(home: Path, dtype: torch.dtype = torch.bfloat16, **config: object) -> Path:
@@ -60,7 +61,8 @@ def merge(
 ):
     """The merged tensors by name, the index, and the config."""
     out = home / "out"
-    b, a = base(home, dtype), adapter(home, tensors, **config)
+    b = base(home, dtype)
+    a = adapter(home, tensors, **config)
     record = streamer.merge_with_reduced_intruder_dimensions(b, a, out, mitigation_lambda=1.0)
     index = json.loads((out / "model.safetensors.index.json").read_text())
     merged = {
@@ -96,7 +98,8 @@ def test_a_replaced_weight_is_rounded_once_and_an_equal_dtype_keeps_its_bytes(
 
 
 def test_a_new_module_is_added_at_the_end_as_it_is(tmp_path: Path) -> None:
-    score, table = torch.randn(3, 8), torch.arange(4)
+    score = torch.randn(3, 8)
+    table = torch.arange(4)
     merged, index, _, _ = merge(
         tmp_path,
         {"score.weight": score, "score.inner.table": table},
@@ -187,13 +190,11 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_has_no_place_is_refused(tmp_path: Path, case: str) -> None:
     tensors, config, error, words = REFUSED[case]
-    b, a = (
-        base(tmp_path),
-        adapter(
-            tmp_path,
-            {n: torch.full(s, float(i)) for i, (n, s) in enumerate(tensors.items())},
-            **config,
-        ),
+    b = base(tmp_path)
+    a = adapter(
+        tmp_path,
+        {n: torch.full(s, float(i)) for i, (n, s) in enumerate(tensors.items())},
+        **config,
     )
     with pytest.raises(error) as e:
         make_plan(b, a)

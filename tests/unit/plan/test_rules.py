@@ -171,7 +171,8 @@ def test_merging_a_mitigated_adapter_without_a_method_leaves_it_as_it_is(
 def test_a_base_that_holds_nan_where_the_adapter_changes_it_is_refused(
     job: tuple[Path, Path], tmp_path: Path, value: float, options: dict[str, float]
 ) -> None:
-    base, adapter = tmp_path / "holed", job[1]
+    base = tmp_path / "holed"
+    adapter = job[1]
     shutil.copytree(job[0], base)
     changed = next(iter(streamer.detect_intruder_dimensions(*job)))
     file = next(path for path in base.glob("*.safetensors") if changed.tensor in load_file(path))

@@ -111,7 +111,8 @@ def test_two_modules_for_one_tensor(tmp_path: Path) -> None:
 
 
 def test_targets_come_in_the_base_s_file_order(job: tuple[Path, Path]) -> None:
-    base, adapter = (open_checkpoint(job[0]), open_adapter(job[1]))
+    base = open_checkpoint(job[0])
+    adapter = open_adapter(job[1])
     targets = targets_of(open_weights(base, ModelConfig()), adapter, {})
     order = [t.name for f in base.files.values() for t in f.header.tensors]
     assert [order.index(t.tensor) for t in targets] == sorted(

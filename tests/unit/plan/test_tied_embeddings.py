@@ -15,7 +15,8 @@ import streamer
 from streamer.errors import MismatchError, UnsupportedError
 from streamer.plan.plan import make_plan
 
-EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBED = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 UNKNOWN = {"model_type": "test", "architectures": ["TestForCausalLM"]}
 LLAVA = {
@@ -92,7 +93,8 @@ TIES = {
 def test_a_delta_of_the_head_unties(tmp_path: Path, tie: str) -> None:
     stated, embed, head = TIES[tie]
     module = "proj_out" if head == "proj_out.weight" else "lm_head"
-    b, a = base(tmp_path, stated, embed=embed), adapter(tmp_path, module)
+    b = base(tmp_path, stated, embed=embed)
+    a = adapter(tmp_path, module)
     merged, config = merge(tmp_path, b, a)
     embedding = load_file(b / "model-00001-of-00001.safetensors")[embed]
     factors = load_file(a / "adapter_model.safetensors")
@@ -223,7 +225,8 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_would_not_be_the_model_that_was_trained(tmp_path: Path, case: str) -> None:
     config, embed, module, tensors, options, words = REFUSED[case]
-    b, a = base(tmp_path, config, embed=embed), adapter(tmp_path, module, tensors, **options)
+    b = base(tmp_path, config, embed=embed)
+    a = adapter(tmp_path, module, tensors, **options)
     with pytest.raises(UnsupportedError) as e:
         make_plan(b, a)
     assert words in str(e.value)
@@ -279,10 +282,8 @@ def test_a_head_that_an_unknown_class_may_tie(tmp_path: Path) -> None:
 
 
 def test_a_tie_that_no_config_can_say_is_undone(tmp_path: Path) -> None:
-    b, a = (
-        base(tmp_path, {"model_type": "gemma", "architectures": ["GemmaForCausalLM"]}),
-        adapter(tmp_path, task_type="CAUSAL_LM"),
-    )
+    b = base(tmp_path, {"model_type": "gemma", "architectures": ["GemmaForCausalLM"]})
+    a = adapter(tmp_path, task_type="CAUSAL_LM")
     (b / "config.json").unlink()
     with pytest.raises(MismatchError, match="name the model's class with --architecture"):
         make_plan(b, a)

@@ -42,7 +42,8 @@ class OldTag(Handler):
     """Ranges bear the version that was first asked for, as those behind an address that leads on bear none."""
 
     def do_GET(self) -> None:
-        state, name = self.server.state, self.path.lstrip("/")
+        state = self.server.state
+        name = self.path.lstrip("/")
         if self.headers["Range"] == "bytes=0-0":
             state.tags.pop(name, None)
             state.first = getattr(state, "first", state.tag(state.root / name, name))
@@ -53,7 +54,8 @@ class OldTag(Handler):
 
 def test_a_file_that_changes_while_it_is_downloaded_is_not_kept(tmp_path: Path) -> None:
     with serving(tmp_path / "site", OldTag) as state:
-        file, path = served(state), tmp_path / "site" / "model.safetensors"
+        file = served(state)
+        path = tmp_path / "site" / "model.safetensors"
 
         def change(name: str, before: int) -> None:
             if before == 2:
@@ -85,7 +87,8 @@ def test_what_a_killed_download_left_is_removed(tmp_path: Path) -> None:
         listing = listed(served(state))
         there = listing.directory("files")
         there.mkdir(parents=True)
-        dead, living = there / f".a.{0:016}.partial", there / f".a.{1:016}.partial"
+        dead = there / f".a.{0:016}.partial"
+        living = there / f".a.{1:016}.partial"
         for path in (dead, living):
             path.write_bytes(b"x")
         os.utime(dead, (0, time.time() - DEAD_SECONDS - 60))

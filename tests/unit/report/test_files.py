@@ -112,8 +112,11 @@ def test_what_a_lambda_takes_away_is_what_the_formulas_do(
     total = {"before": 0.0, "project": 0.0, "left": 0.0, "paper": 0.0}
     lam = 0.25
     for m in findings:
-        D, d = delta(pair[1], m.module), m.detection
-        U, S, Vh = d.U.double(), d.S.double(), d.Vh.double()
+        D = delta(pair[1], m.module)
+        d = m.detection
+        U = d.U.double()
+        S = d.S.double()
+        Vh = d.Vh.double()
         project = D - (1 - lam) * U @ (U.T @ D)
         paper = D + (lam - 1) * U @ torch.diag(S) @ Vh
         total["before"] += float(D.square().sum())

@@ -132,7 +132,8 @@ def test_what_stands_at_the_partials_name_is_neither_followed_nor_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     monkeypatch.setattr(atomic_file.secrets, "token_hex", lambda n: "0" * 2 * n)
-    partial, elsewhere = tmp_path / f".f.{'0' * 16}.partial", tmp_path / "elsewhere"
+    partial = tmp_path / f".f.{'0' * 16}.partial"
+    elsewhere = tmp_path / "elsewhere"
     if what != "dangling":
         elsewhere.write_bytes(b"old")
     if what == "file":
@@ -299,7 +300,8 @@ def writers() -> list[str]:
 
 def slow_write(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Make each large write take long enough for the caller to be ahead; the descriptors it wrote to."""
-    real, seen = os.write, []
+    real = os.write
+    seen = []
 
     def write(fd: int, data: memoryview) -> int:
         if len(data) >= THREADED_BYTES:
@@ -331,7 +333,8 @@ def test_pieces_of_every_size_arrive_in_order(
 def test_no_write_is_asked_for_more_than_every_system_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, asked = os.write, []
+    real = os.write
+    asked = []
     monkeypatch.setattr(files, "MAX_CALL_BYTES", THREADED_BYTES)
     monkeypatch.setattr(os, "write", lambda fd, data: asked.append(len(data)) or real(fd, data))
     piece = os.urandom(2 * THREADED_BYTES + 5)
@@ -345,7 +348,8 @@ def test_a_ring_of_one_buffer_more_than_is_in_hand_is_enough(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow_write(monkeypatch)
-    ring, rounds = BufferRing(LARGE), 3 * (QUEUE + 1)
+    ring = BufferRing(LARGE)
+    rounds = 3 * (QUEUE + 1)
     with AtomicFile(tmp_path / "f", rounds * (LARGE + 1)) as f:
         for i in range(rounds):
             piece = ring.lease()
@@ -371,7 +375,8 @@ def test_a_slow_disk_holds_the_caller_back(tmp_path: Path, monkeypatch: pytest.M
 def test_what_the_system_refuses_is_raised_though_late(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    real, calls = os.write, []
+    real = os.write
+    calls = []
 
     def write(fd: int, data: memoryview) -> int:
         calls.append(len(data))
@@ -437,7 +442,8 @@ def cold(tmp_path: Path) -> Path:
 
 
 def test_what_is_read_is_dropped_behind(cold: Path) -> None:
-    source, piece = LocalSource(cold, "pread"), memoryview(bytearray(STEP_BYTES // 2 - 1))
+    source = LocalSource(cold, "pread")
+    piece = memoryview(bytearray(STEP_BYTES // 2 - 1))
     for at in range(0, 16 * STEP_BYTES, len(piece)):
         part = piece[: 16 * STEP_BYTES - at]
         source.read_into(part, at)

@@ -53,7 +53,8 @@ def test_shards(base: Path, io: IOMode) -> None:
 
 def test_one_file_by_directory_or_by_name(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / SINGLE_NAME)
-    by_directory, by_name = open_checkpoint(tmp_path), open_checkpoint(str(tmp_path / SINGLE_NAME))
+    by_directory = open_checkpoint(tmp_path)
+    by_name = open_checkpoint(str(tmp_path / SINGLE_NAME))
     for checkpoint in (by_directory, by_name):
         assert checkpoint.index is None
         assert checkpoint.weight_map == {"a": SINGLE_NAME}
@@ -64,7 +65,8 @@ def test_one_file_by_directory_or_by_name(tmp_path: Path) -> None:
 
 def test_a_hub_cache_is_read_through_its_symlinks(base: Path, tmp_path: Path) -> None:
     entry = tmp_path / "hub" / "models--x--y"
-    blobs, snapshot = entry / "blobs", entry / "snapshots" / "0f"
+    blobs = entry / "blobs"
+    snapshot = entry / "snapshots" / "0f"
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
     for i, path in enumerate(sorted(base.iterdir())):
@@ -86,7 +88,8 @@ def test_a_hub_cache_is_read_through_its_symlinks(base: Path, tmp_path: Path) ->
 def test_unaligned_data(tmp_path: Path) -> None:
     """A header of odd length, one tensor at an odd offset, another behind a page: no alignment is assumed."""
     data = {"odd": bytes(range(7)), "x": os.urandom(8192), "y": os.urandom(9)}
-    tree, at = {}, 0
+    tree = {}
+    at = 0
     for name, raw in data.items():
         tree[name] = {"dtype": "U8", "shape": [len(raw)], "data_offsets": [at, at + len(raw)]}
         at += len(raw)
@@ -428,7 +431,8 @@ def everything(checkpoint: Checkpoint) -> list[bytes]:
 @pytest.mark.parametrize("io", MODES)
 def test_short_reads_are_read_on(base: Path, monkeypatch: pytest.MonkeyPatch, io: IOMode) -> None:
     checkpoint = open_checkpoint(base, io)
-    expected, sample = everything(checkpoint), checkpoint.identity
+    expected = everything(checkpoint)
+    sample = checkpoint.identity
     real = os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: real(fd, [buffers[0][:13]], at))
     assert everything(checkpoint) == expected

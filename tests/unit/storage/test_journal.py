@@ -87,7 +87,9 @@ def test_garbage_after_the_records_is_ignored(tmp_path: Path, tail: bytes) -> No
 def test_no_call_is_asked_for_more_than_every_system_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pread, pwrite, asked = os.pread, os.pwrite, []
+    pread = os.pread
+    pwrite = os.pwrite
+    asked = []
     monkeypatch.setattr(files, "MAX_CALL_BYTES", 7)
     monkeypatch.setattr(os, "pread", lambda fd, n, at: asked.append(n) or pread(fd, n, at))
     monkeypatch.setattr(
@@ -101,7 +103,8 @@ def test_no_call_is_asked_for_more_than_every_system_takes(
 def test_short_reads_and_writes_of_a_journal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pread, pwrite = os.pread, os.pwrite
+    pread = os.pread
+    pwrite = os.pwrite
     monkeypatch.setattr(os, "pread", lambda fd, n, at: pread(fd, min(n, 7), at))
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:7], at))
     journal_of(tmp_path / "j", RECORDS)
@@ -132,7 +135,9 @@ def test_starting_over_replaces_the_journal_in_one_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, nth: int
 ) -> None:
     """Whichever call fails, there is the old journal or the new head."""
-    path, real, calls = tmp_path / "j", getattr(os, call), []
+    path = tmp_path / "j"
+    real = getattr(os, call)
+    calls = []
     journal_of(path, RECORDS)
     journal = Journal(path)
 

@@ -171,7 +171,8 @@ def test_an_output_stays_until_the_new_one_is_complete(case: Case, what: str) ->
 
     with copied_at(case.out, "fsync", "rename", "pwrite", "rmdir") as copies:
         carry_out(case, plan, contents=new, overwrite=True)
-    whole, loaded = tree_digest(case.out), set()
+    whole = tree_digest(case.out)
+    loaded = set()
     assert whole.keys() == {*new, RECORD_NAME}
     for copy in copies:
         found = {

@@ -66,7 +66,8 @@ def test_transient_errors_are_retried(
     site: RangeServer, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And only what has not come is asked for again."""
-    file, site.fault = opened(site), once(kind)
+    file = opened(site)
+    site.fault = once(kind)
     if kind == "stall":
         monkeypatch.setenv("STREAMER_REMOTE_TIMEOUT", "0.3")
     assert read(file, 1000, 2_001_000) == DATA[1000:2_001_000]
@@ -106,7 +107,8 @@ def test_a_whole_file_once_in_place_of_a_range(site: RangeServer) -> None:
 def test_lasting_errors_are_not_retried(
     site: RangeServer, kind: str, error: type[StreamerError], words: str
 ) -> None:
-    file, site.fault = opened(site, "?signature=secret"), lambda path, n: kind
+    file = opened(site, "?signature=secret")
+    site.fault = lambda path, n: kind
     with pytest.raises(error) as caught:
         read(file, 1000, 2000)
     assert words in str(caught.value)
@@ -116,7 +118,8 @@ def test_lasting_errors_are_not_retried(
 
 def test_retries_without_progress_end(site: RangeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("streamer.storage.remote_source.TRIES", 2)
-    file, site.fault = opened(site), lambda path, n: "500"
+    file = opened(site)
+    site.fault = lambda path, n: "500"
     with pytest.raises(
         StorageError, match=r"cannot read in 2 attempts: status 500; run the same command again"
     ):
@@ -155,7 +158,8 @@ def test_where_an_address_leads_on_to_users_are_named_on_the_same_host_alone(
 
 def test_a_stop_ends_the_wait_that_a_server_asks_for(site: RangeServer) -> None:
     """In the threads that read, and in the one that reads ahead."""
-    source, monitor = RemoteSource(opened(site)), Monitor()
+    source = RemoteSource(opened(site))
+    monitor = Monitor()
 
     def stop(path: str, before: int) -> str:
         monitor.request_stop(2)
@@ -169,7 +173,8 @@ def test_a_stop_ends_the_wait_that_a_server_asks_for(site: RangeServer) -> None:
         heed(monitor)
         list(read_ahead([0, 1, 2, 3], lambda i: source.view(i, 10)))
 
-    site.fault, site.retry_after = stop, 100
+    site.fault = stop
+    site.retry_after = 100
     for call in (view, view_ahead):
         site.reset()
         with pytest.raises(Interrupted):
@@ -192,7 +197,8 @@ class Vague(Handler):
 def test_a_time_to_wait_that_is_none_and_a_page_in_place_of_a_range(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(DATA)
     with serving(tmp_path, Vague) as site:
-        file, site.fault = opened(site), once("429")
+        file = opened(site)
+        site.fault = once("429")
         assert read(file, 1000, 2000) == DATA[1000:2000]
         with pytest.raises(InputChangedError, match="vanished or shrank during the run"):
             read(file, 7, 9)
@@ -233,7 +239,9 @@ def test_reading_from_front_to_back_sends_for_what_follows(
     """Bytes are those of the file, each is asked for once, and nothing beyond the end that was named."""
     data = DATA * 5
     (tmp_path / "file").write_bytes(data)
-    source, piece, end = RemoteSource(opened(site)), 1_000_000, len(data) - 5000
+    source = RemoteSource(opened(site))
+    piece = 1_000_000
+    end = len(data) - 5000
     site.reset()
     got = bytearray()
     for at in range(0, end, piece):

@@ -157,7 +157,8 @@ def test_a_kill_while_starting_over_keeps_the_journal(
         for nth in range(1, 4):
             shutil.rmtree(case.out)
             shutil.copytree(before, case.out)
-            real, calls = getattr(os, call), []
+            real = getattr(os, call)
+            calls = []
 
             def dies(
                 *args: object,

@@ -140,7 +140,8 @@ MIXED = {
 
 @pytest.mark.parametrize("raw", [False, True])
 def test_the_public_writer_writes_what_safetensors_does(tmp_path: Path, raw: bool) -> None:
-    ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
+    ours = tmp_path / "ours.safetensors"
+    theirs = tmp_path / "theirs.safetensors"
     save_file({name: t.clone().contiguous() for name, t in MIXED.items()}, theirs, {"format": "pt"})
     tensors = dict(streamer.read_tensors(theirs))
     entries = [(name, t.dtype, t.shape) for name, t in tensors.items()]
@@ -157,7 +158,8 @@ def test_the_public_writer_writes_what_safetensors_does(tmp_path: Path, raw: boo
 
 def test_the_public_writer_makes_shards(tmp_path: Path) -> None:
     """As a loader of models has them; an array that its owner fills again for the next tensor is no trap."""
-    out, array = tmp_path / "out", np.empty((300, 1000), np.float32)
+    out = tmp_path / "out"
+    array = np.empty((300, 1000), np.float32)
     entries = [(f"t{i}", array.dtype, array.shape) for i in range(5)]
 
     def tensors(names: Iterable[str]) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:

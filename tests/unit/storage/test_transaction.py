@@ -322,7 +322,9 @@ def test_a_lock_file_removed_between_open_and_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The holder before us ends just then: the lock of a file without a name would exclude nobody."""
-    path, real, calls = tmp_path / "lock", fcntl.flock, []
+    path = tmp_path / "lock"
+    real = fcntl.flock
+    calls = []
 
     def flock(fd: int, how: int) -> None:
         calls.append(fd)

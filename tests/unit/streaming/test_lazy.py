@@ -18,12 +18,10 @@ class Given(Reader):
     name = "w"
 
     def __init__(self, values: Tensor) -> None:
-        self.values, self.shape, self.device, self.asked = (
-            values,
-            tuple(values.shape),
-            values.device,
-            list[Any](),
-        )
+        self.values = values
+        self.shape = tuple(values.shape)
+        self.device = values.device
+        self.asked = list[Any]()
 
     def read(self) -> Tensor:
         self.asked.append("all")
@@ -66,7 +64,8 @@ def test_shape_dtype_and_device_are_known_without_reading(weight: tuple[Given, L
 
 def test_other_operations_read_all(weight: tuple[Given, LazyTensor]) -> None:
     given, lazy_weight = weight
-    x, values = torch.randn(3, 5), given.values
+    x = torch.randn(3, 5)
+    values = given.values
     for result, expected in (
         (x @ lazy_weight.T, x @ values.T),
         (lazy_weight * 2, values * 2),
@@ -113,7 +112,8 @@ def test_embeddings_are_looked_up_and_experts_taken_one_by_one(
 
 
 def test_a_product_with_a_stack_takes_one_matrix_at_a_time() -> None:
-    stack, x = Given(torch.randn(3, 4, 5)), torch.randn(3, 2, 4)
+    stack = Given(torch.randn(3, 4, 5))
+    x = torch.randn(3, 2, 4)
     for product in (torch.bmm(x, LazyTensor.of(stack)), x.bmm(LazyTensor.of(stack))):
         torch.testing.assert_close(product, torch.bmm(x, stack.values))
     assert stack.asked == [0, 1, 2, 0, 1, 2]
@@ -146,7 +146,8 @@ def test_a_cast_in_a_product_that_is_rounded_reads_all(weight: tuple[Given, Lazy
 
 
 def test_a_bias_is_read_beside_a_product(weight: tuple[Given, LazyTensor]) -> None:
-    x, bias = torch.randn(2, 5), Given(torch.randn(7))
+    x = torch.randn(2, 5)
+    bias = Given(torch.randn(7))
     expected = functional.linear(x, weight[0].values, bias.values)
     torch.testing.assert_close(functional.linear(x, weight[1], LazyTensor.of(bias)), expected)
     assert (weight[0].asked, bias.asked) == (["product"], ["all"])
@@ -163,5 +164,6 @@ class Pausing(Given):
 
 
 def test_a_product_leaves_no_guard_while_others_run() -> None:
-    x, weight = torch.randn(2, 5), Pausing(torch.randn(7, 5))
+    x = torch.randn(2, 5)
+    weight = Pausing(torch.randn(7, 5))
     torch.testing.assert_close(functional.linear(x, LazyTensor.of(weight)), x @ weight.values.T)

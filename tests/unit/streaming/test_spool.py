@@ -21,7 +21,8 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
         torch.zeros(0, 2),
         torch.tensor(1.5),
     ]
-    first, second = spool.write(tensors), spool.write([torch.ones(2)])
+    first = spool.write(tensors)
+    second = spool.write([torch.ones(2)])
     for found, tensor in zip(spool.read(first), tensors, strict=True):
         assert found.dtype == tensor.dtype
         assert torch.equal(found, tensor)

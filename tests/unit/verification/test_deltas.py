@@ -9,7 +9,10 @@ from streamer.linalg.moments import Spectrum, reduced
 from streamer.linalg.operators import LowRank
 from streamer.verification import deltas
 
-M, N, K, R = 20, 30, 6, 4
+M = 20
+N = 30
+K = 6
+R = 4
 
 
 @pytest.mark.parametrize(
@@ -19,7 +22,8 @@ M, N, K, R = 20, 30, 6, 4
 def test_any_share_is_computed_alike(share: float, one_hot: bool) -> None:
     """Shares below what the largest ν leaves, or above what the smallest does, as well."""
     rng = np.random.default_rng(vary(0))
-    L, right = rng.standard_normal((M, R)), rng.standard_normal((N, R))
+    L = rng.standard_normal((M, R))
+    right = rng.standard_normal((N, R))
     values = np.sort(np.exp(rng.uniform(-6, 3, N if one_hot else K)))[::-1].copy()
     V = None if one_hot else np.linalg.qr(rng.standard_normal((N, K)))[0]
     rest = 0.0 if one_hot else 1e-3

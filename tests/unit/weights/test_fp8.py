@@ -18,9 +18,11 @@ def test_exponents_are_what_torch_has() -> None:
 @pytest.mark.parametrize("shape", [(200, 300), (128, 130), (130, 128), (7, 5)])
 def test_fp8_blocks_at_the_edges(tmp_path: Path, shape: tuple[int, int]) -> None:
     """The last block of a row or column may be smaller, as in DeepSeek's kernels; transformers does not load such a shape."""
-    code, scale = fp8(shape), scales((-(-shape[0] // 128), -(-shape[1] // 128)))
+    code = fp8(shape)
+    scale = scales((-(-shape[0] // 128), -(-shape[1] // 128)))
     weights = base_of(tmp_path, {"w.weight": code, "w.weight_scale_inv": scale}, FP8_CONFIG)
-    rows, columns = torch.arange(shape[0]) // 128, torch.arange(shape[1]) // 128
+    rows = torch.arange(shape[0]) // 128
+    columns = torch.arange(shape[1]) // 128
     assert_decodes(weights, "w.weight", code.float() * scale[rows][:, columns])
 
 
@@ -37,7 +39,8 @@ def test_fp8_with_one_scale_or_one_a_row(
     tmp_path: Path, grid: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     """compressed-tensors and modelopt: ``weight_scale`` multiplies; the scale of activations is no part of the weight."""
-    code, scale = fp8((64, 96)), scales(grid).to(dtype)
+    code = fp8((64, 96))
+    scale = scales(grid).to(dtype)
     tensors = {"w.weight": code, "w.weight_scale": scale, "w.input_scale": torch.tensor(0.5)}
     weights = base_of(
         tmp_path, tensors, {"quant_method": "compressed-tensors", "format": "float-quantized"}
