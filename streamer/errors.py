@@ -65,11 +65,9 @@ def one_line(text: str) -> str:
 
 def printable(text: str) -> str:
     """Escape characters that would control a terminal, because names may come from downloads."""
-    return (
-        text
-        if text.isprintable()
-        else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    )
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class UsageError(StreamerError, ValueError):

@@ -89,11 +89,9 @@ class Column:
     @property
     def least(self) -> int:
         """Return the smallest width before other columns are hidden."""
-        return (
-            min(self.width, max(NAME_COLUMNS, len(self.head), len(self.foot)))
-            if self.names
-            else self.width
-        )
+        if self.names:
+            return min(self.width, max(NAME_COLUMNS, len(self.head), len(self.foot)))
+        return self.width
 
 
 def table(columns: Sequence[Column], screen: Screen = NO_LIMIT) -> str:

@@ -193,11 +193,9 @@ def _oft(p: MethodInputs, W0: Tensor) -> Delta:
         eps = float(p.config.get("eps", 6e-5)) / math.sqrt(len(Q))
         norms = torch.linalg.matrix_norm(Q)[:, None, None]
         Q = torch.where(norms <= eps, Q, eps * Q / norms)
-    terms = (
-        int(p.config.get("num_cayley_neumann_terms", 5))
-        if p.config.get("use_cayley_neumann")
-        else None
-    )
+    terms = None
+    if p.config.get("use_cayley_neumann"):
+        terms = int(p.config.get("num_cayley_neumann_terms", 5))
     R = _cayley(Q, terms).to(W0.dtype)
     return Dense(_rotated(W0, R, embedding=role == "oft_embedding_R") - W0)
 

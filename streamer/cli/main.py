@@ -238,11 +238,10 @@ def run(argv: list[str] | None = None) -> int:
         progress.close()
         raise
     dry = " --dry-run" if getattr(args, "dry_run", False) else ""
-    progress = (
-        JsonEvents()
-        if args.json_events
-        else Progress(args.progress, args.quiet, f"{args.command}{dry}")
-    )
+    if args.json_events:
+        progress = JsonEvents()
+    else:
+        progress = Progress(args.progress, args.quiet, f"{args.command}{dry}")
     try:
         _run(args, progress)
     except VerificationError as e:

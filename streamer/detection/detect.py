@@ -488,7 +488,9 @@ class FindingsWriter:
     @property
     def state(self) -> str:
         """Say what a run will do: ``new``, ``resume`` or ``done``."""
-        return "done" if self.finished is not None else "resume" if self.file.is_begun() else "new"
+        if self.finished is not None:
+            return "done"
+        return "resume" if self.file.is_begun() else "new"
 
     @contextlib.contextmanager
     def begun(self) -> Iterator[None]:

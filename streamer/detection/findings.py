@@ -283,10 +283,10 @@ def _ranks(ranks: Sequence[int]) -> str:
     groups = itertools.groupby(enumerate(ranks), lambda pair: pair[1] - pair[0])
     runs = [[j for _, j in group] for _, group in groups]
     ends = ((run[0], run[-1]) for run in runs)
-    parts = [
-        f"{a + 1}" if a == b else f"{a + 1} {b + 1}" if b == a + 1 else f"{a + 1}-{b + 1}"
-        for a, b in ends
-    ]
+    parts = []
+    for a, b in ends:
+        dash = " " if b == a + 1 else "-"
+        parts.append(f"{a + 1}" if a == b else f"{a + 1}{dash}{b + 1}")
     return " ".join(parts) or "-"
 
 

@@ -52,11 +52,10 @@ def bounds_columns(shape: tuple[int, int], k: int, allow_dense: bool) -> int:
     """
     m, n = shape
     width = block_width(k, OVERSAMPLING)
-    most = (
-        max(1024, 16 * width, m * n // (6 * (m + n)))
-        if allow_dense
-        else max(OPEN_COLUMNS, 8 * width)
-    )
+    if allow_dense:
+        most = max(1024, 16 * width, m * n // (6 * (m + n)))
+    else:
+        most = max(OPEN_COLUMNS, 8 * width)
     return max(min(round(0.45 * min(m, n)), most), min(256, m, n))
 
 
@@ -90,11 +89,9 @@ def working_bytes(
 
     whole_bytes = matrix + certified(True)
     ways = {Way.DENSE: max(dense, whole_bytes), Way.WHOLE: whole_bytes}
-    return (
-        ways
-        if rank is None
-        else ways | {Way.BLOCKS: 3 * min(matrix, BLOCK_BYTES) + certified(False)}
-    )
+    if rank is None:
+        return ways
+    return ways | {Way.BLOCKS: 3 * min(matrix, BLOCK_BYTES) + certified(False)}
 
 
 def cheaper(shape: tuple[int, int], k: int) -> str:
@@ -281,11 +278,9 @@ def _power(largest: float, dtype: torch.dtype) -> float:
 
 
 def _unscaled(t: Triplets, power: float) -> Triplets:
-    return (
-        t
-        if power == 1
-        else replace(t, S=t.S / power, residuals=t.residuals / power, gaps=t.gaps / power)
-    )
+    if power == 1:
+        return t
+    return replace(t, S=t.S / power, residuals=t.residuals / power, gaps=t.gaps / power)
 
 
 SOLVERS: dict[str, Solver] = {"certified": solve_certified, "dense": solve_dense}

@@ -115,11 +115,9 @@ def _ieee_products() -> Iterator[None]:
 
 def thread_count(recorded: object) -> int:
     """Return the number of threads that a journal records, or torch's if the record has none that is possible."""
-    return (
-        recorded
-        if type(recorded) is int and 0 < recorded <= MOST_THREADS
-        else torch.get_num_threads()
-    )
+    if type(recorded) is int and 0 < recorded <= MOST_THREADS:
+        return recorded
+    return torch.get_num_threads()
 
 
 @contextlib.contextmanager

@@ -310,11 +310,9 @@ def _blocks(head: str) -> dict[str, str] | None:
             return None
         blocks[key] = blocks.get(key, "") + line + "\n"
     # An alias refers to another key, which may not be kept.
-    return (
-        None
-        if any(_ALIAS.search(blocks.get(key, "")) for key in (*KEPT, "tags", "base_model"))
-        else blocks
-    )
+    if any(_ALIAS.search(blocks.get(key, "")) for key in (*KEPT, "tags", "base_model")):
+        return None
+    return blocks
 
 
 def _merged_head(card: Card, sources: tuple[NameSource, NameSource], blocks: dict[str, str]) -> str:
@@ -335,7 +333,9 @@ def _merged_head(card: Card, sources: tuple[NameSource, NameSource], blocks: dic
             _list("base_model", ids)
             + f"base_model_relation: {'merge' if len(ids) > 1 else 'finetune'}\n"
         )
-    of_adapter = () if card.tuned else ("lora",) if card.diffusers else ("peft", "lora")
+    of_adapter = [] if card.tuned else ["lora"]
+    if of_adapter and not card.diffusers:
+        of_adapter = ["peft", "lora"]
     return (
         sources_head + _list("tags", [TAG, "merged", *of_adapter]) + "".join(base_entries.values())
     )
@@ -454,11 +454,9 @@ def verify_line(base: str, adapter: str, record: Mapping[str, Any]) -> str:
 
 
 def _file_option(record: Mapping[str, Any]) -> list[str]:
-    return (
-        ["--map" if "map" in record else "--coefficients", record["file"]]
-        if "file" in record
-        else []
-    )
+    if "file" in record:
+        return ["--map" if "map" in record else "--coefficients", record["file"]]
+    return []
 
 
 def command_line(record: Record) -> str:

@@ -489,11 +489,10 @@ def list_hub(name: HubName) -> HubListing:
         with _client(name) as hub:
             index = Path(hub.hf_hub_download(name.repo, start + INDEX_NAME, revision=commit))
         shards = shards_of(checkpoint.read_json_object(index), f"{name.shown}/{INDEX_NAME}")
-    small, weights = (
-        ({}, {name.file: files[name.file]})
-        if name.file
-        else needed_files(name.shown, files, shards)
-    )
+    small: Files = {}
+    weights = {name.file: files[name.file]} if name.file else {}
+    if not name.file:
+        small, weights = needed_files(name.shown, files, shards)
     place = Path(f"models--{name.repo.replace('/', '--')}", "snapshots", commit, name.folder)
     return HubListing(name.shown, place, small, weights, name.file, name, commit)
 

@@ -211,11 +211,10 @@ def samples(subject: Subject) -> list[str]:
     """Return the beginnings of texts that the adapter wrote, if it did."""
     if isinstance(subject, Findings):
         return []
-    of = (
-        subject.facts["texts"]["task"]
-        if isinstance(subject, Evaluation)
-        else subject.get("repair", {})
-    )
+    if isinstance(subject, Evaluation):
+        of = subject.facts["texts"]["task"]
+    else:
+        of = subject.get("repair", {})
     return [printable(textwrap.shorten(text, SAMPLE)) for text in of.get("samples", ())]
 
 
@@ -294,13 +293,14 @@ def _matrix(m: MatrixFinding, directions: int) -> dict[str, Any]:
     """Describe a matrix and so many of its directions; intervals of similarity are rounded outwards."""
     d = m.detection
     solver = f"{d.solver}, float64" if d.precision == "float64" and m.dtype != "F64" else d.solver
+    unsure = [] if d.certified else ["clustered" if d.degenerate else "open"]
     return {
         "name": printable(m.tensor),
         "kind": f"{m.shape[0]}×{m.shape[1]} {m.dtype}",
         "rank": m.rank,
         "directions": len(d.singular_values),
         "intruders": d.intruders,
-        "decided": solver + ("" if d.certified else ", clustered" if d.degenerate else ", open"),
+        "decided": ", ".join([solver, *unsure]),
         "low": [math.floor(STEPS * low) / STEPS for low in d.similarity_low[:directions]],
         "high": [math.ceil(STEPS * high) / STEPS for high in d.similarity_high[:directions]],
         "least": round(min(d.similarity, default=1.0), 9),

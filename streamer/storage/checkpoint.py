@@ -239,11 +239,9 @@ _PLAIN = re.compile(r"(?![A-Za-z]:)[^./\\\x00-\x1f][^/\\\x00-\x1f]*\.safetensors
 
 def shard_names(count: int) -> list[str]:
     """Name the files of a model as transformers does: one file, or numbered shards."""
-    return (
-        [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-        if count > 1
-        else [SINGLE_NAME]
-    )
+    if count > 1:
+        return [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    return [SINGLE_NAME]
 
 
 @dataclass(frozen=True)

@@ -254,11 +254,9 @@ def storage_errors(path: Path, action: str) -> Iterator[None]:
 def absent(path: Path, what: str) -> errors.MissingInputError:
     """Make the error for a missing input directory; `what` names the expected input."""
     collapsed = re.match(r"[a-z][a-z0-9+.-]+:/", str(path))
-    hint = (
-        "an address has two slashes, of which a Path keeps one"
-        if collapsed
-        else "a hub name has the form OWNER/NAME"
-    )
+    hint = "a hub name has the form OWNER/NAME"
+    if collapsed:
+        hint = "an address has two slashes, of which a Path keeps one"
     return errors.MissingInputError(
         f"{path}: no such directory; check the path of the {what}; {hint}", path
     )

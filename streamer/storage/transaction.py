@@ -626,11 +626,9 @@ def record_at(path: Path) -> dict[str, Any] | None:
         tree = files.strict_json(path.read_bytes()) if path.is_file() else None
     except (OSError, ValueError):
         return None
-    return (
-        tree
-        if isinstance(tree, dict) and str(tree.get("schema")).startswith("streamer.output/")
-        else None
-    )
+    if isinstance(tree, dict) and str(tree.get("schema")).startswith("streamer.output/"):
+        return tree
+    return None
 
 
 RECORD_NAME = "streamer.json"
@@ -798,11 +796,9 @@ def _recorded_state(
         raise _foreign(path / RECORD_NAME)
     head = next(Journal.peek(path / JOURNAL_NAME), None)
     if head is not None:
-        return (
-            "resume"
-            if may_resume(path, head, plan.head, resume=resume, overwrite=overwrite)
-            else "new"
-        )
+        if may_resume(path, head, plan.head, resume=resume, overwrite=overwrite):
+            return "resume"
+        return "new"
     if overwrite or record is None:
         return "new"
     if record.get("plan") == plan.digest:
@@ -878,11 +874,9 @@ class OutputDirectory:
         ):  # all files were complete, and some may have been renamed into place
             places.append(self._plan.path)
         entry = self._entries.get(name)
-        return (
-            entry
-            if any(is_unchanged(place, file) for file in as_files([entry]) for place in places)
-            else None
-        )
+        if any(is_unchanged(place, file) for file in as_files([entry]) for place in places):
+            return entry
+        return None
 
     def entry(self, name: str) -> dict[str, Any]:
         """Return the journal's entry of a file that this run has written or found finished."""

@@ -48,11 +48,10 @@ class LayerCache:
         if key in self._values:
             return cast(Shared, self._values[key])
         values = read()
-        nbytes = (
-            values.nbytes
-            if isinstance(values, Tensor)
-            else sum(t.nbytes for _, t in values.named_tensors())
-        )
+        if isinstance(values, Tensor):
+            nbytes = values.nbytes
+        else:
+            nbytes = sum(t.nbytes for _, t in values.named_tensors())
         if self._nbytes + nbytes <= self.room:
             self._values[key] = values
             self._nbytes += nbytes

@@ -792,13 +792,13 @@ def by_spectrum(delta: Delta, values: Array, V: Array | None, rest: float, share
     high = DECADES
     nu = math.inf
     for _ in range(200 if share else 0):
-        nu = 10 ** ((low + high) / 2) / largest
+        middle = (low + high) / 2
+        nu = 10**middle / largest
         left = np.sum(energies / np.sqrt(1 + nu * values)) + others / np.sqrt(1 + nu * rest)
-        low, high = (
-            ((low + high) / 2, high)
-            if left > share * (energies.sum() + others)
-            else (low, (low + high) / 2)
-        )
+        if left > share * (energies.sum() + others):
+            low = middle
+        else:
+            high = middle
     gains = (1 + nu * values) ** -0.25 if share else (values == 0) * 1.0
     of_rest = (1 + nu * rest) ** -0.25 if share else float(rest == 0)
     if not isinstance(delta, LowRank):

@@ -195,11 +195,9 @@ class Check:
         W0, delta = self.adapter.delta(row, self._source(tensor))
         by_file = self._formula and (self._formula(tensor, delta), 0.0)
         mitigated, spread = by_file or deltas.by_method(self.record, row, W0, delta)
-        written = (
-            f"base_model.model.{row['module']}.weight"
-            if isinstance(self.files, AdapterFiles)
-            else tensor
-        )
+        written = tensor
+        if isinstance(self.files, AdapterFiles):
+            written = f"base_model.model.{row['module']}.weight"
         if not isinstance(self.files, AdapterFiles) or written in self.files.stored:
             return self._compare(tensor, written, W0, mitigated, spread)
         mine, theirs = (
@@ -279,11 +277,9 @@ class Check:
             excess += float(np.sum(np.maximum(error - rounding, 0) ** 2))
         worst = max(worst, math.sqrt(excess) / spread if spread else 0.0)
         if not worst <= 1:
-            expected = (
-                "the inputs' values within one rounding"
-                if delta is None
-                else "W0 + Δ' within one rounding"
-            )
+            expected = "W0 + Δ' within one rounding"
+            if delta is None:
+                expected = "the inputs' values within one rounding"
             self._differ(tensor, expected, f"{worst:.3g} times that")
         return worst
 
@@ -548,11 +544,9 @@ def read_record(path: Path) -> dict[str, Any] | str:
     file = path / RECORD_NAME
     if not file.is_file():
         inside = sorted(p.parent.name for p in path.glob(f"*/{RECORD_NAME}"))
-        found = (
-            f"none; name one of the outputs in it: {', '.join(inside[:3])}"
-            if inside
-            else "none; check the path"
-        )
+        found = "none; check the path"
+        if inside:
+            found = f"none; name one of the outputs in it: {', '.join(inside[:3])}"
         if (path / JOURNAL_NAME).exists():
             found = "the journal of an interrupted run; run its command again"
         raise errors.MissingInputError(
@@ -569,11 +563,9 @@ def read_record(path: Path) -> dict[str, Any] | str:
     if digest != stated:
         return f"SHA-256 {digest}, and {stated} stated"
     if schema != OUTPUT_SCHEMA:
-        by = (
-            "is of write_safetensors, which records digests alone; "
-            if str(schema).endswith("/tensors")
-            else ""
-        )
+        by = ""
+        if str(schema).endswith("/tensors"):
+            by = "is of write_safetensors, which records digests alone; "
         raise errors.FormatError(
             f"{file}: {by}found schema {schema}; verify it with the version that wrote it"
         )
@@ -695,11 +687,9 @@ def _find_file(record: Mapping[str, Any], output: Path, given: Given) -> Path | 
         )
     path = Path(given.get(needed) or output.resolve().parent / name)
     if needed and not path.is_file():
-        found = (
-            f"expected its {needed}, found no file {path}"
-            if given[needed]
-            else f"found no {name!r} beside it"
-        )
+        found = f"found no {name!r} beside it"
+        if given[needed]:
+            found = f"expected its {needed}, found no file {path}"
         raise errors.MissingInputError(f"{output}: {found}; pass the file with --{needed}", path)
     return path if needed else None
 
