@@ -65,8 +65,6 @@ def one_line(text: str) -> str:
 
 def printable(text: str) -> str:
     """Escape characters that would control a terminal, because names may come from downloads."""
-    if text.isprintable():
-        return text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 

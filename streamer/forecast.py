@@ -31,7 +31,7 @@ from streamer.storage.checkpoint import Checkpoint, sampled_bytes
 from streamer.workers import Workers
 
 SIDE = 2048
-COLUMNS = 64
+TIMED_COLUMNS = 64
 """Sides of the product ``(SIDE, SIDE) (SIDE, COLUMNS)`` in float32 that is timed."""
 
 PROBE_SECONDS = 0.3
@@ -94,13 +94,13 @@ def measure_rates(base: Checkpoint, monitor: Monitor) -> Rates | None:
     monitor.checkpoint()
     monitor.emit(Event("probe", "a product and a read"))
     W = torch.ones(SIDE, SIDE)
-    block = torch.ones(SIDE, COLUMNS)
+    block = torch.ones(SIDE, TIMED_COLUMNS)
     W @ block  # starts the threads
     products = 0
     began = time.perf_counter()
     while (product_seconds := time.perf_counter() - began) < PROBE_SECONDS:
         W @ block
-        products += SIDE * SIDE * COLUMNS
+        products += SIDE * SIDE * TIMED_COLUMNS
     file, info = max(
         ((f, t) for f in base.files.values() for t in f.header.tensors),
         key=lambda pair: pair[1].nbytes,

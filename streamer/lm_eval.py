@@ -51,10 +51,10 @@ KEYWORDS = {f.name for f in fields(VariantOptions)} - {
 }
 """Keywords of `evaluate_variants` that have an effect here."""
 
-BLOCK = 8192
+SWEPT_TOKENS = 8192
 """Tokens of all variants that ride in a sweep, whose results are stored before the next."""
 
-REQUESTS = "requests"
+HARNESS_TEXT = "requests"
 """Name of the requests as a text, in messages."""
 
 RESULTS = "create table if not exists results (key blob primary key, loss real, greedy integer) without rowid"
@@ -143,7 +143,7 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         self._max_memory = request.memory
         plan = self._model.job.plan
         directory = tokenizer_directory(plan)
-        self.tokenizer = load_tokenizer(Path(REQUESTS), directory).loaded
+        self.tokenizer = load_tokenizer(Path(HARNESS_TEXT), directory).loaded
         config = require_transformers().AutoConfig.from_pretrained(
             plan.base.directory, local_files_only=True
         )
@@ -305,13 +305,13 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         other = self._variants[1] if self._variant.name == BASE else self._variant
         variants = self._variants if self._cache is not None else (self._variants[0], other)
         counted = tuple(np.arange(len(ids)) >= len(ids) - scored for ids, scored in questions)
-        text = TextSequences(tuple(question.ids for question in questions), counted, REQUESTS)
+        text = TextSequences(tuple(question.ids for question in questions), counted, HARNESS_TEXT)
         model = self._model
         plan = self._model.job.plan
-        texts = {REQUESTS: text}
+        texts = {HARNESS_TEXT: text}
         resident = resident_bytes(AdapterBatch(plan.base, (plan,)))
         progress = SweepProgress(Monitor(), "evaluate")
-        rows = max(BLOCK, len(variants) * max(MOST_ROWS, text.longest))
+        rows = max(SWEPT_TOKENS, len(variants) * max(MOST_ROWS, text.longest))
         work = Work(rows, text.longest)
         limits = work.limits(model.size, resident, self._max_memory)
         model.use(replace(model.job, variants=variants))
@@ -326,10 +326,10 @@ class StreamerLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
                 while (
                     parts
                     and sum(group.rows for part in (*block, parts[0]) for group in part.groups)
-                    <= BLOCK
+                    <= SWEPT_TOKENS
                 ):
                     block.append(parts.pop(0))
-                sums = measure(model, block, progress, limits)[REQUESTS]
+                sums = measure(model, block, progress, limits)[HARNESS_TEXT]
                 results = [
                     (
                         self._key(variant, questions[i]),

@@ -81,7 +81,7 @@ class Kind:
                 raise UsageError(f"{name}: expected {self.words}, found {found}")
 
 
-def reader(
+def text_reader(
     read: Callable[[str], Any], expected: str, meant: Callable[[str], str] = lambda text: ""
 ) -> Callable[[str], Any]:
     """Say of a text that cannot be read what was expected, and what it may have meant."""
@@ -104,8 +104,8 @@ def share_meant(text: str) -> str:
     return ""
 
 
-read_number = reader(float, "a number like 0.75", share_meant)
-read_integer = reader(int, "a whole number")
+read_number = text_reader(float, "a number like 0.75", share_meant)
+read_integer = text_reader(int, "a whole number")
 
 
 def read_numbers(text: str) -> tuple[float, ...]:
@@ -183,16 +183,16 @@ PART = replace(SHARE, words="a share between 0 and 1", holds=lambda x: _lies(x, 
 RANK = Kind(
     "a rank from 1, or a share in (0, 1] with a decimal point",
     _is_rank,
-    reader(count_or_share, "a rank like 16 or a share like 0.95"),
+    text_reader(count_or_share, "a rank like 16 or a share like 0.95"),
     metavar="RANK",
 )
 COUNT_OR_SHARE = Kind(
-    read=reader(count_or_share, "a count like 10 or a share like 0.1"), metavar="K"
+    read=text_reader(count_or_share, "a count like 10 or a share like 0.1"), metavar="K"
 )
 COUNT_OR_ALL = Kind(
     "a count from 1 or 'all'",
     lambda n: n == "all" or whole(1).holds(n),
-    reader(lambda text: text if text == "all" else int(text), "a count from 1 or 'all'"),
+    text_reader(lambda text: text if text == "all" else int(text), "a count from 1 or 'all'"),
     metavar="N",
 )
 LAMBDAS = Kind(
@@ -218,10 +218,12 @@ ONE_BASE = Kind("one; to map several texts, join them in one file", _is_path)
 SIZE = Kind(
     "a whole number of bytes",
     _is_size,
-    reader(parse_size, "a size like 600M or 4G"),
+    text_reader(parse_size, "a size like 600M or 4G"),
     metavar="SIZE",
 )
-FILE_SIZE = replace(SIZE, read=reader(partial(parse_size, unit=1000), "a size like 5GB or 500M"))
+FILE_SIZE = replace(
+    SIZE, read=text_reader(partial(parse_size, unit=1000), "a size like 5GB or 500M")
+)
 EVENTS = Kind("a function that takes an event", callable)
 MONITOR = Kind("a Monitor", lambda value: isinstance(value, Monitor))
 FILTER = Kind("a function that takes a name", callable)

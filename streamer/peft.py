@@ -35,7 +35,7 @@ from streamer.api.calls import explained, watched
 from streamer.api.requests import detection_options
 from streamer.detection.detect import choose_device, detect_in_memory
 from streamer.detection.findings import Findings, load_findings, matched_findings
-from streamer.detection.options import DetectionOptions, Run
+from streamer.detection.options import DetectionOptions
 from streamer.errors import InputError, NumericError, UnsupportedError, UsageError
 from streamer.events import Event, Monitor
 from streamer.linalg.operators import all_finite
@@ -57,6 +57,7 @@ from streamer.plan.name_matching import Match
 from streamer.plan.names import NameIndex
 from streamer.plan.plan import AdapterBatch, Plan, match_plan
 from streamer.plan.targets import Orientation, Target
+from streamer.run import Run
 from streamer.storage.atomic_file import Piece, gather
 from streamer.storage.checkpoint import (
     SAMPLE_BYTES,
@@ -82,7 +83,7 @@ __all__ = [
     "reduce_intruder_dimension",
 ]
 
-_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+_PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 
 
 class LiveTensor(NamedTuple):
@@ -121,7 +122,9 @@ class LiveFile(TensorFile):
             tensor = live.tensor
             dtype = SPELLINGS.get(tensor.dtype)
             # Its dtype and shape describe it fully; bitsandbytes' layers describe the rest.
-            plain = type(tensor) in _PLAIN or type(tensor).__module__.startswith("bitsandbytes")
+            plain = type(tensor) in _PLAIN_TENSORS or type(tensor).__module__.startswith(
+                "bitsandbytes"
+            )
             if dtype is None or not plain:
                 raise UnsupportedError(
                     f"{title}: {name!r} is a {type(tensor).__name__} of {tensor.dtype}, which is not supported; load the model in a "
@@ -210,7 +213,7 @@ class LiveModel:
 
         A tensor that PEFT creates for saving belongs to no module.
         """
-        tensors = dict(entries(self.model, "", base_only=False))
+        tensors = dict(state_entries(self.model, "", base_only=False))
         by_id = {id(live.tensor): live for live in tensors.values()}
         adapter_name = adapter_name or self.adapter_name
         try:
@@ -327,7 +330,9 @@ def _uncompiled(model: Any) -> Any:
     return model
 
 
-def entries(module: nn.Module, prefix: str, base_only: bool) -> Iterator[tuple[str, LiveTensor]]:
+def state_entries(
+    module: nn.Module, prefix: str, base_only: bool
+) -> Iterator[tuple[str, LiveTensor]]:
     """Yield the tensors in each module's state dict, which for quantized layers include what decodes them."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -336,7 +341,7 @@ def entries(module: nn.Module, prefix: str, base_only: bool) -> Iterator[tuple[s
         wrapped = (
             "original_module" if isinstance(module, AuxiliaryTrainingWrapper) else "base_layer"
         )
-        yield from entries(module.get_submodule(wrapped), prefix, base_only)
+        yield from state_entries(module.get_submodule(wrapped), prefix, base_only)
         return
     state: dict[str, Any] = {}
     module._save_to_state_dict(state, "", keep_vars=True)
@@ -345,7 +350,7 @@ def entries(module: nn.Module, prefix: str, base_only: bool) -> Iterator[tuple[s
             yield prefix + key, LiveTensor(module, key, tensor)
     for name, child in module.named_children():
         below = prefix if base_only and name == "_orig_mod" else f"{prefix}{name}."
-        yield from entries(child, below, base_only)
+        yield from state_entries(child, below, base_only)
 
 
 def layer_of(target: Target, layers: Container[str]) -> str:
@@ -479,7 +484,7 @@ def plan_live(peft_model: nn.Module, adapter_name: str, ignore_keys: Sequence[st
     adapter = LiveAdapter(
         loaded.path, loaded.config, loaded.files, loaded.modules, loaded.carried, loaded.wrapped
     )
-    tensors = dict(entries(live.base, "", base_only=True))
+    tensors = dict(state_entries(live.base, "", base_only=True))
     first = {id(live_tensor.tensor): name for name, live_tensor in reversed(tensors.items())}
     # Tied ones once, as in files.
     distinct = {name: tensors[name] for name in tensors if first[id(tensors[name].tensor)] == name}

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
@@ -30,9 +30,6 @@ from streamer.plan.plan import AdapterBatch, MemoryEstimate, check_budget, make_
 from streamer.storage.checkpoint import IOMode
 from streamer.storage.files import difference
 
-if TYPE_CHECKING:
-    from streamer.detection.options import Run
-
 Value = TypeVar("Value")
 
 MOST_CACHED = 2
@@ -40,7 +37,7 @@ MOST_CACHED = 2
 
 
 @dataclass(frozen=True)
-class Inputs:
+class TaskInputs:
     """Addresses of a base and its adapters, how to open them, and their expected identities.
 
     Attributes
@@ -48,7 +45,7 @@ class Inputs:
     base, adapters
         Absolute paths.
     io, stated, architecture
-        As in `detection.options.Run`.
+        As in `run.Run`.
     identities
         Identities of the base and of each adapter, as JSON.
     version
@@ -64,11 +61,19 @@ class Inputs:
     version: str = __version__
 
     @classmethod
-    def of(cls, batch: AdapterBatch, run: Run) -> Inputs:
-        """Describe the inputs of a batch, and how a run opened it."""
-        paths = (os.path.abspath(plan.adapter.path) for plan in batch.plans)
-        opened = run.io, run.stated, run.architecture
-        return cls(os.path.abspath(batch.base.path), tuple(paths), *opened, _identities(batch))
+    def of(
+        cls, batch: AdapterBatch, io: IOMode, stated: Stated, architecture: str | None
+    ) -> TaskInputs:
+        """Describe the inputs of a batch, and how a worker opens them."""
+        paths = tuple(os.path.abspath(plan.adapter.path) for plan in batch.plans)
+        return cls(
+            os.path.abspath(batch.base.path),
+            paths,
+            io,
+            stated,
+            architecture,
+            _identities(batch),
+        )
 
     def open(self) -> AdapterBatch:
         """Open the inputs.
@@ -110,7 +115,7 @@ class Task(Generic[Value]):
         Does the task with open inputs: a function of a module, or a partial one.
     """
 
-    inputs: Inputs
+    inputs: TaskInputs
     threads: int
     name: str
     step: Callable[[AdapterBatch, Monitor], Value]

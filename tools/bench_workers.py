@@ -32,9 +32,9 @@ from measure import machine
 import streamer
 from streamer.api.executors import RayExecutor, processes
 from streamer.detection.detect import choose_device
-from streamer.detection.options import Run
 from streamer.plan.plan import make_batch
-from streamer.workers import Inputs, Task, perform
+from streamer.run import Run
+from streamer.workers import Task, perform
 
 ROUNDS = 50
 
@@ -78,7 +78,7 @@ def nothing(*_: object) -> None:
 def empty_task(base: Path, adapter: Path) -> Task[None]:
     """A task without a matrix: a worker opens the inputs, once, and answers."""
     run = Run(choose_device("cpu"))
-    return Task(Inputs.of(make_batch(base, [adapter]), run), 1, "nothing", nothing)
+    return Task(run.task_inputs(make_batch(base, [adapter])), 1, "nothing", nothing)
 
 
 def start(executor: Executor, count: int, task: Task[None]) -> float:

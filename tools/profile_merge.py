@@ -82,12 +82,12 @@ def profile(
         from streamer.adapters.finetuned import AdapterPaths
         from streamer.detection.detect import choose_device
         from streamer.detection.findings import load_findings
-        from streamer.detection.options import Run
         from streamer.methods import Paper
         from streamer.output import write as outputs
         from streamer.output.form import Form
         from streamer.output.mitigation import Mitigated, Mitigation
         from streamer.output.opening import open_mitigations
+        from streamer.run import Run
         from streamer.storage import atomic_file, checkpoint, files
 
     stages = {"addmm_": "addmm", "aminmax": "finite check", "isfinite": "finite check"}

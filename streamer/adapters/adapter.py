@@ -44,9 +44,9 @@ from streamer.storage.checkpoint import IOMode, TensorFile, read_json_object
 from streamer.storage.files import AdapterIdentity, StatedIdentity, absent, lacks, strict_json
 from streamer.storage.header import TensorInfo
 from streamer.units import listed
-from streamer.weights.base import FLOATS, Shape, StoredTensor, equal, float_dtype
+from streamer.weights.base import FLOATS, StoredTensor, TensorShape, equal, float_dtype
 
-FACTORS = ("factor", "embedding", "magnitude")
+LORA_ROLES = ("factor", "embedding", "magnitude")
 """Roles of tensors that form a LoRA module."""
 
 _ADAPTER = r"(?:\.(?P<adapter>[^.]+))?"
@@ -141,7 +141,7 @@ class Carried:
     parameter: str
     source: str
     scaling: float = 1.0
-    indices: Shape = ()
+    indices: TensorShape = ()
 
     @property
     def name(self) -> str:
@@ -188,7 +188,7 @@ def carried_tensor(
     return Carried(role, module, "bias", source, modules[module].scaling)
 
 
-def _token_indices(config: AdapterConfig, module: str) -> Shape:
+def _token_indices(config: AdapterConfig, module: str) -> TensorShape:
     """Return the rows that trained tokens replace; PEFT stores them in the config, for the input embedding or by module.
 
     Empty if the config names other modules.
@@ -535,7 +535,7 @@ def _sort(
             factors[factor] = info.name
         else:
             role, match = classify(name)
-            if role == "other" or role in FACTORS:  # another method's
+            if role == "other" or role in LORA_ROLES:  # another method's
                 refused.append(info.name)
             else:
                 others.append(TensorRole(info.name, role, match))
@@ -557,7 +557,7 @@ def _factor_of(name: str, method: PeftMethod | None) -> tuple[str, str] | None:
         return (match["module"], match["factor"]) if match else None
     role, found = classify(name)
     factor = "magnitude" if role == "magnitude" else found.groupdict().get("factor")
-    return (found["module"], factor) if role in FACTORS and factor else None
+    return (found["module"], factor) if role in LORA_ROLES and factor else None
 
 
 def _check_pairs(file: TensorFile, factors_of: Mapping[str, Mapping[str, str]]) -> None:
@@ -611,7 +611,7 @@ METADATA_KEY = "lora_adapter_metadata"
 TRAINERS_KEY = "lora_config"
 """Metadata in which finetrainers states a LoRA config; diffusers does not read it."""
 
-FACTOR = {
+FACTOR_OF_SUFFIX = {
     "lora_A": "A",
     "lora_down": "A",
     "lora_B": "B",
@@ -675,7 +675,7 @@ def _modules(file: TensorFile, whose: str, stated: Stated) -> dict[str, Module]:
     for info in header.tensors:
         match = re.match(pattern, info.name)
         if match and not _TEXT_DORA.match(info.name):
-            role = FACTOR.get(match["factor"], "alpha")
+            role = FACTOR_OF_SUFFIX.get(match["factor"], "alpha")
             tensors_of.setdefault(match["module"], {})[role] = info.name
         else:
             refused.append(info.name)

@@ -24,9 +24,9 @@ from streamer.adapters.adapter_config import AdapterConfig
 from streamer.errors import NumericError
 from streamer.linalg.operators import BLOCK_BYTES, Delta, Dense, LowRank
 from streamer.units import listed
-from streamer.weights.base import Shape, StoredTensor, Tensors, float_dtype
+from streamer.weights.base import StoredTensor, Tensors, TensorShape, float_dtype
 
-Shapes = Mapping[str, Shape]
+Shapes = Mapping[str, TensorShape]
 
 MatrixShape = tuple[int, int]
 """(out, in)."""
@@ -75,7 +75,7 @@ class PeftMethod:
     matrices: int = 3
 
 
-def _product(a: Shape, b: Shape) -> MatrixShape:
+def _product(a: TensorShape, b: TensorShape) -> MatrixShape:
     """Return the shape of a product; raise `ValueError` if the shapes do not match."""
     m, r = a
     k, n = b
@@ -94,7 +94,7 @@ def _loha(p: MethodInputs, W0: Tensor) -> Delta:
     return Dense((first * second).mul_(p.scaling))
 
 
-def _lokr_sides(s: Shapes) -> tuple[Shape, Shape]:
+def _lokr_sides(s: Shapes) -> tuple[TensorShape, TensorShape]:
     first, second = (
         s.get(f"lokr_w{i}") or _product(s[f"lokr_w{i}_a"], s[f"lokr_w{i}_b"]) for i in (1, 2)
     )
@@ -392,7 +392,7 @@ class LoraModule:
     scaling: float
     shape: MatrixShape
     layer_kind: str = "linear"
-    kernel: Shape = ()
+    kernel: TensorShape = ()
     expert: tuple[int, int] | None = None
     grouped: bool = False
     delta_transposed: bool = False
@@ -434,7 +434,7 @@ class LoraModule:
         return b.reshape(len(b), self.expert[1], self.rank).transpose(1, 2).reshape(b.shape)
 
     @property
-    def weight(self) -> Shape:
+    def weight(self) -> TensorShape:
         """Return the shape of the weight in the model; for a linear layer, as stored (out, in)."""
         m, n = self.shape
         if self.layer_kind == "embedding":
@@ -483,7 +483,7 @@ class LoraModule:
         """Return the memory of the module's tensors in the computing dtype, if they are kept beside Δ; else 0."""
         return 0
 
-    def placed(self, stored: Shape, transposed: bool) -> Module | None:
+    def placed(self, stored: TensorShape, transposed: bool) -> Module | None:
         """Fit the module to a weight of this shape, stored (in, out) if `transposed`, else (out, in); return None if it does not fit."""
         wanted = self.shape[::-1] if self.layer_kind == "linear" and transposed else self.weight
         return self if stored == wanted else None
@@ -511,7 +511,7 @@ class MethodModule:
     method: PeftMethod
     config: AdapterConfig
     tensors: Mapping[str, str]
-    shapes: Mapping[str, Shape]
+    shapes: Mapping[str, TensorShape]
     rank: int = 0
     scaling: float = 1.0
     shape: MatrixShape = (0, 0)
@@ -572,7 +572,7 @@ class MethodModule:
         """Return the memory of all its tensors in the computing dtype."""
         return sum(math.prod(shape) * max(4, itemsize) for shape in self.shapes.values())
 
-    def placed(self, stored: Shape, transposed: bool) -> MethodModule | None:
+    def placed(self, stored: TensorShape, transposed: bool) -> MethodModule | None:
         """Fit the module to a weight of this shape as stored."""
         if len(stored) < 2:
             return None

@@ -53,17 +53,17 @@ IN_BYTES = ("download", "verify", "write")
 """Stages whose `Event.total` is in bytes, unless it is the number of files."""
 
 FULL = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {rate_fmt}{postfix}"
-NARROW = "{desc}|{bar}| {elapsed}<{remaining}"
+BAR_AND_TIME = "{desc}|{bar}| {elapsed}<{remaining}"
 NO_BAR = "{desc} {elapsed}<{remaining}"
 """tqdm's formats, from the most columns to the fewest."""
 
-BESIDE = 46
+COLUMNS_BESIDE = 46
 """Columns of `FULL` without description and postfix."""
 
 SHORTEST = 10
 """Columns of the shortest useful name."""
 
-ADAPTER = 20
+ADAPTER_COLUMNS = 20
 """Columns of the longest name of an adapter."""
 
 ECHO = 2
@@ -144,17 +144,19 @@ def counts(event: Event, of: str = "/") -> str:
     return f"{event.items:>{width}}{of}{event.of} {plural(ITEMS[event.stage])}"
 
 
-def layout(event: Event, columns: int | None) -> dict[str, Any]:
+def bar_layout(event: Event, columns: int | None) -> dict[str, Any]:
     """Fit a bar to a terminal: if room is scarce, leave out the matrix's name first, then rate and share, the bar last."""
     if not event.of:
         return {"desc": f"{event.stage}: {printable(event.name)}", "bar_format": "{desc} {elapsed}"}
     desc = f"{event.stage} {counts(event)}"
     ncols = None if columns is None else columns - ECHO
-    room = 24 if ncols is None else ncols - len(desc) - BESIDE  # more would wrap in a notebook
+    room = (
+        24 if ncols is None else ncols - len(desc) - COLUMNS_BESIDE
+    )  # more would wrap in a notebook
     if room >= 0:
         bar_format = FULL
-    elif room + BESIDE >= len("|▌▌▌| 00:00<00:00"):
-        bar_format = NARROW
+    elif room + COLUMNS_BESIDE >= len("|▌▌▌| 00:00<00:00"):
+        bar_format = BAR_AND_TIME
     else:
         bar_format = NO_BAR
     name = _name(event, room) if room >= SHORTEST else ""
@@ -163,7 +165,7 @@ def layout(event: Event, columns: int | None) -> dict[str, Any]:
 
 def _name(event: Event, columns: int) -> str:
     """Shorten the names of adapter and matrix to fit, keeping the end of the matrix's name."""
-    start = f"{event.adapter[:ADAPTER]}: " if event.adapter else ""
+    start = f"{event.adapter[:ADAPTER_COLUMNS]}: " if event.adapter else ""
     name = event.name.removesuffix(".weight")
     room = columns - len(start)
     if len(name) > room:
@@ -212,7 +214,7 @@ def watched(options: Watched) -> Iterator[Monitor]:
     from tqdm.auto import tqdm
 
     width = (lambda: None) if in_notebook() else columns
-    bars = Bars(tqdm, lambda event: layout(event, width()))
+    bars = Bars(tqdm, lambda event: bar_layout(event, width()))
 
     def show(event: Event) -> None:
         if event.stage in ("warning", "note"):

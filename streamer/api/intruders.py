@@ -17,7 +17,7 @@ from streamer.api.records import DryRun, SeveralRecord, dry_run, dry_runs
 from streamer.api.requests import Request, detection_options, found_inputs, read_size
 from streamer.detection.detect import detect_in_memory, detect_to_files, plan_findings, shared
 from streamer.detection.findings import Findings
-from streamer.detection.options import DetectionOptions, Run
+from streamer.detection.options import DetectionOptions
 from streamer.errors import UsageError
 from streamer.events import Monitor
 from streamer.methods import UNCHANGED
@@ -39,6 +39,7 @@ from streamer.output.mitigation import Mitigation
 from streamer.output.opening import load_given, open_mitigations
 from streamer.output.record import Written
 from streamer.plan.plan import AdapterBatch, make_batch, resident_bytes
+from streamer.run import Run
 from streamer.workers import Workers
 
 if TYPE_CHECKING:

@@ -11,13 +11,14 @@ from streamer.adapters.adapter_config import Stated
 from streamer.adapters.finetuned import AdapterPaths, one_or_several
 from streamer.detection.detect import choose_device
 from streamer.detection.findings import Findings
-from streamer.detection.options import DetectionOptions, Run
+from streamer.detection.options import DetectionOptions
 from streamer.errors import UsageError
 from streamer.events import Monitor
 from streamer.linalg.torch_state import CPU
 from streamer.options import Adapters, Computing, Judged, OfBase, Writing
 from streamer.output.opening import FindingsOrPath, load_given
 from streamer.remote.inputs import Remote
+from streamer.run import Run
 from streamer.units import parse_size
 from streamer.workers import Workers
 

@@ -29,7 +29,7 @@ from streamer.storage.files import locked, make_directory
 from streamer.storage.header import TensorInfo, layout, tensor_nbytes
 from streamer.weights.base import SPELLINGS, as_bytes, as_tensor, in_memory
 
-PIECE_BYTES = 4 << 20
+WRITTEN_BYTES = 4 << 20
 """Bytes of a tensor that are copied, hashed and written at a time."""
 
 Pairs = Iterator[tuple[str, Any]]
@@ -74,7 +74,7 @@ def write_safetensors(
     """
     path = Path(path)
     pairs = map(_pair, tensors)
-    ring = atomic_file.BufferRing(PIECE_BYTES)
+    ring = atomic_file.BufferRing(WRITTEN_BYTES)
     texts: Any = {} if metadata is None else metadata
     if not isinstance(texts, Mapping) or not all(
         isinstance(text, str) for text in chain.from_iterable(texts.items())
@@ -246,8 +246,8 @@ def _pieces(
             f"tensor {info.name!r}: expected next, found {name!r}; give the tensors of all entries in their order"
         )
     data = _data(info, tensor)
-    for at in range(0, info.nbytes, PIECE_BYTES):
-        part = data[at : at + PIECE_BYTES]
+    for at in range(0, info.nbytes, WRITTEN_BYTES):
+        part = data[at : at + WRITTEN_BYTES]
         piece = ring.lease(len(part))
         piece.view[:] = part
         yield piece

@@ -9,7 +9,7 @@ from streamer.api.records import several
 from streamer.detection.detect import is_repeated
 from streamer.detection.findings import Findings
 from streamer.evaluation.evaluation import Evaluation
-from streamer.evaluation.words import Names, commands, figures, reasons, verdict
+from streamer.evaluation.words import ShellWords, commands, figures, reasons, verdict
 from streamer.fitting.choice import repair_columns
 from streamer.fitting.mapping import map_record
 from streamer.measuring.facts import input_options
@@ -22,7 +22,7 @@ __all__ = [
     "ByName",
     "Evaluation",
     "Findings",
-    "Names",
+    "ShellWords",
     "commands",
     "figures",
     "input_options",

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 from streamer.api import shown
 from streamer.cli.parser import BadUsage, build_parser, named_as_option
 from streamer.cli.terminal import (
-    Progress,
+    ProgressLines,
     Result,
     presence,
     say,
@@ -232,7 +232,7 @@ def run(argv: list[str] | None = None) -> int:
             )
         args = build_parser(*arguments[:1]).parse_args(arguments)
     except BadUsage as e:  # report in the format that the readable arguments ask for
-        progress = JsonEvents() if "--json-events" in arguments else Progress("none")
+        progress = JsonEvents() if "--json-events" in arguments else ProgressLines("none")
         error = error_entry("UsageError", UsageError.exit_code, one_line(e.message))
         _tell([error], _errors(error), "--json" in arguments, progress)
         progress.close()
@@ -241,7 +241,7 @@ def run(argv: list[str] | None = None) -> int:
     if args.json_events:
         progress = JsonEvents()
     else:
-        progress = Progress(args.progress, args.quiet, f"{args.command}{dry}")
+        progress = ProgressLines(args.progress, args.quiet, f"{args.command}{dry}")
     try:
         _run(args, progress)
     except VerificationError as e:
@@ -268,7 +268,7 @@ def run(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _run(args: argparse.Namespace, progress: Progress | JsonEvents) -> None:
+def _run(args: argparse.Namespace, progress: ProgressLines | JsonEvents) -> None:
     """Run the command; print its result on stdout and the last line on stderr."""
     monitor = Monitor(progress)
     try:
@@ -335,7 +335,7 @@ def _tell(
     errors: Sequence[ErrorEntry],
     tree: Mapping[str, Any],
     as_json: bool,
-    progress: Progress | JsonEvents,
+    progress: ProgressLines | JsonEvents,
 ) -> None:
     """Report errors, each in one line on stderr, and with `--json` print an object on stdout."""
     if as_json and sys.stdout is not None:

@@ -123,7 +123,7 @@ def _closest(word: str, names: Iterable[str]) -> str:
     return f"; did you mean {by_letters[close[0]]}?" if close else ""
 
 
-def reader(read: Callable[[str], Any]) -> Callable[[str], Any]:
+def argument_reader(read: Callable[[str], Any]) -> Callable[[str], Any]:
     """Make argparse say why a text cannot be read."""
 
     def read_or_refuse(text: str) -> Any:
@@ -327,6 +327,6 @@ def _add(group: Any, field: Any, option: Option) -> None:
         form |= {
             "metavar": option.metavar or option.kind.metavar,
             "choices": option.kind.choices,
-            "type": reader(option.kind.read),
+            "type": argument_reader(option.kind.read),
         }
     group.add_argument(*option.names(field.name), dest=field.name, **form).rare = option.rare

@@ -326,7 +326,7 @@ def _cut(count: int, total: int, by: str = "") -> str:
 
 
 def evaluation_table(
-    evaluation: Evaluation, names: views.Names, screen: Screen = NO_LIMIT, written: str = ""
+    evaluation: Evaluation, names: views.ShellWords, screen: Screen = NO_LIMIT, written: str = ""
 ) -> str:
     """Format the verdict, every variant's figures, the reasons, and the commands to run next.
 
@@ -346,13 +346,13 @@ def evaluation_table(
     return screen.join([views.verdict(evaluation, suggestion)], figures, samples, lines)
 
 
-SAMPLE = 200
+SHOWN_CHARACTERS = 200
 """Most characters that are shown of a text that an adapter wrote."""
 
 
 def sample_lines(samples: Iterable[str]) -> list[str]:
     """Show the beginnings of texts that the adapter wrote."""
-    return [f"the adapter wrote: {textwrap.shorten(text, SAMPLE)}" for text in samples]
+    return [f"the adapter wrote: {textwrap.shorten(text, SHOWN_CHARACTERS)}" for text in samples]
 
 
 def map_text(record: Mapping[str, Any], base: str, screen: Screen) -> str:
@@ -438,7 +438,7 @@ def report_text(report: Report, where: str, screen: Screen) -> str:
         text = findings_table(subject, screen)
         next_lines = next_step(subject, screen)
     elif isinstance(subject, views.Evaluation):
-        text = evaluation_table(subject, views.Names(output=shlex.quote(where)), screen)
+        text = evaluation_table(subject, views.ShellWords(output=shlex.quote(where)), screen)
     else:
         text = record_table({**subject, "state": "read"}, where, screen)
     return screen.join(text, page, next_lines)
@@ -493,7 +493,7 @@ def _detected(outcome: Any, args: argparse.Namespace, on: Screen, monitor: Monit
     return tree, f"{text}\n\n{next_step(outcome, on, shown(args.base), adapter)}"
 
 
-def _names(args: argparse.Namespace) -> views.Names:
+def _names(args: argparse.Namespace) -> views.ShellWords:
     """Return the words of the commands to run after an evaluation."""
     files = (args.general, args.task, args.output, args.findings, args.coefficients, args.map)
     quoted_files = (shlex.quote(file) if file else "" for file in files)
@@ -502,7 +502,7 @@ def _names(args: argparse.Namespace) -> views.Names:
         if (value := getattr(args, name)) != getattr(EvaluateOptions, name):
             reading += f" --{name} {value}"
     others = "".join(f" --other {shlex.quote(file)}" for file in args.other)
-    names = views.Names(shlex.join(map(shown, (args.base, args.adapter))), *quoted_files)
+    names = views.ShellWords(shlex.join(map(shown, (args.base, args.adapter))), *quoted_files)
     return replace(
         names, reading=reading, others=others, mitigated=views.is_mitigated(args.adapter)
     )

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-from streamer.api.calls import Bars, columns, counts, layout
+from streamer.api.calls import Bars, bar_layout, columns, counts
 from streamer.errors import printable
 from streamer.events import Event
 from streamer.tables import Screen, fit
@@ -85,7 +85,7 @@ class _Stderr:
 STDERR = _Stderr()
 
 
-class Progress:
+class ProgressLines:
     """Writer of events to stderr, for people.
 
     Parameters
@@ -163,7 +163,7 @@ class Progress:
         tqdm.monitor_interval = 0  # tqdm's monitor thread is needed only for bars that skip redraws
         self._ticker.start()
         if self._mode == "bar":
-            return Bars(partial(tqdm, file=STDERR, leave=False), lambda e: layout(e, columns()))
+            return Bars(partial(tqdm, file=STDERR, leave=False), lambda e: bar_layout(e, columns()))
         return Bars(partial(tqdm, delay=float("inf")), self._logged_layout)  # never draws by itself
 
     def _tick(self) -> None:

@@ -27,12 +27,12 @@ from streamer.detection.findings import (
     FILE_NAME,
     Findings,
     MatrixFinding,
-    entries,
     fingerprint,
+    header_entries,
     load_findings,
 )
 from streamer.detection.intruders import Decision, Detection, decide
-from streamer.detection.options import DetectionOptions, Run
+from streamer.detection.options import DetectionOptions
 from streamer.detection.solvers import Way, working_bytes
 from streamer.errors import FormatError, NumericError, OutputError, OutputExistsError, UsageError
 from streamer.events import Event, Monitor, Progress
@@ -49,12 +49,13 @@ from streamer.plan.plan import (
     resident_bytes,
 )
 from streamer.plan.targets import Target
+from streamer.run import Run
 from streamer.storage import transaction
 from streamer.storage.atomic_file import Buffer, partials_of, write_sealed
 from streamer.storage.header import Header, TensorInfo, layout, parse_header
 from streamer.units import counted
 from streamer.weights.base import Weight, as_bytes
-from streamer.workers import Inputs, Task, Workers
+from streamer.workers import Task, Workers
 
 
 def choose_device(name: str) -> torch.device:
@@ -304,7 +305,7 @@ def detect_matrix(
     )
 
 
-Group = Sequence[tuple[int, Target]]
+SharedMatrices = Sequence[tuple[int, Target]]
 """Matrices that are the same bytes of the base, each with its plan's number; see `AdapterBatch.matrices`."""
 
 FindingStream = Generator[tuple[int, MatrixFinding], None, None]
@@ -316,7 +317,7 @@ Begin = Callable[[int, Target], None]
 
 def detect_in_turn(
     batch: AdapterBatch,
-    groups: Sequence[Group],
+    groups: Sequence[SharedMatrices],
     options: DetectionOptions,
     device: torch.device,
     resident: int,
@@ -337,7 +338,7 @@ def detect_in_turn(
     """
     plans = batch.plans
 
-    def load(group: Group) -> Weight | None:
+    def load(group: SharedMatrices) -> Weight | None:
         i, target = group[0]
         weight = plans[i].weights[target.tensor]
         in_memory = weight.remote or any(
@@ -396,10 +397,10 @@ def detect_groups(
 
 
 def _divided(
-    groups: Iterable[Group], options: DetectionOptions, enough: int
-) -> Iterator[list[Group]]:
+    groups: Iterable[SharedMatrices], options: DetectionOptions, enough: int
+) -> Iterator[list[SharedMatrices]]:
     """Divide groups among tasks: each but the last costs enough, or is full."""
-    task = list[Group]()
+    task = list[SharedMatrices]()
     done = 0
     for group in groups:
         task.append(group)
@@ -414,7 +415,7 @@ def _divided(
 
 def detect_on_workers(
     batch: AdapterBatch,
-    groups: Sequence[Group],
+    groups: Sequence[SharedMatrices],
     options: DetectionOptions,
     run: Run,
     resident: int,
@@ -423,7 +424,7 @@ def detect_on_workers(
 ) -> FindingStream:
     """Detect as `detect_in_turn` does, but on workers: a task is matrices in the base's file order with one number of threads."""
     assert run.workers is not None
-    inputs = Inputs.of(batch, run)
+    inputs = run.task_inputs(batch)
     step = partial(detect_groups, options=options, device=str(run.device), resident=resident)
     tasks = dict[int, Task[list[tuple[int, MatrixFinding]]]]()
     firsts = list[tuple[int, Target]]()
@@ -526,7 +527,7 @@ class FindingsWriter:
     def add(self, finding: MatrixFinding) -> None:
         """Append one matrix durably to the journal."""
         arrays = finding.arrays()
-        _, raw = layout(entries(arrays), {"matrix": json.dumps(finding.figures())})
+        _, raw = layout(header_entries(arrays), {"matrix": json.dumps(finding.figures())})
         self._journal.append(raw + b"".join(as_bytes(t) for t in arrays.values()))
         self._records[finding.tensor] = len(self._journal) - 1
         self._seconds[finding.tensor] = finding.seconds

@@ -93,7 +93,7 @@ from streamer.tables import Column, Screen, table
 from streamer.units import counted, format_size, listed
 from streamer.weights.base import TORCH_DTYPES, StoredTensor, Weight, as_bytes, as_tensor
 
-FACTORS = ("U", "S", "Vh")
+TRIPLET_PARTS = ("U", "S", "Vh")
 NUMBERS = (
     "singular_values",
     "similarity",
@@ -101,7 +101,7 @@ NUMBERS = (
     "similarity_high",
     "base_singular_values",
 )
-ARRAYS = (*FACTORS, *NUMBERS, "intruders")
+ARRAYS = (*TRIPLET_PARTS, *NUMBERS, "intruders")
 """The arrays of a matrix, in file order."""
 
 
@@ -160,7 +160,7 @@ class MatrixFinding:
         return {
             k: list(v) if isinstance(v, tuple) else v
             for k, v in tree.items()
-            if k not in (*FACTORS, "detection")
+            if k not in (*TRIPLET_PARTS, "detection")
         }
 
     def arrays(self) -> dict[str, Tensor]:
@@ -175,7 +175,7 @@ class MatrixFinding:
         return {f"{self.tensor}/{key}": t for key, t in tensors.items()}
 
 
-SCHEMA: Final = "streamer.findings/1"
+FINDINGS_SCHEMA: Final = "streamer.findings/1"
 
 FILE_NAME = "findings.safetensors"
 """Example of a findings file's name."""
@@ -198,7 +198,7 @@ Entry = tuple[str, str, tuple[int, ...]]
 """A tensor's name, dtype and shape."""
 
 
-def entries(arrays: Mapping[str, Tensor]) -> list[Entry]:
+def header_entries(arrays: Mapping[str, Tensor]) -> list[Entry]:
     """List the entries of arrays."""
     return [(name, DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in arrays.items()]
 
@@ -223,7 +223,7 @@ RANDOM_SHARE = 2 / 3
 LEAST_MATRICES = 8
 """Least number of matrices that can be judged: a few may look random by chance."""
 
-NARROW = 0.7
+RANDOM_OVERLAP = 0.7
 """Matrices whose random overlap is above this share of epsilon show nothing: in few dimensions any intruder looks random."""
 
 
@@ -241,7 +241,7 @@ def random_overlap(shape: tuple[int, int]) -> float:
 def look_random(matrices: Sequence[MatrixFinding], epsilon: float) -> bool | None:
     """Test whether the leading directions of most matrices are intruders no closer to the base than random vectors; None if too few."""
     overlaps = [(m.detection, random_overlap(m.shape)) for m in matrices]
-    judged = [(d, overlap) for d, overlap in overlaps if overlap <= NARROW * epsilon]
+    judged = [(d, overlap) for d, overlap in overlaps if overlap <= RANDOM_OVERLAP * epsilon]
     # One of several intruders, and not proven closer to the base than a random vector.
     random = [
         d
@@ -401,7 +401,7 @@ class Findings:
         """Hash (SHA-256, hex) everything that determines the findings' bytes, or those of findings for other tensors, in file order."""
         names = [m.tensor for m in self.matrices] if tensors is None else list(tensors)
         inputs = {"base": self.base, "adapter": self.adapter, "options": self.options.as_dict()}
-        plan = {"schema": SCHEMA, **inputs, "tensors": names}
+        plan = {"schema": FINDINGS_SCHEMA, **inputs, "tensors": names}
         return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
     def file_plan(self, name: str, matrices: Sequence[Mapping[str, Any]], arrays: Sequence[Entry]) -> ShardPlan:
@@ -417,7 +417,7 @@ class Findings:
             The entries of all arrays.
         """
         tree = {"base": self.base, "adapter": self.adapter, "options": self.options.as_dict(), "matrices": matrices}
-        metadata = {"schema": SCHEMA, "findings": json.dumps(tree), DIGEST: NO_DIGEST}
+        metadata = {"schema": FINDINGS_SCHEMA, "findings": json.dumps(tree), DIGEST: NO_DIGEST}
         if self.sources:
             detection = detection_record(self.options, sum(m["certified"] is True for m in matrices), len(matrices))
             base, adapter = (cast(NameSource, self.sources[what]) for what in ("base", "adapter"))
@@ -529,9 +529,14 @@ class Findings:
 
         Names may be added but never change. Seconds are None if the findings were read from a file.
         """
-        base, adapter = ({**self.sources.get(what, {})} for what in ("base", "adapter"))
-        return {"schema": SCHEMA, "base": cast(BaseSource, base | self.base), "adapter": cast(AdapterSource, adapter | self.adapter),
-                "options": self.options.as_dict(), "totals": self.totals, "matrices": [m.record() for m in self.matrices]}
+        return {
+            "schema": FINDINGS_SCHEMA,
+            "base": cast(BaseSource, {**self.sources.get("base", {}), **self.base}),
+            "adapter": cast(AdapterSource, {**self.sources.get("adapter", {}), **self.adapter}),
+            "options": self.options.as_dict(),
+            "totals": self.totals,
+            "matrices": [m.record() for m in self.matrices],
+        }
 
     def columns(self, chosen: Sequence[MatrixFinding]) -> list[Column]:
         """Make the columns of a table of some matrices."""
@@ -588,7 +593,7 @@ class Findings:
         if journal.exists() and not overwrite:
             do = "finish that run, choose another output, or pass overwrite=True"
             raise errors.OutputExistsError(f"{path}: an interrupted run has its journal there; {do}", journal)
-        shard = self.file_plan(path.name, [m.figures() for m in self], entries(arrays))
+        shard = self.file_plan(path.name, [m.figures() for m in self], header_entries(arrays))
         check_space(path, shard.nbytes)
         with locked(lock_of(path), path):
             remove_partials(path.parent, {path.name, journal.name})
@@ -614,11 +619,11 @@ def load_findings(path: str | Path) -> Findings:
         raise errors.FormatError(f"{path}: expected a findings file, found a directory; name the findings file in it")
     file = TensorFile(path)
     text = file.header.metadata.get("findings")
-    if file.header.metadata.get("schema") != SCHEMA or text is None:
+    if file.header.metadata.get("schema") != FINDINGS_SCHEMA or text is None:
         content = "another safetensors file; make them"
         if COEFFICIENTS in file.header.metadata:
             content = "coefficients; pass them with --coefficients (coefficients=), and make findings"
-        raise errors.FormatError(f"{path}: expected findings ({SCHEMA}), found {content} with `streamer detect`")
+        raise errors.FormatError(f"{path}: expected findings ({FINDINGS_SCHEMA}), found {content} with `streamer detect`")
     try:
         tree = json.loads(text)
         options = DetectionOptions(**tree["options"])
@@ -626,7 +631,7 @@ def load_findings(path: str | Path) -> Findings:
         matrices = tuple(_read_matrix(figures, file, data) for figures in tree["matrices"])
         check_identities(tree["base"], tree["adapter"])
     except (KeyError, TypeError, ValueError, RecursionError) as e:
-        what = f"findings are not as {SCHEMA} has them ({type(e).__name__}: {e})"
+        what = f"findings are not as {FINDINGS_SCHEMA} has them ({type(e).__name__}: {e})"
         raise errors.FormatError(f"{path}: {what}; run detect again") from e
     file.check_digest("run detect again")
     return Findings(tree["base"], tree["adapter"], options, matrices, file, _sources(file))
@@ -663,7 +668,7 @@ def _read_matrix(figures: dict[str, Any], file: TensorFile, data: memoryview) ->
             raise ValueError(f"{figures['tensor']}: {what} must be ascending ranks below {k}")
     matrix_figures = {key: figures[key] for key in FIGURES} | {"shape": (m, n), "degenerate": tuple(figures["degenerate"])}
     decided = {key: matrix_figures.pop(key) for key in FIGURES if key in Detection.__dataclass_fields__}
-    decided |= numbers | {key: arrays[key] for key in FACTORS}
+    decided |= numbers | {key: arrays[key] for key in TRIPLET_PARTS}
     return MatrixFinding(**matrix_figures, detection=Detection(**decided))
 
 
@@ -678,7 +683,7 @@ def _sources(file: TensorFile) -> dict[str, dict[str, str]]:
 def is_findings_file(path: Path) -> bool:
     """Test whether a file's header declares findings of this schema."""
     with contextlib.suppress(errors.InputError):
-        return TensorFile(path).header.metadata.get("schema") == SCHEMA
+        return TensorFile(path).header.metadata.get("schema") == FINDINGS_SCHEMA
     return False
 
 

@@ -1,28 +1,18 @@
-"""Define the options of detection and of a run, and the JSON types and the stamp that state them."""
+"""Define the options of detection, and the JSON types and the stamp that state them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from numbers import Real
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict, cast
-
-import torch
+from typing import Annotated, Any, TypedDict, cast
 
 from streamer import __version__
-from streamer.adapters.adapter_config import NOTHING_STATED, Stated
 from streamer.detection.solvers import SOLVERS, cost
 from streamer.errors import UsageError
-from streamer.events import Monitor
 from streamer.json_types import Count, Keywords
-from streamer.linalg.torch_state import CPU
 from streamer.plan.side_files import NameSource, in_short
-from streamer.storage.checkpoint import IOMode
-
-if TYPE_CHECKING:
-    from streamer.workers import Workers
-
 
 # fmt: off
 PerDirection = Annotated[tuple[float, ...], "For each judged direction, by falling singular value:"]
@@ -95,25 +85,6 @@ class DetectionOptions:
     def as_dict(self) -> OptionsRecord:
         """Return the options as JSON values."""
         return cast(OptionsRecord, asdict(self))
-
-
-@dataclass(frozen=True)
-class Run:
-    """How a run computes: nothing of it changes the result, except last bits; the allowed memory does, and is in `DetectionOptions`.
-
-    Most are keywords of `api.detect_intruder_dimensions`, which explains them. Detection computes on `device`; models run on
-    `model_device`; `monitor` watches the run, and `workers`, if any, compute instead of this process.
-    """
-
-    device: torch.device
-    io: IOMode = "mmap"
-    stated: Stated = NOTHING_STATED
-    architecture: str | None = None
-    resume: bool = True
-    overwrite: bool = False
-    model_device: torch.device = CPU
-    monitor: Monitor = field(default_factory=Monitor)
-    workers: Workers | None = None
 
 
 STAMP = "streamer"

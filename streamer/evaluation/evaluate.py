@@ -17,7 +17,7 @@ from typing import Any
 
 from streamer.adapters.finetuned import AdapterPaths
 from streamer.detection.findings import Findings
-from streamer.detection.options import DetectionOptions, Run
+from streamer.detection.options import DetectionOptions
 from streamer.errors import UsageError
 from streamer.evaluation.curve import lambda_to_place
 from streamer.evaluation.evaluation import Evaluation, load_evaluation
@@ -40,6 +40,7 @@ from streamer.measuring.texts import read_texts, sample_digest
 from streamer.methods import UNCHANGED, NullSpace, RegMean, Shrink
 from streamer.options import EvaluateOptions, VariantOptions
 from streamer.output.opening import check_coefficients, check_map, open_mitigations
+from streamer.run import Run
 from streamer.storage.atomic_file import write_atomic
 from streamer.storage.files import locked
 from streamer.storage.transaction import is_taken, lock_of, remove_leftovers

@@ -278,7 +278,7 @@ def command_of(measured: Measured, variant: EvaluatedVariant, merges: bool = Fal
 
 
 @dataclass(frozen=True)
-class Names:
+class ShellWords:
     """Words of the commands to show, quoted for a shell.
 
     Attributes
@@ -307,10 +307,10 @@ class Names:
     mitigated: bool = field(default=False, kw_only=True)
 
 
-UNNAMED = Names()
+UNNAMED = ShellWords()
 
 
-def commands(measured: Measured, suggestion: Suggestion, names: Names = UNNAMED) -> list[str]:
+def commands(measured: Measured, suggestion: Suggestion, names: ShellWords = UNNAMED) -> list[str]:
     """Return the command that makes the suggested variant, and at the end what to do next."""
     facts = measured.facts
     variant = suggestion.variant
@@ -351,7 +351,7 @@ def commands(measured: Measured, suggestion: Suggestion, names: Names = UNNAMED)
     ]
 
 
-def _making(measured: Measured, variant: EvaluatedVariant, names: Names) -> str:
+def _making(measured: Measured, variant: EvaluatedVariant, names: ShellWords) -> str:
     """Write the command that makes a variant, with the names of inputs and files."""
     command, *words = command_of(measured, variant, merges=names.mitigated)
     make = " ".join(["streamer", command, names.inputs, "-o", "OUTPUT", *words])

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from streamer.adapters.modules import MethodModule
-from streamer.detection.options import Run
 from streamer.errors import FormatError, UnsupportedError
 from streamer.evaluation.curve import lambda_to_place
 from streamer.fitting.choice import adapter_facts, check_learning, doubts, misses, set_facts
@@ -54,6 +53,7 @@ from streamer.methods import RegMean, Shrink, share_name
 from streamer.methods.files import FIT, Coefficients, load_coefficients
 from streamer.options import RepairOptions
 from streamer.plan.plan import Plan, make_plan
+from streamer.run import Run
 from streamer.storage.files import limit_freed_memory
 from streamer.streaming.groups import Group
 from streamer.streaming.skeleton import require_transformers

@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 import torch
 from torch import Tensor
 
-from streamer.detection.options import Run
 from streamer.errors import NumericError, UnsupportedError
 from streamer.json_types import Count, JsonObject, OutputPath, Sha256, State, TensorName
 from streamer.linalg.moments import MORE, ROWS, leading_vectors
@@ -29,6 +28,7 @@ from streamer.measuring.tokenizer import tokenizer_directory
 from streamer.methods.files import MAP, InputMap, MappedInput, load_map
 from streamer.options import MappingOptions
 from streamer.plan.plan import make_base_plan
+from streamer.run import Run
 from streamer.storage.files import BaseIdentity, limit_freed_memory
 from streamer.streaming.groups import Group
 from streamer.streaming.sites import LOOKED_UP, BaseMatrix, BaseWatch, Site, same_inputs

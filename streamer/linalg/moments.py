@@ -131,7 +131,7 @@ def _scaled(R: Tensor, spectrum: Spectrum, gains: Tensor, of_rest: float) -> Ten
     return (R * of_rest).addmm_(V, (gains - of_rest).to(R)[:, None] * (V.T @ R))
 
 
-SMALL = 512
+DECOMPOSED = 512
 """Largest n for which C is formed and decomposed directly."""
 
 MORE = 16
@@ -146,7 +146,7 @@ ROWS = 512
 def leading_vectors(inputs: Sequence[Tensor], tokens: int, count: int) -> tuple[Tensor, Tensor]:
     """Compute the leading eigenvalues (k,), falling, and eigenvectors (n, k) of ``C = Σ x xᵀ / tokens`` in float64, k = min(count, n).
 
-    Above `SMALL`, uses subspace iteration (Halko, Martinsson and Tropp, SIAM Review 2011) from the same random vectors in every run.
+    Above `DECOMPOSED`, uses subspace iteration (Halko, Martinsson and Tropp, SIAM Review 2011) from the same random vectors in every run.
 
     Parameters
     ----------
@@ -164,7 +164,7 @@ def leading_vectors(inputs: Sequence[Tensor], tokens: int, count: int) -> tuple[
             out.addmm_(rows.T, rows @ V)
         return out.div_(tokens)
 
-    if n <= SMALL:
+    if n <= DECOMPOSED:
         basis = torch.eye(n, dtype=torch.float64).to(device)
     else:
         V = torch.randn(n, min(n, count + MORE), generator=torch.Generator().manual_seed(0)).to(
@@ -188,7 +188,7 @@ LEAST = 1e-3
 """Smallest singular value of L to refit, relative to the largest. Along weaker directions R stays unchanged: a change of Δ there would need
 a change of R larger by the inverse factor."""
 
-TOLERANCE = 1e-5
+SOLVE_TOLERANCE = 1e-5
 """Largest relative error of a solution. No eigenvalue is below the shift, so the residual bounds the error."""
 
 REFINEMENTS = 8
@@ -265,7 +265,9 @@ class System:
             for _ in range(REFINEMENTS):
                 residual = B - s * X - self._products(X)
                 size = torch.linalg.vector_norm(X, dim=0)
-                if bool((torch.linalg.vector_norm(residual, dim=0) <= TOLERANCE * s * size).all()):
+                if bool(
+                    (torch.linalg.vector_norm(residual, dim=0) <= SOLVE_TOLERANCE * s * size).all()
+                ):
                     return X
                 X = X + self._inverse(factor, residual, dtype)
         return None

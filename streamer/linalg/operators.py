@@ -167,7 +167,7 @@ class LowRank:
         return (QL, QR), RL @ RR.T
 
 
-PIECES = 8
+ROW_PIECES = 8
 """Row blocks into which a product with a long matrix is cut; measured in docs/benchmarks.md."""
 
 
@@ -198,7 +198,7 @@ def skinny_product(M: Tensor, X: Tensor) -> Tensor:
 
     If `_has_fast_onednn`, oneDNN multiplies float32 matrices, except transposes with `_long_rows`; its bits do not depend on the
     number of threads. Otherwise X is padded with zero columns to a multiple of 16, which makes products several times as fast; on
-    the CPU a transpose is multiplied from the left, and a long matrix is cut into `PIECES`. docs/benchmarks.md has the measurements.
+    the CPU a transpose is multiplied from the left, and a long matrix is cut into `ROW_PIECES`. docs/benchmarks.md has the measurements.
     """
     c = X.shape[1]
     if (
@@ -214,16 +214,16 @@ def skinny_product(M: Tensor, X: Tensor) -> Tensor:
         if M.T.is_contiguous() and len(M) < _long_rows():
             return _onednn_linear(X.T, M).T
     X = torch.nn.functional.pad(X, (0, -c % 16))
-    rows = len(M) // PIECES
+    rows = len(M) // ROW_PIECES
     if M.device.type != "cpu":
         return (M @ X)[:, :c]
     if not M.is_contiguous():
         return (X.T @ M.T).T[:, :c]
     if rows < 128:
         return (M @ X)[:, :c]
-    pieces = M[: PIECES * rows].view(PIECES, rows, M.shape[1])
-    rest = M[PIECES * rows :]
-    out = torch.bmm(pieces, X.expand(PIECES, *X.shape)).view(PIECES * rows, -1)
+    pieces = M[: ROW_PIECES * rows].view(ROW_PIECES, rows, M.shape[1])
+    rest = M[ROW_PIECES * rows :]
+    out = torch.bmm(pieces, X.expand(ROW_PIECES, *X.shape)).view(ROW_PIECES * rows, -1)
     return (torch.cat([out, rest @ X]) if len(rest) else out)[:, :c]
 
 

@@ -54,7 +54,7 @@ MARGIN = 1.02
 CHRISTOFFEL_BYTES = 4 << 20
 """Memory in bytes for evaluating the bound, chosen to fit the cache; measured in docs/benchmarks.md."""
 
-NARROW = 32
+TABLE_WIDTH = 32
 """Largest block width for which all σ share one table of p·b² values, so that H is one product. A wider block would make the table larger
 than the basis."""
 
@@ -68,7 +68,7 @@ def window(ritz: RitzBasis, phi: float) -> float:
     return max(WINDOW * phi, LEAST_WINDOW * tail / math.sqrt(len(ritz.S)), 1e-300)
 
 
-def samples(S: Tensor, residual: Tensor, tau: float, bottom: float, top: float) -> Tensor:
+def evaluation_points(S: Tensor, residual: Tensor, tau: float, bottom: float, top: float) -> Tensor:
     """Choose the σ at which to evaluate the bound: the Ritz values, 7 between each pair, and some around each at its own scales."""
     edges = torch.cat([S.new_tensor([bottom]), S[bottom < S].sort().values, S.new_tensor([top])])
     within = edges[:-1, None] + edges.diff()[:, None] * S.new_tensor(
@@ -104,10 +104,10 @@ def christoffel_bound(sigma: Tensor, ritz: RitzBasis, w: Tensor, phi: float) -> 
     p, b = g.shape
     k = w.shape[1]
     once = CHRISTOFFEL_BYTES // (
-        8 * (4 * p + 2 * b * b + 2 * k * b + (p * max(b, k) if b > NARROW else 0))
+        8 * (4 * p + 2 * b * b + 2 * k * b + (p * max(b, k) if b > TABLE_WIDTH else 0))
     )
     tau = window(ritz, phi)
-    tables = (_products(g, g), _products(w, g)) if 0 < b <= NARROW else None
+    tables = (_products(g, g), _products(w, g)) if 0 < b <= TABLE_WIDTH else None
     parts = [
         _christoffel(part, ritz.S, g, w, phi, tau, tables)
         for part in torch.split(sigma, max(1, once))
@@ -457,7 +457,8 @@ class OverlapProcess:
         bottom = CUTOFF * float(S[0]) if self.tall else 0.0
         top = float(S[0]) + float(residual.max()) + tau
         return (
-            MARGIN * self._bounded(samples(S, residual, tau, bottom, top), ritz, w, open_, phi)
+            MARGIN
+            * self._bounded(evaluation_points(S, residual, tau, bottom, top), ritz, w, open_, phi)
         ).clamp_max(1.0)
 
     def _bounded(

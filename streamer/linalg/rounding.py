@@ -21,7 +21,7 @@ from streamer.linalg.moments import Spectrum
 DAMPING = 0.01
 """Least eigenvalue of C, relative to their mean: a text does not show all inputs."""
 
-COLUMNS = 32
+ROUNDED_COLUMNS = 32
 """Columns that are rounded before the errors enter a product."""
 
 
@@ -79,8 +79,8 @@ def round_rows(values: Tensor, grid: Grid, feedback: Feedback) -> tuple[Tensor, 
     rounded = torch.empty(n, m)
     state = values.new_zeros(feedback.directions.shape[1], m)
     zeros = torch.as_tensor(grid.zeros).expand(m, n)
-    for a in range(0, n, COLUMNS):
-        at = slice(a, min(n, a + COLUMNS))
+    for a in range(0, n, ROUNDED_COLUMNS):
+        at = slice(a, min(n, a + ROUNDED_COLUMNS))
         # Transposed, so that each column is contiguous.
         exact, scales, shift = (t[:, at].T.contiguous() for t in (values, grid.scales, zeros))
         G = feedback.directions[at]

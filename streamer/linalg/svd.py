@@ -394,7 +394,7 @@ def residuals(W: Operator, U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
     return torch.maximum(left, right).cpu()
 
 
-BLOCK = 1024
+GRAM_COLUMNS = 1024
 ROUNDING = 1e-12
 """Share of the total energy by which sums of squares in float64 may be off."""
 
@@ -409,8 +409,8 @@ def energies(delta: Delta) -> Tensor:
     matrix = delta.dense()
     matrix = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     gram = matrix.new_zeros((len(matrix), len(matrix)), dtype=torch.float64)
-    for i in range(0, matrix.shape[1], BLOCK):
-        block = matrix[:, i : i + BLOCK].double()
+    for i in range(0, matrix.shape[1], GRAM_COLUMNS):
+        block = matrix[:, i : i + GRAM_COLUMNS].double()
         gram.addmm_(block, block.T)
     values: Tensor = torch.linalg.eigvalsh(gram).flip(0).clamp_(min=0)
     return values
@@ -419,7 +419,7 @@ def energies(delta: Delta) -> Tensor:
 def energies_bytes(shape: tuple[int, int]) -> int:
     """Estimate the memory in bytes of `energies` for a dense matrix, without the matrix itself."""
     p = min(shape)
-    return 8 * (3 * p * p + p * min(BLOCK, max(shape)))
+    return 8 * (3 * p * p + p * min(GRAM_COLUMNS, max(shape)))
 
 
 def least_rank(energy: Tensor, share: float) -> int:

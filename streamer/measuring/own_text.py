@@ -17,7 +17,6 @@ from typing import Any, Final
 import numpy as np
 from torch import Tensor
 
-from streamer.detection.options import Run
 from streamer.errors import FormatError, MissingInputError, UnsupportedError, UsageError
 from streamer.events import Monitor
 from streamer.json_types import JsonObject
@@ -31,6 +30,7 @@ from streamer.measuring.texts import sample_digest
 from streamer.measuring.tokenizer import Tokenizer, load_tokenizer, tokenizer_directory
 from streamer.options import Texts
 from streamer.plan.plan import make_plan
+from streamer.run import Run
 from streamer.storage.atomic_file import write_atomic
 from streamer.storage.files import read_regular, strict_json
 from streamer.streaming.generation import Prompt, check_generates, write_text

@@ -17,7 +17,6 @@ import torch
 
 from streamer import __version__
 from streamer.detection.detect import naming_inputs
-from streamer.detection.options import Run
 from streamer.errors import FormatError, InputError, NumericError, OutputExistsError
 from streamer.json_types import JsonObject
 from streamer.linalg.torch_state import full_float32, thread_count, threads
@@ -27,6 +26,7 @@ from streamer.measuring.statistics import MEASURES, Floats
 from streamer.methods import UNCHANGED
 from streamer.methods.files import SealedKind
 from streamer.plan.plan import AdapterBatch, Plan, resident_bytes
+from streamer.run import Run
 from streamer.storage import transaction
 from streamer.storage.transaction import Journal, ResumableFile, states_of
 from streamer.streaming.generation import Snapshot

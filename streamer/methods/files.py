@@ -130,7 +130,7 @@ FIT = SealedKind(
     "make coefficients with `streamer repair`",
 )
 
-FACTOR = ".right_factor"
+FACTOR_SUFFIX = ".right_factor"
 """Suffix of the arrays' names."""
 
 
@@ -228,7 +228,9 @@ class Coefficients:
             If the file cannot be written there.
         """
         self.check()
-        arrays = {name + FACTOR: factor.float()[None] for name, factor in self.matrices.items()}
+        arrays = {
+            name + FACTOR_SUFFIX: factor.float()[None] for name, factor in self.matrices.items()
+        }
         FIT.save(Path(path), {**self.facts, "keeps": [self.keep]}, arrays, overwrite)
 
 
@@ -245,7 +247,9 @@ def load_coefficients(path: str | Path) -> Coefficients:
         raise FormatError(
             f"{path}: expected factors for one share of the learning, found {len(shares)}; {FIT.remedy}"
         )
-    matrices = {name.removesuffix(FACTOR): array[0].clone() for name, array in arrays.items()}
+    matrices = {
+        name.removesuffix(FACTOR_SUFFIX): array[0].clone() for name, array in arrays.items()
+    }
     return Coefficients(float(shares[0]), matrices, tree, Path(path))
 
 

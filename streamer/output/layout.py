@@ -19,7 +19,7 @@ from streamer.output.recipes import Recipe
 from streamer.output.record import (
     CARD_NAME,
     MOST_FACTS,
-    SCHEMA,
+    OUTPUT_SCHEMA,
     Card,
     MitigatedMatrix,
     Record,
@@ -159,7 +159,7 @@ class Output:
         method = self.mitigation.method.as_json()
         certified = sum(m["certified"] is True for m in matrices)
         record: Record = {
-            "schema": SCHEMA,
+            "schema": OUTPUT_SCHEMA,
             "command": layout.command,
             "version": __version__,
             "base": base,
@@ -228,7 +228,7 @@ class Output:
             if is_module(name)
         }
         return self.plan.digest(
-            schema=SCHEMA,
+            schema=OUTPUT_SCHEMA,
             command=self.layout.command,
             files=small_files,
             data=[(name, shard.header.data_bytes) for name, shard in shards.items()],

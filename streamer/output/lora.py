@@ -168,15 +168,15 @@ PLAIN_KEYS = (
 )
 """Keys of an original adapter's config that also hold for its mitigated deltas as LoRA."""
 
-Shapes = dict[str, tuple[tuple[int, ...], str]]
+FactorShapes = dict[str, tuple[tuple[int, ...], str]]
 """For the name of each tensor of factors: its shape, and the factor."""
 
-SMALL = 1024
+LAPACK_SIDE = 1024
 """Largest number of rows or columns for which a dense delta is truncated by LAPACK's SVD; above, the Krylov solver is used."""
 
 
 def _new_factors(
-    target: Target, rank: int, shapes: Shapes, mitigation: Mitigation
+    target: Target, rank: int, shapes: FactorShapes, mitigation: Mitigation
 ) -> tuple[New, list[MitigatedMatrix]]:
     """Make the tensors of the factors of a mitigated delta; the metrics include the relative norm of the part beyond the rank."""
     mitigated = mitigation.of(target)
@@ -273,7 +273,7 @@ def _memory(
         yield MemoryEstimate(target.tensor, target.module.shape, resident + size)
 
 
-def _shapes(modules: LoraModules, target: Target, rank: int) -> Shapes:
+def _shapes(modules: LoraModules, target: Target, rank: int) -> FactorShapes:
     """Return PEFT's names for A and B of the target, and of modules tied to it, with the shape and the factor of each."""
     name = target.module.name
     shape = target.module.shape
@@ -368,7 +368,7 @@ def _least_ranks(mitigation: Mitigation, targets: Sequence[Target], share: float
 
 def _linear(
     stem: str, shape: tuple[int, int], rank: int, kernel: tuple[int, ...], factors: tuple[str, str]
-) -> Shapes:
+) -> FactorShapes:
     (m, n), (a, b) = shape, factors
     inner = (n // math.prod(kernel), *kernel)
     return {
@@ -377,7 +377,9 @@ def _linear(
     }
 
 
-def _embedding(stem: str, shape: tuple[int, int], rank: int, factors: tuple[str, str]) -> Shapes:
+def _embedding(
+    stem: str, shape: tuple[int, int], rank: int, factors: tuple[str, str]
+) -> FactorShapes:
     (m, n), (a, b) = shape, factors
     return {f"{stem}.lora_embedding_A": ((rank, n), a), f"{stem}.lora_embedding_B": ((m, rank), b)}
 
@@ -626,7 +628,7 @@ def truncation_bytes(shape: tuple[int, int], rank: int, itemsize: int) -> int:
 
 
 def _is_small(shape: Sequence[int], rank: int) -> bool:
-    return min(shape) <= max(SMALL, 4 * rank)
+    return min(shape) <= max(LAPACK_SIDE, 4 * rank)
 
 
 def refusal(plan: Plan) -> str:

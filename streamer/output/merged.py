@@ -42,8 +42,8 @@ from streamer.output.recipes import (
     Recode,
     ReplaceRows,
     Requantize,
-    Rows,
-    Stack,
+    StackedParts,
+    WeightRows,
     rows_bytes,
     written_dtype,
 )
@@ -260,7 +260,7 @@ def _merged(
         own = weight if slice_.index is None else weight.slice(slice_.index)
         recipes.append(_change(plan, own, target, slice_.rows, role, requantize))
     is_stack = slices[0][1].index is not None
-    return Stack(tuple(recipes)) if is_stack else recipes[0]
+    return StackedParts(tuple(recipes)) if is_stack else recipes[0]
 
 
 def _change(
@@ -557,7 +557,7 @@ def merge_memory(
             size += RECODED * coded + FEEDBACK * entry.size * len(entry.values)
         yield MemoryEstimate(target.tensor, target.module.shape, resident + size)
     for output in (o for outputs in model.files.values() for o in outputs):
-        size = rows_bytes(output.recipe.weight) if isinstance(output.recipe, Rows) else 0
+        size = rows_bytes(output.recipe.weight) if isinstance(output.recipe, WeightRows) else 0
         yield MemoryEstimate(output.name, output.shape, resident + size)
 
 

@@ -8,12 +8,13 @@ from typing import Any
 
 from streamer.adapters.finetuned import AdapterPaths
 from streamer.detection.findings import Findings, lacking, load_findings, matched_findings
-from streamer.detection.options import DetectionOptions, Run
+from streamer.detection.options import DetectionOptions
 from streamer.errors import MismatchError, UsageError
 from streamer.methods import Method, NullSpace, RegMean
 from streamer.methods.files import Coefficients, InputMap
 from streamer.output.mitigation import Mitigation
 from streamer.plan.plan import Plan, make_batch
+from streamer.run import Run
 from streamer.storage.files import difference
 from streamer.units import counted, listed
 

@@ -27,7 +27,7 @@ from streamer.storage.atomic_file import BufferRing, Piece
 from streamer.weights.base import StoredTensor, Weight, as_bytes, encode
 from streamer.weights.codes import FP8, NOT_FINITE, Recodable
 
-BLOCK_BYTES = 4 << 20
+MERGED_BYTES = 4 << 20
 """Rows of this many float32 bytes are merged at a time, so that memory does not depend on the matrix; measured in docs/benchmarks.md."""
 
 DECODED = 8
@@ -78,7 +78,7 @@ class CopyBytes(Recipe):
 
 
 @dataclass(frozen=True)
-class Rows(Recipe):
+class WeightRows(Recipe):
     """Makes a weight's tensor by rows, without a delta."""
 
     weight: Weight
@@ -95,7 +95,7 @@ class Rows(Recipe):
         """Make the rows of a block in the written dtype."""
 
 
-class Cast(Rows):
+class Cast(WeightRows):
     """Rounds a weight's values once to the written dtype: the adapter's own values, or decoded ones. They must be finite."""
 
     def fill(self, block: Block) -> None:
@@ -104,7 +104,7 @@ class Cast(Rows):
 
 
 @dataclass(frozen=True)
-class AddBias(Rows):
+class AddBias(WeightRows):
     """Adds `scaling` times a tensor of the same shape to a weight: LoRA's bias to a layer's bias."""
 
     shift: Weight
@@ -301,7 +301,7 @@ def _feedback(entry: MappedInput) -> Feedback:
 
 
 @dataclass(frozen=True)
-class Stack(Recipe):
+class StackedParts(Recipe):
     """Makes a tensor that holds several matrices one after the other."""
 
     recipes: tuple[Recipe, ...]
@@ -404,7 +404,7 @@ def blocks(weight: Weight) -> Iterator[Block]:
     """
     dtype = written_dtype(weight)
     m, n = weight.matrix
-    rows = max(1, min(m, BLOCK_BYTES // max(1, n * weight.compute.itemsize)))
+    rows = max(1, min(m, MERGED_BYTES // max(1, n * weight.compute.itemsize)))
     values = torch.empty((rows, n), dtype=weight.compute)
     ring = BufferRing(rows * n * dtype.itemsize)
     for i, j, stored in weight.blocks(rows):
@@ -418,5 +418,5 @@ def rows_bytes(weight: Weight) -> int:
     m, n = weight.matrix
     row = max(1, n * weight.compute.itemsize)
     # As many bytes as a quantized weight decodes at a time.
-    block = max(row, min(m * row, BLOCK_BYTES))
+    block = max(row, min(m * row, MERGED_BYTES))
     return (3 + (DECODED if weight.quantized else 1)) * block + weight.load_bytes

@@ -34,7 +34,7 @@ from streamer.plan.carried_tensors import CarriedRecord
 from streamer.plan.side_files import AdapterSource, BaseSource, NameSource
 from streamer.units import counted, format_size
 
-SCHEMA: Final = "streamer.output/2"
+OUTPUT_SCHEMA: Final = "streamer.output/2"
 
 MergedDtype = Literal["bf16", "fp16", "fp32"]
 
@@ -243,7 +243,7 @@ _HEAD = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOT
 _KEY = re.compile(r"([A-Za-z_][\w-]*)[ \t]*:(?=\s)")
 _ALIAS = re.compile(r"(?:^|[\s\[,])[&*]\w")
 _PATH = re.compile(r"^base_model[ \t]*:\s+[\"']?(?:[/.~]|[A-Za-z]:)")
-_PLAIN = re.compile(r"[A-Za-z][\w./-]*")
+_PLAIN_SCALAR = re.compile(r"[A-Za-z][\w./-]*")
 
 
 @dataclass(frozen=True)
@@ -380,7 +380,7 @@ def _list(key: str, values: Sequence[str]) -> str:
 
 
 def _scalar(text: str) -> str:
-    return text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)
+    return text if _PLAIN_SCALAR.fullmatch(text) else json.dumps(text, ensure_ascii=False)
 
 
 def _safe(text: str) -> str:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from streamer.detection.detect import detect_to_files, naming_inputs
-from streamer.detection.options import Run
 from streamer.errors import FormatError
 from streamer.events import Event, Monitor, OutputState, Progress
 from streamer.linalg.torch_state import threads
@@ -26,13 +25,14 @@ from streamer.output.merged import merged_layout
 from streamer.output.mitigation import Mitigation
 from streamer.output.record import CARD_NAME, MitigatedMatrix, Record, Written, WrittenView
 from streamer.plan.plan import AdapterBatch, check_budget, resident_bytes
+from streamer.run import Run
 from streamer.storage import transaction
 from streamer.storage.atomic_file import Piece, ShardFile, remove_partials
 from streamer.storage.checkpoint import TensorFile, read_json_object
 from streamer.storage.files import locked
 from streamer.storage.header import TensorInfo
 from streamer.storage.transaction import remove_leftovers
-from streamer.workers import Inputs, SharedValue, Task, Workers, cached_in_process, kept_open
+from streamer.workers import SharedValue, Task, TaskInputs, Workers, cached_in_process, kept_open
 
 
 def plan_output(command: Command, mitigation: Mitigation, form: Form, path: Path) -> Output:
@@ -220,7 +220,7 @@ def _write(outputs: Sequence[Output], resident: int, options: Run) -> None:
             of = sum(sum(run.output.items.values()) for run in resumed)
             monitor.resuming(progress.items, of, "tensor")
         _detect_missing(runs, resident, options)
-        inputs = None if options.workers is None else Inputs.of(batch_of(outputs), options)
+        inputs = None if options.workers is None else options.task_inputs(batch_of(outputs))
         with threads(), kept_open(options.workers):
             for number, run in enumerate(runs):
                 run.write_small({**run.output.copies, **run.output.layout.texts})
@@ -327,7 +327,7 @@ class _Run:
             self.output.plan.check_unchanged()
         self._finish(name)
 
-    def write_elsewhere(self, workers: Workers, inputs: Inputs, number: int) -> None:
+    def write_elsewhere(self, workers: Workers, inputs: TaskInputs, number: int) -> None:
         """Let workers write all shards except one that makes the output loadable; journal and rename each as it arrives.
 
         Parameters

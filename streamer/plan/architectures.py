@@ -26,7 +26,7 @@ from streamer.weights.model_config import ModelConfig
 
 T = TypeVar("T")
 
-Names = tuple[str, ...]
+TensorNames = tuple[str, ...]
 
 Patterns = frozenset[str]
 
@@ -36,7 +36,7 @@ KeyPaths = tuple[KeyPath, ...]
 
 
 @cache
-def table() -> dict[str, Any]:
+def architecture_table() -> dict[str, Any]:
     """Read the table once; records are parsed on demand.
 
     Returns
@@ -64,14 +64,14 @@ def packaged(name: str) -> dict[str, Any]:
 @cache
 def record_of(name: str) -> Mapping[str, Any] | None:
     """Return the record of a class, or None if the table has none."""
-    line = table()["classes"].get(name)
-    return None if line is None else dict(json.loads(table()["lines"][line]))
+    line = architecture_table()["classes"].get(name)
+    return None if line is None else dict(json.loads(architecture_table()["lines"][line]))
 
 
 @cache
 def conv1d_names() -> frozenset[str]:
     """List the last names of modules that some class stores (in, out), such as ``c_proj``: in an unknown class they may be either way."""
-    records = filter(None, map(record_of, table()["classes"]))
+    records = filter(None, map(record_of, architecture_table()["classes"]))
     return frozenset(
         pattern.rpartition(".")[2] for of in records for pattern in of.get("transposed", ())
     )
@@ -176,8 +176,8 @@ class Architecture:
     expert_stacks: Mapping[str, str]
     matrices: Patterns
     saved_buffers: Patterns
-    disk_names: Mapping[str, Names]
-    may_be_missing: Names
+    disk_names: Mapping[str, TensorNames]
+    may_be_missing: TensorNames
     unsaved: Patterns
     parts: tuple[Part, ...]
 
@@ -215,7 +215,7 @@ class Architecture:
         """Return the orientation of each matrix in a stack of experts, ``out,in`` or ``in,out``; empty if the table does not say."""
         return self._fact(parameter, self.expert_stacks) or ""
 
-    def disk_patterns(self, name: str) -> Names:
+    def disk_patterns(self, name: str) -> TensorNames:
         """Return the patterns on disk of a tensor that the table names."""
         return self.disk_names.get(pattern := pattern_of(name), (pattern,))
 
@@ -225,12 +225,12 @@ class Architecture:
     def _fact(self, name: str, facts: Mapping[str, T]) -> T | None:
         return next((facts[p] for p in self.spellings(pattern_of(name)) if p in facts), None)
 
-    def spellings(self, name: str) -> Names:
+    def spellings(self, name: str) -> TensorNames:
         """Return the names under which the table or a file may have a tensor or module."""
         return spellings(name, self.base_prefix)
 
 
-def spellings(name: str, base_prefix: str) -> Names:
+def spellings(name: str, base_prefix: str) -> TensorNames:
     """Return a name as it is, without the base's prefix, and with it."""
     prefix = f"{base_prefix}."
     return name, name.removeprefix(prefix), prefix + name
@@ -289,17 +289,21 @@ def with_architecture(config: ModelConfig, name: str | None) -> ModelConfig:
         return config
     if architecture_for(config, name) is None:
         of_type = classes_of(config.model_type)
-        near = get_close_matches(name, of_type or table()["classes"], 3, 0.4)
-        whose = f"of model_type {config.model_type!r}" if of_type else f"of {table()['source']}"
+        near = get_close_matches(name, of_type or architecture_table()["classes"], 3, 0.4)
+        whose = (
+            f"of model_type {config.model_type!r}"
+            if of_type
+            else f"of {architecture_table()['source']}"
+        )
         hint = f"; near it: {', '.join(near)}" if near else ""
         raise UsageError(f"architecture: expected a class {whose}, found {name!r}{hint}")
     return replace(config, architecture=name)
 
 
-def classes_of(model_type: str | None) -> Names:
+def classes_of(model_type: str | None) -> TensorNames:
     """Return the classes that a config of this type can have; empty if the table has none."""
     # The table has classes of no type.
-    return tuple(table()["types"].get(model_type, ())) if model_type else ()
+    return tuple(architecture_table()["types"].get(model_type, ())) if model_type else ()
 
 
 def _architecture(name: str, config: Mapping[str, Any], place: KeyPath) -> Architecture | None:
@@ -367,7 +371,7 @@ def _ties(
         for tie in part.ties:
             moved = replace(tie, name=f"{path}.{tie.name}", source=f"{path}.{tie.source}")
             ties[moved.name, moved.source] = moved
-    rules = table()["tie_rules"]
+    rules = architecture_table()["tie_rules"]
     model_type = record["type"]
     for pattern, tied_to, *stated in record.get("ties", ()):
         defaults = {(*place, *key, TIE_KEY): bool(default) for key, default in stated}
@@ -399,7 +403,7 @@ def _part_class(slot: Mapping[str, Any], config: Any) -> str | None:
     record = record_of(name)
     if model_type is None or "auto" not in slot or record is None or record["type"] == model_type:
         return name
-    class_name: str | None = table()["auto"][slot["auto"]].get(model_type)
+    class_name: str | None = architecture_table()["auto"][slot["auto"]].get(model_type)
     return class_name
 
 

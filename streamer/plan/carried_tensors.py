@@ -23,7 +23,7 @@ from streamer.plan.architectures import (
     Architecture,
     KeyPath,
     KeyPaths,
-    Names,
+    TensorNames,
     architecture_for,
     packaged,
 )
@@ -33,7 +33,7 @@ from streamer.plan.names import NameIndex
 from streamer.storage.checkpoint import Checkpoint
 from streamer.storage.header import TensorInfo
 from streamer.units import listed
-from streamer.weights.base import Shape, StoredTensor, Tensors, equal, float_dtype
+from streamer.weights.base import StoredTensor, Tensors, TensorShape, equal, float_dtype
 from streamer.weights.model_config import ModelConfig
 
 LABEL_HEAD = re.compile(
@@ -73,8 +73,8 @@ class Head:
 
     config: ModelConfig
     pipeline: str = ""
-    notes: Names = ()
-    advice: Names = ()
+    notes: TensorNames = ()
+    advice: TensorNames = ()
 
 
 AUTO_CLASSES = "auto_classes.json"
@@ -115,7 +115,7 @@ def merged_architecture(config: ModelConfig, adapter: DeltaSource) -> Architectu
 
 
 def implied_head(
-    config: ModelConfig, task: object, saved: Mapping[str, Shape], names: Collection[str]
+    config: ModelConfig, task: object, saved: Mapping[str, TensorShape], names: Collection[str]
 ) -> Head:
     """Update a model's config for the head that an adapter saves.
 
@@ -167,7 +167,7 @@ def implied_head(
     return Head(replace(config, values=out), pipeline, tuple(notes), tuple(advice))
 
 
-def _labels(saved: Mapping[str, Shape]) -> int | None:
+def _labels(saved: Mapping[str, TensorShape]) -> int | None:
     """Return the number of labels of the only head that is saved."""
     heads = ((LABEL_HEAD.search(name), shape) for name, shape in saved.items())
     rows = {shape[0] for head, shape in heads if shape and head and head["parameter"] == "weight"}
@@ -185,7 +185,7 @@ def _advice_on_labels(
     return []
 
 
-def _fits_task(task: str, old: str, model_type: object, saved: Mapping[str, Shape]) -> bool:
+def _fits_task(task: str, old: str, model_type: object, saved: Mapping[str, TensorShape]) -> bool:
     """Test whether the task's class may replace the stated class: only a bare model or a classifier may be replaced."""
     if task in LABEL_TASKS or not old:
         return True
@@ -247,7 +247,7 @@ class VocabularyTensor(NamedTuple):
         Config keys that state the number of rows: encoder and decoder may have separate vocabularies.
     """
 
-    names: Names
+    names: TensorNames
     keys: KeyPath
 
 
@@ -275,7 +275,7 @@ class TensorEdits:
 
     sources: Tensors = field(default_factory=dict)
     shifts: Mapping[str, tuple[StoredTensor, float]] = field(default_factory=dict)
-    rows: Mapping[str, tuple[StoredTensor, Shape]] = field(default_factory=dict)
+    rows: Mapping[str, tuple[StoredTensor, TensorShape]] = field(default_factory=dict)
     trained: frozenset[str] = frozenset()
     vocabularies: Mapping[KeyPath, int] = field(default_factory=dict)
     dropped: Mapping[str, str] = field(default_factory=dict)
@@ -422,7 +422,7 @@ def _misfit(
     return f"{c.source!r}: expected shape {list(base.shape)} of {base.name!r}, found {list(info.shape)}{ask}"
 
 
-def _misfit_of_tokens(c: Carried, shape: Shape, name: str, base: Shape) -> str:
+def _misfit_of_tokens(c: Carried, shape: TensorShape, name: str, base: TensorShape) -> str:
     expected = (len(c.indices), *base[1:])
     if shape != expected:
         return f"{c.source!r}: expected shape {list(expected)}, found {list(shape)}"
@@ -466,7 +466,7 @@ def _vocabularies(
 
 def check_announced(
     base: OpenBase, adapter: DeltaSource, found: Found, edits: TensorEdits
-) -> Names:
+) -> TensorNames:
     """Compare what an adapter's config announces with what its file holds: PEFT fills the gaps with values that nobody trained.
 
     Parameters

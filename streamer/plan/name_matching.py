@@ -128,7 +128,7 @@ def match_names(
     """
     parameters = list(parameters)
     modules = [*modules, *parameters]
-    names = _Names(index, frozenset(parameters))
+    names = _ModuleNames(index, frozenset(parameters))
     matches = {name: names.by_name(name, modules) for name in modules}
     if all(m.tensor for m in matches.values()):
         return matches
@@ -146,7 +146,7 @@ def match_names(
     return matches
 
 
-class _Names:
+class _ModuleNames:
     """A base's names of modules, on disk and in a loaded model."""
 
     def __init__(self, index: NameIndex, parameters: frozenset[str]) -> None:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from streamer.plan.architectures import (
     Architecture,
     KeyPaths,
-    Names,
+    TensorNames,
     Tie,
     architectures_for,
     packaged,
@@ -54,8 +54,8 @@ class Conversion:
     """Tensors that loading builds from others: `to` from each match of `sources`, by the named operations."""
 
     sources: tuple[re.Pattern[str], ...]
-    to: Names
-    by: Names
+    to: TensorNames
+    by: TensorNames
     scope: re.Pattern[str] | None = None
 
     @property
@@ -177,7 +177,7 @@ def renames_for(config: ModelConfig) -> Renames:
     unnamed = replace(config, values={**config.values, "architectures": None})
     known = architectures_for(config) or architectures_for(unnamed)
     architecture = max(known, key=lambda a: len(a.parts), default=None)
-    models: list[Names]
+    models: list[TensorNames]
     if architecture is None:
         named = next(iter(config.architectures), None)
         models = [("", named if isinstance(named, str) else "", config.model_type or "")]
@@ -208,7 +208,9 @@ def renames_for(config: ModelConfig) -> Renames:
     return Renames(whose, tuple(renames), tuple(conversions))
 
 
-def _own_rules(models: Iterable[Names], rules: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+def _own_rules(
+    models: Iterable[TensorNames], rules: Mapping[str, Any]
+) -> Iterator[tuple[str, str, str]]:
     """Yield the path of each model that has rules, its class or type, and the key of its rules."""
     same = packaged(RENAMES)["same"]
     seen: defaultdict[str, list[str]] = defaultdict(list)
@@ -252,12 +254,12 @@ class TiedNames:
     keys: KeyPaths
 
     @property
-    def names(self) -> Names:
+    def names(self) -> TensorNames:
         """Return all names on disk, the stored one first."""
         return (self.stored, *self.others)
 
     @cached_property
-    def others(self) -> Names:
+    def others(self) -> TensorNames:
         """Return the names on disk except the stored one."""
         names = dict.fromkeys(self.on_disk.values())
         return tuple(name for name in names if name and name != self.stored)
@@ -275,7 +277,7 @@ class NameIndex:
         The model's renames; none for tensors that are in memory already.
     """
 
-    tensors: Names
+    tensors: TensorNames
     renames: Renames = field(default_factory=Renames)
 
     @classmethod

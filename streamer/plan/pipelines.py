@@ -27,7 +27,7 @@ Layers = tuple[str, ...]
 
 OTHER_NAME = "the module's name in kohya's files, or in another version of transformers"
 
-TEXT = "text_model."
+TEXT_MODEL = "text_model."
 """Prefix of the layers of CLIP's text encoder, which transformers 5 leaves out in one of its classes."""
 
 PREFIXES = {
@@ -157,7 +157,7 @@ def _spellings(module: str) -> Iterator[str]:
     yield module
     component, _, rest = module.partition(".")
     if component.startswith("text_encoder"):
-        yield f"{component}.{rest.removeprefix(TEXT) if rest.startswith(TEXT) else TEXT + rest}"
+        yield f"{component}.{rest.removeprefix(TEXT_MODEL) if rest.startswith(TEXT_MODEL) else TEXT_MODEL + rest}"
 
 
 def _match(module: str, candidates: Sequence[Layers], weights: WeightView) -> Match:
@@ -209,8 +209,8 @@ def _names_in(component: str, kind: Any, layers: Mapping[str, None]) -> Mapping[
     ):
         return own | {name: (layer,) for layer, name in _sdxl(layers)}
     is_text = component in ("text_encoder", "text_encoder_2")
-    if is_text and not any(layer.startswith(TEXT) for layer in layers):
-        return {TEXT + layer: (layer,) for layer in layers}
+    if is_text and not any(layer.startswith(TEXT_MODEL) for layer in layers):
+        return {TEXT_MODEL + layer: (layer,) for layer in layers}
     return own
 
 

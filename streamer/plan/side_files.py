@@ -192,7 +192,7 @@ _SPARE = re.compile(
     r"(?<![a-z0-9])(?:gptq|awq|mxfp4|nvfp4|bnb|bitsandbytes|nf4|fp4|fp8|f8|gguf|q[2-8]_\w+|hqq|aqlm|eetq|exl[23]|quip|higgs|autoround|"
     r"[348]-?bit|int[48]|w[48]a(?:8|16)|unsloth|quantized|dequantized|merged|hf|fp16|bf16|fp32)(?![a-z0-9])"
 )
-_VARIANTS = {"base", "chat", "instruct", "it", "thinking", "reasoning"}
+_VARIANT_WORDS = {"base", "chat", "instruct", "it", "thinking", "reasoning"}
 _WORD = re.compile(r"\d+(?:x\d+)?(?:\.\d+)*[bm](?![a-z0-9])|\d+(?:\.\d+)*|[a-z]+")
 
 
@@ -328,7 +328,9 @@ def _sizes(words: Iterable[str]) -> set[str]:
 
 def _may_be_same(a: set[str], b: set[str]) -> bool:
     """Test whether one name has the other's words, with equal variants and equal sizes if both state one."""
-    if a & _VARIANTS != b & _VARIANTS or (_sizes(a) and _sizes(b) and _sizes(a) != _sizes(b)):
+    if a & _VARIANT_WORDS != b & _VARIANT_WORDS or (
+        _sizes(a) and _sizes(b) and _sizes(a) != _sizes(b)
+    ):
         return False
     a = a - _sizes(a)
     b = b - _sizes(b)

@@ -34,7 +34,7 @@ from streamer.plan.names import Loaded, NameIndex
 from streamer.storage.checkpoint import Checkpoint
 from streamer.storage.header import TensorInfo
 from streamer.units import listed
-from streamer.weights.base import Shape, Weight
+from streamer.weights.base import TensorShape, Weight
 from streamer.weights.logical import WeightView
 from streamer.weights.model_config import ModelConfig
 
@@ -61,7 +61,7 @@ class Target:
     module: Module
     transposed: bool
     match: Match
-    stored: Shape = ()
+    stored: TensorShape = ()
     pieces: tuple[TensorSlice, ...] = ()
 
     @property
@@ -70,7 +70,7 @@ class Target:
         return self.pieces or (TensorSlice(self.tensor),)
 
     @property
-    def kernel(self) -> Shape:
+    def kernel(self) -> TensorShape:
         """Return the dimensions of a convolution's kernel."""
         return self.stored[2:]
 
@@ -451,7 +451,7 @@ def _built(
     return Stack(name, tuple(map(slices, experts)), shape, transposed, "" if turns else "out,in")
 
 
-Sides = tuple[Shape, Shape]
+Sides = tuple[TensorShape, TensorShape]
 """Shapes of lora_A and lora_B."""
 
 

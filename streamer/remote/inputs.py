@@ -489,9 +489,10 @@ def list_hub(name: HubName) -> HubListing:
         with _client(name) as hub:
             index = Path(hub.hf_hub_download(name.repo, start + INDEX_NAME, revision=commit))
         shards = shards_of(checkpoint.read_json_object(index), f"{name.shown}/{INDEX_NAME}")
-    small: Files = {}
-    weights = {name.file: files[name.file]} if name.file else {}
-    if not name.file:
+    if name.file:
+        small: Files = {}
+        weights = {name.file: files[name.file]}
+    else:
         small, weights = needed_files(name.shown, files, shards)
     place = Path(f"models--{name.repo.replace('/', '--')}", "snapshots", commit, name.folder)
     return HubListing(name.shown, place, small, weights, name.file, name, commit)
@@ -579,14 +580,14 @@ def _error(name: HubName, e: Exception) -> errors.StreamerError:
 
 RemoteMode = Literal["cache", "stream"]
 
-PART = r"[A-Za-z0-9_][\w.-]*"
+NAME_PART = r"[A-Za-z0-9_][\w.-]*"
 
 _HUB_NAME = re.compile(
-    rf"(?P<repo>{PART}/{PART})(?:@(?P<revision>[^/@]+))?(?:/(?P<inside>{PART}(?:/{PART})*))?/?"
+    rf"(?P<repo>{NAME_PART}/{NAME_PART})(?:@(?P<revision>[^/@]+))?(?:/(?P<inside>{NAME_PART}(?:/{NAME_PART})*))?/?"
 )
 _HUB_PAGE = re.compile(
-    rf"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repo>{PART}/{PART})"
-    rf"(?:/(?:tree|resolve|blob)/(?P<revision>[^/]+)(?:/(?P<inside>{PART}(?:/{PART})*))?)?/?"
+    rf"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repo>{NAME_PART}/{NAME_PART})"
+    rf"(?:/(?:tree|resolve|blob)/(?P<revision>[^/]+)(?:/(?P<inside>{NAME_PART}(?:/{NAME_PART})*))?)?/?"
 )
 _SCHEME = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]+)://")
 

@@ -40,7 +40,7 @@ from streamer.tables import Column
 from streamer.units import counted, listed
 from streamer.verification.verify import RECORD_NAME, read_record
 
-LAMBDAS = (1.0, 0.9, 0.75, 0.5, 0.25, 0.0)
+DRAWN_LAMBDAS = (1.0, 0.9, 0.75, 0.5, 0.25, 0.0)
 """Values of λ for which a report shows the norm removed."""
 
 THRESHOLDS = tuple(i / 50 for i in range(1, 51))
@@ -99,7 +99,7 @@ def lambda_curve(findings: Findings) -> list[Removal]:
     paper = math.sqrt(intruding / total) if total > 0 else 0.0
     project = math.sqrt(share)
     curve = []
-    for lam in LAMBDAS:
+    for lam in DRAWN_LAMBDAS:
         left = math.sqrt(max(0.0, 1 - (1 - lam * lam) * share))
         curve.append(Removal(lam, (1 - lam) * paper, (1 - lam) * project, left))
     return curve
@@ -207,7 +207,7 @@ def sentences(subject: Subject) -> list[str]:
     ]
 
 
-def samples(subject: Subject) -> list[str]:
+def sample_texts(subject: Subject) -> list[str]:
     """Return the beginnings of texts that the adapter wrote, if it did."""
     if isinstance(subject, Findings):
         return []
@@ -215,10 +215,10 @@ def samples(subject: Subject) -> list[str]:
         of = subject.facts["texts"]["task"]
     else:
         of = subject.get("repair", {})
-    return [printable(textwrap.shorten(text, SAMPLE)) for text in of.get("samples", ())]
+    return [printable(textwrap.shorten(text, SAMPLE_CHARACTERS)) for text in of.get("samples", ())]
 
 
-SAMPLE = 400
+SAMPLE_CHARACTERS = 400
 """Most characters of a sample."""
 
 
@@ -261,14 +261,14 @@ def page_data(subject: Subject) -> dict[str, Any]:
     if isinstance(subject, Findings):
         return {"findings": _findings(subject)}
     if isinstance(subject, Evaluation):
-        return {"evaluation": _evaluation(subject), "samples": samples(subject)}
+        return {"evaluation": _evaluation(subject), "samples": sample_texts(subject)}
     matrices = sorted(subject["matrices"], key=lambda m: natural(m["tensor"]))
     # None if it does not apply: a shrink or coefficients scale no intruders, and a merge is not truncated to a rank.
     is_scaled = takes_findings(subject["method"])
     is_truncated = subject["command"] == "mitigate"
     data: dict[str, Any] = {}
     if "repair" in subject:
-        data = {"repair": _repair(subject["repair"]), "samples": samples(subject)}
+        data = {"repair": _repair(subject["repair"]), "samples": sample_texts(subject)}
     data["output"] = {
         "names": [printable(m["tensor"]) for m in matrices],
         "intruders": [len(m["intruders"]) for m in matrices] if is_scaled else None,

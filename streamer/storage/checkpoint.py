@@ -40,7 +40,7 @@ SAMPLE_BYTES = 4096
 HASHED_BYTES = 1 << 20
 """Number of bytes read at a time to hash a file."""
 
-PIECES = 256
+SAMPLES_AT_ONCE = 256
 """Number of samples read at a time: from a remote file, many are requested together."""
 
 
@@ -198,9 +198,9 @@ class TensorFile:
         """
         digest = hashlib.sha256(self.header.digest.encode())
         tensors = self.header.tensors
-        for i in range(0, len(tensors), PIECES):
+        for i in range(0, len(tensors), SAMPLES_AT_ONCE):
             pieces = []
-            for t in tensors[i : i + PIECES]:
+            for t in tensors[i : i + SAMPLES_AT_ONCE]:
                 middle = max(0, (t.nbytes - SAMPLE_BYTES) // 2)
                 out = memoryview(bytearray(min(SAMPLE_BYTES, t.nbytes)))
                 pieces.append((out, self.header.data_start + t.start + middle))
@@ -233,7 +233,7 @@ COMPONENTS = {
 }
 """Components of a pipeline that adapters change, with the name of their files without its endings."""
 
-_PLAIN = re.compile(r"(?![A-Za-z]:)[^./\\\x00-\x1f][^/\\\x00-\x1f]*\.safetensors")
+_SHARD_NAME = re.compile(r"(?![A-Za-z]:)[^./\\\x00-\x1f][^/\\\x00-\x1f]*\.safetensors")
 """File names that are not hidden and contain no drive, directory or control characters."""
 
 
@@ -366,7 +366,7 @@ def check_shard_name(name: object, where: str | Path) -> str:
     FormatError
         For anything else, such as ``../x.safetensors``: the names come from a download, and a path out of the directory is an attack.
     """
-    if isinstance(name, str) and _PLAIN.fullmatch(name) and len(os.fsencode(name)) <= 255:
+    if isinstance(name, str) and _SHARD_NAME.fullmatch(name) and len(os.fsencode(name)) <= 255:
         return name
     raise FormatError(
         f"{where}: weight_map names {quoted(name)}: expected a plain .safetensors file name; do not trust this file"

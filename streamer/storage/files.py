@@ -25,7 +25,7 @@ from streamer import errors
 from streamer.json_types import Count, Sha256
 from streamer.units import listed
 
-UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.ENOTTY}
+UNSUPPORTED_ERRNOS = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.ENOTTY}
 """Errors by which a file system reports that it does not support a call."""
 
 MAX_CALL_BYTES = 1 << 30
@@ -55,7 +55,7 @@ def _unless_unsupported() -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        if e.errno not in UNSUPPORTED:
+        if e.errno not in UNSUPPORTED_ERRNOS:
             raise
 
 
@@ -253,9 +253,8 @@ def storage_errors(path: Path, action: str) -> Iterator[None]:
 
 def absent(path: Path, what: str) -> errors.MissingInputError:
     """Make the error for a missing input directory; `what` names the expected input."""
-    collapsed = re.match(r"[a-z][a-z0-9+.-]+:/", str(path))
     hint = "a hub name has the form OWNER/NAME"
-    if collapsed:
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(path)):
         hint = "an address has two slashes, of which a Path keeps one"
     return errors.MissingInputError(
         f"{path}: no such directory; check the path of the {what}; {hint}", path

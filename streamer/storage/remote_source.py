@@ -64,7 +64,7 @@ CONNECTIONS = 16
 """Number of connections kept to one server."""
 
 REDIRECTS = 8
-PIECE_BYTES = 1 << 20
+REQUESTED_BYTES = 1 << 20
 
 DRAINED_BYTES = 1 << 10
 """Most bytes of an unwanted answer that are read: less work than another connection."""
@@ -203,7 +203,7 @@ def request_range(file: RemoteFile, out: memoryview, at: int) -> None:
         done = 0
         try:
             while done < len(out) and (
-                piece := response.read(min(PIECE_BYTES, len(out) - done), decode_content=False)
+                piece := response.read(min(REQUESTED_BYTES, len(out) - done), decode_content=False)
             ):
                 out[done : done + len(piece)] = piece
                 done += len(piece)

@@ -526,7 +526,7 @@ def _existing(path: Path) -> Path:
 OLD = "old"
 """Key of a journal's head: files that existed before the run."""
 
-NAMES = "names"
+PLANNED_NAMES = "names"
 """Key of a journal's head: names of files to come."""
 
 
@@ -765,14 +765,14 @@ def missing_bytes(plan: OutputPlan, state: str) -> int:
     return todo + plan.temporary_bytes - sum(map(allocated_bytes, leftovers))
 
 
-def size_of(path: Path) -> int:
+def file_size(path: Path) -> int:
     """Return the size of the file at a path; -1 if there is none."""
     return -1 if (found := _stat(path)) is None else found.st_size
 
 
 def own_partials(plan: OutputPlan) -> set[Path]:
     """Find the partial files that killed runs, of this plan or an earlier one, left in the output's directories."""
-    planned = next(Journal.peek(plan.path / JOURNAL_NAME), {}).get(NAMES, [])
+    planned = next(Journal.peek(plan.path / JOURNAL_NAME), {}).get(PLANNED_NAMES, [])
     old = [file.file for file in own_files(plan.path / RECORD_NAME, plan.path / JOURNAL_NAME)]
     names = [RECORD_NAME, *plan.conflicting_names, *(name for name, _ in plan.files)]
     names += [
@@ -840,7 +840,7 @@ def _check_stands(plan: OutputPlan, record: dict[str, Any]) -> Literal["done", "
     sizes = {file.file: file.bytes for file in as_files(record.get("files"))}
     missing = False
     for name, _ in plan.files:
-        size = size_of(plan.path / name)
+        size = file_size(plan.path / name)
         wanted = sizes.get(name)
         if size == wanted or (size > 0 and name in plan.editable):
             continue
@@ -900,7 +900,7 @@ class OutputDirectory:
     def take(self, name: str, partial: str | Path, nbytes: int, sha256: str, **detail: Any) -> None:
         """Accept a complete partial file that a worker left beside the final name, or one elsewhere: journal it and rename it."""
         partial_path = (self.path / name).parent / partial
-        found = size_of(partial_path)
+        found = file_size(partial_path)
         if found != nbytes or nbytes != dict(self._plan.files)[name]:
             raise StorageError(
                 f"{partial_path}: expected {nbytes} bytes, found {found}; run the same command again"
@@ -939,7 +939,7 @@ class OutputDirectory:
         """
         path = self._plan.path
         names = [*(name for name, _ in self._plan.files), RECORD_NAME]
-        to_rename = [name for name in names if size_of(self.path / name) >= 0]
+        to_rename = [name for name in names if file_size(self.path / name) >= 0]
         old = as_files(json.loads(self._journal[0])[OLD])
         differing = {file.file for file in {*old} ^ {*as_files([*self._entries.values()])}}
         if len(differing - self._plan.editable - {RECORD_NAME}) > 1 and names[-2] in to_rename:
@@ -1015,7 +1015,7 @@ def _begun(plan: OutputPlan, state: str) -> Iterator[OutputDirectory]:
     try:
         if state == "new":
             # Before anything else is removed: a kill from here on leaves a run that can be resumed and knows what is still to be removed.
-            journal.begin({**plan.head, NAMES: names, OLD: [asdict(file) for file in old]})
+            journal.begin({**plan.head, PLANNED_NAMES: names, OLD: [asdict(file) for file in old]})
         for path in filter(is_placeholder, (plan.path / name for name in plan.conflicting_names)):
             files.remove_file(path)
         if stays:

@@ -15,7 +15,7 @@ from streamer.streaming.turn import Stop
 LENGTH = 8
 """Tokens in each of the two sequences that `check_logits` runs."""
 
-TOLERANCE = 1e-3
+LOGIT_TOLERANCE = 1e-3
 """Largest difference of logits that rounding may make, as a share of the largest logit."""
 
 Ids = NDArray[np.int64]
@@ -57,7 +57,7 @@ def check_logits(model: SweepModel, ids: Ids, stop: Stop) -> None:
             f"{plan.base.path}: its logits are NaN or Inf on the texts; check its weights"
         )
     in_blocks = float((logits - torch.cat(parts, -1)).abs().max())
-    largest = TOLERANCE * max(1.0, float(logits.abs().max()))
+    largest = LOGIT_TOLERANCE * max(1.0, float(logits.abs().max()))
     if not in_blocks <= largest:
         raise _changed_by_number(plan)
     if float((logits[0, :-1] - logits[1, :-1]).abs().max()) > largest:
@@ -98,7 +98,7 @@ def changed_by_padding(model: SweepModel, ids: Ids, shorter: int, block: int, st
             else:
                 off = max(off, float((first - same).abs().max()))
                 largest = max(largest, float(first.abs().max()))
-        return off > TOLERANCE * largest
+        return off > LOGIT_TOLERANCE * largest
 
     if not differ(ids, ids[:shorter]):
         return False

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from streamer.errors import NumericError, UnsupportedError
 from streamer.streaming.run_time import RunTimeModule, RunTimeTensor, match_run_time
-from streamer.streaming.size import size_of
+from streamer.streaming.size import model_size
 from streamer.streaming.skeleton import build_skeleton, require_transformers
 from streamer.streaming.values import Values
 from streamer.streaming.variants import VariantSet
@@ -80,7 +80,7 @@ class LoadedModel:
         self.strict_positions = (
             bool(tables) or not rotary or "dynamic" in rope or "longrope" in rope
         )
-        self.size = size_of(self.values, config, self._head, self.modules, tensors.values())
+        self.size = model_size(self.values, config, self._head, self.modules, tensors.values())
 
     @property
     def job(self) -> VariantSet:

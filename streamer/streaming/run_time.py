@@ -100,7 +100,7 @@ def match_run_time(
             f"{plan.base.path}: a quantized {plan.config.model_type} stores its layers as (out, in), and the loaded model as (in, out), "
             "which is not supported by evaluate and repair; use the 16-bit base"
         )
-    names = _Names(plan, prefix)
+    names = _RunTimeNames(plan, prefix)
     optional = set(optional)
     tensors = {
         name: tensor
@@ -121,7 +121,7 @@ def match_run_time(
     return tensors
 
 
-class _Names:
+class _RunTimeNames:
     """Index of weights on disk by the run-time names that loading gives them."""
 
     def __init__(self, plan: Plan, prefix: str) -> None:

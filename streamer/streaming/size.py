@@ -71,7 +71,7 @@ class ModelSize:
     sharing: int = 1
 
 
-def size_of(
+def model_size(
     values: Values,
     config: Any,
     head: nn.Linear,

@@ -27,7 +27,7 @@ from streamer.storage.checkpoint import TensorFile
 from streamer.storage.header import TensorInfo
 from streamer.units import counted
 
-Shape = tuple[int, ...]
+TensorShape = tuple[int, ...]
 
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 """Dtypes of the values of plain tensors, by the format's spelling. Computations use float32, for F64 float64."""
@@ -60,13 +60,13 @@ def float_dtype(info: TensorInfo, where: str) -> torch.dtype:
     return FLOATS[info.dtype]
 
 
-def in_memory(info: TensorInfo) -> tuple[torch.dtype, Shape]:
+def in_memory(info: TensorInfo) -> tuple[torch.dtype, TensorShape]:
     """Return the dtype and shape of a tensor in memory; if torch lacks the dtype, of its bytes, as flat uint8."""
     dtype = TORCH_DTYPES.get(info.dtype)
     return (torch.uint8, (info.nbytes,)) if dtype is None else (dtype, info.shape)
 
 
-def as_tensor(view: memoryview, dtype: torch.dtype, shape: Shape) -> Tensor:
+def as_tensor(view: memoryview, dtype: torch.dtype, shape: TensorShape) -> Tensor:
     """View bytes as a tensor, without a copy if their address is aligned. The caller must not write to it."""
     if len(view) == 0:
         return torch.empty(shape, dtype=dtype)
@@ -210,7 +210,7 @@ class Weight(ABC):
     """Whether `rows` decodes quantized values from the weight's own tensors."""
 
     name: str
-    shape: Shape
+    shape: TensorShape
     tensors: Tensors
     label: str
     compute: torch.dtype

@@ -26,7 +26,7 @@ from streamer.linalg.rounding import Grid
 from streamer.storage.files import strict_json
 from streamer.storage.header import TensorInfo
 from streamer.units import listed
-from streamer.weights.base import TORCH_DTYPES, QuantizedWeight, Shape, StoredTensor
+from streamer.weights.base import TORCH_DTYPES, QuantizedWeight, StoredTensor, TensorShape
 
 NOT_FINITE = "the result holds NaN or Inf; check the adapter's scale and lambda"
 
@@ -104,7 +104,7 @@ class Parts(dict[str, StoredTensor]):
         """List the headers of tensors."""
         return [self[role].info for role in roles]
 
-    def may_have(self, role: str, dtype: str, shape: Shape) -> bool:
+    def may_have(self, role: str, dtype: str, shape: TensorShape) -> bool:
         """Test whether a tensor, if there is one, has this dtype and shape."""
         return role not in self or (self[role].info.dtype, self[role].info.shape) == (dtype, shape)
 
@@ -273,7 +273,9 @@ def _stated_blocks(config: Config) -> list[tuple[int, int]]:
     return [(int(match[1]), int(match[2])) for match in matches if match]
 
 
-def _blocks(shape: Shape, grid: Shape, stated: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+def _blocks(
+    shape: TensorShape, grid: TensorShape, stated: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
     """Infer from the shapes which rows and columns share a scale: all sizes that fit.
 
     Stated sizes come first. If none fits, because a checkpoint may mix kinds of blocks, a size that divides evenly and 128×128 are tried.
@@ -429,7 +431,7 @@ def _values(packed: Tensor) -> Tensor:
 LARGEST = 448.0
 """Largest e4m3 value."""
 
-Rows = Callable[[int, int], Tensor]
+ReadRows = Callable[[int, int], Tensor]
 """Function that returns rows i to j of a matrix, float32, in new memory."""
 
 
@@ -437,7 +439,7 @@ Rows = Callable[[int, int], Tensor]
 class FP8(Scaled):
     """E4m3 values and their scales."""
 
-    def new_scales(self, merged: Rows) -> Tensor:
+    def new_scales(self, merged: ReadRows) -> Tensor:
         """Choose scales for merged values, (block rows, block columns): each block's maximum over `LARGEST`, rounded as scales are stored.
 
         Raises
@@ -465,7 +467,7 @@ class FP8(Scaled):
         smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
         return quant_scale.clamp_min(smallest).to(dtype).to(torch.float32)
 
-    def requantized(self, role: str, merged: Rows, grid: Tensor) -> Iterator[Tensor]:
+    def requantized(self, role: str, merged: ReadRows, grid: Tensor) -> Iterator[Tensor]:
         """Yield one tensor for merged values with the scales of `new_scales`: the scales, or e4m3 values rounded to nearest."""
         if role == "quant_scale":
             dtype = self.tensors["quant_scale"].info.dtype
@@ -727,7 +729,7 @@ SETTINGS = ("packing", "compute_dtype", "axis", "group_size", "view_as_float", "
             "unpack_view_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config", "optimize", "round_zero")  # fmt: skip
 """Names of the tensors that hold a layer's settings."""
 
-UNSUPPORTED = ("zero_q", "scale_q", "zero_scale")
+NOT_DECODED = ("zero_q", "scale_q", "zero_scale")
 """Names of quantized zero points and scales, and of both in one tensor."""
 
 _PACKINGS = (("U8", 8, 1), ("U8", 4, 2), ("I32", 3, 10), ("U8", 2, 4), ("U8", 1, 8))
@@ -759,7 +761,7 @@ class HQQ(QuantizedWeight):
     @classmethod
     def of(cls, name: str, parts: Parts, config: Config) -> Self:
         """Check that the tensors fit together, and make the weight that they store."""
-        if role := next((role for role in UNSUPPORTED if role in parts), None):
+        if role := next((role for role in NOT_DECODED if role in parts), None):
             raise parts.unsupported(f"HQQ with {role!r}")
         needed = ("scale", "zero", "shape", "packing")
         if role := next((role for role in needed if role not in parts), None):

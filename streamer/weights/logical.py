@@ -30,7 +30,7 @@ from streamer.storage.files import strict_json
 from streamer.weights import codes
 from streamer.weights.base import FLOATS, Plain, QuantizedWeight, StoredTensor, Tensors, Weight
 from streamer.weights.codes import Config, Parts
-from streamer.weights.model_config import ModelConfig, Values
+from streamer.weights.model_config import ConfigValues, ModelConfig
 
 _TORCHAO_PARTS = (
     "scale_and_zero",
@@ -75,7 +75,7 @@ def torchao_weight(name: str, parts: Parts, config: Config) -> QuantizedWeight:
     return _TORCHAO_CLASSES[kind](name, parts, data)
 
 
-def _stated(name: str, parts: Parts) -> tuple[str, Values, list[str]]:
+def _stated(name: str, parts: Parts) -> tuple[str, ConfigValues, list[str]]:
     """Read what the metadata states of a weight: its class, its attributes, and the tensors that it consists of."""
     try:
         match strict_json(parts["weight"].file.header.metadata[name].encode()):
@@ -89,7 +89,7 @@ def _stated(name: str, parts: Parts) -> tuple[str, Values, list[str]]:
     raise FormatError(f"{parts.where}: {fault}; get the file again")
 
 
-def _blocks(cls: type[codes.Scaled], name: str, parts: Parts, data: Values) -> codes.Scaled:
+def _blocks(cls: type[codes.Scaled], name: str, parts: Parts, data: ConfigValues) -> codes.Scaled:
     """Make a weight with scales of blocks that divide its rows and columns, as the metadata states them."""
     values, scale = parts.infos("weight", "quant_scale")
     parts.check(len(values.shape) == 2 == len(scale.shape) and 0 not in scale.shape)
@@ -100,12 +100,12 @@ def _blocks(cls: type[codes.Scaled], name: str, parts: Parts, data: Values) -> c
     return cls.of(name, parts, {"weight_block_size": block})
 
 
-def _fp8(name: str, parts: Parts, data: Values) -> codes.Scaled:
+def _fp8(name: str, parts: Parts, data: ConfigValues) -> codes.Scaled:
     parts.check(parts["weight"].info.dtype == "F8_E4M3" and "zero_points" not in parts)
     return _blocks(codes.FP8, name, parts, data)
 
 
-def _integers(name: str, parts: Parts, data: Values) -> codes.Scaled:
+def _integers(name: str, parts: Parts, data: ConfigValues) -> codes.Scaled:
     zeros = parts.get("zero_points", parts["weight"]).info.dtype
     if zeros in codes.SCALE_DTYPES:
         raise parts.unsupported(f"torchao's zero point in {zeros}")
@@ -123,7 +123,7 @@ class PackedInt4(QuantizedWeight):
     """Four-bit integers along the inputs, two in a byte."""
 
     @classmethod
-    def of(cls, name: str, parts: Parts, data: Values) -> Self:
+    def of(cls, name: str, parts: Parts, data: ConfigValues) -> Self:
         """Check that the tensors fit together and to the metadata, and make the weight that they store."""
         packed = parts["weight"].info
         fits = {"quant_scale", "zero_points"} <= parts.keys()
@@ -254,7 +254,7 @@ FORMATS: tuple[QuantizationFormat, ...] = (
           {}, torchao_weight, {"quant_scale": ("._weight_scale",), **_TORCHAO_OPTIONAL}),
     QuantizationFormat("HQQ, 1 to 8 bits, both axes", "`W_q`, `scale`, `zero`, `shape` and settings",
           (None, "hqq"), (".W_q", (), ".weight"),
-          {}, codes.HQQ.of, {role: (f".{role}",) for role in ("scale", "zero", "shape", *codes.SETTINGS, *codes.UNSUPPORTED)}),
+          {}, codes.HQQ.of, {role: (f".{role}",) for role in ("scale", "zero", "shape", *codes.SETTINGS, *codes.NOT_DECODED)}),
     QuantizationFormat("MXFP4 expert stacks", "`*_blocks`, `*_scales`",
           (None, "mxfp4"), ("_blocks", ("U8",), ""),
           {"scales": ("_scales",)}, codes.MXFP4.of),
@@ -278,7 +278,7 @@ def supported_method(quantization: Mapping[str, Any], where: str) -> str | None:
     kind = repr(method)
     known = sorted({m for format_ in FORMATS for m in format_.quant_methods if m is not None})
     if method in known:
-        for key, good in _VARIANTS.get(str(method), {}).items():
+        for key, good in _SETTINGS.get(str(method), {}).items():
             value = quantization.get(key)
             value = value.get("format", value) if isinstance(value, dict) else value
             if value and value not in good:
@@ -290,7 +290,7 @@ def supported_method(quantization: Mapping[str, Any], where: str) -> str | None:
     raise UnsupportedError(f"{where}: config.json: {what}; use the 16-bit model")
 
 
-_VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
+_SETTINGS: dict[str, dict[str, tuple[str, ...]]] = {
     # Keys that can change what the quantized values mean, with the settings that do not.
     "compressed-tensors": {
         "format": (

@@ -14,7 +14,7 @@ from typing import Any
 
 from streamer.storage.checkpoint import PIPELINE_NAME, is_pipeline, read_json_object
 
-Values = dict[str, Any]
+ConfigValues = dict[str, Any]
 
 MODEL_CONFIG = "config.json"
 
@@ -89,7 +89,7 @@ class ModelConfig:
         return any(stated) if stated else None
 
     @property
-    def quantization(self) -> Values:
+    def quantization(self) -> ConfigValues:
         """Return the quantization config, or {}."""
         stated = (value for value in self.stated(*QUANTIZATION_KEYS) if isinstance(value, dict))
         return next((dict(value) for value in stated if value), {})
@@ -115,7 +115,7 @@ class ModelConfig:
 
     def untied(self, keys: Iterable[tuple[str, ...]]) -> ModelConfig:
         """State at each path of keys that head and embedding are separate; a top-level key is also set for the language model."""
-        out: Values = dict(self.values)
+        out: ConfigValues = dict(self.values)
         for *path, key in keys:
             _part(out, path)[key] = False
             if not path and self.text:
@@ -125,7 +125,7 @@ class ModelConfig:
     def with_dtype(self, dtype: str) -> ModelConfig:
         """State another dtype wherever the config or a part of it states one."""
 
-        def stated(part: Mapping[str, Any]) -> Values:
+        def stated(part: Mapping[str, Any]) -> ConfigValues:
             configs = {
                 k: v for k, v in part.items() if k.endswith("_config") and isinstance(v, dict)
             }
@@ -137,7 +137,7 @@ class ModelConfig:
     def unquantized(self) -> ModelConfig:
         """Remove every statement that the model is quantized."""
 
-        def rest(part: Mapping[str, Any]) -> Values:
+        def rest(part: Mapping[str, Any]) -> ConfigValues:
             return {key: value for key, value in part.items() if key not in QUANTIZATION_KEYS}
 
         out = rest(self.values)
@@ -146,7 +146,7 @@ class ModelConfig:
         return replace(self, values=out)
 
 
-def _part(config: Values, path: Iterable[str]) -> Values:
+def _part(config: ConfigValues, path: Iterable[str]) -> ConfigValues:
     """Copy the parts of a config along a path, replacing them in place, and return the last."""
     for name in path:
         inner = config.get(name)
@@ -177,6 +177,6 @@ def read_model_config(directory: Path | None) -> ModelConfig:
     return ModelConfig(values)
 
 
-def _read(path: Path) -> Values:
+def _read(path: Path) -> ConfigValues:
     """Read a JSON object as transformers writes it, allowing Infinity and NaN; {} if there is none."""
     return read_json_object(path, json.loads) if path.exists() else {}

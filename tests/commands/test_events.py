@@ -155,9 +155,9 @@ def test_a_log_shows_life() -> None:
     """While one matrix takes long and no event comes: the time since the start, the stage, count, share and time left."""
     code = """
 import time
-from streamer.cli.terminal import Progress
+from streamer.cli.terminal import ProgressLines
 from streamer.events import Event
-progress = Progress("plain", 0, "detect", logged=0.2)
+progress = ProgressLines("plain", 0, "detect", logged=0.2)
 progress(Event("detect", "a.weight", 0, 100, 0, 4, "poems"))
 time.sleep(0.3)
 progress(Event("detect", "b.weight", 50, 100, 2, 4, "poems"))

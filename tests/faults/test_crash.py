@@ -232,14 +232,14 @@ def test_two_signals_stop_at_once(bench: Bench, signum: signal.Signals, tmp_path
 
 STOPPED = """
 import os, signal, time
-from streamer.cli.terminal import Progress
-show = Progress.__call__
+from streamer.cli.terminal import ProgressLines
+show = ProgressLines.__call__
 def stop(self, event):
     show(self, event)
     for _ in range(2 if event.items == 3 else 0):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
-Progress.__call__ = stop
+ProgressLines.__call__ = stop
 """
 
 

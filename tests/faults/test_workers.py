@@ -33,14 +33,14 @@ from worker_runs import (
 )
 
 import streamer
-from streamer.detection.options import Run
 from streamer.errors import LockedError, MismatchError, WorkerError
 from streamer.events import Event
 from streamer.linalg.torch_state import threads
 from streamer.plan.plan import make_batch
+from streamer.run import Run
 from streamer.storage.files import locked
 from streamer.storage.transaction import journal_of, lock_of
-from streamer.workers import Inputs, Task, perform
+from streamer.workers import Task, perform
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +186,7 @@ def test_a_worker_with_other_inputs_is_refused(
 
 
 def test_a_worker_of_another_version_is_refused(bench: WorkerBench) -> None:
-    inputs = Inputs.of(make_batch(bench.base, [bench.adapter]), Run(torch.device("cpu")))
+    inputs = Run(torch.device("cpu")).task_inputs(make_batch(bench.base, [bench.adapter]))
     task = Task(replace(inputs, version="0.0"), 1, "nothing", print)
     assert re.fullmatch(
         r"worker .*: has version \S+, expected 0\.0, the caller.s version; .*",

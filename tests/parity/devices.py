@@ -19,7 +19,6 @@ from seeds import vary
 import streamer
 from streamer.api.requests import Request
 from streamer.api.texts import MapRequest
-from streamer.detection.options import Run
 from streamer.errors import UsageError
 from streamer.events import Monitor
 from streamer.fitting.mapping import prepare_map
@@ -30,6 +29,7 @@ from streamer.measuring.batches import TRANSFORMERS_BYTES, Limits, Work
 from streamer.measuring.losses import batch_sums
 from streamer.measuring.statistics import MEASURES
 from streamer.plan.plan import Plan, make_plan
+from streamer.run import Run
 from streamer.streaming.checks import check_logits
 from streamer.streaming.sweep import SweepModel
 from streamer.streaming.variants import VariantSet, make_variants

@@ -24,15 +24,15 @@ from streamer.plan.architectures import (
     TIE_KEY,
     Architecture,
     architecture_for,
+    architecture_table,
     classes_of,
     pattern_of,
     record_of,
-    table,
 )
 from streamer.weights.model_config import ModelConfig
 
 TOOL = Path(__file__).parents[2] / "tools" / "make_architectures.py"
-SAME_VERSION = f"transformers {transformers.__version__} " in table()["source"]
+SAME_VERSION = f"transformers {transformers.__version__} " in architecture_table()["source"]
 
 # Small sizes under every name that configs have for them.
 SIZES = {
@@ -303,7 +303,9 @@ def test_config_beside_the_model_states_the_tie_where_the_table_says() -> None:
 @pytest.mark.slow
 def test_the_table_is_the_installed_version_s() -> None:
     if not SAME_VERSION:
-        pytest.skip(f"the table is of {table()['source']}; tools/make_architectures.py renews it")
+        pytest.skip(
+            f"the table is of {architecture_table()['source']}; tools/make_architectures.py renews it"
+        )
     assert subprocess.run([sys.executable, TOOL, "--check"], env=ENV, check=False).returncode == 0
 
 

@@ -180,7 +180,7 @@ def test_a_killed_run_keeps_the_answers_of_the_sweeps_before(
 
     whole = answers()
     kept = {"cache": str(tmp_path / "cache.sqlite")}
-    monkeypatch.setattr(lm_eval, "BLOCK", 1)
+    monkeypatch.setattr(lm_eval, "SWEPT_TOKENS", 1)
     monkeypatch.setattr(batches, "MOST_ROWS", 1)
     monkeypatch.setattr(lm_eval, "measure", killed)
     with pytest.raises(KeyboardInterrupt):

@@ -32,8 +32,8 @@ from streamer.adapters.finetuned import AdapterPaths
 from streamer.cli.tables import evaluation_table, findings_table
 from streamer.detection.detect import detect_to_files
 from streamer.detection.findings import load_findings
-from streamer.detection.options import DetectionOptions, Run
-from streamer.evaluation.words import Names
+from streamer.detection.options import DetectionOptions
+from streamer.evaluation.words import ShellWords
 from streamer.events import Event, Monitor
 from streamer.methods import UNCHANGED, Method, Paper
 from streamer.output.form import Form
@@ -41,6 +41,7 @@ from streamer.output.mitigation import Mitigation
 from streamer.output.opening import open_mitigations
 from streamer.output.write import plan_output, write_outputs
 from streamer.plan.plan import AdapterBatch, Plan, make_plan, resident_bytes
+from streamer.run import Run
 
 OPTIONS = DetectionOptions(3, 0.5)
 
@@ -204,7 +205,7 @@ def evaluation(home: Path) -> Target:
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
-        evaluation_table(streamer.load_evaluation(path), Names())
+        evaluation_table(streamer.load_evaluation(path), ShellWords())
 
     return Target([path.read_bytes()], mutate_json, run)
 

@@ -9,10 +9,11 @@ import torch
 import streamer
 from streamer.detection.detect import detect_all, detect_matrix, read_ahead
 from streamer.detection.findings import MatrixFinding
-from streamer.detection.options import DetectionOptions, Run
+from streamer.detection.options import DetectionOptions
 from streamer.detection.solvers import cost
 from streamer.events import Event, Monitor
 from streamer.plan.plan import AdapterBatch, Plan, make_plan
+from streamer.run import Run
 from streamer.weights.base import Plain
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

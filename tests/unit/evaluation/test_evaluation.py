@@ -11,7 +11,7 @@ from evaluations import COLUMNS, CURVES, evaluation, faults
 from streamer.cli.tables import evaluation_table
 from streamer.errors import FormatError
 from streamer.evaluation.evaluation import Evaluation
-from streamer.evaluation.words import Names, command_of, figures
+from streamer.evaluation.words import ShellWords, command_of, figures
 from streamer.measuring.statistics import EvaluatedVariant
 from streamer.tables import Screen
 
@@ -348,7 +348,10 @@ def test_the_table_fits_a_screen_and_names_the_inputs() -> None:
     e = evaluation({**CURVES, "project": lambda x: (x**9, x**0.5)})
     for width in (40, 80, 120, None):
         text = evaluation_table(
-            e, Names("'my base' adapter", findings="f.safetensors"), Screen(width), "wrote e.json"
+            e,
+            ShellWords("'my base' adapter", findings="f.safetensors"),
+            Screen(width),
+            "wrote e.json",
         )
         flat = " ".join(text.split())
         assert (

@@ -314,7 +314,7 @@ def test_the_bound_of_wide_blocks_is_that_of_narrow_ones(
     w = (ritz.Y.T[:, : len(gk.start_coefficients)] @ gk.start_coefficients)[:, :7]
     sigma = torch.linspace(0, 1, 200, dtype=torch.float64)
     wide = christoffel_bound(sigma, ritz, w, 1e-12)
-    monkeypatch.setattr(overlap_bounds, "NARROW", 1000)
+    monkeypatch.setattr(overlap_bounds, "TABLE_WIDTH", 1000)
     torch.testing.assert_close(wide, christoffel_bound(sigma, ritz, w, 1e-12))
     monkeypatch.setattr(overlap_bounds, "CHRISTOFFEL_BYTES", 1)
     torch.testing.assert_close(wide, christoffel_bound(sigma, ritz, w, 1e-12))

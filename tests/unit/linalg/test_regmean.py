@@ -10,7 +10,7 @@ from seeds import vary
 from streamer.linalg.moments import (
     GENERAL_RIDGE,
     RIDGE,
-    TOLERANCE,
+    SOLVE_TOLERANCE,
     Refit,
     System,
     TextInputs,
@@ -145,7 +145,7 @@ def test_one_direction_is_much_larger(tokens: int, kind: str, massive: float) ->
         wanted = np.linalg.solve(rows.T @ rows + s * np.eye(N), B.numpy())
         assert (
             np.linalg.norm(found.numpy() - wanted, axis=0)
-            <= 2 * TOLERANCE * np.linalg.norm(wanted, axis=0)
+            <= 2 * SOLVE_TOLERANCE * np.linalg.norm(wanted, axis=0)
         ).all()
 
 

@@ -36,7 +36,7 @@ def test_truncation_is_the_nearest(
     shape: tuple[int, int], factored: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Eckart-Young, by LAPACK and, above so many rows and columns, by the Krylov solver."""
-    monkeypatch.setattr(lora, "SMALL", 100)
+    monkeypatch.setattr(lora, "LAPACK_SIDE", 100)
     p = min(shape)
     sigma = torch.cat([torch.tensor([9.0, 5.0, 4.0, 1.0, 0.5]), torch.full((p - 5,), 1e-3)])
     matrix, expected = (
