@@ -59,7 +59,10 @@ __version__ = "0.2.0"
 # Public names by their modules. A name is resolved on first use, so that importing streamer does not load torch.
 _NAMES = {
     "api.intruders": (
-        "detect_intruder_dimensions", "iter_merged", "merge_with_reduced_intruder_dimensions", "reduce_intruder_dimension",
+        "detect_intruder_dimensions",
+        "iter_merged",
+        "merge_with_reduced_intruder_dimensions",
+        "reduce_intruder_dimension",
     ),
     "api.texts": ("evaluate_variants", "map_inputs", "repair_adapter"),
     "api.report": ("write_report",),
@@ -72,7 +75,7 @@ _NAMES = {
     "evaluation.evaluation": ("Evaluation", "load_evaluation"),
     "events": ("Event", "Monitor"),
     "methods.files": ("Coefficients", "InputMap", "load_coefficients", "load_map"),
-}  # fmt: skip
+}
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [

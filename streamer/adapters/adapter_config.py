@@ -344,38 +344,93 @@ MOST_TERMS = 1000
 """Most terms of a Neumann series; PEFT's default is 5. A config may ask for any number, and each term costs a product for each matrix."""
 
 KINDS = {
-    "alora_invocation_tokens": "aLoRA", "invocation_string": "aLoRA", "enable_lora": "MergedLinear", "arrow_config": "Arrow",
-    "use_qalora": "QALoRA", "use_bdlora": "BD-LoRA", "kasa_config": "KaSA", "monteclora_config": "MonteCLoRA", "velora_config": "VeLoRA",
-    "layer_replication": "layer replication", "megatron_config": "Megatron LoRA",
-}  # fmt: skip
+    "alora_invocation_tokens": "aLoRA",
+    "invocation_string": "aLoRA",
+    "enable_lora": "MergedLinear",
+    "arrow_config": "Arrow",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "BD-LoRA",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "velora_config": "VeLoRA",
+    "layer_replication": "layer replication",
+    "megatron_config": "Megatron LoRA",
+}
 """Kinds of LoRA by the keys that show them, which no merged weight can express, or whose tensors mean something else."""
 
 RULES = (
-    Rule("init_lora_weights", RESIDUAL, _ON_RESIDUAL, lambda v: isinstance(v, str) and v.lower().startswith(_RESIDUAL_INITS)),
+    Rule(
+        "init_lora_weights",
+        RESIDUAL,
+        _ON_RESIDUAL,
+        lambda v: isinstance(v, str) and v.lower().startswith(_RESIDUAL_INITS),
+    ),
     Rule("loftq_config", RESIDUAL, _ON_RESIDUAL),
-    Rule("init_lora_weights", "unknown initialisation", "it may have changed the base",
-         lambda v: isinstance(v, str) and v.lower() not in _PLAIN_INITS and not v.lower().startswith(_RESIDUAL_INITS)),
+    Rule(
+        "init_lora_weights",
+        "unknown initialisation",
+        "it may have changed the base",
+        lambda v: (
+            isinstance(v, str)
+            and v.lower() not in _PLAIN_INITS
+            and not v.lower().startswith(_RESIDUAL_INITS)
+        ),
+    ),
     *(Rule(key, kind, _NOT_KNOWN) for key, kind in KINDS.items()),
-    Rule("save_projection", "VeRA", "its projections are not in the file, and only the library that trained it can generate them again",
-         lambda v: v is False, "VERA"),
+    Rule(
+        "save_projection",
+        "VeRA",
+        "its projections are not in the file, and only the library that trained it can generate them again",
+        lambda v: v is False,
+        "VERA",
+    ),
     Rule("eps", "OFT", "expected eps to be a number", _no_number, "OFT"),
-    Rule("num_cayley_neumann_terms", "OFT", f"expected num_cayley_neumann_terms from 1 to {MOST_TERMS}",
-         lambda v: _no_number(v) or not 1 <= v <= MOST_TERMS, "OFT"),
-    Rule("init_weights", "MiSS mini", "its block, repeated along the output, would fit other bases too", lambda v: v == "mini", "MISS"),
-    Rule("boft_n_butterfly_factor", "BOFT", "only a boft_n_butterfly_factor of 1 can be checked against PEFT on a CPU",
-         lambda v: v != 1, "BOFT"),
-    *(Rule("fan_in_fan_out", kind, "PEFT does not merge this method into a layer that stores (in, out)", bool, kind)
-      for kind in ("OFT", "BOFT")),
-)  # fmt: skip
+    Rule(
+        "num_cayley_neumann_terms",
+        "OFT",
+        f"expected num_cayley_neumann_terms from 1 to {MOST_TERMS}",
+        lambda v: _no_number(v) or not 1 <= v <= MOST_TERMS,
+        "OFT",
+    ),
+    Rule(
+        "init_weights",
+        "MiSS mini",
+        "its block, repeated along the output, would fit other bases too",
+        lambda v: v == "mini",
+        "MISS",
+    ),
+    Rule(
+        "boft_n_butterfly_factor",
+        "BOFT",
+        "only a boft_n_butterfly_factor of 1 can be checked against PEFT on a CPU",
+        lambda v: v != 1,
+        "BOFT",
+    ),
+    *(
+        Rule(
+            "fan_in_fan_out",
+            kind,
+            "PEFT does not merge this method into a layer that stores (in, out)",
+            bool,
+            kind,
+        )
+        for kind in ("OFT", "BOFT")
+    ),
+)
 
 NEUTRAL = {
     # The name of the base, its revision on the hub, and the class that PEFT wrapped.
-    "base_model_name_or_path", "revision", "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "auto_mapping",
     # Whether the adapter stays frozen when it is loaded.
     "inference_mode",
     # Written by trainers: Unsloth's mark that it corrected the base's tokenizer; ms-swift's dtype and learning rates.
-    "unsloth_fixed", "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr",
-}  # fmt: skip
+    "unsloth_fixed",
+    "lora_dtype",
+    "lorap_lr_ratio",
+    "lorap_emb_lr",
+}
 """Keys that say nothing of the delta."""
 
 _EVERY_METHOD = NEUTRAL | {
@@ -411,32 +466,81 @@ KNOWN_KEYS = {
     # parameters with factors of their own; whether a tied head gets the embedding's delta; the order of lora_B's columns for stacked
     # experts. The rest: training; options of an initialisation, of megatron_config and of use_qalora; where PEFT keeps the factors at run
     # time, and whether PEFT before 0.3 kept the model merged at run time.
-    "LORA": _EVERY_METHOD | {rule.key for rule in RULES if rule.method == "LORA"} | {
-        "lora_alpha", "use_rslora", "use_dora", "lora_bias", "trainable_token_indices", "target_parameters", "ensure_weight_tying",
-        LAYOUT_KEY, LAYOUT_DETAILS,
-        "lora_dropout", "eva_config", "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size", "runtime_config",
-        "merge_weights"},
+    "LORA": _EVERY_METHOD
+    | {rule.key for rule in RULES if rule.method == "LORA"}
+    | {
+        "lora_alpha",
+        "use_rslora",
+        "use_dora",
+        "lora_bias",
+        "trainable_token_indices",
+        "target_parameters",
+        "ensure_weight_tying",
+        LAYOUT_KEY,
+        LAYOUT_DETAILS,
+        "lora_dropout",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "megatron_core",
+        "qalora_group_size",
+        "runtime_config",
+        "merge_weights",
+    },
     "LOHA": _LYCORIS,
     # The shapes show how w1 and w2 are decomposed.
     "LOKR": _LYCORIS | {"decompose_both", "decompose_factor", "rank_dropout_scale"},
     # AdaLoRA's config has all of LoRA's keys but reads only some; keys that PEFT refuses or ignores for AdaLoRA are omitted here. Of its
     # own keys only init_r is read, for the scaling; the others are used only in training.
-    "ADALORA": _EVERY_METHOD | {
-        "lora_alpha", "lora_dropout", "trainable_token_indices", "runtime_config", "megatron_core", "qalora_group_size",
-        "init_lora_weights", "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"},
+    "ADALORA": _EVERY_METHOD
+    | {
+        "lora_alpha",
+        "lora_dropout",
+        "trainable_token_indices",
+        "runtime_config",
+        "megatron_core",
+        "qalora_group_size",
+        "init_lora_weights",
+        "init_r",
+        "target_r",
+        "tinit",
+        "tfinal",
+        "deltaT",
+        "beta1",
+        "beta2",
+        "orth_reg_weight",
+        "total_step",
+    },
     # Read: that the file holds the projections; their seed is then not needed.
-    "VERA": _EVERY_METHOD | {"save_projection", "projection_prng_key", "vera_dropout", "d_initial", "init_weights"},
+    "VERA": _EVERY_METHOD
+    | {"save_projection", "projection_prng_key", "vera_dropout", "d_initial", "init_weights"},
     # Read: constrained rotations with their bound, and the series with its number of terms. The shapes show the blocks.
-    "OFT": _EVERY_METHOD | {
-        "coft", "eps", "use_cayley_neumann", "num_cayley_neumann_terms", "oft_block_size", "block_share", "module_dropout", "init_weights"},
+    "OFT": _EVERY_METHOD
+    | {
+        "coft",
+        "eps",
+        "use_cayley_neumann",
+        "num_cayley_neumann_terms",
+        "oft_block_size",
+        "block_share",
+        "module_dropout",
+        "init_weights",
+    },
     # Read: how HRA's vectors are used; MiSS's kind. The rest: initial values, whose results the tensors hold.
     "MISS": _EVERY_METHOD | {"miss_dropout", "mini_r", "init_weights"},
     "SHIRA": _EVERY_METHOD | {"mask_type", "random_seed", "init_weights"},
     "DELORA": _EVERY_METHOD | {"delora_lambda", "lambda_pattern", "module_dropout", "init_weights"},
     "HRA": _EVERY_METHOD | {"apply_GS", "init_weights"},
     # Read: the number of factors; only 1 is supported. The shapes show the blocks.
-    "BOFT": _EVERY_METHOD | {"boft_n_butterfly_factor", "boft_block_size", "boft_block_num", "boft_dropout", "init_weights"},
-}  # fmt: skip
+    "BOFT": _EVERY_METHOD
+    | {
+        "boft_n_butterfly_factor",
+        "boft_block_size",
+        "boft_block_num",
+        "boft_dropout",
+        "init_weights",
+    },
+}
 """Known keys by PEFT's name of the method."""
 
 OTHER_LIBRARIES = "LyCORIS (LoHa, LoKr), MLX, ComfyUI or old versions of diffusers"

@@ -316,15 +316,26 @@ PEFT_METHODS: dict[str, PeftMethod] = {
     "LOHA": PeftMethod("LoHa", r"hada_w[12]_[ab]", _loha_fits, _loha, scaled=True, matrices=4),
     "LOKR": PeftMethod("LoKr", r"lokr_w[12](?:_[ab])?", _lokr_fits, _lokr, scaled=True),
     "ADALORA": PeftMethod("AdaLoRA", r"lora_[ABE]|ranknum", _adalora_fits, _adalora, low_rank=True),
-    "VERA": PeftMethod("VeRA", r"vera_lambda_[bd]", _vera_fits, _vera, shared=frozenset({"vera_A", "vera_B"}), low_rank=True),
+    "VERA": PeftMethod(
+        "VeRA",
+        r"vera_lambda_[bd]",
+        _vera_fits,
+        _vera,
+        shared=frozenset({"vera_A", "vera_B"}),
+        low_rank=True,
+    ),
     "OFT": PeftMethod("OFT", r"oft_(?:embedding_)?R", _oft_fits, _oft),
     "BOFT": PeftMethod("BOFT", r"boft_[Rs]", _boft_fits, _boft),
     "MISS": PeftMethod("MiSS", r"miss_block", _miss_fits, _miss, matrices=4),
     "SHIRA": PeftMethod("SHiRA", r"shira_(?:weight|indices)", _shira_fits, _shira),
-    "DELORA": PeftMethod("DeLoRA", r"delora_(?:A|B|lambda|w_norm)", _delora_fits, _delora, low_rank=True),
+    "DELORA": PeftMethod(
+        "DeLoRA", r"delora_(?:A|B|lambda|w_norm)", _delora_fits, _delora, low_rank=True
+    ),
     "HRA": PeftMethod("HRA", r"hra_u", _hra_fits, _hra, matrices=8),
-    "FULL": PeftMethod("a fully fine-tuned model in the adapter's place", r"(?!)", _full_fits, _full, matrices=2),
-}  # fmt: skip
+    "FULL": PeftMethod(
+        "a fully fine-tuned model in the adapter's place", r"(?!)", _full_fits, _full, matrices=2
+    ),
+}
 
 
 def dora_delta(W0: Tensor, delta: LowRank, magnitude: Tensor) -> Tensor:

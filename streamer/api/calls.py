@@ -27,14 +27,21 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 Result_co = TypeVar("Result_co", covariant=True)
 
 TYPES = {
-    "Executor": "concurrent.futures", "Literal": "typing", "Selection": "streamer.json_types",
-    "Evaluation": "streamer.evaluation.evaluation", "Findings": "streamer.detection.findings",
-    "FindingsOrPath": "streamer.output.opening", "IOMode": "streamer.storage.checkpoint",
-    "LoraBLayout": "streamer.adapters.adapter_config", "MergedDtype": "streamer.output.record",
-    "ProductDtype": "streamer.measuring.facts", "RemoteMode": "streamer.remote.inputs",
-    "Coefficients": "streamer.methods.files", "InputMap": "streamer.methods.files",
+    "Executor": "concurrent.futures",
+    "Literal": "typing",
+    "Selection": "streamer.json_types",
+    "Evaluation": "streamer.evaluation.evaluation",
+    "Findings": "streamer.detection.findings",
+    "FindingsOrPath": "streamer.output.opening",
+    "IOMode": "streamer.storage.checkpoint",
+    "LoraBLayout": "streamer.adapters.adapter_config",
+    "MergedDtype": "streamer.output.record",
+    "ProductDtype": "streamer.measuring.facts",
+    "RemoteMode": "streamer.remote.inputs",
+    "Coefficients": "streamer.methods.files",
+    "InputMap": "streamer.methods.files",
     "MethodName": "streamer.methods",
-}  # fmt: skip
+}
 """Module of each type that options name and `streamer.options` imports only for type checkers."""
 
 
@@ -45,8 +52,17 @@ class _Types(dict[str, Any]):
         return getattr(import_module(TYPES[name]), name)
 
 
-ITEMS = {"detect": "matrix", "recompute": "matrix", "write": "tensor", "download": "file", "verify": "file",
-         "generate": "token", "evaluate": "layer", "fit": "layer", "map": "layer"}  # fmt: skip
+ITEMS = {
+    "detect": "matrix",
+    "recompute": "matrix",
+    "write": "tensor",
+    "download": "file",
+    "verify": "file",
+    "generate": "token",
+    "evaluate": "layer",
+    "fit": "layer",
+    "map": "layer",
+}
 """What `Event.items` counts, by stage."""
 
 IN_BYTES = ("download", "verify", "write")

@@ -49,11 +49,16 @@ if TYPE_CHECKING:
 
 
 REQUESTS = {
-    "inspect": "records.InspectRequest", "detect": "intruders.DetectRequest", "mitigate": "intruders.OutputRequest",
-    "merge": "intruders.OutputRequest", "report": "report.ReportRequest",
-    "verify": "verification.VerifyRequest", "evaluate": "texts.EvaluateRequest",
-    "map": "texts.MapRequest", "repair": "texts.RepairRequest",
-}  # fmt: skip
+    "inspect": "records.InspectRequest",
+    "detect": "intruders.DetectRequest",
+    "mitigate": "intruders.OutputRequest",
+    "merge": "intruders.OutputRequest",
+    "report": "report.ReportRequest",
+    "verify": "verification.VerifyRequest",
+    "evaluate": "texts.EvaluateRequest",
+    "map": "texts.MapRequest",
+    "repair": "texts.RepairRequest",
+}
 """Classes of requests in `api`; their modules are imported when the command runs."""
 
 

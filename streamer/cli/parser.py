@@ -253,16 +253,34 @@ DIVIDED = (*RUNS, options.WorkerOptions)
 
 COMMANDS: dict[str, tuple[str, tuple[type, ...]]] = {
     "inspect": ("show which tensor each module of an adapter changes", (options.InspectOptions,)),
-    "detect": ("find the intruder dimensions and write them to a file", (options.DetectOptions, *DIVIDED)),
+    "detect": (
+        "find the intruder dimensions and write them to a file",
+        (options.DetectOptions, *DIVIDED),
+    ),
     "mitigate": ("write a mitigated adapter", (options.MitigateOptions, *RUNS)),
-    "merge": ("write the base with the mitigated adapter merged in", (options.MergeOptions, *DIVIDED)),
+    "merge": (
+        "write the base with the mitigated adapter merged in",
+        (options.MergeOptions, *DIVIDED),
+    ),
     "report": ("show findings or an output as a table, JSON or a page", (options.ReportOptions,)),
-    "verify": ("check an output against its record and its inputs, with independent code", (options.VerifyOptions,)),
-    "evaluate": ("measure what the adapter and its shrinks keep and forget", (options.EvaluateOptions, *RUNS)),
-    "map": ("record the inputs of a base's modules on general text, for --map", (options.MappingOptions, *RUNS)),
-    "repair": ("write an adapter that forgets less, and measure it", (options.RepairOptions, *RUNS)),
+    "verify": (
+        "check an output against its record and its inputs, with independent code",
+        (options.VerifyOptions,),
+    ),
+    "evaluate": (
+        "measure what the adapter and its shrinks keep and forget",
+        (options.EvaluateOptions, *RUNS),
+    ),
+    "map": (
+        "record the inputs of a base's modules on general text, for --map",
+        (options.MappingOptions, *RUNS),
+    ),
+    "repair": (
+        "write an adapter that forgets less, and measure it",
+        (options.RepairOptions, *RUNS),
+    ),
     "demo": ("run these commands on a small model that is included", (options.DemoOptions,)),
-}  # fmt: skip
+}
 """What each command does, and the classes of its options; `Printing` is every command's."""
 
 GROUPS = (

@@ -144,9 +144,9 @@ class Shrink(Method):
     mitigation_lambda: float = 0.75
     amplify: bool = False
 
-    name: ClassVar[MethodName] = "shrink"
-    about: ClassVar[str] = "scale the whole adapter, without detection"
-    card: ClassVar[str] = (
+    name = "shrink"
+    about = "scale the whole adapter, without detection"
+    card = (
         "The adapter's change to each weight was scaled by λ: 1 keeps it unchanged, 0 removes it.\n"
     )
 
@@ -168,7 +168,7 @@ class _Scaling(Method):
     amplify: bool = False
 
     needs = "findings"
-    card: ClassVar[str] = (
+    card = (
         "Intruder dimensions ([Shuttleworth et al., arXiv 2410.21228](https://arxiv.org/abs/2410.21228)) are leading singular "
         "directions of the fine-tuned weights that resemble none of the base's. They were scaled by λ: 1 keeps them, 0 removes them "
         "(method project keeps the base's part of them).\n"
@@ -196,9 +196,9 @@ class _Scaling(Method):
 class Paper(_Scaling):
     """``Δ' = Δ + (λ − 1) U_I Σ_I V_Iᵀ``, of rank r + q (Shuttleworth et al., arXiv 2410.21228): the base's part is scaled too."""
 
-    name: ClassVar[MethodName] = "paper"
-    keeps_rank: ClassVar[bool] = False
-    about: ClassVar[str] = "scale each intruder"
+    name = "paper"
+    keeps_rank = False
+    about = "scale each intruder"
 
     def _formula(self, delta: Delta, U: Tensor, S: Tensor, Vh: Tensor) -> Delta:
         return delta.plus_triplets(U, S, Vh, self.mitigation_lambda - 1)
@@ -207,8 +207,8 @@ class Paper(_Scaling):
 class Project(_Scaling):
     """``Δ' = (I − (1 − λ) U_I U_Iᵀ) Δ``, of rank r: the base's part of each intruder stays."""
 
-    name: ClassVar[MethodName] = "project"
-    about: ClassVar[str] = "scale only the adapter's part of each intruder"
+    name = "project"
+    about = "scale only the adapter's part of each intruder"
 
     def _formula(self, delta: Delta, U: Tensor, S: Tensor, Vh: Tensor) -> Delta:
         return delta.plus_projection(U, self.mitigation_lambda - 1)
@@ -223,16 +223,16 @@ class RegMean(Method):
 
     coefficients: Coefficients
 
-    name: ClassVar[MethodName] = "regmean"
+    name = "regmean"
     needs = "coefficients"
-    keeps_left: ClassVar[bool] = True
-    about: ClassVar[str] = "keep only the response to the task's inputs (`streamer repair`)"
-    card: ClassVar[str] = (
+    keeps_left = True
+    about = "keep only the response to the task's inputs (`streamer repair`)"
+    card = (
         "The adapter keeps its response to the task's inputs, and its response to general text was removed: its "
         "right factors (`lora_A`, in some stacked experts `lora_B`) were fitted to the inputs of each module.\n"
     )
-    changes: ClassVar[str] = "right factors by their inputs"
-    missing: ClassVar[str] = "needs coefficients; make them with `streamer repair`"
+    changes = "right factors by their inputs"
+    missing = "needs coefficients; make them with `streamer repair`"
 
     @property
     def label(self) -> str:
@@ -254,17 +254,17 @@ class NullSpace(Method):
     map: InputMap
     mitigation_lambda: float = 0.3
 
-    name: ClassVar[MethodName] = "nullspace"
+    name = "nullspace"
     needs = "map"
-    keeps_left: ClassVar[bool] = True
-    about: ClassVar[str] = "reduce the response to general inputs, by a map from `streamer map`"
-    card: ClassVar[str] = (
+    keeps_left = True
+    about = "reduce the response to general inputs, by a map from `streamer map`"
+    card = (
         "The adapter's response to general text was reduced: each matrix keeps the share λ of its energy on general inputs, whose "
         "leading directions come from a map of the base. Only the right factors changed (`lora_A`, in some stacked experts "
         "`lora_B`).\n"
     )
-    changes: ClassVar[str] = "by its energy on general inputs"
-    missing: ClassVar[str] = "needs a map of the base's inputs; make one with `streamer map`"
+    changes = "by its energy on general inputs"
+    missing = "needs a map of the base's inputs; make one with `streamer map`"
 
     def __post_init__(self) -> None:
         _check_lambda(self)

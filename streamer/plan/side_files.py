@@ -53,10 +53,28 @@ _OWN = re.compile(rf"^\.streamer\.|{PARTIAL.pattern}")
 _VARIANT_INDEX = re.compile(r"\.safetensors\.index\.[^/]+\.json$")
 
 READ = (
-    "config.json", "generation_config.json", "*processor_config.json", "*quant*config*.json", "*sentence*.json", "adapter_config.json",
-    "tokenizer*.json", "*vocab*.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.json",
-    "modules.json", "tekken.json", "params.json", "*.jinja", "*.model", "*.spm", "*.tiktoken", "*.py",
-)  # fmt: skip
+    "config.json",
+    "generation_config.json",
+    "*processor_config.json",
+    "*quant*config*.json",
+    "*sentence*.json",
+    "adapter_config.json",
+    "tokenizer*.json",
+    "*vocab*.json",
+    "vocab.txt",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "modules.json",
+    "tekken.json",
+    "params.json",
+    "*.jinja",
+    "*.model",
+    "*.spm",
+    "*.tiktoken",
+    "*.py",
+)
 """Patterns of files beside the weights that loaders read, under fixed names or because a config or a class names them."""
 
 
@@ -338,11 +356,27 @@ def _may_be_same(a: set[str], b: set[str]) -> bool:
 
 
 VOCABULARIES = {
-    "tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "sentencepiece.model",
-    "spm.model", "spm_char.model", "source.spm", "entity_vocab.json", "vocab-src.json", "bpe.codes", "dict.txt", "prophetnet.tokenizer",
-    "byte_maps.json", "tekken.json",
-    "tiktoken.model", "tokenizer.tiktoken", "qwen.tiktoken",
-}  # fmt: skip
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "sentencepiece.model",
+    "spm.model",
+    "spm_char.model",
+    "source.spm",
+    "entity_vocab.json",
+    "vocab-src.json",
+    "bpe.codes",
+    "dict.txt",
+    "prophetnet.tokenizer",
+    "byte_maps.json",
+    "tekken.json",
+    "tiktoken.model",
+    "tokenizer.tiktoken",
+    "qwen.tiktoken",
+}
 """Files in which transformers' tokenizers store their vocabularies: a tokenizer without any of them is incomplete."""
 
 TOKENIZER_CONFIG = "tokenizer_config.json"

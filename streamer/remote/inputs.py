@@ -42,9 +42,16 @@ PIPELINE_FILES = {
 }
 
 KNOWN_NAMES = (
-    "config.json", "hf_quant_config.json", "generation_config.json", *sorted(TOKENIZER | PROCESSOR), "README.md", "LICENSE", "LICENSE.txt",
-    "USE_POLICY.md", *PIPELINE_FILES,
-)  # fmt: skip
+    "config.json",
+    "hf_quant_config.json",
+    "generation_config.json",
+    *sorted(TOKENIZER | PROCESSOR),
+    "README.md",
+    "LICENSE",
+    "LICENSE.txt",
+    "USE_POLICY.md",
+    *PIPELINE_FILES,
+)
 """Files that a model, adapter or pipeline may have, by the names that libraries give them; an https server does not list files."""
 
 Files = dict[str, RemoteFile]
@@ -425,7 +432,7 @@ class HubListing(Listing):
     name: HubName
     commit: str
 
-    streams: ClassVar[bool] = False
+    streams = False
 
     def is_cached(self, name: str) -> bool:
         """Test whether the hub's cache has a file."""

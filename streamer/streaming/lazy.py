@@ -128,12 +128,37 @@ _ALIASES = {Tensor.data.__get__, Tensor.detach}  # type: ignore[attr-defined]  #
 """Operations whose results share the parameter's memory: changing a result would change the parameter."""
 
 _METADATA = {
-    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "ndim", "is_meta", "layout", "requires_grad", "itemsize",
-                                                 "is_quantized", "is_sparse", "is_nested", "is_cuda", "is_cpu", "is_leaf", "grad",
-                                                 "grad_fn")),
-    Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.is_floating_point, Tensor.is_complex,
-    Tensor.__len__, Tensor.ndimension, Tensor.is_contiguous,
-}  # fmt: skip
+    *(
+        getattr(Tensor, name).__get__
+        for name in (
+            "shape",
+            "dtype",
+            "ndim",
+            "is_meta",
+            "layout",
+            "requires_grad",
+            "itemsize",
+            "is_quantized",
+            "is_sparse",
+            "is_nested",
+            "is_cuda",
+            "is_cpu",
+            "is_leaf",
+            "grad",
+            "grad_fn",
+        )
+    ),
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.nelement,
+    Tensor.element_size,
+    Tensor.is_floating_point,
+    Tensor.is_complex,
+    Tensor.__len__,
+    Tensor.ndimension,
+    Tensor.is_contiguous,
+}
 
 
 def _linear(x: Any, weight: Any, bias: Any = None) -> Tensor | None:
@@ -211,10 +236,24 @@ def _transpose(weight: Any, *dimensions: int) -> Tensor | None:
 
 
 _SPECIAL: Mapping[Any, Callable[..., Tensor | None]] = {
-    functional.linear: _linear, functional.embedding: _embedding, Tensor.__getitem__: _item,
-    torch.matmul: _matmul, Tensor.matmul: _matmul, Tensor.__matmul__: _matmul, torch.mm: _matmul, Tensor.mm: _matmul,
-    torch.addmm: _addmm, torch.bmm: _bmm, Tensor.bmm: _bmm,
-    Tensor.T.__get__: _transpose, Tensor.mT.__get__: _transpose, Tensor.t: _transpose, torch.t: _transpose,  # type: ignore[attr-defined]  # as above
-    Tensor.transpose: _transpose, torch.transpose: _transpose,
-    Tensor.to: _cast, Tensor.type: _cast, Tensor.float: partial(_cast, dtype=torch.float32),
-}  # fmt: skip
+    functional.linear: _linear,
+    functional.embedding: _embedding,
+    Tensor.__getitem__: _item,
+    torch.matmul: _matmul,
+    Tensor.matmul: _matmul,
+    Tensor.__matmul__: _matmul,
+    torch.mm: _matmul,
+    Tensor.mm: _matmul,
+    torch.addmm: _addmm,
+    torch.bmm: _bmm,
+    Tensor.bmm: _bmm,
+    Tensor.T.__get__: _transpose,  # type: ignore[attr-defined]  # as above
+    Tensor.mT.__get__: _transpose,  # type: ignore[attr-defined]  # as above
+    Tensor.t: _transpose,
+    torch.t: _transpose,
+    Tensor.transpose: _transpose,
+    torch.transpose: _transpose,
+    Tensor.to: _cast,
+    Tensor.type: _cast,
+    Tensor.float: partial(_cast, dtype=torch.float32),
+}

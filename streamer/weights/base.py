@@ -35,11 +35,21 @@ FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F
 # Dtypes that torch can hold, for callers that use tensors unchanged.
 TORCH_DTYPES = {
     **FLOATS,
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
-    "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64, "C64": torch.complex64,
-    "F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-}  # fmt: skip
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}
 
 SPELLINGS = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 """The format's spelling of each torch dtype."""
@@ -288,7 +298,7 @@ class Weight(ABC):
 class QuantizedWeight(Weight):
     """Weight that is stored quantized and computed in float32; the matrices of a stack are decoded one at a time."""
 
-    quantized: ClassVar[bool] = True
+    quantized = True
 
     compute: torch.dtype = field(default=torch.float32, kw_only=True)
     written: torch.dtype | None = field(default=None, kw_only=True)

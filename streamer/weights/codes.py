@@ -394,7 +394,7 @@ class MXFP4(_E2M1Codes):
     (experts, in, out).
     """
 
-    turned: ClassVar[bool] = True
+    turned = True
 
     @classmethod
     def of(cls, name: str, parts: Parts, config: Config) -> Self:
@@ -725,8 +725,23 @@ class PackedIntegers(Recodable):
         return torch.nn.functional.pad(row, (0, -row.shape[1] % 4))
 
 
-SETTINGS = ("packing", "compute_dtype", "axis", "group_size", "view_as_float", "channel_wise", "quant_zero", "quant_scale", "nbits",
-            "unpack_view_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config", "optimize", "round_zero")  # fmt: skip
+SETTINGS = (
+    "packing",
+    "compute_dtype",
+    "axis",
+    "group_size",
+    "view_as_float",
+    "channel_wise",
+    "quant_zero",
+    "quant_scale",
+    "nbits",
+    "unpack_view_dtype",
+    "offload_meta",
+    "encoded_state_dict",
+    "stores_quant_config",
+    "optimize",
+    "round_zero",
+)
 """Names of the tensors that hold a layer's settings."""
 
 NOT_DECODED = ("zero_q", "scale_q", "zero_scale")

@@ -87,7 +87,7 @@ def test_core_dependencies_are_the_five() -> None:
             assert set(roots) <= allowed | optional, f"{path.name}:{node.lineno}"
 
 
-BUDGET = 244_900
+BUDGET = 244_820
 """Tokens of the package's code, as `tools/count_tokens.py` counts them. Every change that takes some out lowers it; none raises it."""
 
 
