@@ -358,7 +358,12 @@ class PeftAdapter(DeltaSource):
         versions = rules.version_notes(self.config)
         if not ignored:
             return tuple(versions)
-        are, them = ("is", "it") if len(ignored) == 1 else ("are", "them")
+        if len(ignored) == 1:
+            are = "is"
+            them = "it"
+        else:
+            are = "are"
+            them = "them"
         line = f"{listed(map(repr, ignored))} of {self.config.path.name} {are} ignored: the result relies on {them} not changing the delta"
         return line, *versions
 
@@ -463,7 +468,11 @@ def adapter_from_tensors(path: Path, config: AdapterConfig, file: TensorFile) ->
         if method is None:
             modules[name] = lora_module(name, infos, file.path, config)
         else:
-            rank, scaling = config.method_scaling(name) if method.scaled else (0, 1.0)
+            if method.scaled:
+                rank, scaling = config.method_scaling(name)
+            else:
+                rank = 0
+                scaling = 1.0
             shapes = {role: info.shape for role, info in infos.items()}
             modules[name] = MethodModule(name, method, config, tensors, shapes, rank, scaling)
     if not modules and not wrapped:

@@ -144,7 +144,12 @@ def open_finetuned(
         role = role_of(info) if is_float and not resized else ""
         if role in ("out,in", "in,out"):
             a, b = stored = info.shape[1:]
-            kind, shape = ("weight", (a, b)) if role == "out,in" else ("conv1d", (b, a))
+            if role == "out,in":
+                kind = "weight"
+                shape = (a, b)
+            else:
+                kind = "conv1d"
+                shape = (b, a)
             stacks.append(
                 MethodModule(name, full, config, {kind: name}, {kind: stored}, shape=shape)
             )

@@ -572,7 +572,8 @@ def findings_bytes(plan: Plan, options: DetectionOptions) -> int:
     head = Findings.of(plan, options)
     nbytes = 4096 + 2 * len(json.dumps([head.base, head.adapter, head.sources, options.as_dict()]))
     for target in plan.targets:
-        (m, n), k = target.module.shape, options.directions(target.module.shape)
+        m, n = target.module.shape
+        k = options.directions(target.module.shape)
         names = (1 + len(findings_module.ARRAYS)) * len(json.dumps(target.tensor)) + len(
             json.dumps(target.module.name)
         )

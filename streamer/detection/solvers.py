@@ -247,7 +247,8 @@ def _steps_to(epsilon: float, before: tuple[int, float], now: tuple[int, float])
     The bound on a direction that is spread over the bulk falls like steps^-½ once the process has found the values outside the bulk: then
     1/reach² grows by the same amount at each step.
     """
-    (n0, reach0), (n1, reach1) = before, now
+    n0, reach0 = before
+    n1, reach1 = now
     grown = (reach1**-2 - reach0**-2) / (n1 - n0)
     return max(1, math.ceil(min((epsilon**-2 - reach1**-2) / grown if grown > 0 else 2, n1 / 2)))
 

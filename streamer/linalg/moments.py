@@ -118,7 +118,10 @@ def _find_nu(spectrum: Spectrum, energies: Tensor, rest: float, share: float) ->
         log_nu = (low + high) / 2
         gains, of_rest = _gains(spectrum, math.exp(log_nu))
         remaining = float((energies * gains**2).sum()) + rest * of_rest**2
-        low, high = (log_nu, high) if remaining > share * total else (low, log_nu)
+        if remaining > share * total:
+            low = log_nu
+        else:
+            high = log_nu
     return math.exp(low)
 
 

@@ -87,9 +87,12 @@ def server_advice(
         remedy = "put them into the base, or use `streamer merge`"
         return [f"{kept}, which vLLM and other servers refuse or ignore: {remedy}"]
     ignored = [key for key in PATTERNS if config.get(key)]
-    who, keys = (
-        ("vLLM and other", ignored) if ignored else ("SGLang, llama.cpp and other", ["use_rslora"])
-    )
+    if ignored:
+        who = "vLLM and other"
+        keys = ignored
+    else:
+        who = "SGLang, llama.cpp and other"
+        keys = ["use_rslora"]
     if not ignored and not config.get("use_rslora"):
         return []
     return [
@@ -198,7 +201,8 @@ def _served(
         assert target.module.factors is not None
         module = replace(target.module.factors, grouped=False)  # columns are in PEFT's order by now
         wide = replace(module, rank=rank)
-        (a, b), (wide_a, wide_b) = module.expert_slices, wide.expert_slices
+        a, b = module.expert_slices
+        wide_a, wide_b = wide.expert_slices
         A = values[module.a][a]
         B = values[module.b][b]
         scaled = B.double() * module.scaling

@@ -369,7 +369,8 @@ def _least_ranks(mitigation: Mitigation, targets: Sequence[Target], share: float
 def _linear(
     stem: str, shape: tuple[int, int], rank: int, kernel: tuple[int, ...], factors: tuple[str, str]
 ) -> FactorShapes:
-    (m, n), (a, b) = shape, factors
+    m, n = shape
+    a, b = factors
     inner = (n // math.prod(kernel), *kernel)
     return {
         f"{stem}.lora_A.weight": ((rank, *inner), a),
@@ -380,13 +381,15 @@ def _linear(
 def _embedding(
     stem: str, shape: tuple[int, int], rank: int, factors: tuple[str, str]
 ) -> FactorShapes:
-    (m, n), (a, b) = shape, factors
+    m, n = shape
+    a, b = factors
     return {f"{stem}.lora_embedding_A": ((rank, n), a), f"{stem}.lora_embedding_B": ((m, rank), b)}
 
 
 def _is_unchanged(plan: Plan, target: Target) -> bool:
     """Test whether a fine-tuned model's matrix has the same bytes as the base's."""
-    (piece,), tuned = target.slices, plan.adapter.stored_sum(target.module)
+    (piece,) = target.slices
+    tuned = plan.adapter.stored_sum(target.module)
     base = StoredTensor(*plan.base.locate(piece.weight))
     return tuned is not None and equal(
         tuned, base if piece.index is None else base.slice(piece.index)

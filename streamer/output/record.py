@@ -271,16 +271,20 @@ class Card:
         """Write the card of an output with this record."""
         original = self.original.decode("utf-8", "surrogateescape")
         match = _HEAD.match(original)
-        head, body = (
-            (match[1].replace("\r\n", "\n"), original[match.end() :]) if match else (None, original)
-        )
+        if match:
+            head = match[1].replace("\r\n", "\n")
+            body = original[match.end() :]
+        else:
+            head = None
+            body = original
         blocks = {} if head is None else _blocks(head)
         merged = record["command"] == "merge"
         sources = (record["base"], record["adapter"])
         make_head = _merged_head if merged else _adapter_head
         front = head if blocks is None else make_head(self, sources, blocks)
         if merged and body.strip():
-            what, source = ("fine-tuned", sources[1]) if self.tuned else ("base", sources[0])
+            what = "fine-tuned" if self.tuned else "base"
+            source = record["adapter" if self.tuned else "base"]
             title = (
                 f"# Card of the {what} model\n\nThe rest is the unchanged card of {_name(source)}."
             )

@@ -192,7 +192,8 @@ class AtomicFile:
             ThreadPoolExecutor(1, "streamer write") for _ in range(2)
         )
         self.flush(QUEUE - 1)
-        (writer, hasher), view = self._threads, piece.view
+        writer, hasher = self._threads
+        view = piece.view
         futures = writer.submit(self._write, view), hasher.submit(self._hash.update, view)
         self._pending.append((piece, zlib.crc32(view) if CHECKED else 0, futures))
 

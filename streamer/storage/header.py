@@ -262,7 +262,8 @@ def read_header_by(read: Callable[[int, int], bytes], file_bytes: int, where: st
         )
     n = int.from_bytes(raw, "little")
     if n > MAX_HEADER_BYTES or 8 + n > file_bytes:
-        (stated, found), begins = format_sizes(n, file_bytes), read(0, 24)
+        stated, found = format_sizes(n, file_bytes)
+        begins = read(0, 24)
         what = f"begins with {begins!r}, and its length field says {stated} of header"
         raise FormatError(
             f"{where}: not a safetensors file, or truncated: {what}, the file has {found}; get it again"

@@ -600,7 +600,11 @@ def _retried(shown: str, most: int, call: Callable[[], T]) -> T:
             return call()
         except Transient as e:
             received += e.done
-            tries, received = (1, 0) if received >= PROGRESS_BYTES else (tries + 1, received)
+            if received >= PROGRESS_BYTES:
+                tries = 1
+                received = 0
+            else:
+                tries += 1
             long = e.wait is not None and e.wait > LONGEST_WAIT
             if tries >= most or long:
                 again = f" in {tries} attempts" if tries > 1 else ""

@@ -202,7 +202,8 @@ class Matrix:
 
     def rows(self, i: int, j: int) -> Array:
         """Read rows i to j."""
-        stack, (height, width) = STACKED.fullmatch(self.name), self.stored_shape
+        stack = STACKED.fullmatch(self.name)
+        height, width = self.stored_shape
         part = (slice(None), slice(i, j)) if self.transposed else (slice(i, j),)
         values = self.files.values(
             self.stored_name, part if stack is None else (int(stack[2]), *part)
@@ -237,7 +238,8 @@ class Matrix:
         )  # ModelOpt's are (rows, 1, columns, 1)
         path = self.files.stored[self.name].path.with_name("config.json")
         stated = _BLOCK.findall(path.read_text("utf-8", "replace")) if path.exists() else []
-        (m, n), (p, q) = self.shape, grid.shape
+        m, n = self.shape
+        p, q = grid.shape
         sizes = [(m, n), *stated, (128, 128), (m // max(1, p), n // max(1, q))]
         for bm, bn in ((int(bm), int(bn)) for bm, bn in sizes):
             if bm and bn and (-(-m // bm), -(-n // bn)) == (p, q) and not self.transposed:
@@ -347,7 +349,8 @@ def combined(
         )
 
     def rows(i: int, j: int) -> tuple[Array, Array]:
-        (values, bound), (added, size) = delta.rows(i, j), added_product.rows(i, j)
+        values, bound = delta.rows(i, j)
+        added, size = added_product.rows(i, j)
         return factor * values + added, bound + size
 
     return Delta(delta.shape, rows, delta.terms + added_product.terms)
@@ -355,7 +358,8 @@ def combined(
 
 def _dora(W0: Matrix, low: LowRank, magnitude: Array) -> Delta:
     def rows(i: int, j: int) -> tuple[Array, Array]:
-        (change, bound), base = low.rows(i, j), W0.rows(i, j)
+        change, bound = low.rows(i, j)
+        base = W0.rows(i, j)
         factor = (magnitude[i:j] / np.linalg.norm(base + change, axis=1))[:, None]
         return factor * (base + change) - base, np.abs(base) + np.abs(factor) * (
             np.abs(base) + bound
@@ -514,7 +518,8 @@ class AdapterFiles(TensorFiles):
         method = self.options.get("peft_type") or "LORA"
         if not self.is_model and method == "LORA":
             low, _, names = self.factors(module, shape)
-            (m, n), embedding = low.shape, "lora_embedding_A" in names
+            m, n = low.shape
+            embedding = "lora_embedding_A" in names
             if embedding or m != n:
                 transposed = embedding or shape == (n, m)
             elif self._architecture is not None and not STACKED.fullmatch(module):
@@ -597,7 +602,9 @@ def _adalora(W0: Matrix, t: Tensors, adapter: AdapterFiles, module: str) -> Delt
 
 def _vera(W0: Matrix, t: Tensors, adapter: AdapterFiles, module: str) -> Delta:
     """Compute ``diag(b) B diag(d) A`` with the first rows and columns of the shared projections."""
-    (m, n), b, d = W0.shape, t["vera_lambda_b"].reshape(-1, 1), t["vera_lambda_d"].reshape(-1, 1)
+    m, n = W0.shape
+    b = t["vera_lambda_b"].reshape(-1, 1)
+    d = t["vera_lambda_d"].reshape(-1, 1)
     return LowRank(b * t["vera_B"][:m], (d * t["vera_A"][:, :n]).T)
 
 

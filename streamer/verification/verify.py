@@ -302,7 +302,8 @@ class Check:
         size = float(np.linalg.norm(rest))
         rest -= P.dense()
         columns = P.L.any(0) & P.R.any(0)  # zeros extend factors for servers
-        (Q, left), (V, right) = np.linalg.qr(P.L[:, columns]), np.linalg.qr(P.R[:, columns])
+        Q, left = np.linalg.qr(P.L[:, columns])
+        V, right = np.linalg.qr(P.R[:, columns])
         values = np.linalg.svd(left @ right.T, compute_uv=False)
         powers = np.random.default_rng(0).standard_normal((P.shape[1], 4))
         for _ in range(30):  # they estimate the largest singular value of the rest, from below
@@ -510,7 +511,8 @@ def verify(
     if isinstance(record, str):
         outcome.differ(path / RECORD_NAME, "a file with the SHA-256 that it states", record)
     else:
-        totals["matrices"], base_files = len(record["matrices"]), _check_inputs(paths, record, path)
+        base_files = _check_inputs(paths, record, path)
+        totals["matrices"] = len(record["matrices"])
         result["kind"] = "model" if record["command"] == "merge" else "adapter"
         _check_files(record, outcome, monitor)
         if paths and not differences:
@@ -583,7 +585,8 @@ def _check_files(record: Mapping[str, Any], outcome: Outcome, monitor: Monitor) 
     total = sum(entry["bytes"] for entry in listed.values())
     totals = outcome.result["totals"]
     progress = Progress(monitor, "verify", total, len(listed))
-    totals["files"], totals["bytes"] = len(listed), 0
+    totals["files"] = len(listed)
+    totals["bytes"] = 0
     for path, entry in listed.items():
         size = path.stat().st_size if path.is_file() else -1
         digest = hashlib.sha256()
@@ -746,13 +749,12 @@ def _spread(rows: Sequence[dict[str, Any]], seed: str) -> list[dict[str, Any]]:
 
 def _run(outcome: Outcome, tasks_of: Tasks, sample: Sample, monitor: Monitor) -> None:
     """Recompute matrices until the requested number is done; compare all other tensors if all matrices are requested."""
-    (matrices, others), result = tasks_of, outcome.result
+    matrices, others = tasks_of
+    result = outcome.result
     count = len(matrices) if sample == "all" else min(sample, len(matrices))
     total = count + (len(others) if sample == "all" else 0)
-    progress, result["totals"]["tensors"] = (
-        Progress(monitor, "recompute", total, total),
-        len(others),
-    )
+    progress = Progress(monitor, "recompute", total, total)
+    result["totals"]["tensors"] = len(others)
     for tasks, end, skipped in (
         (matrices, count, result["not_recomputed"]),
         (others, total, result["not_compared"]),

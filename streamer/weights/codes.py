@@ -670,7 +670,11 @@ class PackedIntegers(Recodable):
         """Check that the tensors fit together, and make the weight that they store."""
         words, scales, stored_shape = parts.infos("weight", "scales", "shape")
         readable = stored_shape.dtype in ("I64", "I32") and stored_shape.shape == (2,)
-        m, n = parts["shape"].whole().tolist() if readable else (0, 0)
+        if readable:
+            m, n = parts["shape"].whole().tolist()
+        else:
+            m = 0
+            n = 0
         if len(words.shape) != 2 or m != words.shape[0] or n < 1:
             raise parts.unsupported(f"a packed weight of shape {list(words.shape)}")
         width = words.shape[1]
